@@ -1,0 +1,90 @@
+"""Names of chunks: digests chained over tokens, and keys that join them to a namespace.
+
+A digest says *which tokens after which prefix, for which model*; a namespace says *in which byte layout*. The two
+together are a `ChunkKey`. Nothing here is secret and nothing depends on PYTHONHASHSEED, so any two processes on any
+two nodes that see the same tokens and the same identity compute the same names.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+
+import attrs
+
+from lmcache_trio.errors import Misuse
+
+__all__ = ["DIGEST_BYTES", "ChunkKey", "chain_digests", "join_digests", "namespace_of", "seed_of", "split_digests"]
+
+DIGEST_BYTES = 32
+
+
+@attrs.frozen
+class ChunkKey:
+    """A chunk's full name: *namespace* and *digest*, 32 bytes each."""
+
+    namespace: bytes
+    digest: bytes
+
+
+def seed_of(*identity: str | bytes) -> bytes:
+    """The 32-byte seed of a digest chain, from what the scheduler knows (model identity, chunk tokens, salt).
+
+    Each part is length-prefixed, so that ("ab", "c") and ("a", "bc") differ.
+    """
+    return _hash_parts(b"lmcache-trio seed 1", identity)
+
+
+def namespace_of(fingerprints: Sequence[bytes]) -> bytes:
+    """The 32-byte namespace of an engine, from its shards' layout fingerprints in shard order."""
+    return _hash_parts(b"lmcache-trio namespace 1", fingerprints)
+
+
+def chain_digests(
+    parent: bytes, token_ids: Sequence[int], chunk_tokens: int, extras: Sequence[bytes] | None = None
+) -> list[bytes]:
+    """Digests of the full chunks of *token_ids*, each chained to the one before; a partial tail gets none.
+
+    *parent* is the seed, or the digest of the chunk before the first token, so extending a chain equals recomputing
+    it. *extras*, where given, holds one entry a chunk: identity that tokens do not carry (LoRA, multimodal input);
+    an empty entry adds nothing. Costs one sha256 over 4 bytes a token.
+    """
+    if chunk_tokens < 1:
+        raise Misuse(f"chunk_tokens is {chunk_tokens}: it must be 1 or more")
+    count = len(token_ids) // chunk_tokens
+    if extras is not None and len(extras) < count:
+        raise Misuse(f"extras has {len(extras)} entries for {count} chunks: give one a chunk")
+    try:
+        packed = memoryview(struct.pack(f"<{count * chunk_tokens}i", *token_ids[: count * chunk_tokens]))
+    except struct.error as exc:
+        raise Misuse(f"token_ids must be integers in the range of int32: {exc}") from exc
+    width = 4 * chunk_tokens
+    digests = []
+    for i in range(count):
+        link = hashlib.sha256(parent)
+        link.update(packed[i * width : (i + 1) * width])
+        if extras is not None and extras[i]:
+            link.update(extras[i])
+        parent = link.digest()
+        digests.append(parent)
+    return digests
+
+
+def split_digests(packed: bytes) -> list[bytes]:
+    """The digests that *packed* joins; the length must be a multiple of 32 bytes."""
+    if len(packed) % DIGEST_BYTES:
+        raise Misuse(f"{len(packed)} bytes are no whole number of {DIGEST_BYTES}-byte digests")
+    return [packed[i : i + DIGEST_BYTES] for i in range(0, len(packed), DIGEST_BYTES)]
+
+
+def join_digests(digests: Iterable[bytes]) -> bytes:
+    """The inverse of `split_digests`."""
+    return b"".join(digests)
+
+
+def _hash_parts(domain: bytes, parts: Iterable[str | bytes]) -> bytes:
+    digest = hashlib.sha256(domain)
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.digest()

@@ -1,0 +1,1 @@
+"""Sans-I/O: the sentences of the protocol, their encoding, and what may follow what."""

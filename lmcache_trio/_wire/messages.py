@@ -1,0 +1,403 @@
+"""Every sentence of the protocol, one frozen class each.
+
+This file says what can be said; `codec` turns sentences into bytes and back; `protocol` says what may follow what.
+Three kinds of sentence: a *request* carries an `id` of the client's choosing and gets exactly one *reply* with the same
+`id`; a *notice* carries none and gets none; a *push* comes from the server unasked. Lengths are bounded here, so that
+nothing oversize survives decoding.
+
+Digests travel packed (32 bytes each), slot offsets as packed little-endian uint64, positions as packed little-endian
+uint32: a list of integers costs twenty times as much to encode.
+"""
+
+from enum import IntEnum
+from typing import ClassVar
+
+import attrs
+from attrs.validators import ge, max_len
+
+__all__ = [
+    "MAX_DIGESTS",
+    "PROTOCOL_VERSION",
+    "Ack",
+    "Answer",
+    "AnswerState",
+    "ArenaGrown",
+    "Abort",
+    "Commit",
+    "Committed",
+    "CopiesEnded",
+    "Done",
+    "Ended",
+    "ErrorKind",
+    "ErrorReply",
+    "Finished",
+    "Hello",
+    "Lookup",
+    "LookupStatus",
+    "Message",
+    "NamespaceKnown",
+    "Ping",
+    "Pinned",
+    "Pong",
+    "Refused",
+    "Register",
+    "Release",
+    "Reserve",
+    "Reserved",
+    "Reset",
+    "Retrieve",
+    "Role",
+    "Statistics",
+    "StatisticsReply",
+    "Taken",
+    "Welcome",
+]
+
+PROTOCOL_VERSION = 1
+MAX_DIGESTS = 65_536
+"""Most chunks one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
+
+_DIGESTS = max_len(32 * MAX_DIGESTS)
+_NAME = max_len(512)
+_ID = max_len(32)
+
+
+class Role(IntEnum):
+    """What a client is to its engine. An observer belongs to none: it may ping and read statistics."""
+
+    OBSERVER = 0
+    SCHEDULER = 1
+    WORKER = 2
+
+
+class AnswerState(IntEnum):
+    """What the server knows of a lookup. UNKNOWN: never asked, or ended; it is never said of a pending one."""
+
+    PENDING = 0
+    ANSWERED = 1
+    UNKNOWN = 2
+
+
+class ErrorKind(IntEnum):
+    """Which branch of `lmcache_trio.errors` an ErrorReply raises at the client."""
+
+    UNAVAILABLE = 0
+    GONE = 1
+    MISUSE = 2
+    PROTOCOL = 3
+
+
+class Message:
+    """Base of all sentences. `opcode` is the first byte on the wire and is never reused."""
+
+    opcode: ClassVar[int]
+
+
+# --- rendezvous: one request and one reply on the well-known address ------------------------------------------------
+
+
+@attrs.frozen
+class Hello(Message):
+    """Who asks to be let in. *token* is 16 random bytes, one a client object, the same after a reconnect."""
+
+    opcode: ClassVar[int] = 1
+    version: int
+    client: str = attrs.field(validator=_NAME)
+    token: bytes = attrs.field(validator=_ID)
+    role: Role
+    engine: str = attrs.field(default="", validator=_NAME)
+    shard: int = attrs.field(default=0, validator=ge(0))
+    shards: int = attrs.field(default=1, validator=ge(1))
+
+
+@attrs.frozen
+class Welcome(Message):
+    """Where this client's own socket is, and where the arena is. Withdrawn when not taken up within 5 s.
+
+    *arena_path* is empty for a client that gets no arena; *arena_note* then says why. *taken* bytes of the arena are
+    backed by memory so far. *nonce* stands in the first 16 bytes of the arena file.
+    """
+
+    opcode: ClassVar[int] = 2
+    version: int
+    address: str = attrs.field(validator=_NAME)
+    boot: bytes = attrs.field(validator=_ID)
+    chunk_tokens: int = attrs.field(validator=ge(1))
+    arena_path: str = attrs.field(default="", validator=max_len(4096))
+    arena_size: int = attrs.field(default=0, validator=ge(0))
+    taken: int = attrs.field(default=0, validator=ge(0))
+    nonce: bytes = attrs.field(default=b"", validator=_ID)
+    arena_note: str = attrs.field(default="", validator=_NAME)
+
+
+@attrs.frozen
+class Refused(Message):
+    """The rendezvous' only other answer: why not, and what to do."""
+
+    opcode: ClassVar[int] = 3
+    kind: ErrorKind
+    reason: str = attrs.field(validator=max_len(4096))
+
+
+# --- requests, on the client's own connection -----------------------------------------------------------------------
+
+
+@attrs.frozen
+class Ping(Message):
+    opcode: ClassVar[int] = 16
+    id: int
+
+
+@attrs.frozen
+class Statistics(Message):
+    opcode: ClassVar[int] = 17
+    id: int
+
+
+@attrs.frozen
+class Register(Message):
+    """A worker's layout: *fingerprint* of its bytes, *shard_bytes* of one chunk, *block_tokens* of the engine.
+
+    Answered by NamespaceKnown; its namespace is empty while other shards of the engine are still missing.
+    """
+
+    opcode: ClassVar[int] = 18
+    id: int
+    fingerprint: bytes = attrs.field(validator=max_len(32))
+    shard_bytes: int = attrs.field(validator=ge(1))
+    block_tokens: int = attrs.field(validator=ge(1))
+
+
+@attrs.frozen
+class Lookup(Message):
+    """How many leading chunks are there? Opens the session if it is new; answered by Answer.
+
+    The session's known chain is cut to *start* chunks, then extended by *digests*; the first *upto* of it are looked
+    up (0 opens the session only). A digest is sent once: asking again sends start = what the server has, no digests.
+    A lookup replaces the session's former one and releases its lease. *budget_ms*: how long a tier may take
+    (-1: the server's own setting).
+    """
+
+    opcode: ClassVar[int] = 19
+    id: int
+    session: int
+    start: int = attrs.field(validator=ge(0))
+    digests: bytes = attrs.field(validator=_DIGESTS)
+    upto: int = attrs.field(validator=ge(0))
+    budget_ms: int = attrs.field(default=-1, validator=ge(-1))
+
+
+@attrs.frozen
+class LookupStatus(Message):
+    """What became of the session's lookup? Idempotent; answered by Answer."""
+
+    opcode: ClassVar[int] = 20
+    id: int
+    session: int
+
+
+@attrs.frozen
+class Retrieve(Message):
+    """A worker asks to read *count* chunks from position *start* of a lease; answered by Pinned."""
+
+    opcode: ClassVar[int] = 21
+    id: int
+    lease: bytes = attrs.field(validator=_ID)
+    start: int = attrs.field(validator=ge(0))
+    count: int = attrs.field(validator=ge(1))
+
+
+@attrs.frozen
+class Done(Message):
+    """A worker's read has ended; answered by Finished, which says whether what it read is still valid."""
+
+    opcode: ClassVar[int] = 22
+    id: int
+    pin: bytes = attrs.field(validator=_ID)
+
+
+@attrs.frozen
+class Reserve(Message):
+    """A worker asks for slots for its shard of *digests*, which follow *parent* (empty: the chain's first).
+
+    *session* is the scheduler's; a session that the server does not know, or that ended, gets no slots.
+    """
+
+    opcode: ClassVar[int] = 23
+    id: int
+    session: int
+    parent: bytes = attrs.field(validator=_ID)
+    digests: bytes = attrs.field(validator=_DIGESTS)
+
+
+@attrs.frozen
+class Commit(Message):
+    """All bytes of the reservation were written and the copy has ended; answered by Committed."""
+
+    opcode: ClassVar[int] = 24
+    id: int
+    reservation: bytes = attrs.field(validator=_ID)
+
+
+@attrs.frozen
+class Abort(Message):
+    """The copy into the reservation has ended and is to be forgotten; answered by Ack."""
+
+    opcode: ClassVar[int] = 25
+    id: int
+    reservation: bytes = attrs.field(validator=_ID)
+
+
+@attrs.frozen
+class CopiesEnded(Message):
+    """After a reconnect: the copies that the old connection had in flight have ended; answered by Ack."""
+
+    opcode: ClassVar[int] = 26
+    id: int
+    token: bytes = attrs.field(validator=_ID)
+
+
+@attrs.frozen
+class Reset(Message):
+    """A scheduler drops its engine's namespace; answered by Ack once nothing of it can be served."""
+
+    opcode: ClassVar[int] = 27
+    id: int
+
+
+# --- notices, from the client ---------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Taken(Message):
+    """The engine allocated blocks for this lease: it no longer counts against lease_share."""
+
+    opcode: ClassVar[int] = 40
+    session: int
+    lease: bytes = attrs.field(validator=_ID)
+
+
+@attrs.frozen
+class Release(Message):
+    """The session's lookup is not wanted any more: pending it is cancelled, answered its lease ends."""
+
+    opcode: ClassVar[int] = 41
+    session: int
+
+
+@attrs.frozen
+class Ended(Message):
+    """The session goes, with everything it owned."""
+
+    opcode: ClassVar[int] = 42
+    session: int
+
+
+# --- replies and pushes, from the server ----------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Pong(Message):
+    opcode: ClassVar[int] = 64
+    id: int
+    boot: bytes = attrs.field(validator=_ID)
+
+
+@attrs.frozen
+class StatisticsReply(Message):
+    """*json* is one object with the keys `held` and `counted`."""
+
+    opcode: ClassVar[int] = 65
+    id: int
+    json: bytes = attrs.field(validator=max_len(1 << 20))
+
+
+@attrs.frozen
+class NamespaceKnown(Message):
+    """Reply to Register; also pushed with id 0 to the engine's clients when the namespace becomes known or changes."""
+
+    opcode: ClassVar[int] = 66
+    id: int
+    namespace: bytes = attrs.field(validator=_ID)
+
+
+@attrs.frozen
+class Answer(Message):
+    """A lookup's state. Reply to Lookup and LookupStatus; pushed with id 0 when a pending lookup became known.
+
+    *asked* is the `id` of the Lookup that this speaks of. *chunks* leading chunks may be read under *lease* for *ttl_ms*.
+    """
+
+    opcode: ClassVar[int] = 67
+    id: int
+    session: int
+    asked: int
+    state: AnswerState
+    chunks: int = attrs.field(default=0, validator=ge(0))
+    lease: bytes = attrs.field(default=b"", validator=_ID)
+    ttl_ms: int = attrs.field(default=0, validator=ge(0))
+
+
+@attrs.frozen
+class Pinned(Message):
+    """Where the chunks are: one byte offset into the arena a chunk, for this worker's shard. Read, then say Done."""
+
+    opcode: ClassVar[int] = 68
+    id: int
+    pin: bytes = attrs.field(validator=_ID)
+    offsets: bytes = attrs.field(validator=max_len(8 * MAX_DIGESTS))
+
+
+@attrs.frozen
+class Finished(Message):
+    opcode: ClassVar[int] = 69
+    id: int
+    valid: bool
+
+
+@attrs.frozen
+class Reserved(Message):
+    """Slots for some of the asked chunks: `positions[i]` in the request's digests may be written at `offsets[i]`.
+
+    *reservation* is empty when there are none. The rest was dropped, counted by reason in *dropped*.
+    """
+
+    opcode: ClassVar[int] = 70
+    id: int
+    reservation: bytes = attrs.field(validator=_ID)
+    positions: bytes = attrs.field(validator=max_len(4 * MAX_DIGESTS))
+    offsets: bytes = attrs.field(validator=max_len(8 * MAX_DIGESTS))
+    dropped: dict[str, int] = attrs.field(factory=dict, validator=max_len(64))
+
+
+@attrs.frozen
+class Committed(Message):
+    """*published* chunks of the reservation became part of the cache with this shard; 0 after a refusal."""
+
+    opcode: ClassVar[int] = 71
+    id: int
+    published: int = attrs.field(validator=ge(0))
+
+
+@attrs.frozen
+class Ack(Message):
+    opcode: ClassVar[int] = 72
+    id: int
+
+
+@attrs.frozen
+class ErrorReply(Message):
+    """The request failed; id 0 when the request's id could not be read (the connection ends after it)."""
+
+    opcode: ClassVar[int] = 73
+    id: int
+    kind: ErrorKind
+    message: str = attrs.field(validator=max_len(4096))
+
+
+@attrs.frozen
+class ArenaGrown(Message):
+    """Push: the arena's first *taken* bytes are backed by memory now; a client may fault its mapping in up to there."""
+
+    opcode: ClassVar[int] = 74
+    taken: int = attrs.field(validator=ge(0))

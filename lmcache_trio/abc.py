@@ -1,0 +1,117 @@
+"""What a plugin implements: `Memory`, `Tier`, `Device`.
+
+All three share one life. An entry point (`lmcache_trio.memory`, `lmcache_trio.tiers`, `lmcache_trio.devices`) names a
+class; its `Config` is an attrs class into which the class's own table of the configuration file is structured, unknown
+keys refused; the class is made with that config, `open()` is entered, used, left; `statistics()` tells what it holds.
+
+Buffers: whoever hands a buffer in gets it back when the call returns *and not before*. A cancelled call that has given
+its buffer to a thread keeps it until the thread is done (see `lmcache_trio.threads.offload`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, ClassVar
+
+import attrs
+
+from lmcache_trio._core.keys import ChunkKey
+
+__all__ = ["ChunkKey", "Load", "Memory", "Record", "Tier"]
+
+
+class Memory(ABC):
+    """Host memory that slots live in: one file that clients map (L1).
+
+    The server alone grows it, and touches its pages only in tier and device I/O.
+    """
+
+    Config: ClassVar[type[Any]]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    @abstractmethod
+    def path(self) -> str:
+        """The file that a client opens and maps."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes that `grow` will take in the end, if the file system lets it."""
+
+    @property
+    @abstractmethod
+    def nonce(self) -> bytes:
+        """16 random bytes that stand at the start of the file; slots begin behind the first page."""
+
+    @abstractmethod
+    def open(self) -> AbstractAsyncContextManager[None]:
+        """Make the file, private to the user, and remove it at the end. Files that a dead server left are removed first."""
+
+    @abstractmethod
+    async def grow(self) -> int:
+        """Take the next piece, in a thread. Returns the bytes taken so far; the same number again means: no more to come."""
+
+    @abstractmethod
+    def view(self, offset: int, length: int) -> memoryview:
+        """The bytes of one slot, for a tier's I/O. Must lie inside what was taken."""
+
+    @abstractmethod
+    def statistics(self) -> dict[str, int | str]:
+        """What is held: at least `bytes_taken` and `bytes_size`."""
+
+
+@attrs.frozen
+class Record:
+    """A chunk to be stored: its bytes, one buffer a shard, and its *parent*'s digest (empty: the chain's first)."""
+
+    key: ChunkKey
+    parent: bytes
+    shards: Sequence[memoryview]
+
+
+@attrs.frozen
+class Load:
+    """A chunk that is wanted, and where its bytes go: one writable buffer a shard, of the exact length."""
+
+    key: ChunkKey
+    shards: Sequence[memoryview]
+
+
+class Tier(ABC):
+    """A slower place below memory (L2 and down): disk, a shared store.
+
+    Absent is never an error. A call that fails raises `Unavailable`, and the server fences the tier. After any
+    cancellation the tier is as usable as before and owns no buffer.
+    """
+
+    Config: ClassVar[type[Any]]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def open(self) -> AbstractAsyncContextManager[None]:
+        """Make ready; what was stored before is there again. Entered once more after a fence, on the same object."""
+
+    @abstractmethod
+    async def contains(self, keys: Sequence[ChunkKey]) -> Sequence[bool]:
+        """Which of *keys* a load would find, in order. A hint: the load may still miss."""
+
+    @abstractmethod
+    async def load(self, loads: Sequence[Load]) -> Sequence[bool]:
+        """Fill the buffers; False for a chunk that is absent or failed verification: its buffers then hold garbage."""
+
+    @abstractmethod
+    async def store(self, records: Sequence[Record]) -> Sequence[bool]:
+        """Keep the chunks; False for one that was not taken (no space, not admitted, known already is True)."""
+
+    @abstractmethod
+    async def delete(self, namespace: bytes) -> None:
+        """Forget every chunk of *namespace*, before returning."""
+
+    @abstractmethod
+    def statistics(self) -> dict[str, int | str]:
+        """What is held and counted: at least `chunks`, `bytes_used` and `bytes_capacity`."""
