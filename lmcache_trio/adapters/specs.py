@@ -1,0 +1,55 @@
+"""What the scheduler's side tells the workers' side to move: plain values that an engine carries between its processes.
+
+Nothing here decides or moves anything. Every field is an int, a str, bytes or a tuple of ints, so that an engine can
+send a spec through whatever it uses between its own processes.
+"""
+
+import attrs
+from attrs.validators import ge
+
+from lmcache_trio._core.keys import DIGEST_BYTES
+from lmcache_trio.errors import Misuse
+
+__all__ = ["LoadSpec", "StoreSpec"]
+
+
+@attrs.frozen
+class StoreSpec:
+    """Whole chunks to be stored: *digests* (packed, 32 bytes each) follow *parent* (empty: the chain's first).
+
+    *block_ids* are the engine's blocks that hold them, chunk after chunk, each chunk's in order.
+    """
+
+    request_id: str
+    session: int
+    parent: bytes
+    digests: bytes
+    block_ids: tuple[int, ...]
+
+    def __attrs_post_init__(self) -> None:
+        if not self.digests or len(self.digests) % DIGEST_BYTES:
+            raise Misuse(f"StoreSpec.digests has {len(self.digests)} bytes: give 32 bytes a chunk, one chunk or more")
+        if not self.block_ids or len(self.block_ids) % self.chunks:
+            raise Misuse(f"StoreSpec.block_ids has {len(self.block_ids)} blocks for {self.chunks} chunks: give whole chunks")
+
+    @property
+    def chunks(self) -> int:
+        return len(self.digests) // DIGEST_BYTES
+
+
+@attrs.frozen
+class LoadSpec:
+    """Chunks to be loaded: *count* of them from position *start* of *lease*.
+
+    *block_ids* are the blocks to be written, and no other block is. They stand for the chunks' blocks in order, after
+    the first *skip_blocks* blocks of the first chunk (those the engine has already, and may share); they may end
+    before the last chunk does. An empty *lease* means that the answer is used up: the blocks come back as failed.
+    """
+
+    request_id: str
+    session: int
+    lease: bytes
+    start: int = attrs.field(validator=ge(0))
+    count: int = attrs.field(validator=ge(1))
+    skip_blocks: int = attrs.field(validator=ge(0))
+    block_ids: tuple[int, ...]
