@@ -9,14 +9,17 @@ Digests travel packed (32 bytes each), slot offsets as packed little-endian uint
 uint32: a list of integers costs twenty times as much to encode.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import attrs
-from attrs.validators import ge, max_len
+import msgspec
+from attrs.validators import and_, ge, max_len
 
 __all__ = [
     "MAX_DIGESTS",
+    "MAX_NUMBER",
     "PROTOCOL_VERSION",
     "Ack",
     "Answer",
@@ -57,7 +60,24 @@ PROTOCOL_VERSION = 1
 MAX_DIGESTS = 65_536
 """Most chunks one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
 
-_DIGESTS = max_len(32 * MAX_DIGESTS)
+MAX_NUMBER = 2**63 - 1
+"""The largest request id and session number: what fits a signed 64-bit integer everywhere."""
+
+Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
+"""A request id (0 is no request) or session number; the bounds are checked in decoding, in C."""
+
+
+def _packed(width: int) -> Callable[[Any, "attrs.Attribute[Any]", Any], None]:
+    def whole(instance: Any, attribute: "attrs.Attribute[Any]", value: bytes) -> None:
+        if len(value) % width:
+            raise ValueError(f"{attribute.name}: {len(value)} bytes are no whole number of {width}-byte items")
+
+    return and_(max_len(width * MAX_DIGESTS), whole)
+
+
+_DIGESTS = _packed(32)
+_OFFSETS = _packed(8)
+_POSITIONS = _packed(4)
 _NAME = max_len(512)
 _ID = max_len(32)
 
@@ -145,13 +165,13 @@ class Refused(Message):
 @attrs.frozen
 class Ping(Message):
     opcode: ClassVar[int] = 16
-    id: int
+    id: Number
 
 
 @attrs.frozen
 class Statistics(Message):
     opcode: ClassVar[int] = 17
-    id: int
+    id: Number
 
 
 @attrs.frozen
@@ -162,7 +182,7 @@ class Register(Message):
     """
 
     opcode: ClassVar[int] = 18
-    id: int
+    id: Number
     fingerprint: bytes = attrs.field(validator=max_len(32))
     shard_bytes: int = attrs.field(validator=ge(1))
     block_tokens: int = attrs.field(validator=ge(1))
@@ -179,8 +199,8 @@ class Lookup(Message):
     """
 
     opcode: ClassVar[int] = 19
-    id: int
-    session: int
+    id: Number
+    session: Number
     start: int = attrs.field(validator=ge(0))
     digests: bytes = attrs.field(validator=_DIGESTS)
     upto: int = attrs.field(validator=ge(0))
@@ -192,8 +212,8 @@ class LookupStatus(Message):
     """What became of the session's lookup? Idempotent; answered by Answer."""
 
     opcode: ClassVar[int] = 20
-    id: int
-    session: int
+    id: Number
+    session: Number
 
 
 @attrs.frozen
@@ -201,7 +221,7 @@ class Retrieve(Message):
     """A worker asks to read *count* chunks from position *start* of a lease; answered by Pinned."""
 
     opcode: ClassVar[int] = 21
-    id: int
+    id: Number
     lease: bytes = attrs.field(validator=_ID)
     start: int = attrs.field(validator=ge(0))
     count: int = attrs.field(validator=ge(1))
@@ -212,7 +232,7 @@ class Done(Message):
     """A worker's read has ended; answered by Finished, which says whether what it read is still valid."""
 
     opcode: ClassVar[int] = 22
-    id: int
+    id: Number
     pin: bytes = attrs.field(validator=_ID)
 
 
@@ -224,8 +244,8 @@ class Reserve(Message):
     """
 
     opcode: ClassVar[int] = 23
-    id: int
-    session: int
+    id: Number
+    session: Number
     parent: bytes = attrs.field(validator=_ID)
     digests: bytes = attrs.field(validator=_DIGESTS)
 
@@ -235,7 +255,7 @@ class Commit(Message):
     """All bytes of the reservation were written and the copy has ended; answered by Committed."""
 
     opcode: ClassVar[int] = 24
-    id: int
+    id: Number
     reservation: bytes = attrs.field(validator=_ID)
 
 
@@ -244,7 +264,7 @@ class Abort(Message):
     """The copy into the reservation has ended and is to be forgotten; answered by Ack."""
 
     opcode: ClassVar[int] = 25
-    id: int
+    id: Number
     reservation: bytes = attrs.field(validator=_ID)
 
 
@@ -253,7 +273,7 @@ class CopiesEnded(Message):
     """After a reconnect: the copies that the old connection had in flight have ended; answered by Ack."""
 
     opcode: ClassVar[int] = 26
-    id: int
+    id: Number
     token: bytes = attrs.field(validator=_ID)
 
 
@@ -262,7 +282,7 @@ class Reset(Message):
     """A scheduler drops its engine's namespace; answered by Ack once nothing of it can be served."""
 
     opcode: ClassVar[int] = 27
-    id: int
+    id: Number
 
 
 # --- notices, from the client ---------------------------------------------------------------------------------------
@@ -273,7 +293,7 @@ class Taken(Message):
     """The engine allocated blocks for this lease: it no longer counts against lease_share."""
 
     opcode: ClassVar[int] = 40
-    session: int
+    session: Number
     lease: bytes = attrs.field(validator=_ID)
 
 
@@ -282,7 +302,7 @@ class Release(Message):
     """The session's lookup is not wanted any more: pending it is cancelled, answered its lease ends."""
 
     opcode: ClassVar[int] = 41
-    session: int
+    session: Number
 
 
 @attrs.frozen
@@ -290,7 +310,7 @@ class Ended(Message):
     """The session goes, with everything it owned."""
 
     opcode: ClassVar[int] = 42
-    session: int
+    session: Number
 
 
 # --- replies and pushes, from the server ----------------------------------------------------------------------------
@@ -299,7 +319,7 @@ class Ended(Message):
 @attrs.frozen
 class Pong(Message):
     opcode: ClassVar[int] = 64
-    id: int
+    id: Number
     boot: bytes = attrs.field(validator=_ID)
 
 
@@ -308,7 +328,7 @@ class StatisticsReply(Message):
     """*json* is one object with the keys `held` and `counted`."""
 
     opcode: ClassVar[int] = 65
-    id: int
+    id: Number
     json: bytes = attrs.field(validator=max_len(1 << 20))
 
 
@@ -317,7 +337,7 @@ class NamespaceKnown(Message):
     """Reply to Register; also pushed with id 0 to the engine's clients when the namespace becomes known or changes."""
 
     opcode: ClassVar[int] = 66
-    id: int
+    id: Number
     namespace: bytes = attrs.field(validator=_ID)
 
 
@@ -329,9 +349,9 @@ class Answer(Message):
     """
 
     opcode: ClassVar[int] = 67
-    id: int
-    session: int
-    asked: int
+    id: Number
+    session: Number
+    asked: Number
     state: AnswerState
     chunks: int = attrs.field(default=0, validator=ge(0))
     lease: bytes = attrs.field(default=b"", validator=_ID)
@@ -343,15 +363,15 @@ class Pinned(Message):
     """Where the chunks are: one byte offset into the arena a chunk, for this worker's shard. Read, then say Done."""
 
     opcode: ClassVar[int] = 68
-    id: int
+    id: Number
     pin: bytes = attrs.field(validator=_ID)
-    offsets: bytes = attrs.field(validator=max_len(8 * MAX_DIGESTS))
+    offsets: bytes = attrs.field(validator=_OFFSETS)
 
 
 @attrs.frozen
 class Finished(Message):
     opcode: ClassVar[int] = 69
-    id: int
+    id: Number
     valid: bool
 
 
@@ -363,10 +383,10 @@ class Reserved(Message):
     """
 
     opcode: ClassVar[int] = 70
-    id: int
+    id: Number
     reservation: bytes = attrs.field(validator=_ID)
-    positions: bytes = attrs.field(validator=max_len(4 * MAX_DIGESTS))
-    offsets: bytes = attrs.field(validator=max_len(8 * MAX_DIGESTS))
+    positions: bytes = attrs.field(validator=_POSITIONS)
+    offsets: bytes = attrs.field(validator=_OFFSETS)
     dropped: dict[str, int] = attrs.field(factory=dict, validator=max_len(64))
 
 
@@ -375,14 +395,14 @@ class Committed(Message):
     """*published* chunks of the reservation became part of the cache with this shard; 0 after a refusal."""
 
     opcode: ClassVar[int] = 71
-    id: int
+    id: Number
     published: int = attrs.field(validator=ge(0))
 
 
 @attrs.frozen
 class Ack(Message):
     opcode: ClassVar[int] = 72
-    id: int
+    id: Number
 
 
 @attrs.frozen
@@ -390,7 +410,7 @@ class ErrorReply(Message):
     """The request failed; id 0 when the request's id could not be read (the connection ends after it)."""
 
     opcode: ClassVar[int] = 73
-    id: int
+    id: Number
     kind: ErrorKind
     message: str = attrs.field(validator=max_len(4096))
 

@@ -1,0 +1,159 @@
+"""Moves whole messages of bytes between a server and its clients; says nothing of what they mean.
+
+A server listens at a well-known address, the *rendezvous*, where a client introduces itself with one request and gets
+one reply. The reply names an address made for this client alone, where the two then hold one ordered, full-duplex
+*connection* (a *pair*). What carries it is chosen by the address: `ipc://` and `tcp://` by pynng, `memory://` inside
+one process. Every function here is called in the Trio loop; only `Connection.send_nowait` may be called elsewhere.
+
+Importing this imports no pynng: a process that forks may import it before, and open sockets after.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+from lmcache_trio.errors import ConfigError
+
+__all__ = [
+    "MAX_MESSAGE",
+    "Connection",
+    "Introduction",
+    "PairListener",
+    "Rendezvous",
+    "dial_pair",
+    "introduce",
+    "listen",
+    "listen_pair",
+    "wait_listening",
+]
+
+MAX_MESSAGE = 4 << 20
+"""Bytes of the largest message. A peer that sends a larger one loses its connection, and nobody else notices."""
+
+
+class Connection(ABC):
+    """One ordered, full-duplex stream of whole messages with one peer. One task at a time may receive."""
+
+    @property
+    @abstractmethod
+    def peer_pid(self) -> int | None:
+        """The peer's process id; None where it can't be seen (TCP, another pid namespace)."""
+
+    @abstractmethod
+    def send_nowait(self, message: bytes) -> None:
+        """Accept *message* whole, or raise `trio.WouldBlock`; `Gone` when closed. May be called from any thread."""
+
+    @abstractmethod
+    async def send(self, message: bytes) -> None:
+        """Accept *message*, waiting for room; cancelled, it was not sent. `Gone` when closed."""
+
+    @abstractmethod
+    def receive_nowait(self) -> bytes:
+        """The next message, or `trio.WouldBlock`; `Gone` as `receive`."""
+
+    @abstractmethod
+    async def receive(self) -> bytes:
+        """The next message; cancelled, none was lost. `Gone` once the peer is gone and all that came was read."""
+
+    @abstractmethod
+    async def wait_closed(self) -> None:
+        """Return when the peer is gone or `close` was called: by notification, not by asking."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it now; idempotent. Waiters get `Gone`. What was sent and is still on its way may be lost: whoever wants a
+        last word heard sends it and waits, bounded, for `wait_closed`.
+        """
+
+
+class Introduction(ABC):
+    """A client at the rendezvous that waits for its answer."""
+
+    hello: bytes
+    peer_pid: int | None
+
+    @abstractmethod
+    def reply(self, message: bytes) -> None:
+        """Answer, once. A client that is gone by now is no error. Must be done before the next `accept`."""
+
+
+class Rendezvous(ABC):
+    """The server's well-known address."""
+
+    address: str
+
+    @abstractmethod
+    async def accept(self) -> Introduction:
+        """The next client; one that was accepted and not answered is turned away by the next call. `Gone` when closed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop listening and remove the socket file; idempotent."""
+
+
+class PairListener(ABC):
+    """An address made for one client, private to this user."""
+
+    address: str
+
+    @abstractmethod
+    async def accept(self, deadline: float = math.inf) -> Connection:
+        """The connection, once the client is there. By *deadline* (Trio's clock) it raises `Unavailable`; `Gone` if closed.
+
+        The address is withdrawn when this returns or raises.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Withdraw the address, if nobody came; idempotent. A connection that was accepted lives on."""
+
+
+class _Transport(Protocol):
+    def listen(self, address: str) -> Rendezvous: ...
+    def listen_pair(self, near: str) -> PairListener: ...
+    async def dial_pair(self, address: str) -> Connection: ...
+    async def introduce(self, address: str, hello: bytes) -> bytes: ...
+    async def wait_listening(self, address: str) -> None: ...
+
+
+def listen(address: str) -> Rendezvous:
+    """Listen at *address* (`ipc:///absolute/path`, `tcp://127.0.0.1:PORT`); `ConfigError` says what is wrong with it."""
+    return _transport(address).listen(address)
+
+
+def listen_pair(near: str) -> PairListener:
+    """Make a fresh address beside the rendezvous address *near*, and listen there for one client."""
+    return _transport(near).listen_pair(near)
+
+
+async def dial_pair(address: str) -> Connection:
+    """Take up the connection that the rendezvous' reply named; `Unavailable` when nobody listens there (any more)."""
+    return await _transport(address).dial_pair(address)
+
+
+async def introduce(address: str, hello: bytes) -> bytes:
+    """Send *hello* to the rendezvous at *address* and return its reply.
+
+    `Unavailable` at once when nobody listens or the server goes. Unbounded otherwise: use a deadline. Cancelled, it leaves nothing.
+    """
+    return await _transport(address).introduce(address, hello)
+
+
+async def wait_listening(address: str) -> None:
+    """Wait until a server accepts at *address*, however long that takes."""
+    await _transport(address).wait_listening(address)
+
+
+def _transport(address: str) -> _Transport:
+    scheme, found, _ = address.partition("://")
+    if found and scheme in ("ipc", "tcp"):
+        from lmcache_trio._transport import pynng
+
+        return pynng
+    if found and scheme == "memory":
+        from lmcache_trio._transport import memory
+
+        return memory
+    raise ConfigError("address", f"{address!r} is no address: use ipc:///absolute/path or tcp://127.0.0.1:PORT")

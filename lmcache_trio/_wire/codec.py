@@ -1,0 +1,114 @@
+"""Turns sentences into bytes and back: one opcode byte, then the sentence as a msgpack map.
+
+Any bytes whatever either decode to a valid sentence or raise `ProtocolError`; nothing else gets out. What may follow
+what is `protocol`'s business.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from lmcache_trio._wire import messages
+from lmcache_trio._wire.messages import MAX_DIGESTS, Message
+from lmcache_trio.errors import ProtocolError
+
+__all__ = [
+    "decode",
+    "decode_expected",
+    "encode",
+    "pack_offsets",
+    "pack_positions",
+    "peek_id",
+    "unpack_offsets",
+    "unpack_positions",
+]
+
+_M = TypeVar("_M", bound=Message)
+
+
+class _IdOnly(msgspec.Struct):
+    id: int = 0
+
+
+def _sentences() -> list[type[Message]]:
+    named = [getattr(messages, name) for name in messages.__all__]
+    return [c for c in named if isinstance(c, type) and issubclass(c, Message) and c is not Message]
+
+
+_CLASSES: dict[int, type[Message]] = {}
+for _class in _sentences():
+    if _class.opcode in _CLASSES:
+        raise ImportError(f"{_class.__name__} and {_CLASSES[_class.opcode].__name__} share opcode {_class.opcode}")
+    _CLASSES[_class.opcode] = _class
+
+_DECODERS: dict[int, Callable[[Any], Any]] = {code: msgspec.msgpack.Decoder(c).decode for code, c in _CLASSES.items()}
+_PREFIXES: dict[type[Message], bytes] = {c: bytes([code]) for code, c in _CLASSES.items()}
+_encode_body = msgspec.msgpack.Encoder().encode
+_decode_id = msgspec.msgpack.Decoder(_IdOnly).decode
+
+
+def encode(message: Message) -> bytes:
+    """The frame that says *message*."""
+    return _PREFIXES[type(message)] + _encode_body(message)
+
+
+def decode(frame: bytes) -> Message:
+    """The sentence that *frame* says; `ProtocolError` names the sentence and what is wrong with it."""
+    try:
+        decoder = _DECODERS[frame[0]]
+    except IndexError:
+        raise ProtocolError("an empty frame is no sentence") from None
+    except KeyError:
+        raise ProtocolError(f"opcode {frame[0]} is no sentence of this protocol") from None
+    try:
+        message: Message = decoder(memoryview(frame)[1:])
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError) as exc:
+        raise ProtocolError(f"{_CLASSES[frame[0]].__name__}: {exc}") from exc
+    return message
+
+
+def decode_expected(frame: bytes, *classes: type[_M]) -> _M:
+    """`decode`, where only sentences of *classes* are in place."""
+    message = decode(frame)
+    if not isinstance(message, classes):
+        names = " or ".join(c.__name__ for c in classes)
+        raise ProtocolError(f"{type(message).__name__} came where {names} was expected")
+    return message
+
+
+def peek_id(frame: bytes) -> int:
+    """The request id of a frame that did not decode, if it can still be read; else 0. Never raises."""
+    try:
+        found = _decode_id(memoryview(frame)[1:]).id
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError):
+        return 0
+    return found if 0 <= found <= messages.MAX_NUMBER else 0
+
+
+def pack_offsets(offsets: Sequence[int]) -> bytes:
+    """Byte offsets as little-endian uint64."""
+    return struct.pack(f"<{len(offsets)}Q", *offsets)
+
+
+def unpack_offsets(packed: bytes) -> tuple[int, ...]:
+    """The inverse of `pack_offsets`; `ProtocolError` on a length that is none."""
+    return _unpack(packed, 8, "Q", "offsets")
+
+
+def pack_positions(positions: Sequence[int]) -> bytes:
+    """Positions in a list as little-endian uint32."""
+    return struct.pack(f"<{len(positions)}I", *positions)
+
+
+def unpack_positions(packed: bytes) -> tuple[int, ...]:
+    """The inverse of `pack_positions`; `ProtocolError` on a length that is none."""
+    return _unpack(packed, 4, "I", "positions")
+
+
+def _unpack(packed: bytes, width: int, code: str, what: str) -> tuple[int, ...]:
+    count, rest = divmod(len(packed), width)
+    if rest or count > MAX_DIGESTS:
+        raise ProtocolError(f"{len(packed)} bytes are no packed {what}: {width} each, {MAX_DIGESTS} at most")
+    return struct.unpack(f"<{count}{code}", packed)
