@@ -1,0 +1,170 @@
+"""Every check of the project, each in an environment of its own; `.ci/run` runs them all.
+
+What is tested is the built wheel, never the checkout. torch alone is shared: it is installed once, at the version that
+.ci/constraints.txt pins, and each environment is pointed at it.
+"""
+
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
+PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+IMPORT_NAMES = {"lmcache_trio", "lmcache_trio_backends"}
+
+nox.needs_version = ">=2025.2"
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_external_run = True
+nox.options.sessions = ["lint", "typing", "build", "docs", "tests", "minimums", "demo"]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, banned names and the layers of docs/design.md."""
+    session.install(*_group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'backends'}"})
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """mypy (strict) and pyright over everything, then the types that users of the installed wheel see."""
+    _install_wheel(session, *_group("typing"), "nox")
+    session.run("mypy")
+    session.run("pyright", "--pythonpath", _python(session))
+    with session.chdir(session.create_tmp()):  # away from the checkout, so that the wheel is what is found
+        session.run("pyright", "--pythonpath", _python(session), "--verifytypes", "lmcache_trio", "--ignoreexternal")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests on the installed wheel; warnings are errors and a hang is a failure."""
+    _install_wheel(session, *_group("test"))
+    _pytest(session, "--ignore=tests/e2e", "--ignore=tests/crash", *session.posargs)
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """The tests on the oldest dependencies that pyproject.toml allows; torch stays at its pin."""
+    oldest = Path(session.create_tmp()) / "oldest.txt"
+    oldest.write_text("".join(f"{line}\n" for line in _oldest()))
+    _install_wheel(session, "-c", str(oldest), *_group("test"))
+    session.run("python", "-m", "pip", "freeze")
+    _pytest(session, "--ignore=tests/e2e", "--ignore=tests/crash", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, warnings as errors; a name that leads nowhere is a warning."""
+    _install_wheel(session, *_group("docs"))
+    session.run("sphinx-build", "-W", "-n", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Wheel and sdist: the top-level names are exactly the two, and a plain install in a fresh environment works."""
+    dist = _dist(session)
+    session.install("build")
+    session.run("python", "-m", "build", "--outdir", str(dist), str(ROOT))
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name.split("/")[0] for name in archive.namelist()}
+    found = {name for name in names if not name.endswith(".dist-info")}
+    if found != IMPORT_NAMES:
+        session.error(f"the wheel's top-level names are {sorted(found)}, not {sorted(IMPORT_NAMES)}")
+    session.install("-c", str(CONSTRAINTS), str(wheel))
+    session.run("python", "-m", "pip", "check")
+    _check_installed(session)
+    session.run("lmcache-trio", "--help", silent=True)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The main job, as a new user runs it."""
+    _install_wheel(session)
+    session.run("lmcache-trio", "demo", *session.posargs)
+
+
+@nox.session
+def crash(session: nox.Session) -> None:
+    """Kill the server at random points, restart it on the same directory, check every hit byte by byte."""
+    if not (ROOT / "tests" / "crash").is_dir():
+        session.skip("crash: there is no tests/crash: nothing outlives the server yet")
+    _install_wheel(session, *_group("test"))
+    _pytest(session, "tests/crash", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need a CUDA device."""
+    _install_wheel(session, *_group("test"))
+    asked = session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True)
+    if str(asked).strip() != "True":
+        session.skip("gpu: torch.cuda.is_available() is False: no CUDA device, or a torch built without CUDA")
+    _pytest(session, "-m", "gpu", "--ignore=tests/e2e", *session.posargs)
+
+
+def _group(name: str) -> list[str]:
+    return nox.project.dependency_groups(PROJECT, name)
+
+
+def _python(session: nox.Session) -> str:
+    return str(Path(session.bin) / "python")
+
+
+def _oldest() -> list[str]:
+    """One exact pin for each direct dependency but torch, from the lower bounds in pyproject.toml."""
+    pins = []
+    for requirement in map(Requirement, PROJECT["project"]["dependencies"]):
+        if requirement.name == "torch":
+            continue
+        (lowest,) = (spec.version for spec in requirement.specifier if spec.operator == ">=")
+        pins.append(f"{requirement.name}=={lowest}")
+    return pins
+
+
+def _dist(session: nox.Session) -> Path:
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    return dist
+
+
+def _install_wheel(session: nox.Session, *more: str) -> None:
+    """Build the wheel and install it with *more* and the pinned torch."""
+    _share_torch(session)
+    dist = _dist(session)
+    session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(dist), str(ROOT))
+    (wheel,) = dist.glob("*.whl")
+    session.install("-c", str(CONSTRAINTS), str(wheel), *more)
+    _check_installed(session)
+
+
+def _check_installed(session: nox.Session) -> None:
+    code = "import lmcache_trio as it, sys; sys.exit('site-packages' not in it.__file__ and it.__file__)"
+    session.run("python", "-c", code, env={"PYTHONSAFEPATH": "1"})
+
+
+def _share_torch(session: nox.Session) -> None:
+    """Install the pinned torch once, and point the session's environment at it with a .pth file.
+
+    What the environment installs itself comes first on its path, so only torch and what nobody else brings are shared.
+    """
+    home = ROOT / ".nox" / f"torch-{sys.version_info.major}.{sys.version_info.minor}"
+    stamp = home / "constraints.txt"
+    if not stamp.exists() or stamp.read_text() != CONSTRAINTS.read_text():
+        shutil.rmtree(home, ignore_errors=True)
+        session.run("python", "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), "--target", str(home), "torch")
+        stamp.write_text(CONSTRAINTS.read_text())
+    for site in Path(session.virtualenv.location).glob("lib/python*/site-packages"):
+        (site / "shared_torch.pth").write_text(f"{home}\n")
+
+
+def _pytest(session: nox.Session, *args: str) -> None:
+    """Run the tests from the checkout, with the checkout kept off the import path."""
+    session.run("python", "-m", "pytest", *args, env={"PYTHONSAFEPATH": "1"})
