@@ -1,1 +1,1 @@
-"""The built-in backends. Nobody imports them: the server finds them by entry point, like any other plugin."""
+"""The backends that come with lmcache-trio, found by entry point like anyone's: nobody imports them by name."""

@@ -1,0 +1,99 @@
+"""A session: the server's side of one engine request.
+
+    UNKNOWN --lookup--> PENDING --answer--> ANSWERED
+       ^                   |                   |
+       `-----release-------'------release------'        lookup: from any state to PENDING
+
+It holds the request's digest chain, its current lookup (the id of the request that asked, its state, its answer) and
+that answer's lease. Rule 1: every transition of a session lives in this file. Rule 2: no I/O and no clock here. Rule 3: the
+answer stays until the next lookup or the end, so that a status question may be asked as often as one likes. Rule 4: a
+method that raises has changed nothing.
+
+An answer whose lease has run out, or was ended by a reset, reads ANSWERED with 0 chunks: the answer is still definitive,
+and 0 is the only count that can be kept now. UNKNOWN would read as "ask again", and the old count would make the
+engine load what may be gone.
+"""
+
+import enum
+import math
+from collections.abc import Sequence
+
+import attrs
+
+from lmcache_trio.errors import Misuse
+
+__all__ = ["LookupState", "Session", "Status"]
+
+
+class LookupState(enum.Enum):
+    """What is known of a session's lookup. UNKNOWN: there was none, or it was released."""
+
+    UNKNOWN = "unknown"
+    PENDING = "pending"
+    ANSWERED = "answered"
+
+
+@attrs.frozen
+class Status:
+    """What a status question is answered with; `ttl` is in seconds, 0 without a lease."""
+
+    asked: int
+    state: LookupState
+    chunks: int = 0
+    lease: bytes = b""
+    ttl: float = 0.0
+
+
+@attrs.define(eq=False)
+class Session:
+    """One engine request. *number* is the engine's name for it; *lease* is b"" when none is held."""
+
+    number: int
+    chain: list[bytes] = attrs.field(factory=list)
+    asked: int = 0
+    state: LookupState = LookupState.UNKNOWN
+    chunks: int = 0
+    lease: bytes = b""
+    expires: float = -math.inf
+
+    def lookup(self, start: int, digests: Sequence[bytes], upto: int, asked: int) -> list[bytes]:
+        """Cut the chain to *start* chunks, extend it by *digests*, and make *asked* the lookup of its first *upto*.
+
+        Returns those. The former lookup's answer is forgotten, and with it its lease: read `lease` first and end it.
+        Misuse when the chain has no *start* chunks, or the new one no *upto*.
+        """
+        if start > len(self.chain):
+            raise Misuse(f"start is {start}, but session {self.number} has {len(self.chain)} chunks: send them too")
+        if upto > start + len(digests):
+            raise Misuse(f"upto is {upto}, but the chain of session {self.number} ends at {start + len(digests)}")
+        self.chain[start:] = digests
+        self._forget(LookupState.PENDING)
+        self.asked = asked
+        return self.chain[:upto]
+
+    def answer(self, asked: int, chunks: int, lease: bytes = b"", expires: float = -math.inf) -> bool:
+        """The lookup *asked* found *chunks* leading chunks. False, and nothing changed, when it is not pending any more."""
+        if self.state is not LookupState.PENDING or self.asked != asked:
+            return False
+        self.state, self.chunks, self.lease, self.expires = LookupState.ANSWERED, chunks, lease, expires
+        return True
+
+    def release(self) -> bytes:
+        """The lookup is not wanted any more. Returns its lease, for the caller to end, or b""."""
+        lease = self.lease
+        self._forget(LookupState.UNKNOWN)
+        return lease
+
+    def lose_lease(self) -> None:
+        """The lease was ended by someone else (a reset): an answer given under it is 0 chunks from now on."""
+        self.chunks, self.lease, self.expires = 0, b"", -math.inf
+
+    def status(self, now: float) -> Status:
+        """What to say of the lookup at *now*. Idempotent."""
+        if self.lease and now >= self.expires:
+            self.lose_lease()
+        ttl = max(0.0, self.expires - now) if self.lease else 0.0
+        return Status(self.asked, self.state, self.chunks, self.lease, ttl)
+
+    def _forget(self, state: LookupState) -> None:
+        self.state, self.chunks, self.lease, self.expires = state, 0, b"", -math.inf

@@ -1,0 +1,340 @@
+"""The server's settings: one tree of frozen classes, and where their values come from.
+
+Defaults < file (TOML) < environment (`LMCACHE_TRIO_MEMORY__SIZE`) < flags (`--set memory.size=4GiB`). Everything is
+structured by cattrs with strict hooks: nothing is coerced (`"7"` is no integer), an unknown key is named with the one
+that was probably meant. Each problem ends in one `ConfigError` with the dotted key and the fix.
+
+This module refuses to know backends: a backend's table is kept as it is, and structured into the backend's own `Config`
+class with `structure` when the backend is found (a field with `metadata={"unit": "bytes"}` takes `"4GiB"` too).
+"""
+
+import difflib
+import ipaddress
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
+
+import attrs
+import cattrs
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+
+from lmcache_trio.errors import ConfigError
+
+__all__ = ["Config", "Table", "default_address", "describe", "load_config", "parse_size", "structure"]
+
+Table = dict[str, Any]
+"""A backend's own settings, not yet structured."""
+
+T = TypeVar("T")
+
+ENVIRONMENT_PREFIX = "LMCACHE_TRIO_"
+OTHER_VARIABLES = frozenset({"CONFIG", "LOG"})
+"""Variables with our prefix that are no settings: read by the command line itself. An adapter's begin with CLIENT_."""
+
+MAX_IPC_PATH = 90
+"""Bytes of an ipc path: the kernel's limit is 107, and a client's own socket appends 17 to the rendezvous path."""
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+
+
+def default_address(environ: Mapping[str, str] = os.environ) -> str:
+    """The ipc address that servers and clients of one user meet at when none is given."""
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    where = f"{runtime}/lmcache-trio" if runtime.startswith("/") else f"/tmp/lmcache-trio-{os.getuid()}"
+    return f"ipc://{where}/server.ipc"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `"4GiB"`, `"512 MiB"`, `"1.5G"` or `"1000000"`. ValueError says what is accepted."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    if found is None or unit is None:
+        raise ValueError(f'{text!r} is no size; write a number of bytes, or one with a unit, as in "4GiB"')
+    return int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
+
+
+def _address(instance: object, attribute: "attrs.Attribute[str]", value: str) -> None:
+    scheme, separator, rest = value.partition("://")
+    if not separator or not rest:
+        raise ConfigError("address", f"{value!r} is no address; write ipc:///run/…/server.ipc or tcp://127.0.0.1:5555")
+    if scheme == "ipc":
+        if not rest.startswith("/"):
+            raise ConfigError("address", f"{value!r} has a relative path; write the absolute one, ipc:///…")
+        if len(os.fsencode(rest)) > MAX_IPC_PATH:
+            raise ConfigError("address", f"the path of {value!r} is over {MAX_IPC_PATH} bytes; use a shorter directory")
+    elif scheme == "tcp":
+        host, _, port = rest.rpartition(":")
+        if not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigError("address", f"{value!r} has no port; write tcp://127.0.0.1:PORT, 1 to 65535")
+        if not _is_loopback(host):
+            raise ConfigError(
+                "address", f"{host!r} is not loopback, and there is no authentication yet; use 127.0.0.1 or an ipc:// path"
+            )
+    elif scheme != "memory":
+        raise ConfigError("address", f"{scheme!r} is no transport; use ipc://PATH or tcp://127.0.0.1:PORT")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _between(low: float, high: float, *, above: bool = False) -> Callable[[object, Any, float], None]:
+    """*low* to *high*, both allowed unless *above* (then more than *low*); NaN and infinity never are."""
+
+    def check(instance: object, attribute: Any, value: float) -> None:
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            bound = f"more than {low:g}" if above else f"{low:g} or more"
+            raise ConfigError(attribute.name, f"{value!r} is out of range; give {bound}, and at most {high:g}")
+
+    return check
+
+
+def _has_backend(instance: object, attribute: Any, value: Mapping[str, Any]) -> None:
+    if not isinstance(value.get("backend"), str):
+        raise ConfigError(f"{attribute.name}.backend", 'is missing or no string; name the backend, as in backend = "cpu"')
+
+
+def _all_have_backends(instance: object, attribute: Any, value: Sequence[Mapping[str, Any]]) -> None:
+    for i, table in enumerate(value):
+        if not isinstance(table.get("backend"), str):
+            raise ConfigError(f"tiers.{i}.backend", 'is missing or no string; name the backend, as in backend = "disk"')
+
+
+_DAY = 86_400.0
+
+
+@attrs.frozen
+class Config:
+    """All settings of a server. Each field's `metadata["help"]` is its one line of documentation."""
+
+    address: str = attrs.field(
+        factory=default_address,
+        validator=_address,
+        metadata={"help": "Where clients find the server: ipc://PATH, or tcp:// on loopback."},
+    )
+    chunk_tokens: int = attrs.field(
+        default=256,
+        validator=_between(1, 65_536),
+        metadata={"help": "Tokens a chunk, the unit of caching; a multiple of every engine's block size."},
+    )
+    lease_timeout: float = attrs.field(
+        default=30.0,
+        validator=_between(0.0, _DAY, above=True),
+        metadata={"help": "Seconds for which a lookup's chunks are kept in place for the engine that asked."},
+    )
+    lease_share: float = attrs.field(
+        default=0.5,
+        validator=_between(0.0, 1.0, above=True),
+        metadata={"help": "Share of the arena that requests which are not yet allocated may hold; beyond it hits are shorter."},
+    )
+    reservation_timeout: float = attrs.field(
+        default=60.0,
+        validator=_between(0.0, _DAY, above=True),
+        metadata={"help": "Seconds that a writer has to commit a chunk before it is dropped."},
+    )
+    grace: float = attrs.field(
+        default=5.0,
+        validator=_between(0.0, 3600.0),
+        metadata={"help": "Seconds that clients have to finish after SIGTERM before their connections are ended."},
+    )
+    memory: Mapping[str, Any] = attrs.field(
+        factory=lambda: MappingProxyType({"backend": "cpu"}),
+        validator=_has_backend,
+        metadata={"help": "The arena: `backend` by name, and that backend's own settings (cpu: `size`)."},
+    )
+    tiers: tuple[Mapping[str, Any], ...] = attrs.field(
+        default=(),
+        validator=_all_have_backends,
+        metadata={"help": "Slower places below memory, nearest first: each a table with `backend` and its settings."},
+    )
+    device: Mapping[str, Any] | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(_has_backend),
+        metadata={"help": "Who moves an engine's KV on the server's side, if anyone: `backend` and its settings."},
+    )
+
+
+def describe(cls: type[Any] = Config) -> list[tuple[str, object, str]]:
+    """(name, default, help) of each setting of *cls*, for documentation and the command line."""
+    made = cls()
+    return [(f.name, getattr(made, f.name), str(f.metadata.get("help", ""))) for f in attrs.fields(cls)]
+
+
+def load_config(
+    path: str | os.PathLike[str] | None = None, sets: Sequence[str] = (), environ: Mapping[str, str] = os.environ
+) -> Config:
+    """The settings from *path* (TOML), *environ* and *sets* (`"key=value"`), later ones winning."""
+    table: Table = _read(Path(path)) if path is not None else {}
+    origins: dict[str, str] = {}
+    for key, text, origin in (*_from_environment(environ), *_from_flags(sets)):
+        _put(table, key, _value_of(text))
+        origins[key] = origin
+    if isinstance(memory := table.get("memory"), dict):
+        memory.setdefault("backend", "cpu")
+    try:
+        return structure(Config, table)
+    except ConfigError as exc:
+        if exc.key in origins:
+            raise ConfigError(exc.key, f"{exc.problem} (set by {origins[exc.key]})") from exc
+        raise
+
+
+def structure(cls: type[T], table: Mapping[str, Any], key: str = "") -> T:
+    """*table* as a *cls*, an attrs class, strictly; *key* is the table's own dotted name, for messages."""
+    if not isinstance(table, Mapping):
+        _fail(key, "", f"{table!r} is no table; write it as [{key or 'table'}] with one key a line")
+    plain = dict(table)
+    for field in attrs.fields(cls):  # type: ignore[arg-type]
+        if field.metadata.get("unit") == "bytes" and isinstance(plain.get(field.name), str):
+            try:
+                plain[field.name] = parse_size(plain[field.name])
+            except ValueError as exc:
+                raise ConfigError(_join(key, field.name), str(exc)) from exc
+    try:
+        return _converter.structure(plain, cls)
+    except cattrs.BaseValidationError as exc:
+        _explain(exc, key, cls)
+
+
+def _explain(exc: BaseException, key: str, cls: type[Any] | None) -> NoReturn:
+    """Raise the first problem in cattrs' tree of errors as a ConfigError with its dotted key."""
+    if isinstance(exc, ConfigError):
+        raise ConfigError(_join(key, exc.key), exc.problem) from exc
+    if isinstance(exc, ForbiddenExtraKeysError):
+        _unknown(sorted(exc.extra_fields)[0], [f.name for f in attrs.fields(exc.cl)], key)
+    if isinstance(exc, ClassValidationError):
+        named, others = exc.group_exceptions()
+        for cause, note in named:
+            _explain(cause, _join(key, note.name), None)
+        for other in others:
+            _explain(other, key, exc.cl)
+    if isinstance(exc, IterableValidationError):
+        for cause, place in exc.group_exceptions()[0]:
+            _explain(cause, _join(key, str(place.index)), None)
+    if isinstance(exc, KeyError):
+        raise ConfigError(_join(key, str(exc.args[0])), "is missing; it has no default") from exc
+    raise ConfigError(key or "configuration", str(exc)) from exc
+
+
+def _unknown(name: str, known: Sequence[str], key: str) -> NoReturn:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+    raise ConfigError(_join(key, name), f"is no setting; {hint}")
+
+
+def _fail(key: str, name: str, problem: str) -> NoReturn:
+    raise ConfigError(_join(key, name) or "configuration", problem)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _read(path: Path) -> Table:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError("--config", f"cannot read {str(path)!r}: {exc.strerror}; give the path of a TOML file") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError("--config", f"{str(path)!r} is not TOML: {exc}") from exc
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    for name in sorted(environ):
+        rest = name.removeprefix(ENVIRONMENT_PREFIX)
+        if rest != name and rest not in OTHER_VARIABLES and not rest.startswith("CLIENT_"):
+            yield rest.lower().replace("__", "."), environ[name], f"the environment variable {name}"
+
+
+def _from_flags(sets: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError("--set", f"{text!r} is no setting; write --set key=value, as in --set memory.size=4GiB")
+        yield key.strip(), value.strip(), f"--set {text}"
+
+
+def _value_of(text: str) -> Any:
+    """*text* as a TOML value where it is one, else as the string that it is."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _put(table: Table, key: str, value: Any) -> None:
+    """Set the dotted *key* in nested tables; a number is an index into a list, the next free one appends."""
+    *path, last = parts = key.split(".")
+    here: Any = table
+    for i, part in enumerate(path):
+        here = _step(here, part, [] if parts[i + 1].isdecimal() else {}, key)
+    if isinstance(here, list):
+        _step(here, last, value, key)
+        here[int(last)] = value
+    elif isinstance(here, dict):
+        here[last] = value
+    else:
+        raise ConfigError(key, f"{'.'.join(path)} is a {type(here).__name__}, which has no keys of its own")
+
+
+def _step(here: Any, part: str, empty: Any, key: str) -> Any:
+    if isinstance(here, list):
+        if not part.isdecimal() or int(part) > len(here):
+            raise ConfigError(key, f"{part!r} is no index here; give 0 to {len(here)}")
+        if int(part) == len(here):
+            here.append(empty)
+        return here[int(part)]
+    if not isinstance(here, dict):
+        raise ConfigError(key, f"is inside a {type(here).__name__}, which has no keys of its own")
+    return here.setdefault(part, empty)
+
+
+def _strict(wanted: str, accepts: Callable[[Any], bool], make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    def hook(value: Any, _: Any) -> Any:
+        if not accepts(value):
+            raise ValueError(f"{value!r} is of type {type(value).__name__}; give {wanted}")
+        return make(value)
+
+    return hook
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
+    is_table: Callable[[Any], bool] = lambda v: isinstance(v, Mapping)  # noqa: E731
+    for kind, hook in {
+        int: _strict("an integer", lambda v: type(v) is int, int),
+        float: _strict("a number", _is_number, float),
+        bool: _strict("true or false", lambda v: type(v) is bool, bool),
+        str: _strict("a string", lambda v: type(v) is str, str),
+        Path: _strict("a path in quotes", lambda v: type(v) is str, Path),
+    }.items():
+        converter.register_structure_hook(kind, hook)
+    table = _strict("a table", is_table, lambda v: MappingProxyType(dict(v)))
+    tables = _strict(
+        "a list of tables, each written [[tiers]]",
+        lambda v: isinstance(v, list | tuple) and all(map(is_table, v)),
+        lambda v: tuple(MappingProxyType(dict(t)) for t in v),
+    )
+    converter.register_structure_hook_func(lambda t: t in (Table, Mapping[str, Any]), table)
+    converter.register_structure_hook_func(lambda t: t == tuple[Mapping[str, Any], ...], tables)
+    return converter
+
+
+_converter = _make_converter()
