@@ -66,8 +66,10 @@ MAX_NUMBER = 2**63 - 1
 Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
 """A request id (0 is no request) or session number; the bounds are checked in decoding, in C."""
 
+_Validator = Callable[[Any, "attrs.Attribute[Any]", Any], Any]
 
-def _packed(width: int) -> Validator:
+
+def _packed(width: int) -> _Validator:
     def whole(instance: Any, attribute: "attrs.Attribute[Any]", value: bytes) -> None:
         if len(value) % width:
             raise ValueError(f"{attribute.name}: {len(value)} bytes are no whole number of {width}-byte items")
@@ -78,10 +80,8 @@ def _packed(width: int) -> Validator:
 _DIGESTS = _packed(32)
 _OFFSETS = _packed(8)
 _POSITIONS = _packed(4)
-Validator = Callable[[Any, "attrs.Attribute[Any]", Any], Any]
-
-_NAME: Validator = max_len(512)
-_ID: Validator = max_len(32)
+_NAME: _Validator = max_len(512)
+_ID: _Validator = max_len(32)
 
 
 class Role(IntEnum):
