@@ -30,7 +30,9 @@ class StoreSpec:
         if not self.digests or len(self.digests) % DIGEST_BYTES:
             raise Misuse(f"StoreSpec.digests has {len(self.digests)} bytes: give 32 bytes a chunk, one chunk or more")
         if not self.block_ids or len(self.block_ids) % self.chunks:
-            raise Misuse(f"StoreSpec.block_ids has {len(self.block_ids)} blocks for {self.chunks} chunks: give whole chunks")
+            raise Misuse(
+                f"StoreSpec.block_ids has {len(self.block_ids)} blocks for {self.chunks} chunks: give whole chunks"
+            )
 
     @property
     def chunks(self) -> int:

@@ -1,0 +1,211 @@
+"""One client's conversation over a connection: who waits for which reply, and what waits to be sent.
+
+Any thread may ask: it encodes and sends by itself, and one task in the loop reads and hands each reply to whoever waits
+for it. Order is kept, also when the socket has no room. A connection that is lost is over: every waiter is told at
+once, and nothing is sent or waited for any more. What the sentences are about is `client`'s affair.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import trio
+
+from lmcache_trio._transport import Connection
+from lmcache_trio._wire.codec import decode, encode
+from lmcache_trio._wire.messages import Answer, ErrorKind, ErrorReply, Message
+from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
+from lmcache_trio.threads import Latch
+
+__all__ = ["Conversation", "Reply", "error_of", "expect"]
+
+_M = TypeVar("_M", bound=Message)
+Reply = Message | LMCacheTrioError
+_OUTBOX = 1024
+"""Messages that may wait for a server that does not read before requests are refused. Notices are always kept."""
+
+_ERRORS: dict[ErrorKind, type[LMCacheTrioError]] = {
+    ErrorKind.UNAVAILABLE: Unavailable,
+    ErrorKind.GONE: Gone,
+    ErrorKind.MISUSE: Misuse,
+    ErrorKind.PROTOCOL: ProtocolError,
+}
+
+
+def error_of(kind: ErrorKind, message: str) -> LMCacheTrioError:
+    """The exception that a server's error stands for."""
+    return _ERRORS[kind](message)
+
+
+def expect(reply: Reply, kind: type[_M]) -> _M:
+    """*reply* if it is a *kind*; raises what it is otherwise."""
+    if isinstance(reply, LMCacheTrioError):
+        raise reply
+    if not isinstance(reply, kind):
+        raise ProtocolError(f"the server replied {type(reply).__name__} where {kind.__name__} was due")
+    return reply
+
+
+class Conversation:
+    """Made in the loop; `read` and `write` must be run by whoever made it, in a nursery of theirs."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.heard = 0
+        """Messages that came so far: whoever sees it stand still knows a silent server."""
+        self._connection = connection
+        self._lost: Unavailable | None = None
+        self._ids = itertools.count(1)
+        self._waiters: dict[int, Callable[[Reply], None]] = {}
+        self._answers: dict[int, Callable[[Reply], None]] = {}
+        self._latch = Latch()
+        self._outbox: deque[bytes] = deque()
+        self._outbox_filled = trio.Event()
+        self._loop = trio.lowlevel.current_trio_token()
+
+    def new_id(self) -> int:
+        """An id for the next request; never 0, never given twice."""
+        return next(self._ids)
+
+    def request_nowait(self, message: Any, on_reply: Callable[[Reply], None]) -> None:
+        """Send a request whose id came from `new_id`. *on_reply* gets the reply or error, in the Trio thread, once.
+
+        `Unavailable` when the server is gone or does not read: *on_reply* is then never called.
+        """
+        if self._lost is None:
+            self._waiters[message.id] = on_reply
+            try:
+                self._post(encode(message), refusable=True)
+            except BaseException:
+                self._waiters.pop(message.id, None)
+                raise
+            if self._lost is None or self._waiters.pop(message.id, None) is None:
+                return  # sent; or lost meanwhile, and on_reply was told
+        raise Unavailable("the connection to the server is lost")
+
+    def notice_nowait(self, message: Message) -> None:
+        """Send a notice. A server that is gone has forgotten what it is about: nothing is raised then."""
+        try:
+            self._post(encode(message), refusable=False)
+        except Unavailable:
+            return
+
+    def forget(self, request: int) -> None:
+        """Drop the reply to *request*, when it comes."""
+        self._waiters.pop(request, None)
+        self._answers.pop(request, None)
+
+    # --- for the loop -----------------------------------------------------------------------------------------------
+
+    def said(self, message: Message) -> None:
+        """The server said *message* unasked. A subclass takes it from here."""
+
+    async def request(self, message: Any, kind: type[_M], unwanted: Callable[[_M], None] | None = None) -> _M:
+        """Send, wait, check. Cancelled, a reply that still comes is given to *unwanted*."""
+        come = trio.Event()
+        found: list[Reply] = []
+
+        def on_reply(reply: Reply) -> None:
+            found.append(reply)
+            come.set()
+
+        def on_late_reply(reply: Reply) -> None:
+            if unwanted is not None and isinstance(reply, kind):
+                unwanted(reply)
+
+        self.request_nowait(message, on_reply)
+        try:
+            await come.wait()
+        except BaseException:
+            if found:
+                on_late_reply(found[0])
+            elif message.id in self._waiters:
+                self._waiters[message.id] = on_late_reply
+            raise
+        return expect(found[0], kind)
+
+    def request_unheard(self, message: Any) -> None:
+        """Send a request whose reply nobody wants. A server that is gone has forgotten what it is about."""
+        try:
+            self._waiters[message.id] = lambda reply: None
+            self._post(encode(message), refusable=False)
+        except Unavailable:
+            self._waiters.pop(message.id, None)
+
+    async def read(self) -> None:
+        """Hand out what comes, until the connection is lost."""
+        cause: BaseException | None = None
+        try:
+            while True:
+                self._handle(decode(await self._connection.receive()))
+        except Gone as exc:
+            cause = exc
+        except ProtocolError as exc:
+            cause = exc
+            self._connection.close()
+        finally:
+            self._lose(cause)
+
+    async def write(self) -> None:
+        """Send what the socket had no room for."""
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled = trio.Event()
+            while self._outbox:
+                try:
+                    await self._connection.send(self._outbox[0])
+                except Gone:
+                    return
+                with self._latch:
+                    self._outbox.popleft()
+
+    def _post(self, frame: bytes, *, refusable: bool) -> None:
+        """Send, in order with everything sent before; what the socket has no room for waits in the outbox."""
+        with self._latch:
+            if self._lost is not None:
+                raise Unavailable("the connection to the server is lost")
+            if not self._outbox:
+                try:
+                    self._connection.send_nowait(frame)
+                    return
+                except trio.WouldBlock:
+                    pass
+                except Gone as exc:
+                    raise Unavailable("the connection to the server is lost") from exc
+            elif refusable and len(self._outbox) >= _OUTBOX:
+                raise Unavailable("the server does not read what it is sent")
+            self._outbox.append(frame)
+        try:
+            self._loop.run_sync_soon(self._outbox_filled.set)
+        except trio.RunFinishedError as exc:
+            raise Unavailable("the client's loop has ended") from exc
+
+    def _handle(self, message: Message) -> None:
+        self.heard += 1
+        request = getattr(message, "id", 0)
+        if request:
+            waiter = self._waiters.pop(request, None)
+            if waiter is not None:
+                waiter(error_of(message.kind, message.message) if isinstance(message, ErrorReply) else message)
+            return
+        if isinstance(message, ErrorReply):
+            raise ProtocolError(f"the server could not read what it was sent: {message.message}")
+        if isinstance(message, Answer):
+            answered = self._answers.pop(message.asked, None)
+            if answered is not None:
+                answered(message)
+                return
+        self.said(message)
+
+    def _lose(self, cause: BaseException | None) -> None:
+        with self._latch:
+            self._lost = Unavailable("the connection to the server is lost")
+            self._outbox.clear()
+        for waiters in (self._waiters, self._answers):
+            while waiters:
+                _, waiter = waiters.popitem()
+                error = Unavailable(
+                    f"the connection to the server is lost: {cause}" if cause else "the client was closed"
+                )
+                error.__cause__ = cause
+                waiter(error)

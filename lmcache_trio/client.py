@@ -1,0 +1,348 @@
+"""The asynchronous client: one connection to a server, for programs that are Trio programs themselves.
+
+The adapters are built on it too: `request_nowait` and `notice_nowait` may be called from any thread, which encodes and
+sends by itself, so that a question of a synchronous host costs no hop on its way out. One task reads; it hands each
+reply to whoever waits for it, and what the server says unasked to `on_push`. A connection that is lost is over: every
+waiter gets `Unavailable` at once, and a new client must be opened.
+
+It refuses to retry, to reconnect and to import torch.
+"""
+
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import trio
+
+from lmcache_trio._core.keys import join_digests
+from lmcache_trio._transport import Connection, dial_pair, introduce
+from lmcache_trio._transport.arena_map import ArenaMap
+from lmcache_trio._transport.conversation import Conversation, Reply, error_of, expect
+from lmcache_trio._wire.codec import decode, encode, unpack_offsets, unpack_positions
+from lmcache_trio._wire.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Ack,
+    Answer,
+    AnswerState,
+    ArenaGrown,
+    Commit,
+    Committed,
+    CopiesEnded,
+    Done,
+    Ended,
+    Finished,
+    Hello,
+    Lookup,
+    LookupStatus,
+    Message,
+    NamespaceKnown,
+    Ping,
+    Pinned,
+    Pong,
+    Refused,
+    Register,
+    Release,
+    Reserve,
+    Reserved,
+    Reset,
+    Retrieve,
+    Role,
+    Statistics,
+    StatisticsReply,
+    Taken,
+    Welcome,
+)
+from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
+
+__all__ = ["Client", "Storing", "connect", "open_client", "serve_connection"]
+
+
+@attrs.frozen
+class Storing:
+    """A store in progress: fill *slots*, writable bytes by the position of their chunk in what was asked.
+
+    Chunks that are missing from *slots* were dropped, counted by reason in *dropped*.
+    """
+
+    slots: dict[int, memoryview]
+    dropped: dict[str, int]
+
+
+class Client(Conversation):
+    """One connection. Made by `open_client`; every async method raises `Unavailable` once the server is gone."""
+
+    def __init__(self, connection: Connection, welcome: Welcome, arena: ArenaMap | None = None) -> None:
+        super().__init__(connection)
+        self.boot = welcome.boot
+        self.chunk_tokens = welcome.chunk_tokens
+        self.arena_path = welcome.arena_path
+        self.arena_size = welcome.arena_size
+        self.taken = welcome.taken
+        self.nonce = welcome.nonce
+        self.arena_note = welcome.arena_note
+        """Why there is no `arena`, if there is none and one was wanted."""
+        self.arena = arena
+        self.namespace = b""
+        self.shard_bytes = 0
+        """What `register` said; slots are that long."""
+        self.on_push: Callable[[Message], None] = lambda message: None
+        """Called in the Trio thread with what the server says unasked, but for answers to a `lookup` of this client."""
+        self._arena_grown = trio.Event()
+
+    # --- everyone ---------------------------------------------------------------------------------------------------
+
+    async def ping(self) -> bytes:
+        """The server's boot id."""
+        return (await self.request(Ping(self.new_id()), Pong)).boot
+
+    async def statistics(self) -> dict[str, Any]:
+        """The server's `held` and `counted`."""
+        reply = await self.request(Statistics(self.new_id()), StatisticsReply)
+        found = json.loads(reply.json)
+        if not isinstance(found, dict):
+            raise ProtocolError("the server's statistics are no object")
+        return found
+
+    async def wait_closed(self) -> None:
+        """Return when the connection is lost: by notification."""
+        await self._connection.wait_closed()
+
+    # --- a scheduler ------------------------------------------------------------------------------------------------
+
+    async def lookup(
+        self,
+        session: int,
+        digests: Sequence[bytes],
+        *,
+        start: int = 0,
+        upto: int | None = None,
+        budget: float | None = None,
+    ) -> Answer:
+        """How many of the session's first *upto* chunks (default: all) may be read, under a lease: the definitive answer.
+
+        *digests* are those from *start* on; *budget* seconds is how long a tier may take. Cancelled, it is released.
+        """
+        asked = self.new_id()
+        known = trio.Event()
+        found: list[Reply] = []
+
+        def answered(reply: Reply) -> None:
+            found.append(reply)
+            known.set()
+
+        ask = Lookup(
+            asked,
+            session,
+            start,
+            join_digests(digests),
+            start + len(digests) if upto is None else upto,
+            -1 if budget is None else round(budget * 1000),
+        )
+        self._answers[asked] = answered
+        try:
+            answer = await self.request(ask, Answer)
+            if answer.state is AnswerState.PENDING:
+                await known.wait()
+                answer = expect(found[0], Answer)
+        except trio.Cancelled:
+            self.release(session)
+            raise
+        finally:
+            self._answers.pop(asked, None)
+        return answer
+
+    async def lookup_status(self, session: int) -> Answer:
+        """What became of the session's lookup: pending, answered, or unknown."""
+        return await self.request(LookupStatus(self.new_id(), session), Answer)
+
+    def taken_notice(self, session: int, lease: bytes) -> None:
+        """Blocks were allocated for what *lease* names."""
+        self.notice_nowait(Taken(session, lease))
+
+    def release(self, session: int) -> None:
+        """The session's lookup is not wanted any more."""
+        self.notice_nowait(Release(session))
+
+    def end(self, session: int) -> None:
+        """The session goes, with everything it owned."""
+        self.notice_nowait(Ended(session))
+
+    async def reset(self) -> None:
+        """Drop the engine's namespace; returns once nothing of it can be served."""
+        await self.request(Reset(self.new_id()), Ack)
+
+    # --- a worker ---------------------------------------------------------------------------------------------------
+
+    async def register(self, fingerprint: bytes, shard_bytes: int, block_tokens: int) -> bytes:
+        """Tell the layout of this shard. Returns the engine's namespace, or b"" while other shards are missing."""
+        self.shard_bytes = shard_bytes
+        reply = await self.request(Register(self.new_id(), fingerprint, shard_bytes, block_tokens), NamespaceKnown)
+        self.namespace = reply.namespace or self.namespace
+        return reply.namespace
+
+    async def retrieve(self, lease: bytes, start: int, count: int) -> Pinned:
+        """Pin *count* chunks from *start* of *lease*. Cancelled, what was pinned is let go."""
+        return await self.request(
+            Retrieve(self.new_id(), lease, start, count), Pinned, lambda late: self.done_nowait(late.pin)
+        )
+
+    async def done(self, pin: bytes) -> bool:
+        """The read has ended: is what was read still valid?"""
+        return (await self.request(Done(self.new_id(), pin), Finished)).valid
+
+    def done_nowait(self, pin: bytes) -> None:
+        """The read has ended, and nobody asks any more whether it was valid."""
+        self.request_unheard(Done(self.new_id(), pin))
+
+    async def reserve(self, session: int, parent: bytes, digests: Sequence[bytes]) -> Reserved:
+        """Slots for some of *digests*. Cancelled, what was reserved is aborted."""
+        return await self.request(
+            Reserve(self.new_id(), session, parent, join_digests(digests)),
+            Reserved,
+            lambda late: self.abort_nowait(late.reservation),
+        )
+
+    async def commit(self, reservation: bytes) -> int:
+        """All bytes are written. Returns how many chunks were published; 0 after a refusal."""
+        return (await self.request(Commit(self.new_id(), reservation), Committed)).published
+
+    async def abort(self, reservation: bytes) -> None:
+        """The copy has ended and is to be forgotten."""
+        await self.request(Abort(self.new_id(), reservation), Ack)
+
+    def abort_nowait(self, reservation: bytes) -> None:
+        """As `abort`, without waiting: may be called while being cancelled."""
+        if reservation:
+            self.request_unheard(Abort(self.new_id(), reservation))
+
+    async def copies_ended(self, token: bytes) -> None:
+        """After a reconnect: nothing of the old connection's copies is running any more."""
+        await self.request(CopiesEnded(self.new_id(), token), Ack)
+
+    @asynccontextmanager
+    async def storing(self, session: int, parent: bytes, digests: Sequence[bytes]) -> AsyncIterator[Storing]:
+        """Slots to be filled in the body; committed at its end, aborted if it raises.
+
+        The body ends when its copies have: a copy in a thread is awaited (`threads.offload` sees to that), never left
+        behind. Views must not be used after the body. Needs `register` before, and a mapped arena (`Unavailable`).
+        """
+        arena = self._mapped()
+        reserved = await self.reserve(session, parent, digests)
+        try:
+            offsets, positions = unpack_offsets(reserved.offsets), unpack_positions(reserved.positions)
+            slots = {p: arena.view(o, self.shard_bytes) for p, o in zip(positions, offsets, strict=True)}
+            yield Storing(slots, dict(reserved.dropped))
+        except BaseException:
+            self.abort_nowait(reserved.reservation)
+            raise
+        if reserved.reservation:
+            await self.commit(reserved.reservation)
+
+    @asynccontextmanager
+    async def retrieving(self, lease: bytes, start: int, count: int) -> AsyncIterator[list[memoryview]]:
+        """The chunks' bytes, to be read in the body. `Gone` at its end: what was read must not be used."""
+        arena = self._mapped()
+        pinned = await self.retrieve(lease, start, count)
+        try:
+            yield [arena.view(offset, self.shard_bytes) for offset in unpack_offsets(pinned.offsets)]
+        except BaseException:
+            self.done_nowait(pinned.pin)
+            raise
+        if not await self.done(pinned.pin):
+            raise Gone("what was read is not valid any more: treat it as a miss")
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _mapped(self) -> ArenaMap:
+        if self.arena is None:
+            raise Unavailable(self.arena_note or "this client has no arena: open it with role=Role.WORKER")
+        if not self.shard_bytes:
+            raise Misuse("register the layout before storing or retrieving")
+        return self.arena
+
+    def said(self, message: Message) -> None:
+        if isinstance(message, NamespaceKnown):
+            self.namespace = message.namespace
+        elif isinstance(message, ArenaGrown):
+            self.taken = max(self.taken, message.taken)
+            self._arena_grown.set()
+        self.on_push(message)
+
+    async def _populate(self, arena: ArenaMap) -> None:
+        while True:
+            self._arena_grown = trio.Event()
+            await arena.populate(self.taken)
+            await self._arena_grown.wait()
+
+
+@asynccontextmanager
+async def serve_connection(
+    connection: Connection, welcome: Welcome, arena: ArenaMap | None = None
+) -> AsyncIterator[Client]:
+    """A client over a connection that is there already; closed at the end."""
+    client = Client(connection, welcome, arena)
+    failure: BaseException
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.read)
+            nursery.start_soon(client.write)
+            if arena is not None:
+                nursery.start_soon(client._populate, arena)
+            try:
+                yield client
+            finally:
+                connection.close()
+                nursery.cancel_scope.cancel()
+        return
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) != 1:
+            raise
+        failure = group.exceptions[0]  # the body's own, as if there were no nursery around it
+    raise failure
+
+
+@asynccontextmanager
+async def connect(address: str, hello: Hello) -> AsyncIterator[Client]:
+    """As `open_client`, from a ready introduction: the same token again tells the server that this is a reconnect."""
+    try:
+        reply = decode(await introduce(address, encode(hello)))
+    except Gone as exc:
+        raise Unavailable(f"the server at {address} went away") from exc
+    if isinstance(reply, Refused):
+        raise error_of(reply.kind, f"the server at {address} refused: {reply.reason}")
+    if not isinstance(reply, Welcome):
+        raise ProtocolError(f"the server at {address} replied {type(reply).__name__} where Welcome was due")
+    if reply.version != PROTOCOL_VERSION:
+        raise Misuse(
+            f"the server speaks protocol version {reply.version} and this client {PROTOCOL_VERSION}: upgrade one"
+        )
+    connection = await dial_pair(reply.address)
+    try:
+        arena = None
+        if hello.role is Role.WORKER and reply.arena_path:
+            try:
+                arena = ArenaMap.open(reply.arena_path, reply.arena_size, reply.nonce)
+            except Unavailable as exc:
+                reply = attrs.evolve(reply, arena_note=str(exc)[:500])
+        async with serve_connection(connection, reply, arena) as client:
+            yield client
+    finally:
+        connection.close()
+
+
+@asynccontextmanager
+async def open_client(
+    address: str, *, role: Role = Role.OBSERVER, engine: str = "", shard: int = 0, shards: int = 1, name: str = ""
+) -> AsyncIterator[Client]:
+    """Connect to the server at *address*; a worker gets the arena mapped too, in `Client.arena`.
+
+    `Unavailable`: nobody listens there. `Misuse`: the server does not let such a client in, and says why.
+    """
+    who = name or f"pid {os.getpid()}"
+    hello = Hello(PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards)
+    async with connect(address, hello) as client:
+        yield client
