@@ -1,0 +1,212 @@
+"""The command line: `lmcache-trio serve | status | demo`.
+
+It reads flags, calls what does the work, and turns what that raises into one line on standard error and an exit status:
+0; 1, it did not work out; 2, the flags or the settings are wrong; 128 + n, ended by signal n. Each command imports
+what it needs when it runs, so that `serve` and `status` start in a fraction of a second and import no torch.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from lmcache_trio.errors import ConfigError, LMCacheTrioError, Misuse, Unavailable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lmcache_trio.config import Config
+
+__all__ = ["app", "main"]
+
+_NAME = "lmcache-trio"
+_LEVELS = ("debug", "info", "warning", "error")
+
+Sets = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative=())]
+ConfigFile = Annotated[Path | None, Parameter(name="--config")]
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"{_NAME} {version(_NAME)}"
+    except PackageNotFoundError:
+        return f"{_NAME}, not installed"
+
+
+app = App(name=_NAME, help="A KV-cache server for LLM engines.", version=_version)
+
+
+@app.command
+def serve(*, config: ConfigFile = None, sets: Sets = (), address: str | None = None) -> None:
+    """Run a server until SIGINT or SIGTERM; a second one ends it at once.
+
+    Parameters
+    ----------
+    config
+        A TOML file with settings; by default the one that LMCACHE_TRIO_CONFIG names.
+    sets
+        Settings as key=value, as in --set memory.size=4GiB; they win over the file and the environment.
+    address
+        Short for --set address=….
+    """
+    settings = _settings(config, sets, address)
+    _log_to_stderr()
+    raise NotImplementedError
+
+
+@app.command
+def status(
+    *,
+    config: ConfigFile = None,
+    sets: Sets = (),
+    address: str | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    timeout: float = 5.0,
+) -> None:
+    """Print what a running server holds, and what it has counted since it started.
+
+    Parameters
+    ----------
+    config
+        The server's own TOML file: its address is read from there.
+    sets
+        Settings as key=value, as for serve.
+    address
+        The server's address.
+    json
+        Print one JSON object with the keys "held" and "counted".
+    timeout
+        Seconds to wait for the server at most.
+    """
+    import trio
+
+    if not 0 < timeout <= 3600:
+        raise ConfigError("--timeout", f"{timeout:g} is out of range; give more than 0 and at most 3600 seconds")
+    where = _settings(config, sets, address).address
+    statistics = trio.run(_statistics, where, timeout)
+    if json:
+        from json import dumps
+
+        print(dumps(statistics, indent=2))
+        return
+    from rich.console import Console
+
+    for part in ("held", "counted"):
+        Console().print(_table(part, statistics[part]))
+
+
+@app.command
+def demo(
+    *, prompts: int = 4, longest: int = 2048, new_tokens: int = 16, threads: int | None = None, seed: int = 0
+) -> None:
+    """Store the KV of one engine, end it, start another and get it back. Takes less than a minute.
+
+    Parameters
+    ----------
+    prompts
+        How many prompts to serve.
+    longest
+        Tokens of the longest prompt; the shortest has half as many.
+    new_tokens
+        Tokens to generate for each prompt.
+    threads
+        Threads that the engine computes with; by default one a core, 4 at most.
+    seed
+        Of the model's weights and of the prompts.
+    """
+    from lmcache_trio.testing import demo as job
+
+    given = {} if threads is None else {"threads": threads}
+    code = job.main(job.Settings(prompts=prompts, longest=longest, new_tokens=new_tokens, seed=seed, **given))
+    if code:
+        raise SystemExit(code)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        command, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
+        command(*bound.args, **bound.kwargs)
+    except CycloptsError as exc:
+        return _fail(f"{' '.join(str(exc).split())} (see {_NAME} --help)", 2)
+    except KeyboardInterrupt:
+        return 130
+    except LMCacheTrioError as exc:
+        return _report(exc)
+    except BaseExceptionGroup as group:
+        return _report_group(group)
+    return 0
+
+
+def _report(exc: LMCacheTrioError) -> int:
+    return _fail(str(exc), 2 if isinstance(exc, Misuse) else 1)
+
+
+def _report_group(group: BaseExceptionGroup[BaseException]) -> int:
+    """A nursery wraps what a task raised. What we raise on purpose needs no traceback; anything else is a bug."""
+    if group.split((LMCacheTrioError, KeyboardInterrupt))[1] is not None:
+        raise group
+    if group.subgroup(KeyboardInterrupt) is not None:
+        return 130
+    leaf: BaseException = group
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = leaf.exceptions[0]
+    assert isinstance(leaf, LMCacheTrioError)
+    return _report(leaf)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"{_NAME}: {message}", file=sys.stderr)
+    return code
+
+
+def _settings(config: Path | None, sets: Sequence[str], address: str | None) -> "Config":
+    from lmcache_trio.config import load_config
+
+    if config is None and os.environ.get("LMCACHE_TRIO_CONFIG"):
+        config = Path(os.environ["LMCACHE_TRIO_CONFIG"])
+    return load_config(config, sets if address is None else (*sets, f"address={address}"))
+
+
+def _log_to_stderr() -> None:
+    level = os.environ.get("LMCACHE_TRIO_LOG", "info")
+    if level not in _LEVELS:
+        raise ConfigError("LMCACHE_TRIO_LOG", f"{level!r} is no level; give one of {', '.join(_LEVELS)}")
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+
+
+async def _statistics(address: str, seconds: float) -> dict[str, dict[str, Any]]:
+    import trio
+
+    from lmcache_trio.client import open_client
+
+    try:
+        with trio.fail_after(seconds):
+            async with open_client(address, name=f"{_NAME} status") as client:
+                return await client.statistics()
+    except trio.TooSlowError:
+        raise Unavailable(
+            f"no answer from {address} within {seconds:g} s; is a server running there, and is it stopped?"
+        ) from None
+
+
+def _table(title: str, part: Mapping[str, Any]) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in _flat(part):
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    return table
+
+
+def _flat(part: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in part.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+    return rows

@@ -1,0 +1,50 @@
+"""An engine of `lmcache_trio.testing.engine`, connected to a server: scheduler's side, worker's side and their end.
+
+Apart from the engine, which runs without any server too.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import attrs
+
+from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
+from lmcache_trio.testing.engine import Engine, EngineConfig
+
+__all__ = ["ConnectedEngine", "connect"]
+
+
+@attrs.frozen(eq=False)
+class ConnectedEngine:
+    """The three parts, for tests that reach past the engine."""
+
+    engine: Engine
+    scheduler: SchedulerAdapter
+    worker: WorkerAdapter
+
+
+@contextmanager
+def connect(
+    address: str,
+    config: EngineConfig,
+    *,
+    engine_id: str,
+    scheduler_class: type[SchedulerAdapter] = PollingSchedulerAdapter,
+) -> Iterator[ConnectedEngine]:
+    """An engine with one worker, both sides at *address*. *engine_id* must be new for each engine that ever connects.
+
+    The adapters are shut down at the end, whatever happened in between.
+    """
+    with ExitStack() as stack:
+        scheduler = scheduler_class(
+            address, engine_id=engine_id, identity=config.model.identity, block_tokens=config.block_tokens
+        )
+        stack.callback(scheduler.shutdown)
+        worker = WorkerAdapter(
+            address,
+            engine_id=engine_id,
+            block_tokens=config.block_tokens,
+            fingerprint_extra=("lmcache-trio testing engine",),
+        )
+        stack.callback(worker.shutdown)
+        yield ConnectedEngine(Engine(config, scheduler=scheduler, worker=worker), scheduler, worker)

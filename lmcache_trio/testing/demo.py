@@ -1,0 +1,237 @@
+"""`lmcache-trio demo`: the whole job on one machine, without vLLM, in three processes.
+
+    server ---------------------------------------------------------> ends
+    engine, cold: every prompt is computed and stored -> ends
+                                     another engine, warm: every prompt comes back -> ends
+
+It shows that the KV outlives the engine that computed it, and checks what it shows: the same ids, something reused.
+This module runs the processes and prints; it imports no torch, and knows the engine by its lines of JSON only.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import attrs
+import trio
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lmcache_trio.errors import ConfigError, Unavailable
+
+__all__ = ["Row", "Settings", "demo", "main"]
+
+_READY_SECONDS = 30.0
+"""For the server to say that it is ready, which takes it 0.3 s on an idle machine."""
+_ENGINE_SECONDS = 240.0
+"""For one engine to serve all prompts. The default ones take about 5 s, most of them `import torch`."""
+
+
+def _at_least(low: int) -> Callable[[object, "attrs.Attribute[int]", int], None]:
+    def check(instance: object, attribute: "attrs.Attribute[int]", value: int) -> None:
+        if value < low:
+            raise ConfigError(f"--{attribute.name.replace('_', '-')}", f"{value} is too few; give {low} or more")
+
+    return check
+
+
+@attrs.frozen
+class Settings:
+    """What the demo runs. The default ones fit into the 64 MiB of shared memory that a container has."""
+
+    prompts: int = attrs.field(default=4, validator=_at_least(1))
+    longest: int = attrs.field(default=2048, validator=_at_least(600))
+    new_tokens: int = attrs.field(default=16, validator=_at_least(1))
+    threads: int = attrs.field(factory=lambda: min(4, len(os.sched_getaffinity(0))), validator=_at_least(1))
+    seed: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt: from half of *longest* up to it, so always more than one chunk."""
+        steps = max(1, self.prompts - 1)
+        return [self.longest - (self.longest // 2) * (steps - i) // steps for i in range(self.prompts)]
+
+    @property
+    def arena_bytes(self) -> int:
+        """What all prompts need: the default model has 6 KiB of KV a token; a quarter more, and no less than 16 MiB."""
+        tokens = sum(self.lengths) + self.prompts * self.new_tokens
+        return max(16 << 20, tokens * 6144 * 5 // 4)
+
+
+@attrs.frozen
+class Served:
+    """One prompt, served by one engine: a line of its output."""
+
+    request_id: str
+    tokens: int
+    output_ids: Sequence[int]
+    reused_tokens: int
+    first_token_seconds: float
+
+
+@attrs.frozen
+class Row:
+    """One prompt, served cold and warm."""
+
+    cold: Served
+    warm: Served
+
+    @property
+    def same_ids(self) -> bool:
+        return list(self.cold.output_ids) == list(self.warm.output_ids)
+
+    @property
+    def passed(self) -> bool:
+        return self.same_ids and self.warm.reused_tokens > 0
+
+
+def main(settings: Settings) -> int:
+    """Run the demo and print it. Returns the exit status: 1 if any id differs or a prompt was not reused."""
+    notes = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=notes) as progress:
+        rows = trio.run(_until_terminated, settings, progress)
+    if rows is None:
+        return 128 + signal.SIGTERM
+    Console().print(_table(rows))
+    failed = [row.cold.request_id for row in rows if not row.passed]
+    if failed:
+        notes.print(f"[red]failed[/red]: {', '.join(failed)}: ids differ, or nothing was reused")
+        return 1
+    return 0
+
+
+async def demo(settings: Settings, progress: Progress) -> list[Row]:
+    """Run the three processes, telling *progress*. All have ended, and left no file, when this returns or raises.
+
+    `Unavailable` (in a group) when one of them fails; it ends with what that one last wrote to its standard error.
+    """
+    with tempfile.TemporaryDirectory(prefix="lmcache-trio-demo-") as directory:
+        logs = Path(directory)
+        address = f"ipc://{directory}/server.ipc"
+        arguments = ["-m", "lmcache_trio", "serve", "--address", address]
+        arguments += ["--set", f"memory.size={settings.arena_bytes}", "--set", "grace=1"]
+        engine = ["-m", "lmcache_trio.testing.demo_engine", address, json.dumps(attrs.asdict(settings))]
+        async with trio.open_nursery() as processes:
+            server = await processes.start(_run_server, arguments, logs / "server.log")
+            await _wait_ready(server)
+            cold = await _serve_prompts("cold: an engine computes, stores, and ends", engine, settings, progress, logs)
+            warm = await _serve_prompts("warm: another engine, same prompts", engine, settings, progress, logs)
+            processes.cancel_scope.cancel()  # SIGTERM; the server removes its files
+    return [Row(c, w) for c, w in zip(cold, warm, strict=True)]
+
+
+async def _wait_ready(server: trio.Process) -> None:
+    with trio.move_on_after(_READY_SECONDS):
+        async for _ in _lines(server):
+            return
+        await trio.sleep_forever()  # it ended: the task that runs it knows why, and cancels this one
+    raise Unavailable(f"the server was not ready within {_READY_SECONDS:g} s")
+
+
+async def _serve_prompts(
+    title: str, arguments: Sequence[str], settings: Settings, progress: Progress, logs: Path
+) -> list[Served]:
+    """One engine's whole life."""
+    served = []
+    bar = progress.add_task(title, total=settings.prompts)
+    with trio.move_on_after(_ENGINE_SECONDS) as deadline:
+        async with trio.open_nursery() as nursery:
+            process = await nursery.start(_run_engine, arguments, logs / "engine.log")
+            async for line in _lines(process):
+                said = json.loads(line)
+                if "request_id" in said:
+                    served.append(Served(**said))
+                    progress.advance(bar)
+                elif not said["healthy"]:
+                    raise Unavailable("the engine did not get through to the server")
+    if deadline.cancelled_caught:
+        raise Unavailable(f"the engine did not finish within {_ENGINE_SECONDS:g} s; give fewer --prompts")
+    if len(served) != settings.prompts:
+        raise Unavailable(f"the engine ended after {len(served)} of {settings.prompts} prompts")
+    return served
+
+
+async def _run_server(
+    arguments: Sequence[str], log: Path, *, task_status: trio.TaskStatus[trio.Process] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Ends by being cancelled only."""
+    status = await _run(arguments, log, task_status)
+    raise Unavailable(f"the server ended with status {status}{_last_words(log)}")
+
+
+async def _run_engine(
+    arguments: Sequence[str], log: Path, *, task_status: trio.TaskStatus[trio.Process] = trio.TASK_STATUS_IGNORED
+) -> None:
+    status = await _run(arguments, log, task_status)
+    if status:
+        raise Unavailable(f"the engine ended with status {status}{_last_words(log)}")
+
+
+async def _run(arguments: Sequence[str], log: Path, task_status: trio.TaskStatus[trio.Process]) -> int:
+    with log.open("wb") as stderr:
+        done = await trio.run_process(
+            [sys.executable, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            check=False,
+            start_new_session=True,  # Ctrl-C in a terminal is ours alone; the children are ended in order, by SIGTERM
+            task_status=task_status,
+        )
+    return done.returncode
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    words = [line for line in lines if line.strip()]
+    return f": {words[-1]}" if words else ""
+
+
+async def _lines(process: trio.Process) -> AsyncIterator[bytes]:
+    assert process.stdout is not None
+    rest = b""
+    async for some in process.stdout:
+        *whole, rest = (rest + some).split(b"\n")
+        for line in whole:
+            yield line
+
+
+async def _until_terminated(settings: Settings, progress: Progress) -> list[Row] | None:
+    """`demo`, or None if SIGTERM came: by default that would end this process and leave the others."""
+    rows: list[Row] | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def watch(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+            with trio.open_signal_receiver(signal.SIGTERM) as signals:
+                task_status.started()
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+        await nursery.start(watch)
+        rows = await demo(settings, progress)
+        nursery.cancel_scope.cancel()
+    return rows
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(title="Time to first token, in milliseconds: cold, and by another engine")
+    for name in ("prompt", "tokens", "cold", "warm", "faster", "reused", "ids"):
+        table.add_column(name, justify="left" if name == "ids" else "right")
+    for i, row in enumerate(rows):
+        cold, warm = row.cold.first_token_seconds, row.warm.first_token_seconds
+        table.add_row(
+            str(i),
+            str(row.cold.tokens),
+            f"{cold * 1e3:.0f}",
+            f"{warm * 1e3:.0f}",
+            f"{cold / warm:.1f} x",
+            str(row.warm.reused_tokens),
+            "[green]equal[/green]" if row.same_ids else "[red]DIFFERENT[/red]",
+        )
+    return table

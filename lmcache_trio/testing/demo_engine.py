@@ -1,0 +1,55 @@
+"""The engine process of `lmcache-trio demo`: serves the demo's prompts one after the other, and says how it went.
+
+Run as `python -m lmcache_trio.testing.demo_engine ADDRESS SETTINGS`, *SETTINGS* as JSON. It writes one JSON object a
+line to its standard output, and nothing else: one when it is ready, then one a prompt. Served, it ends.
+"""
+
+import json
+import sys
+import uuid
+from collections.abc import Sequence
+
+import attrs
+import torch
+
+from lmcache_trio.testing.connected import connect
+from lmcache_trio.testing.demo import Settings
+from lmcache_trio.testing.engine import EngineConfig
+from lmcache_trio.testing.model import Model, ModelConfig
+from lmcache_trio.testing.paged_kv import PagedKV
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    address, settings = arguments[0], Settings(**json.loads(arguments[1]))
+    torch.set_num_threads(settings.threads)
+    model = ModelConfig(seed=settings.seed)
+    blocks = -(-(settings.longest + settings.new_tokens) // 16)
+    _warm_up(model)
+    with connect(address, EngineConfig(model=model, num_blocks=blocks), engine_id=uuid.uuid4().hex) as connected:
+        _say(healthy=connected.scheduler.is_healthy() and connected.worker.is_healthy())
+        for i, prompt in enumerate(_prompts(settings, model.vocabulary)):
+            connected.engine.submit(f"prompt {i}", prompt, settings.new_tokens)
+            (completion,) = connected.engine.run().values()
+            _say(tokens=len(prompt), **attrs.asdict(completion))
+
+
+def _prompts(settings: Settings, vocabulary: int) -> list[list[int]]:
+    """The same in every process. They share no prefix: what is served cold is cold."""
+    rng = torch.Generator().manual_seed(settings.seed + 1)
+    return [torch.randint(0, vocabulary, (length,), generator=rng).tolist() for length in settings.lengths]
+
+
+def _warm_up(config: ModelConfig) -> None:
+    """The first pass of a process starts torch's threads and picks its kernels: no prompt should pay for that."""
+    kv = PagedKV(config.kv_shape(num_blocks=16, block_tokens=16))
+    Model(config).forward(torch.zeros(256, dtype=torch.int64), 0, kv, torch.arange(16))
+
+
+def _say(**values: object) -> None:
+    print(json.dumps(values), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
