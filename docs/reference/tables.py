@@ -1,0 +1,79 @@
+"""Writes the tables of the reference from the code; `tests/test_docs.py` fails while a page differs from it.
+
+    python docs/reference/tables.py        # after a setting or a sentence of the protocol has changed
+
+A page asks for a table with `<!-- table: settings MODULE:CLASS -->` or `<!-- table: sentences -->`; what stands from
+there to `<!-- end -->` is replaced.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lmcache_trio._wire import messages
+
+HERE = Path(__file__).parent
+PAGES = (HERE / "configuration.md", HERE / "protocol.md")
+_TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def render(page: str) -> str:
+    """*page* with every table in it made anew."""
+    return _TABLE.sub(lambda found: f"{found[1]}\n{_table(*found[2].split())}\n", page)
+
+
+def _table(kind: str, *args: str) -> str:
+    rows = _settings(*args) if kind == "settings" else _sentences()
+    head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body))
+
+
+def _settings(where: str) -> Iterator[list[str]]:
+    module, _, name = where.partition(":")
+    yield ["Name", "Default", "What it does"]
+    for field in attrs.fields(getattr(import_module(module), name)):
+        yield [f"`{field.name}`", _default(field.default), str(field.metadata.get("help", ""))]
+
+
+def _default(value: Any) -> str:
+    if value is attrs.NOTHING:
+        return "must be given"
+    if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
+        made = value.factory()
+        return "one a user" if isinstance(made, str) else _toml(dict(made))
+    return "none" if value is None else _toml(value)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"`{key} = {_plain(item)}`" for key, item in value.items()) or "empty"
+    return f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else "[]" if value == () else str(value)
+
+
+def _sentences() -> Iterator[list[str]]:
+    yield ["Opcode", "Sentence", "Fields"]
+    named = (getattr(messages, name) for name in messages.__all__)
+    sentences = [cls for cls in named if attrs.has(cls) and issubclass(cls, messages.Message)]
+    for cls in sorted(sentences, key=lambda cls: cls.opcode):
+        yield [str(cls.opcode), f"`{cls.__name__}`", ", ".join(f"`{f.name}`" for f in attrs.fields(cls))]
+
+
+def main() -> None:
+    """Write the pages."""
+    for path in PAGES:
+        path.write_text(render(path.read_text()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

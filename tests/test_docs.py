@@ -1,0 +1,71 @@
+"""The documentation says what the code says: its tables are made from it, its links lead somewhere."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+import attrs
+import pytest
+
+from lmcache_trio.config import Config
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    """docs/reference/tables.py, which is a script and in no package."""
+    spec = importlib.util.spec_from_file_location("tables", DOCS / "reference" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["configuration.md", "protocol.md"])
+def test_the_tables_of_the_reference_are_those_of_the_code(tables: ModuleType, page: str) -> None:
+    text = (DOCS / "reference" / page).read_text()
+    assert text == tables.render(text), "run python docs/reference/tables.py"
+
+
+def test_every_setting_of_the_server_and_of_each_built_in_backend_has_help_and_stands_in_the_reference() -> None:
+    text = (DOCS / "reference" / "configuration.md").read_text()
+    found = [Config]
+    for group in ("memory", "tiers", "devices"):
+        ours = [e for e in entry_points(group=f"lmcache_trio.{group}") if e.dist and e.dist.name == "lmcache-trio"]
+        found += [entry.load().Config for entry in ours]
+    for cls in found:
+        assert f"<!-- table: settings {cls.__module__}:{cls.__name__} -->" in text
+        assert all(field.metadata.get("help") for field in attrs.fields(cls))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+    assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+def test_every_command_and_each_of_its_flags_stands_in_the_reference() -> None:
+    commands = set(re.findall(r"^│ ([a-z]+) ", usage(), re.MULTILINE))
+    assert {"serve", "status", "demo"} <= commands
+    sections = (DOCS / "reference" / "command_line.md").read_text().split("\n## lmcache-trio ")[1:]
+    documented = {section.split()[0]: section for section in sections}
+    assert set(documented) == commands
+    for name in commands:
+        flags = set(re.findall(r"--[a-z][a-z-]+", usage(name))) - {"--help", "--version"}
+        assert flags
+        assert {flag for flag in flags if flag not in documented[name]} == set()
+
+
+def usage(*command: str) -> str:
+    """What --help prints, wide enough that no flag is cut."""
+    run = [sys.executable, "-m", "lmcache_trio", *command, "--help"]
+    environment = os.environ | {"COLUMNS": "200"}
+    return subprocess.run(run, capture_output=True, text=True, check=True, timeout=60, env=environment).stdout
