@@ -1,0 +1,157 @@
+"""What an address may be, and the socket files behind `ipc://` addresses. Opens no connection to anyone.
+
+An ipc path must be absolute: server and clients have different working directories. Abstract sockets are not taken:
+they have no owner and no mode, so anyone on the machine could answer in our name.
+"""
+
+import errno
+import ipaddress
+import os
+import re
+import secrets
+import socket
+import stat
+from urllib.parse import urlsplit
+
+import attrs
+
+from lmcache_trio.errors import ConfigError
+
+__all__ = ["IpcAddress", "TcpAddress", "claim", "is_listening", "parse", "pair_address", "withdraw"]
+
+_SUN_PATH = 107
+"""Bytes that the kernel takes for a socket's path, without the closing zero."""
+_SUFFIX = 13
+"""What a pair's own path is longer than the rendezvous': a dot and 12 hexadecimal digits."""
+
+
+@attrs.frozen
+class IpcAddress:
+    """A socket file."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"ipc://{self.path}"
+
+
+@attrs.frozen
+class TcpAddress:
+    """A port on this machine's loopback interface; port 0 listens at one that is free."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+
+def parse(address: str, *, limit: int = _SUN_PATH) -> IpcAddress | TcpAddress:
+    """Check *address*; `ConfigError` names the setting `address` and the fix."""
+    if address.startswith("ipc://"):
+        return _parse_ipc(address.removeprefix("ipc://"), limit)
+    if address.startswith("tcp://"):
+        return _parse_tcp(address)
+    raise ConfigError("address", f"{address!r} is no address: use ipc:///absolute/path or tcp://127.0.0.1:PORT")
+
+
+def parse_rendezvous(address: str) -> IpcAddress | TcpAddress:
+    """`parse`, leaving room for the longer addresses of the pairs beside it."""
+    return parse(address, limit=_SUN_PATH - _SUFFIX)
+
+
+def pair_address(near: str) -> IpcAddress | TcpAddress:
+    """A fresh address beside the rendezvous *near*."""
+    beside = parse_rendezvous(near)
+    if isinstance(beside, TcpAddress):
+        return TcpAddress(beside.host, 0)
+    return IpcAddress(f"{beside.path}.{secrets.token_hex(6)}")
+
+
+def claim(path: str) -> None:
+    """Make way for a server at *path*: remove what a dead one left, refuse to touch a live one's or anything else."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ConfigError("address", f"{path} exists and is no socket: move it away or choose another path")
+        if not is_listening(path):
+            # Taken aside first: what a second starting server put there meanwhile would otherwise be removed.
+            aside = f"{path}.{secrets.token_hex(6)}"
+            os.rename(path, aside)
+            if is_listening(aside):
+                os.link(aside, path)
+            os.unlink(aside)
+        if os.path.lexists(path):
+            raise in_use(f"ipc://{path}")
+    except FileNotFoundError:
+        pass
+    except OSError as exc:
+        raise ConfigError("address", f"{path}: {exc.strerror}") from exc
+    _remove_dead_pairs(path)
+
+
+def in_use(address: str) -> ConfigError:
+    """The error for an address that another server holds."""
+    return ConfigError("address", f"{address} is in use: stop the server that listens there or choose another address")
+
+
+def is_listening(path: str) -> bool:
+    """Whether a living process has bound the stream socket at *path*. The process notices nothing.
+
+    Connecting a *datagram* socket tells: the kernel refuses it for a dead file, and has the wrong type for a live one.
+    A real connection would cost an NNG listener a pause of 100 ms.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
+        found = probe.connect_ex(path)
+    return found not in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR)
+
+
+def withdraw(path: str) -> None:
+    """Remove a socket file of our own, if it is still there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _remove_dead_pairs(path: str) -> None:
+    """Remove pair addresses that a dead server made beside *path* and nobody took up."""
+    folder, base = os.path.split(path)
+    ours = re.compile(re.escape(base) + r"\.[0-9a-f]{12}")
+    try:
+        names = os.listdir(folder)
+    except OSError as exc:
+        raise ConfigError("address", f"{folder}: {exc.strerror}: make that directory or choose another path") from exc
+    for name in filter(ours.fullmatch, names):
+        left = os.path.join(folder, name)
+        if not is_listening(left):
+            withdraw(left)
+
+
+def _parse_ipc(path: str, limit: int) -> IpcAddress:
+    if not os.path.isabs(path) or path.endswith("/") or "\0" in path:
+        raise ConfigError("address", f"ipc://{path} names no file: use ipc:// and an absolute path, ipc:///run/…")
+    length = len(os.fsencode(path))
+    if length > limit:
+        raise ConfigError("address", f"the path {path} has {length} bytes, a socket's has {limit} at most: shorten it")
+    return IpcAddress(path)
+
+
+def _parse_tcp(address: str) -> TcpAddress:
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError as exc:
+        raise ConfigError("address", f"{address}: {exc}: use tcp://127.0.0.1:PORT") from exc
+    if not host or port is None or parts.path or parts.query or parts.fragment or parts.username is not None:
+        raise ConfigError("address", f"{address} names no host and port: use tcp://127.0.0.1:PORT")
+    if host == "localhost":
+        host = "127.0.0.1"
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError(
+            "address", f"{host} is not this machine's loopback: other machines are refused until there is authentication"
+        )
+    return TcpAddress(host, port)

@@ -1,0 +1,412 @@
+"""The transport over NNG: REQ0/REP0 at the rendezvous, one PAIR0 socket a client, driven by file descriptors.
+
+Non-blocking calls and `wait_readable` on NNG's descriptors cost 40 % of the CPU of its asynchronous calls, a cancelled
+one leaks nothing, and an open socket in a daemon thread does not abort the interpreter at its exit. The only module that imports
+pynng, and its undocumented `lib` and `ffi`; that is why the minor version is pinned.
+
+NNG calls back on threads of its own, under a lock: a callback here only notes and calls `run_sync_soon`.
+"""
+
+import atexit
+import contextlib
+import math
+import os
+import socket
+import struct
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pynng
+import trio
+from pynng import ffi, lib
+
+from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairListener, Rendezvous, addresses
+from lmcache_trio._transport.addresses import IpcAddress, TcpAddress
+from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Misuse, Unavailable
+
+__all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
+
+_BUFFER = 128
+"""Messages that NNG holds for each direction of a socket before a sender has to wait."""
+_MAX_HELLO = 64 << 10
+_RECONNECT_MS = (100, 1000)
+
+_NONBLOCK = lib.NNG_FLAG_NONBLOCK
+_EAGAIN, _ECLOSED = lib.NNG_EAGAIN, lib.NNG_ECLOSED
+_nng_send, _nng_recv, _unpack = lib.nng_send, lib.nng_recv, ffi.unpack
+_allocate = ffi.new_allocator(should_clear_after_alloc=False)
+_buffer: trio.lowlevel.RunVar[Any] = trio.lowlevel.RunVar("lmcache_trio receive buffer")
+_open_sockets: "weakref.WeakSet[_Socket]" = weakref.WeakSet()
+
+
+class _Socket:
+    """An NNG socket that knows how to be closed: once, in the loop, with its waiters woken; and never in a forked child."""
+
+    def __init__(self, opener: Callable[..., Any], limit: int) -> None:
+        self.token = trio.lowlevel.current_trio_token()
+        try:
+            self.sock = opener(
+                recv_max_size=limit,
+                reconnect_time_min=_RECONNECT_MS[0],
+                reconnect_time_max=_RECONNECT_MS[1],
+            )
+            if opener is pynng.Pair0:
+                self.sock.recv_buffer_size = self.sock.send_buffer_size = _BUFFER
+            if opener is pynng.Req0:  # else a slow server gets the request again after a minute
+                pynng.exceptions.check_err(lib.nng_socket_set_ms(self.sock.socket, b"req:resend-time", -1))
+            self.nng = self.sock.socket
+            self.recv_fd: int = self.sock.recv_fd
+            self.send_fd: int = self.sock.send_fd
+        except pynng.NNGException as exc:
+            raise Unavailable(f"no socket could be opened: {exc}") from exc
+        self.closed = False
+        _open_sockets.add(self)
+
+    def listen(self, address: IpcAddress | TcpAddress) -> str:
+        """Listen, privately; returns the address with the port that was really taken."""
+        listener = ffi.new("nng_listener *")
+        _check(lib.nng_listener_create(listener, self.nng, str(address).encode()), address)
+        if isinstance(address, IpcAddress):
+            # Set between bind and listen, so that there is no moment at which another user could connect.
+            _check(lib.nng_listener_set_int(listener[0], b"ipc:permissions", 0o600), address)
+        _check(lib.nng_listener_start(listener[0], 0), address)
+        if isinstance(address, TcpAddress) and address.port == 0:
+            port = ffi.new("int *")
+            _check(lib.nng_listener_get_int(listener[0], b"tcp-bound-port", port), address)
+            return str(TcpAddress(address.host, port[0]))
+        return str(address)
+
+    def soon(self, fn: Callable[[], object]) -> None:
+        """From any thread: call *fn* in the loop, if there is one still."""
+        with contextlib.suppress(trio.RunFinishedError):
+            self.token.run_sync_soon(fn)
+
+    def wake(self) -> None:
+        """Wake who waits for the descriptors; they look again and see why. NNG itself never would."""
+        with contextlib.suppress(RuntimeError):  # outside of a loop nobody waits
+            trio.lowlevel.notify_closing(self.recv_fd)
+            trio.lowlevel.notify_closing(self.send_fd)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.wake()
+            self.sock.close()
+
+    def forget(self) -> None:
+        """In a forked child: a call into NNG would abort it, even the one that pynng makes when the object goes."""
+        self.closed = True
+        self.sock.__dict__.pop("_socket", None)
+
+
+class _Link(Connection):
+    """A socket with one peer for its life: PAIR0 on both sides, and REQ0 while a client introduces itself."""
+
+    def __init__(self, opener: Callable[..., Any] = pynng.Pair0) -> None:
+        self._socket = _Socket(opener, MAX_MESSAGE)
+        self._nng = self._socket.nng
+        self._size = ffi.new("size_t *")
+        self._room = _receive_buffer()
+        self._pipe: int | None = None
+        self._peer_pid: int | None = None
+        self._dialer: Any = None
+        self._gone = False  # a peer that is no more, or closed: nothing can be sent
+        self._sending = trio.Lock()
+        self.connected = trio.Event()
+        self._ended = trio.Event()
+        sock = self._socket.sock
+        sock.add_pre_pipe_connect_cb(self._admit)
+        sock.add_post_pipe_connect_cb(self._on_connected)
+        sock.add_post_pipe_remove_cb(self._on_removed)
+
+    @property
+    def peer_pid(self) -> int | None:
+        return self._peer_pid
+
+    def listen(self, address: IpcAddress | TcpAddress) -> str:
+        return self._socket.listen(address)
+
+    async def dial(self, address: IpcAddress | TcpAddress) -> None:
+        """Connect, however long it takes; NNG tries again by itself."""
+        try:
+            self._dialer = self._socket.sock.dial(str(address), block=False)
+        except pynng.NNGException as exc:
+            raise Unavailable(f"{address}: {exc}") from exc
+        await self.connected.wait()
+
+    def send_nowait(self, message: bytes) -> None:
+        if self._gone:
+            raise Gone("the connection has ended")
+        if len(message) > MAX_MESSAGE:
+            raise Misuse(f"a message of {len(message)} bytes is larger than {MAX_MESSAGE}: split it")
+        code = _nng_send(self._nng, message, len(message), _NONBLOCK)
+        if code:
+            raise trio.WouldBlock if code == _EAGAIN else _ended(code)
+
+    async def send(self, message: bytes) -> None:
+        async with self._sending:  # a checkpoint; and one descriptor takes one waiter
+            while True:
+                try:
+                    return self.send_nowait(message)
+                except trio.WouldBlock:
+                    with contextlib.suppress(trio.ClosedResourceError):
+                        await trio.lowlevel.wait_readable(self._socket.send_fd)
+
+    def receive_nowait(self) -> bytes:
+        message = self._take()
+        if message is None:
+            raise trio.WouldBlock
+        return message
+
+    async def receive(self) -> bytes:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        message = self._take()
+        if message is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return message
+        while message is None:
+            with contextlib.suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(self._socket.recv_fd)
+            message = self._take()
+        return message
+
+    async def wait_closed(self) -> None:
+        await self._ended.wait()
+
+    def close(self) -> None:
+        self._gone = True
+        self._socket.close()
+        self._ended.set()
+
+    def _take(self) -> bytes | None:
+        if self._socket.closed:
+            raise Gone("the connection was closed")
+        gone = self._gone  # looked at first: what arrived before the end is in the queue by then
+        size = self._size
+        size[0] = MAX_MESSAGE
+        code = _nng_recv(self._nng, self._room, size, _NONBLOCK)
+        if code == 0:
+            message: bytes = _unpack(self._room, size[0])
+            return message
+        if code != _EAGAIN or gone:
+            raise _ended(code)
+        return None
+
+    # On NNG's threads:
+
+    def _admit(self, pipe: Any) -> None:
+        if self._pipe is not None:
+            pipe.close()
+            return
+        self._pipe = pipe.id
+        self._peer_pid = _pid_of(pipe.pipe)
+
+    def _on_connected(self, pipe: Any) -> None:
+        if pipe.id == self._pipe:
+            self._socket.soon(self.connected.set)
+
+    def _on_removed(self, pipe: Any) -> None:
+        if pipe.id == self._pipe:
+            self._socket.soon(self._peer_gone)
+
+    def _peer_gone(self) -> None:
+        self._gone = True
+        self.connected.set()
+        if not self._socket.closed:
+            if self._dialer is not None:  # else it goes on trying to reach a server that has forgotten us
+                lib.nng_dialer_close(self._dialer.dialer)
+            self._socket.wake()
+        self._ended.set()
+
+
+class _PairListener(PairListener):
+    def __init__(self, near: str) -> None:
+        address = addresses.pair_address(near)
+        self._path = address.path if isinstance(address, IpcAddress) else None
+        self._link: _Link | None = _Link()
+        self._connected = self._link.connected
+        try:
+            self.address = self._link.listen(address)
+        except BaseException:
+            self.close()
+            raise
+
+    async def accept(self, deadline: float = math.inf) -> Connection:
+        try:
+            with trio.CancelScope(deadline=deadline) as scope:
+                await self._connected.wait()
+            link, self._link = self._link, None
+            if link is not None and not scope.cancelled_caught:
+                return link
+            if link is None:
+                raise Gone(f"{self.address} was withdrawn")
+            link.close()
+            raise Unavailable(f"nobody came to {self.address} in time")
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        if self._path is not None:
+            addresses.withdraw(self._path)
+            self._path = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+            self._connected.set()
+
+
+class _Introduction(Introduction):
+    def __init__(self, rendezvous: "_Rendezvous", hello: bytes, peer_pid: int | None) -> None:
+        self.hello = hello
+        self.peer_pid = peer_pid
+        self._rendezvous = rendezvous
+
+    def reply(self, message: bytes) -> None:
+        self._rendezvous.answer(self, message)
+
+
+class _Rendezvous(Rendezvous):
+    def __init__(self, address: str) -> None:
+        wanted = addresses.parse_rendezvous(address)
+        self._path: str | None = None
+        if isinstance(wanted, IpcAddress):
+            addresses.claim(wanted.path)
+        self._socket = _Socket(pynng.Rep0, _MAX_HELLO)
+        self._current: _Introduction | None = None
+        try:
+            self.address = self._socket.listen(wanted)
+        except BaseException:
+            self._socket.close()
+            raise
+        if isinstance(wanted, IpcAddress):
+            self._path = wanted.path
+
+    async def accept(self) -> Introduction:
+        self._current = None
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while (introduction := self._take()) is None:
+            with contextlib.suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(self._socket.recv_fd)
+        self._current = introduction
+        return introduction
+
+    def answer(self, introduction: _Introduction, message: bytes) -> None:
+        if introduction is not self._current:
+            raise Misuse("this introduction was answered, or another was accepted since")
+        self._current = None
+        _nng_send(self._socket.nng, message, len(message), _NONBLOCK)  # fails only when that client is gone
+
+    def close(self) -> None:
+        self._socket.close()  # removes the socket file
+
+    def _take(self) -> _Introduction | None:
+        if self._socket.closed:
+            raise Gone(f"{self.address} was closed")
+        held = ffi.new("nng_msg **")
+        code = lib.nng_recvmsg(self._socket.nng, held, _NONBLOCK)
+        if code == _EAGAIN:
+            return None
+        if code:
+            raise _ended(code)
+        try:
+            hello = bytes(ffi.buffer(lib.nng_msg_body(held[0]), lib.nng_msg_len(held[0])))
+            return _Introduction(self, hello, _pid_of(lib.nng_msg_get_pipe(held[0])))
+        finally:
+            lib.nng_msg_free(held[0])
+
+
+def listen(address: str) -> Rendezvous:
+    return _Rendezvous(address)
+
+
+def listen_pair(near: str) -> PairListener:
+    return _PairListener(near)
+
+
+async def dial_pair(address: str) -> Connection:
+    wanted = addresses.parse(address)
+    await _refuse_unless_listening(wanted)
+    link = _Link()
+    try:
+        await link.dial(wanted)
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
+async def introduce(address: str, hello: bytes) -> bytes:
+    wanted = addresses.parse(address)
+    await _refuse_unless_listening(wanted)
+    link = _Link(pynng.Req0)
+    try:
+        await link.dial(wanted)
+        await link.send(hello)
+        return await link.receive()
+    except Gone as exc:
+        raise Unavailable(f"the server at {address} ended before it answered") from exc
+    finally:
+        link.close()
+
+
+async def wait_listening(address: str) -> None:
+    link = _Link(pynng.Req0)
+    try:
+        await link.dial(addresses.parse(address))
+    finally:
+        link.close()
+
+
+async def _refuse_unless_listening(address: IpcAddress | TcpAddress) -> None:
+    """Tell at once that nobody is there: NNG itself would go on trying in silence."""
+    try:
+        if isinstance(address, IpcAddress):
+            await trio.lowlevel.checkpoint()
+            if not addresses.is_listening(address.path):
+                raise Unavailable(f"no server listens at {address}")
+            return
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        with trio.socket.socket(family, socket.SOCK_STREAM) as probe:
+            # Left with a reset: NNG's listener pauses for 100 ms after a peer that just hangs up.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await probe.connect((address.host, address.port))
+    except OSError as exc:
+        raise Unavailable(f"no server listens at {address}: {exc.strerror}") from exc
+
+
+def _receive_buffer() -> Any:
+    """Where NNG puts a message before it becomes bytes: one buffer a loop, since receiving never waits half-way."""
+    try:
+        return _buffer.get()
+    except LookupError:
+        _buffer.set(_allocate("char[]", MAX_MESSAGE))
+        return _buffer.get()
+
+
+def _pid_of(pipe: Any) -> int | None:
+    found = ffi.new("uint64_t *")
+    if lib.nng_pipe_get_uint64(pipe, b"ipc:peer-pid", found) or not found[0]:
+        return None
+    return int(found[0])
+
+
+def _ended(code: int) -> LMCacheTrioError:
+    reason = "it has ended" if code in (_EAGAIN, _ECLOSED) else ffi.string(lib.nng_strerror(code)).decode()
+    return Gone(f"the connection: {reason}")
+
+
+def _check(code: int, address: IpcAddress | TcpAddress) -> None:
+    if code == lib.NNG_EADDRINUSE:
+        raise addresses.in_use(str(address))
+    if code:
+        raise ConfigError("address", f"{address}: {ffi.string(lib.nng_strerror(code)).decode()}")
+
+
+def _after_fork_in_child() -> None:
+    atexit.unregister(pynng.nng._pynng_atexit)
+    for inherited in list(_open_sockets):
+        inherited.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
