@@ -63,8 +63,8 @@ class Connection(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End it now; idempotent. Waiters get `Gone`. What was sent and is still on its way may be lost: whoever wants a
-        last word heard sends it and waits, bounded, for `wait_closed`.
+        """End it now; idempotent. Waiters get `Gone`. What was sent and is still on its way may be lost: whoever wants
+        a last word heard sends it and waits, bounded, for `wait_closed`.
         """
 
 
@@ -86,7 +86,7 @@ class Rendezvous(ABC):
 
     @abstractmethod
     async def accept(self) -> Introduction:
-        """The next client; one that was accepted and not answered is turned away by the next call. `Gone` when closed."""
+        """The next client; one that was not answered by then is turned away. `Gone` when closed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -100,7 +100,7 @@ class PairListener(ABC):
 
     @abstractmethod
     async def accept(self, deadline: float = math.inf) -> Connection:
-        """The connection, once the client is there. By *deadline* (Trio's clock) it raises `Unavailable`; `Gone` if closed.
+        """The connection, once the client is there; `Unavailable` if not by *deadline* (Trio's clock), `Gone` if closed.
 
         The address is withdrawn when this returns or raises.
         """
@@ -119,7 +119,7 @@ class _Transport(Protocol):
 
 
 def listen(address: str) -> Rendezvous:
-    """Listen at *address* (`ipc:///absolute/path`, `tcp://127.0.0.1:PORT`); `ConfigError` says what is wrong with it."""
+    """Listen at *address* (`ipc:///absolute/path`, `tcp://127.0.0.1:PORT`); `ConfigError` says what is wrong."""
     return _transport(address).listen(address)
 
 
@@ -136,7 +136,8 @@ async def dial_pair(address: str) -> Connection:
 async def introduce(address: str, hello: bytes) -> bytes:
     """Send *hello* to the rendezvous at *address* and return its reply.
 
-    `Unavailable` at once when nobody listens or the server goes. Unbounded otherwise: use a deadline. Cancelled, it leaves nothing.
+    `Unavailable` at once when nobody listens or the server goes; unbounded otherwise: use a deadline. Cancelled, it
+    leaves nothing behind.
     """
     return await _transport(address).introduce(address, hello)
 
@@ -149,11 +150,11 @@ async def wait_listening(address: str) -> None:
 def _transport(address: str) -> _Transport:
     scheme, found, _ = address.partition("://")
     if found and scheme in ("ipc", "tcp"):
-        from lmcache_trio._transport import pynng
+        import lmcache_trio._transport.pynng as over_nng
 
-        return pynng
+        return over_nng
     if found and scheme == "memory":
-        from lmcache_trio._transport import memory
+        import lmcache_trio._transport.memory as in_memory
 
-        return memory
+        return in_memory
     raise ConfigError("address", f"{address!r} is no address: use ipc:///absolute/path or tcp://127.0.0.1:PORT")

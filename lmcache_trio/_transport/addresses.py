@@ -4,6 +4,7 @@ An ipc path must be absolute: server and clients have different working director
 they have no owner and no mode, so anyone on the machine could answer in our name.
 """
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -17,7 +18,17 @@ import attrs
 
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["IpcAddress", "TcpAddress", "claim", "is_listening", "parse", "pair_address", "withdraw"]
+__all__ = [
+    "IpcAddress",
+    "TcpAddress",
+    "claim",
+    "in_use",
+    "is_listening",
+    "pair_address",
+    "parse",
+    "parse_rendezvous",
+    "withdraw",
+]
 
 _SUN_PATH = 107
 """Bytes that the kernel takes for a socket's path, without the closing zero."""
@@ -107,10 +118,8 @@ def is_listening(path: str) -> bool:
 
 def withdraw(path: str) -> None:
     """Remove a socket file of our own, if it is still there."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def _remove_dead_pairs(path: str) -> None:
@@ -152,6 +161,6 @@ def _parse_tcp(address: str) -> TcpAddress:
         loopback = False
     if not loopback:
         raise ConfigError(
-            "address", f"{host} is not this machine's loopback: other machines are refused until there is authentication"
+            "address", f"{host} is not this machine's loopback: others are refused until there is authentication"
         )
     return TcpAddress(host, port)

@@ -1,8 +1,8 @@
 """The transport over NNG: REQ0/REP0 at the rendezvous, one PAIR0 socket a client, driven by file descriptors.
 
 Non-blocking calls and `wait_readable` on NNG's descriptors cost 40 % of the CPU of its asynchronous calls, a cancelled
-one leaks nothing, and an open socket in a daemon thread does not abort the interpreter at its exit. The only module that imports
-pynng, and its undocumented `lib` and `ffi`; that is why the minor version is pinned.
+one leaks nothing, and an open socket in a daemon thread does not abort the interpreter at its exit. The only module
+that imports pynng, and its undocumented `lib` and `ffi`; that is why the minor version is pinned.
 
 NNG calls back on threads of its own, under a lock: a callback here only notes and calls `run_sync_soon`.
 """
@@ -41,7 +41,7 @@ _open_sockets: "weakref.WeakSet[_Socket]" = weakref.WeakSet()
 
 
 class _Socket:
-    """An NNG socket that knows how to be closed: once, in the loop, with its waiters woken; and never in a forked child."""
+    """An NNG socket that knows how to be closed: once, in the loop, its waiters woken; never in a forked child."""
 
     def __init__(self, opener: Callable[..., Any], limit: int) -> None:
         self.token = trio.lowlevel.current_trio_token()

@@ -21,11 +21,11 @@ __all__ = [
     "MAX_DIGESTS",
     "MAX_NUMBER",
     "PROTOCOL_VERSION",
+    "Abort",
     "Ack",
     "Answer",
     "AnswerState",
     "ArenaGrown",
-    "Abort",
     "Commit",
     "Committed",
     "CopiesEnded",
@@ -347,7 +347,8 @@ class NamespaceKnown(Message):
 class Answer(Message):
     """A lookup's state. Reply to Lookup and LookupStatus; pushed with id 0 when a pending lookup became known.
 
-    *asked* is the `id` of the Lookup that this speaks of. *chunks* leading chunks may be read under *lease* for *ttl_ms*.
+    *asked* is the `id` of the Lookup that this speaks of. *chunks* leading chunks may be read under *lease* for
+    *ttl_ms*.
     """
 
     opcode: ClassVar[int] = 67

@@ -1,0 +1,276 @@
+"""The transport inside one Trio loop: no threads, no descriptors, no files, so it works under a clock that jumps.
+
+For tests of what uses a transport. It keeps the rules of the real one: whole messages in order, a bounded buffer each
+way, an end that the other side is told of after it has read what was sent. `sever` is the abrupt end that a killed
+process makes. `send_nowait` is for the loop's own thread only.
+"""
+
+import itertools
+import math
+import os
+from collections import deque
+
+import trio
+
+from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairListener, Rendezvous
+from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
+
+__all__ = ["MemoryConnection", "connection_pair", "dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
+
+_BUFFER = 128
+
+
+class MemoryConnection(Connection):
+    """One end; made by `connection_pair`."""
+
+    def __init__(self, buffer: int, peer_pid: int | None) -> None:
+        self._inbox: deque[bytes] = deque()
+        self._buffer = buffer
+        self._peer_pid = peer_pid
+        self._peer: MemoryConnection | None = None
+        self._closed = False  # by us
+        self._ended = trio.Event()  # by anyone
+        self._receiver: trio.Event | None = None
+        self._room = trio.Event()  # in the peer's inbox; replaced each time somebody waits for it
+        self._sending = trio.Lock()
+
+    @property
+    def peer_pid(self) -> int | None:
+        return self._peer_pid
+
+    def send_nowait(self, message: bytes) -> None:
+        peer = self._peer
+        if peer is None:
+            raise Gone("the connection has ended")
+        if len(message) > MAX_MESSAGE:
+            raise Misuse(f"a message of {len(message)} bytes is larger than {MAX_MESSAGE}: split it")
+        if len(peer._inbox) >= peer._buffer:
+            raise trio.WouldBlock
+        peer._inbox.append(bytes(message))
+        if peer._receiver is not None:
+            peer._receiver.set()
+
+    async def send(self, message: bytes) -> None:
+        async with self._sending:
+            while True:
+                self._room = trio.Event()
+                try:
+                    return self.send_nowait(message)
+                except trio.WouldBlock:
+                    await self._room.wait()
+
+    def receive_nowait(self) -> bytes:
+        if self._closed:
+            raise Gone("the connection was closed")
+        if not self._inbox:
+            if self._peer is None:
+                raise Gone("the connection has ended")
+            raise trio.WouldBlock
+        message = self._inbox.popleft()
+        if self._peer is not None:
+            self._peer._room.set()
+        return message
+
+    async def receive(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                return self.receive_nowait()
+            except trio.WouldBlock:
+                if self._receiver is not None:
+                    raise trio.BusyResourceError("another task is receiving") from None
+                self._receiver = trio.Event()
+                try:
+                    await self._receiver.wait()
+                finally:
+                    self._receiver = None
+
+    async def wait_closed(self) -> None:
+        await self._ended.wait()
+
+    def close(self) -> None:
+        self._closed = True
+        peer, self._peer = self._peer, None
+        self._inbox.clear()
+        self._wake()
+        if peer is not None:
+            peer._peer = None
+            peer._wake()
+
+    def sever(self) -> None:
+        """End it as a killed peer does: what is on its way is lost in both directions."""
+        if self._peer is not None:
+            self._peer._inbox.clear()
+        self.close()
+
+    def _wake(self) -> None:
+        self._ended.set()
+        self._room.set()
+        if self._receiver is not None:
+            self._receiver.set()
+
+
+def connection_pair(*, buffer: int = _BUFFER, peer_pid: int | None = None) -> tuple[MemoryConnection, MemoryConnection]:
+    """Two ends of one connection, *buffer* messages each way. *peer_pid* is what both see; None: this process."""
+    pid = os.getpid() if peer_pid is None else peer_pid
+    one, other = MemoryConnection(buffer, pid), MemoryConnection(buffer, pid)
+    one._peer, other._peer = other, one
+    return one, other
+
+
+class _World:
+    """What listens at `memory://` addresses in one run of a loop."""
+
+    def __init__(self) -> None:
+        self.rendezvous: dict[str, _Rendezvous] = {}
+        self.pairs: dict[str, _PairListener] = {}
+        self.numbers = itertools.count(1)
+        self.changed = trio.Event()
+
+
+_current: trio.lowlevel.RunVar[_World] = trio.lowlevel.RunVar("lmcache_trio memory transport")
+
+
+def _world() -> _World:
+    try:
+        return _current.get()
+    except LookupError:
+        world = _World()
+        _current.set(world)
+        return world
+
+
+class _Introduction(Introduction):
+    def __init__(self, hello: bytes) -> None:
+        self.hello = hello
+        self.peer_pid = os.getpid()
+        self.answered = trio.Event()
+        self.answer: bytes | None = None
+        self.withdrawn = False
+
+    def reply(self, message: bytes) -> None:
+        if self.answered.is_set():
+            raise Misuse("this introduction was answered, or another was accepted since")
+        self.answer = message
+        self.answered.set()
+
+
+class _Rendezvous(Rendezvous):
+    def __init__(self, address: str) -> None:
+        world = _world()
+        if address in world.rendezvous:
+            raise ConfigError("address", f"{address} is in use: stop the server that listens there or choose another")
+        self.address = address
+        self._world = world
+        self._waiting: deque[_Introduction] = deque()
+        self._arrived = trio.Event()
+        self._current: _Introduction | None = None
+        self._closed = False
+        world.rendezvous[address] = self
+        world.changed.set()
+        world.changed = trio.Event()
+
+    def arrive(self, introduction: _Introduction) -> None:
+        self._waiting.append(introduction)
+        self._arrived.set()
+
+    async def accept(self) -> Introduction:
+        self._turn_away()
+        await trio.lowlevel.checkpoint()
+        while not self._closed:
+            while self._waiting:
+                self._current = self._waiting.popleft()
+                if not self._current.withdrawn:
+                    return self._current
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        raise Gone(f"{self.address} was closed")
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            del self._world.rendezvous[self.address]
+            self._arrived.set()
+            self._turn_away()
+            while self._waiting:
+                self._waiting.popleft().answered.set()
+
+    def _turn_away(self) -> None:
+        if self._current is not None:
+            self._current.answered.set()
+            self._current = None
+
+
+class _PairListener(PairListener):
+    def __init__(self, near: str) -> None:
+        self._world = _world()
+        self.address = f"{near}.{next(self._world.numbers)}"
+        self._world.pairs[self.address] = self
+        self._connection: Connection | None = None
+        self._done = trio.Event()
+
+    def connect(self) -> Connection:
+        ours, theirs = connection_pair()
+        self._connection = ours
+        del self._world.pairs[self.address]
+        self._done.set()
+        return theirs
+
+    async def accept(self, deadline: float = math.inf) -> Connection:
+        try:
+            with trio.CancelScope(deadline=deadline):
+                await self._done.wait()
+            if self._connection is not None:
+                connection, self._connection = self._connection, None
+                return connection
+            if self._done.is_set():
+                raise Gone(f"{self.address} was withdrawn")
+            raise Unavailable(f"nobody came to {self.address} in time")
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._world.pairs.pop(self.address, None)
+        self._done.set()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def listen(address: str) -> Rendezvous:
+    return _Rendezvous(address)
+
+
+def listen_pair(near: str) -> PairListener:
+    return _PairListener(near)
+
+
+async def dial_pair(address: str) -> Connection:
+    await trio.lowlevel.checkpoint()
+    listener = _world().pairs.get(address)
+    if listener is None:
+        raise Unavailable(f"no server listens at {address}")
+    return listener.connect()
+
+
+async def introduce(address: str, hello: bytes) -> bytes:
+    await trio.lowlevel.checkpoint()
+    rendezvous = _world().rendezvous.get(address)
+    if rendezvous is None:
+        raise Unavailable(f"no server listens at {address}")
+    introduction = _Introduction(hello)
+    rendezvous.arrive(introduction)
+    try:
+        await introduction.answered.wait()
+    finally:
+        introduction.withdrawn = True
+    if introduction.answer is None:
+        raise Unavailable(f"the server at {address} ended before it answered")
+    return introduction.answer
+
+
+async def wait_listening(address: str) -> None:
+    world = _world()
+    await trio.lowlevel.checkpoint()
+    while address not in world.rendezvous:
+        await world.changed.wait()
