@@ -1,0 +1,165 @@
+"""Which byte ranges of the arena are whose: best fit over coalesced holes, on 4 KiB boundaries.
+
+It knows offsets and lengths alone: no file, no bytes, no chunks. Best fit over coalesced holes was taken over size
+classes because classes calcify: with two chunk sizes, a class that owns all slabs starves the other. Holes are kept by
+their distinct lengths (few: chunk sizes are few) in a sorted list, so the cost of a call is one bisection.
+
+It refuses to guess: what is given back must be exactly what was handed out.
+"""
+
+from bisect import bisect_left, insort
+
+from lmcache_trio.errors import Misuse
+
+__all__ = ["Arena"]
+
+_TABLES = 61
+"""Tables that the handed-out ranges are spread over: growing one dict of a million entries would stop the loop for
+over 10 ms. A prime, because offsets are multiples of powers of two."""
+
+
+class Arena:
+    """Byte ranges in [0, taken).
+
+    *alignment* is a power of two. Every range begins on a boundary and occupies a whole number of them, so lengths
+    are rounded up here and nowhere else.
+    """
+
+    def __init__(self, *, alignment: int = 4096) -> None:
+        if alignment < 1 or alignment & (alignment - 1):
+            raise Misuse(f"alignment is {alignment}: it must be a power of two")
+        self._mask = alignment - 1
+        self._shift = alignment.bit_length() - 1
+        self._taken = 0
+        self._head = 0
+        self._used = 0
+        self._free = 0
+        self._given: list[dict[int, int]] = [{} for _ in range(_TABLES)]  # offset -> rounded length
+        self._holes: dict[int, int] = {}  # first byte -> length
+        self._ends: dict[int, int] = {}  # byte after the last -> first byte
+        self._buckets: dict[int, dict[int, None]] = {}  # length -> first bytes, last freed last
+        self._lengths: list[int] = []  # keys of _buckets, sorted
+
+    @property
+    def taken(self) -> int:
+        """Bytes that are backed by memory so far."""
+        return self._taken
+
+    @property
+    def used(self) -> int:
+        """Bytes handed out, rounded as they were; the head is not among them."""
+        return self._used
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes in holes."""
+        return self._free
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that are handed out or could be: the largest range that an empty arena gives."""
+        return self._used + self._free
+
+    @property
+    def largest_hole(self) -> int:
+        """Length of the largest range that `allocate` would give now."""
+        return self._lengths[-1] if self._lengths else 0
+
+    def rounded(self, length: int) -> int:
+        """What a range of *length* bytes occupies."""
+        return (length + self._mask) & ~self._mask
+
+    def grow(self, taken: int) -> None:
+        """Make the bytes from the old `taken` to *taken* free. Misuse when it would fall."""
+        if taken < self._taken:
+            raise Misuse(f"taken would fall from {self._taken} to {taken}: an arena only grows")
+        start = max(self._taken & ~self._mask, self._head)
+        end = taken & ~self._mask  # what stands behind the last boundary waits for the next growth
+        self._taken = taken
+        if end > start:
+            self._release(start, end - start)
+
+    def reserve_head(self, length: int) -> None:
+        """Never hand out the first *length* bytes (the nonce page). Before anything is handed out, and once."""
+        if self._head or self._used:
+            raise Misuse("reserve_head comes once, before the first range is handed out")
+        if length < 1:
+            raise Misuse(f"length is {length}: it must be 1 or more")
+        self._head = self.rounded(length)
+        hole = self._holes.get(0, 0)
+        if hole:
+            self._take_hole(0, hole)
+            if hole > self._head:
+                self._add_hole(self._head, hole - self._head)
+
+    def allocate(self, length: int) -> int | None:
+        """The offset of a range of *length* bytes, or None when no hole is large enough."""
+        if length < 1:
+            raise Misuse(f"length is {length}: it must be 1 or more")
+        need = (length + self._mask) & ~self._mask
+        lengths = self._lengths
+        at = bisect_left(lengths, need)
+        if at == len(lengths):
+            return None
+        hole = lengths[at]
+        bucket = self._buckets[hole]
+        offset, _ = bucket.popitem()  # the one freed last: its pages are the likeliest to be in a cache
+        if not bucket:
+            del self._buckets[hole]
+            del lengths[at]
+        del self._holes[offset]
+        del self._ends[offset + hole]
+        self._free -= hole
+        if hole > need:
+            self._add_hole(offset + need, hole - need)
+        self._used += need
+        self._given[(offset >> self._shift) % _TABLES][offset] = need
+        return offset
+
+    def free(self, offset: int, length: int) -> None:
+        """Take back what `allocate` gave for *length*. Misuse on a double free or a range that was not handed out."""
+        need = (length + self._mask) & ~self._mask
+        table = self._given[(offset >> self._shift) % _TABLES]
+        if table.get(offset) != need:
+            raise Misuse(f"the range of {length} bytes at {offset} is not handed out")
+        del table[offset]
+        self._used -= need
+        self._release(offset, need)
+
+    def holes(self) -> list[tuple[int, int]]:
+        """(offset, length) of every hole, in order. For status and tests: it sorts."""
+        return sorted(self._holes.items())
+
+    def _release(self, offset: int, length: int) -> None:
+        end = offset + length
+        right = self._holes.get(end)
+        if right is not None:
+            self._take_hole(end, right)
+            length += right
+        left = self._ends.get(offset)
+        if left is not None:
+            before = offset - left
+            self._take_hole(left, before)
+            offset, length = left, length + before
+        self._add_hole(offset, length)
+
+    def _add_hole(self, offset: int, length: int) -> None:
+        self._holes[offset] = length
+        self._ends[offset + length] = offset
+        self._free += length
+        bucket = self._buckets.get(length)
+        if bucket is None:
+            self._buckets[length] = {offset: None}
+            insort(self._lengths, length)
+        else:
+            bucket[offset] = None
+
+    def _take_hole(self, offset: int, length: int) -> None:
+        del self._holes[offset]
+        del self._ends[offset + length]
+        self._free -= length
+        bucket = self._buckets[length]
+        del bucket[offset]
+        if not bucket:
+            del self._buckets[length]
+            del self._lengths[bisect_left(self._lengths, length)]

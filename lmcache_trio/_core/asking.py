@@ -1,0 +1,103 @@
+"""One `reserve`, digest by digest: which chunk gets a slot, and for what reason another gets none.
+
+Reasons: `present` (READY already), `writing` (by another engine, or this shard is claimed), `no_space` (nothing more can
+be evicted), `orphan` (the parent is not there, or another engine is still writing it), `too_large` (for this arena).
+Present and claimed chunks are passed over; once any other gets no slot, those behind it get none either, for the
+same reason.
+"""
+
+from lmcache_trio._core.chunks import Chunks, State, Writing
+from lmcache_trio._core.grants import SessionKey, Slot
+from lmcache_trio._core.rows import Namespace
+
+__all__ = ["REASONS", "Asking"]
+
+REASONS = ("present", "writing", "no_space", "orphan", "too_large")
+
+_READY = int(State.READY)
+
+
+class Asking:
+    """What was given so far (*rows*, *slots*) and what was not (*dropped*, by reason)."""
+
+    __slots__ = (
+        "_above",
+        "_begun",
+        "_chunks",
+        "_session",
+        "_shard",
+        "_stopped",
+        "deadline",
+        "dropped",
+        "namespace",
+        "rows",
+        "slots",
+    )
+
+    def __init__(
+        self, chunks: Chunks, namespace: Namespace, session: SessionKey, shard: int, deadline: float, begun: set[int]
+    ) -> None:
+        self._chunks = chunks
+        self.namespace = namespace
+        self._session = session
+        self._shard = shard
+        self.deadline = deadline
+        self._begun = begun
+        self._above = 0
+        self._stopped = ""
+        self.rows: list[int] = []
+        self.slots: list[Slot] = []
+        self.dropped: dict[str, int] = {}
+
+    def follow(self, parent: bytes) -> None:
+        """The first digest's parent; empty: it is a chain's first."""
+        if not parent:
+            return
+        row = self.namespace.find(parent)
+        if row and (self._chunks.rows.state[row] == _READY or self._is_ours(row)):
+            self._above = row
+        else:
+            self._stopped = "orphan"
+
+    def step(self, position: int, digest: bytes) -> None:
+        """A slot for *digest*, or a reason."""
+        chunks, row = self._chunks, self.namespace.find(digest)
+        if row:
+            if chunks.rows.state[row] == _READY:
+                reason = "present"
+            elif not self._is_ours(row):
+                reason = "writing"
+                self._stopped = self._stopped or "orphan"
+            elif self._stopped:
+                reason = self._stopped
+            elif chunks.writing[row].claimed[self._shard]:
+                reason = "writing"
+            else:
+                self._give(position, row)
+                return
+            self._above = row
+        elif self._stopped:
+            reason = self._stopped
+        else:
+            writing = Writing(self._session, self.namespace.shards, self.deadline, self._begun)
+            row = chunks.begin(self.namespace, digest, self._above, writing)
+            if row:
+                self._give(position, row)
+                return
+            too_large = self.namespace.extent > chunks.arena.capacity
+            reason = self._stopped = "too_large" if too_large else "no_space"
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def claim_others(self) -> None:
+        """The only chunk's other shards too: its slots then go by shard."""
+        row = self.rows[0]
+        for shard in range(1, self.namespace.shards):
+            self.slots.append(Slot(shard, self._chunks.claim(row, shard, self.deadline)))
+
+    def _give(self, position: int, row: int) -> None:
+        self._above = row
+        self.rows.append(row)
+        self.slots.append(Slot(position, self._chunks.claim(row, self._shard, self.deadline)))
+
+    def _is_ours(self, row: int) -> bool:
+        return self._chunks.writing[row].session[0] == self._session[0]

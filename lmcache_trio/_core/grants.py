@@ -1,0 +1,71 @@
+"""What the index hands out: leases, pins, reservations and holds, as values.
+
+They carry names and places, never a right of their own: the index alone knows whether one is still good.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NewType, TypeAlias
+
+import attrs
+
+from lmcache_trio._core.keys import ChunkKey
+
+__all__ = ["SERVER", "Hold", "Lease", "Pin", "Reservation", "SessionKey", "Slot"]
+
+SessionKey: TypeAlias = tuple[str, int]
+"""(engine, session number): one engine request's life."""
+
+SERVER = -1
+"""The *worker* that the server's own loads are reserved, committed and aborted as."""
+
+HoldNumber = NewType("HoldNumber", int)
+
+
+@attrs.frozen
+class Slot:
+    """A place to write to: *offset* in the arena, for the digest at *position* of what was asked (a load: for shard *position*)."""
+
+    position: int
+    offset: int
+
+
+@attrs.frozen
+class Reservation:
+    """Slots promised to a writer. *id* is empty when there are none; *dropped* counts the rest by reason."""
+
+    id: bytes
+    slots: Sequence[Slot]
+    dropped: Mapping[str, int]
+
+
+@attrs.frozen
+class Lease:
+    """The right of *session*'s engine to read its first *chunks* chunks until *expires*."""
+
+    id: bytes
+    session: SessionKey
+    namespace: bytes
+    chunks: int
+    expires: float
+
+
+@attrs.frozen
+class Pin:
+    """A read in progress: one arena offset a chunk, for the shard that was asked for."""
+
+    id: bytes
+    offsets: Sequence[int]
+
+
+@attrs.frozen
+class Hold:
+    """A READY chunk kept in place for the server's own reading: *offsets* and *lengths*, one a shard.
+
+    *parent* is the digest of the chunk before it: empty for a chain's first, None when it is not known any more.
+    """
+
+    number: HoldNumber
+    key: ChunkKey
+    parent: bytes | None
+    offsets: Sequence[int]
+    lengths: Sequence[int]

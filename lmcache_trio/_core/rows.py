@@ -1,0 +1,122 @@
+"""Chunk records as rows of flat arrays, and the tree that they form.
+
+A row is a small positive integer; row 0 is nobody, so a link of 0 is none. A million rows are a few arrays to the
+garbage collector, not a million objects; rows are used again through a free list, and growing is an amortised append.
+
+It keeps links in order and decides nothing: what a state means and when it changes stands in `chunks`.
+"""
+
+from array import array
+
+__all__ = ["DIGEST_ROOM", "TABLES", "Namespace", "Rows"]
+
+DIGEST_ROOM = 32
+TABLES = 64
+"""Directory tables a namespace: growing one dict of a million entries would stop the loop for over 10 ms."""
+
+
+class Namespace:
+    """One byte layout: where each shard's slot begins in a chunk's extent, and the directory from digest to row.
+
+    A directory is several dicts from bytes to int, told apart by the digest's first byte: the garbage collector does
+    not track such dicts.
+    """
+
+    __slots__ = ("extent", "lengths", "name", "number", "shards", "starts", "tables")
+
+    def __init__(self, number: int, name: bytes, lengths: tuple[int, ...], starts: tuple[int, ...], extent: int) -> None:
+        self.number = number
+        self.name = name
+        self.lengths = lengths
+        self.starts = starts
+        self.extent = extent
+        self.shards = len(lengths)
+        self.tables: list[dict[bytes, int]] = [{} for _ in range(TABLES)]
+
+    def find(self, digest: bytes) -> int:
+        """The row of *digest*, 0 when it has none."""
+        return self.tables[digest[0] % TABLES].get(digest, 0)
+
+    def enter(self, digest: bytes, row: int) -> None:
+        self.tables[digest[0] % TABLES][digest] = row
+
+    def leave(self, digest: bytes) -> None:
+        del self.tables[digest[0] % TABLES][digest]
+
+
+class Rows:
+    """The arrays. They are public to `chunks`, whose inner loops read them directly."""
+
+    def __init__(self) -> None:
+        self.state = bytearray(1)
+        self.refs = array("i", [0])  # leases, pins and holds of it; or copies into it that have not ended
+        self.offered = array("i", [0])  # leases of it that were not taken
+        self.namespace = array("i", [-1])
+        self.offset = array("Q", [0])
+        self.parent = array("i", [0])
+        self.first_child = array("i", [0])
+        self.next_sibling = array("i", [0])
+        self.previous_sibling = array("i", [0])
+        self.first = bytearray(1)  # 1: it began as its chain's first, not as a child
+        self._digests = bytearray(DIGEST_ROOM)
+        self._spare = array("i")
+
+    def __len__(self) -> int:
+        """Rows ever made, row 0 not counted."""
+        return len(self.state) - 1
+
+    def add(self, namespace: int, digest: bytes, parent: int) -> tuple[int, bool]:
+        """A row for *digest*, a child of *parent*, and whether the arrays grew for it."""
+        grew = not self._spare
+        if grew:
+            row = len(self.state)
+            self.state.append(0)
+            self.first.append(not parent)
+            for field in (self.refs, self.offered, self.offset, self.parent, self.first_child):
+                field.append(0)
+            self.namespace.append(namespace)
+            self.next_sibling.append(0)
+            self.previous_sibling.append(0)
+            self._digests += digest
+        else:
+            row = self._spare.pop()
+            self.namespace[row] = namespace
+            self.first[row] = not parent
+            self._digests[row * DIGEST_ROOM : (row + 1) * DIGEST_ROOM] = digest
+        if parent:
+            self.parent[row] = parent
+            sibling = self.first_child[parent]
+            self.next_sibling[row] = sibling
+            if sibling:
+                self.previous_sibling[sibling] = row
+            self.first_child[parent] = row
+        return row, grew
+
+    def digest(self, row: int) -> bytes:
+        return bytes(self._digests[row * DIGEST_ROOM : (row + 1) * DIGEST_ROOM])
+
+    def detach(self, row: int) -> int:
+        """Take *row* out of the tree: its children become roots. Returns the parent that it had."""
+        parent, first_child, after = self.parent, self.first_child, self.next_sibling
+        above = parent[row]
+        if above:
+            left, right = self.previous_sibling[row], after[row]
+            if left:
+                after[left] = right
+            else:
+                first_child[above] = right
+            if right:
+                self.previous_sibling[right] = left
+            parent[row] = after[row] = self.previous_sibling[row] = 0
+        child = first_child[row]
+        first_child[row] = 0
+        while child:
+            following = after[child]
+            parent[child] = after[child] = self.previous_sibling[child] = 0
+            child = following
+        return above
+
+    def spare(self, row: int) -> None:
+        """Put a detached *row* on the free list."""
+        self.state[row] = 0
+        self._spare.append(row)
