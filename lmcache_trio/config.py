@@ -36,8 +36,8 @@ ENVIRONMENT_PREFIX = "LMCACHE_TRIO_"
 OTHER_VARIABLES = frozenset({"CONFIG", "LOG"})
 """Variables with our prefix that are no settings: read by the command line itself. An adapter's begin with CLIENT_."""
 
-MAX_IPC_PATH = 90
-"""Bytes of an ipc path: the kernel's limit is 107, and a client's own socket appends 17 to the rendezvous path."""
+MAX_IPC_PATH = 94
+"""Bytes of an ipc path: the kernel's limit is 107, and a client's own socket adds 13 to the rendezvous' path."""
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
@@ -71,11 +71,14 @@ def _address(instance: object, attribute: "attrs.Attribute[str]", value: str) ->
             raise ConfigError("address", f"the path of {value!r} is over {MAX_IPC_PATH} bytes; use a shorter directory")
     elif scheme == "tcp":
         host, _, port = rest.rpartition(":")
-        if not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ConfigError("address", f"{value!r} has no port; write tcp://127.0.0.1:PORT, 1 to 65535")
+        if not port.isdecimal() or not int(port) < 65536:
+            raise ConfigError(
+                "address", f"{value!r} has no port; write tcp://127.0.0.1:PORT, 0 (any free one) to 65535"
+            )
         if not _is_loopback(host):
             raise ConfigError(
-                "address", f"{host!r} is not loopback, and there is no authentication yet; use 127.0.0.1 or an ipc:// path"
+                "address",
+                f"{host!r} is not loopback, and there is no authentication yet; use 127.0.0.1 or an ipc:// path",
             )
     elif scheme != "memory":
         raise ConfigError("address", f"{scheme!r} is no transport; use ipc://PATH or tcp://127.0.0.1:PORT")
@@ -103,7 +106,9 @@ def _between(low: float, high: float, *, above: bool = False) -> Callable[[objec
 
 def _has_backend(instance: object, attribute: Any, value: Mapping[str, Any]) -> None:
     if not isinstance(value.get("backend"), str):
-        raise ConfigError(f"{attribute.name}.backend", 'is missing or no string; name the backend, as in backend = "cpu"')
+        raise ConfigError(
+            f"{attribute.name}.backend", 'is missing or no string; name the backend, as in backend = "cpu"'
+        )
 
 
 def _all_have_backends(instance: object, attribute: Any, value: Sequence[Mapping[str, Any]]) -> None:
@@ -137,7 +142,9 @@ class Config:
     lease_share: float = attrs.field(
         default=0.5,
         validator=_between(0.0, 1.0, above=True),
-        metadata={"help": "Share of the arena that requests which are not yet allocated may hold; beyond it hits are shorter."},
+        metadata={
+            "help": "Share of the arena that requests which are not yet allocated may hold; beyond it hits are shorter."
+        },
     )
     reservation_timeout: float = attrs.field(
         default=60.0,
@@ -246,7 +253,9 @@ def _read(path: Path) -> Table:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise ConfigError("--config", f"cannot read {str(path)!r}: {exc.strerror}; give the path of a TOML file") from exc
+        raise ConfigError(
+            "--config", f"cannot read {str(path)!r}: {exc.strerror}; give the path of a TOML file"
+        ) from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError("--config", f"{str(path)!r} is not TOML: {exc}") from exc
 

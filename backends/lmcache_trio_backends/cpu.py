@@ -38,7 +38,7 @@ SMALLEST_PIECE = 1 << 20
 
 def _check_size(instance: object, attribute: object, value: int | None) -> None:
     if value is not None and value < 2 * PAGE:
-        raise ConfigError("size", f"{value} bytes hold no chunk; give {2 * PAGE} or more, as in \"4GiB\"")
+        raise ConfigError("size", f'{value} bytes hold no chunk; give {2 * PAGE} or more, as in "4GiB"')
 
 
 @attrs.frozen

@@ -1,0 +1,135 @@
+"""One client's connection: its reader, which carries out requests, and its writer, which sends what had to wait.
+
+The reader answers inline and without a task. When the client does not read its replies, the reader reads nothing more until it
+does: the backpressure meets that client alone. What is out of place ends this one connection, after a last word.
+"""
+
+import logging
+import os
+
+import trio
+
+from lmcache_trio._server.address import socket_path
+from lmcache_trio._server.handlers import error_reply, handle
+from lmcache_trio._server.rendezvous import dismiss
+from lmcache_trio._server.state import Client, LostWriter, State
+from lmcache_trio._transport import Connection, PairListener
+from lmcache_trio._wire.codec import decode, encode, peek_id
+from lmcache_trio.errors import Gone, LMCacheTrioError, ProtocolError, Unavailable
+
+__all__ = ["TAKE_UP", "serve_client", "wait_exit"]
+
+log = logging.getLogger("lmcache_trio.server")
+
+TAKE_UP = 5.0
+"""Seconds that a WELCOME stands."""
+LAST_WORD = 1.0
+"""Seconds that a client whose connection is being ended has to read why."""
+BURST = 32
+"""Messages of one client that are carried out in a row before others get their turn (about 1 ms)."""
+
+
+async def serve_client(state: State, client: Client, listener: PairListener) -> None:
+    """Wait for *client* to take up its address, then serve it until either side ends it. Everything of it ends with this."""
+    path = socket_path(listener.address)
+    try:
+        with client.scope:
+            try:
+                state.sockets.add(str(path))
+                client.transport = await listener.accept(trio.current_time() + TAKE_UP)
+            except (Unavailable, Gone):
+                state.counted["withdrawn"] += 1
+                return
+            finally:
+                state.sockets.discard(str(path))
+            if not _is_the_same(client):
+                state.counted["refused"] += 1
+                log.warning("a process other than the one that said HELLO took up the connection of %s: ended", client)
+                return
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_write, client, client.transport)
+                await _read_guarded(state, client, client.transport)
+                nursery.cancel_scope.cancel()
+    finally:
+        listener.close()
+        if client.transport is not None:
+            client.transport.close()
+        dismiss(state, client)
+
+
+def _is_the_same(client: Client) -> bool:
+    """Whether the process at the other end is the one that said HELLO: its pid is, and has not been used anew."""
+    return client.transport is not None and client.transport.peer_pid == client.peer_pid and not client.has_exited()
+
+
+async def _read_guarded(state: State, client: Client, transport: Connection) -> None:
+    try:
+        await _read(state, client, transport)
+    except Gone:
+        pass
+    except ProtocolError as exc:
+        state.counted["protocol_errors"] += 1
+        log.warning("ending the connection of %s: %s", client, exc)
+        with trio.move_on_after(LAST_WORD):
+            await transport.wait_closed()
+    except LMCacheTrioError as exc:
+        log.warning("the connection of %s ended: %s", client, exc)
+    except Exception:  # a bug of ours: it costs this one connection, and is told
+        state.counted["connection_bugs"] += 1
+        log.exception("bug in the connection of %s, which is ended", client)
+
+
+async def _read(state: State, client: Client, transport: Connection) -> None:
+    frame, budget = await transport.receive(), BURST
+    while True:
+        _carry_out(state, client, frame)
+        while client.outbox:
+            await client.drained.wait()
+        budget -= 1
+        if budget == 0:
+            await trio.lowlevel.checkpoint()
+            budget = BURST
+        try:
+            frame = transport.receive_nowait()
+        except trio.WouldBlock:
+            frame, budget = await transport.receive(), BURST
+
+
+def _carry_out(state: State, client: Client, frame: bytes) -> None:
+    try:
+        reply = handle(state, client, decode(frame))
+    except ProtocolError as exc:
+        last_word = error_reply(peek_id(frame), exc)
+        if last_word is not None:
+            client.send(last_word)
+        raise
+    if reply is not None:
+        client.send(reply)
+
+
+async def _write(client: Client, transport: Connection) -> None:
+    """Send what was queued, in order, as the transport takes it."""
+    while True:
+        await client.queued.wait()
+        try:
+            while client.outbox:
+                await transport.send(client.outbox[0])
+                if client.outbox:  # it was emptied meanwhile if the client was lost
+                    client.outbox.popleft()
+        except Gone:
+            client.outbox.clear()  # the reader is told as well, and ends the connection
+        client.queued = trio.Event()
+        client.drained.set()
+        client.drained = trio.Event()
+
+
+async def wait_exit(state: State, writer: LostWriter) -> None:
+    """Wait until the process of *writer* has exited, or its client spoke up: then its slots leave quarantine."""
+    try:
+        with writer.scope:
+            await trio.lowlevel.wait_readable(writer.pidfd)
+            state.counted["exits_seen"] += 1
+            state.copies_ended(writer)
+    finally:
+        trio.lowlevel.notify_closing(writer.pidfd)
+        os.close(writer.pidfd)

@@ -1,0 +1,54 @@
+"""Finds backends by name: entry points in `lmcache_trio.memory`, `lmcache_trio.tiers` and `lmcache_trio.devices`.
+
+The built-in ones are found the same way. Nothing here imports a backend that was not chosen.
+"""
+
+import difflib
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from lmcache_trio.abc import Memory
+from lmcache_trio.config import structure
+from lmcache_trio.errors import ConfigError
+
+__all__ = ["find_backend", "make_backend", "make_memory"]
+
+P = TypeVar("P")
+
+
+def make_memory(table: Mapping[str, Any]) -> Memory:
+    """The memory that the `[memory]` table names, made with the rest of that table."""
+    return make_backend("memory", "memory", table, Memory)  # type: ignore[type-abstract]
+
+
+def make_backend(kind: str, key: str, table: Mapping[str, Any], interface: type[P]) -> P:
+    """The backend of *kind* (`memory`, `tiers`, `devices`) that *table* names; *key* is the table's own dotted name."""
+    cls = find_backend(kind, key, str(table["backend"]))
+    if not issubclass(cls, interface):
+        raise ConfigError(f"{key}.backend", f"{table['backend']!r} names {cls!r}, which is no {interface.__name__}")
+    settings = {name: value for name, value in table.items() if name != "backend"}
+    config = structure(cls.Config, settings, key)  # type: ignore[attr-defined]
+    try:
+        return cls(config)
+    except ConfigError as exc:  # a backend may name its own settings: "size" is "memory.size" to the user
+        if exc.key == key or exc.key.startswith(f"{key}."):
+            raise
+        raise ConfigError(f"{key}.{exc.key}", exc.problem) from exc
+
+
+def find_backend(kind: str, key: str, name: str) -> type[Any]:
+    """The class that the entry point *name* of group `lmcache_trio.<kind>` stands for; ConfigError lists what there is."""
+    installed: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=f"lmcache_trio.{kind}")}
+    if name not in installed:
+        close = difflib.get_close_matches(name, installed, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        there = ", ".join(sorted(installed)) or "none (is lmcache-trio itself installed?)"
+        raise ConfigError(f"{key}.backend", f"no backend is called {name!r}; {hint}installed: {there}")
+    try:
+        found = installed[name].load()
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError(f"{key}.backend", f"{name!r} ({installed[name].value}) cannot be imported: {exc}") from exc
+    if not isinstance(found, type):
+        raise ConfigError(f"{key}.backend", f"{name!r} ({installed[name].value}) is no class")
+    return found

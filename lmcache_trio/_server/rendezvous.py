@@ -1,0 +1,132 @@
+"""The front door: who may come in, as what, and what they are told. It decides; `supervise` starts what follows.
+
+HELLO --in order--> WELCOME, and a place in the state that others see as taken
+      `-otherwise-> REFUSED, with one sentence of why and what to do
+"""
+
+import os
+import secrets
+from collections.abc import Iterator
+
+import attrs
+
+from lmcache_trio._server.state import Client, State
+from lmcache_trio._wire.codec import decode_expected, encode
+from lmcache_trio._wire.messages import PROTOCOL_VERSION, ErrorKind, Hello, Refused, Role, Welcome
+from lmcache_trio.errors import Misuse, ProtocolError
+
+__all__ = ["Admission", "dismiss", "new_boot", "receive_hello", "welcome"]
+
+NO_ARENA = (
+    "the server cannot see this client's process (another pid namespace, or TCP), so it could not tell when a copy of a dead "
+    "client has ended; run it in the same pid namespace (docker: --pid) over ipc://, with /dev/shm shared (--ipc)"
+)
+
+
+@attrs.frozen
+class Admission:
+    """The outcome of a HELLO: a client that was let in, or the frame that refuses it; and whom the client replaces."""
+
+    client: Client | None
+    refusal: bytes = b""
+    replaced: tuple[Client, ...] = ()
+
+
+def new_boot() -> bytes:
+    """16 random bytes that tell this run of the server from every other."""
+    return secrets.token_bytes(16)
+
+
+def receive_hello(state: State, frame: bytes, peer_pid: int | None) -> Admission:
+    """Decide on *frame*, said by the process *peer_pid*. A client that is let in has taken its place when this returns."""
+    pidfd = None
+    try:
+        hello = decode_expected(frame, Hello)
+        _check(state, hello)
+        replaced = tuple(_replaced_by(state, hello, peer_pid))
+        pidfd = _open_pidfd(peer_pid)
+    except ProtocolError as exc:
+        state.counted["refused"] += 1
+        return Admission(None, encode(Refused(ErrorKind.PROTOCOL, str(exc)[:4000])))
+    except Misuse as exc:
+        state.counted["refused"] += 1
+        return Admission(None, encode(Refused(ErrorKind.MISUSE, str(exc)[:4000])))
+    for former in replaced:
+        dismiss(state, former)
+    return Admission(state.admit(hello, peer_pid, pidfd), replaced=replaced)
+
+
+def dismiss(state: State, client: Client) -> None:
+    """End *client* and all that it owned, now; its connection's task finds its scope cancelled."""
+    if state.lose(client) and client.pidfd is not None:
+        os.close(client.pidfd)
+        client.pidfd = None
+
+
+def welcome(state: State, client: Client, address: str) -> Welcome:
+    """What *client* is told; its own address is *address*."""
+    common = Welcome(PROTOCOL_VERSION, address, state.boot, state.config.chunk_tokens)
+    if client.hello.role is Role.OBSERVER:
+        return attrs.evolve(common, arena_note="an observer gets no arena")
+    if client.pidfd is None:
+        return attrs.evolve(common, arena_note=NO_ARENA)
+    memory = state.memory
+    return attrs.evolve(common, arena_path=memory.path, arena_size=memory.size, taken=state.taken, nonce=memory.nonce)
+
+
+def _check(state: State, hello: Hello) -> None:
+    if hello.version != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"this server speaks version {PROTOCOL_VERSION} of the protocol, the client {hello.version}; "
+            "install the same version of lmcache-trio on both sides"
+        )
+    if len(hello.token) != 16:
+        raise ProtocolError(f"the token has {len(hello.token)} bytes; it must be 16 random ones")
+    if state.stopping:
+        raise Misuse("the server is stopping; connect again when it is back")
+    if hello.role is Role.OBSERVER:
+        return
+    if not hello.engine:
+        raise Misuse("a scheduler or worker must name its engine: the engine id is empty")
+    if hello.shard >= hello.shards:
+        raise Misuse(f"shard {hello.shard} of {hello.shards} does not exist; shards count from 0")
+    engine = state.engines.get(hello.engine)
+    if (
+        engine is not None
+        and engine.shards != hello.shards
+        and any(c.hello.token != hello.token for c in engine.clients())
+    ):
+        raise Misuse(
+            f"engine {hello.engine!r} has {engine.shards} shards for the clients that are here, {hello.shards} for this one; "
+            "all must agree, and two engines must not share an engine id"
+        )
+
+
+def _replaced_by(state: State, hello: Hello, peer_pid: int | None) -> Iterator[Client]:
+    """The clients whose place *hello* takes: itself before a reconnect, and dead ones. Misuse when a live one holds it."""
+    for client in state.clients.values():
+        if client.hello.token == hello.token:
+            if client.peer_pid != peer_pid:
+                raise Misuse("another process is connected with this client's token; each client must draw its own")
+            yield client
+    engine = state.engines.get(hello.engine) if hello.role is not Role.OBSERVER else None
+    if engine is None:
+        return
+    holder = engine.scheduler if hello.role is Role.SCHEDULER else engine.workers.get(hello.shard)
+    if holder is not None and holder.hello.token != hello.token:
+        if not holder.has_exited():
+            what = "a scheduler" if hello.role is Role.SCHEDULER else f"a worker of shard {hello.shard}"
+            raise Misuse(
+                f"engine {hello.engine!r} has {what} already (process {holder.peer_pid}); end that one first, or give "
+                "each engine an engine id of its own"
+            )
+        yield holder
+
+
+def _open_pidfd(pid: int | None) -> int | None:
+    if not pid:
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # not in this pid namespace, or gone already
+        return None

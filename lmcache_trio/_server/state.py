@@ -1,0 +1,231 @@
+"""What a server knows of its clients: connections, the engines that they form, and those engines' sessions.
+
+Everything here is synchronous and called from the Trio loop, so that each step is whole. It starts no task and waits for
+nothing; what must wait is asked of `supervise` through the callables that it was given.
+"""
+
+import select
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+
+import attrs
+import trio
+
+from lmcache_trio._core.index import Index
+from lmcache_trio._core.keys import namespace_of
+from lmcache_trio._core.session import Session
+from lmcache_trio._server.clock import Clock
+from lmcache_trio._transport import Connection
+from lmcache_trio._wire.codec import encode
+from lmcache_trio._wire.messages import Hello, Lookup, Message, NamespaceKnown, Register, Role
+from lmcache_trio.abc import Memory
+from lmcache_trio.config import Config
+from lmcache_trio.errors import Gone
+
+__all__ = ["Client", "Engine", "LostWriter", "State"]
+
+COUNTERS = (
+    *("lookups", "hits", "misses", "resets", "refused", "withdrawn", "exits_seen"),
+    *("protocol_errors", "handler_bugs", "connection_bugs"),
+)
+
+
+@attrs.define(eq=False)
+class Client:
+    """One connection, from its HELLO on. `number` is its name in the index; nothing else ever has the same."""
+
+    number: int
+    hello: Hello
+    peer_pid: int | None
+    pidfd: int | None  # owned; None for a client that cannot be seen, which therefore gets no arena
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    transport: Connection | None = None  # None until the client has taken up its own address
+    copies: set[bytes] = attrs.field(factory=set)  # reservations whose copy was not yet said to have ended
+    pins: set[bytes] = attrs.field(factory=set)
+    outbox: deque[bytes] = attrs.field(factory=deque)  # what the transport had no room for, in order
+    queued: trio.Event = attrs.field(factory=trio.Event)
+    drained: trio.Event = attrs.field(factory=trio.Event)
+    lost: bool = False
+
+    def __str__(self) -> str:
+        what = f"shard {self.hello.shard} of {self.hello.shards}" if self.hello.role is Role.WORKER else "scheduler"
+        where = f" of engine {self.hello.engine!r} ({what})" if self.hello.engine else ""
+        return f"client {self.hello.client!r}{where}"
+
+    def send(self, message: Message) -> None:
+        """Send *message* now, or queue it behind what is queued: the connection's writer sends it when there is room."""
+        if self.transport is None or self.lost:
+            return
+        frame = encode(message)
+        if not self.outbox:
+            try:
+                return self.transport.send_nowait(frame)
+            except trio.WouldBlock:
+                pass
+            except Gone:
+                return  # its reader finds out by itself
+        self.outbox.append(frame)
+        self.queued.set()
+
+    def has_exited(self) -> bool:
+        """Whether the process is known to be dead, though its connection may not have been seen to close yet."""
+        if self.pidfd is None:
+            return False
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+
+@attrs.define(eq=False)
+class Engine:
+    """One scheduler and its workers, and the namespace that their layouts make."""
+
+    name: str
+    shards: int
+    scheduler: Client | None = None
+    workers: dict[int, Client] = attrs.field(factory=dict)
+    layouts: dict[int, Register] = attrs.field(factory=dict)
+    namespace: bytes = b""
+    sessions: dict[int, Session] = attrs.field(factory=dict)
+
+    def clients(self) -> Iterator[Client]:
+        if self.scheduler is not None:
+            yield self.scheduler
+        yield from self.workers.values()
+
+
+@attrs.define(eq=False)
+class LostWriter:
+    """A client whose connection is gone while it may still be copying: its slots wait for its word or for its exit."""
+
+    number: int
+    token: bytes
+    pidfd: int
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+
+
+Prefetch = Callable[[Client, Engine, Session, Lookup, list[bytes]], bool]
+"""Called when memory does not cover a lookup: True if the tiers may, and the answer will be pushed."""
+
+
+@attrs.define(eq=False)
+class State:
+    """The server's memory. *watch_exit* starts the wait for a lost writer's exit; *prefetch* is there when tiers are.
+
+    Its own part of the counters is `counted` and, by reason, `dropped`; the index counts what happens inside it.
+    """
+
+    config: Config
+    boot: bytes
+    index: Index
+    clock: Clock
+    memory: Memory
+    watch_exit: Callable[[LostWriter], None]
+    count_tasks: Callable[[], int] = lambda: 0
+    prefetch: Prefetch | None = None
+    cancel_prefetch: Callable[[Engine, Session], None] | None = None
+    engines: dict[str, Engine] = attrs.field(factory=dict)
+    clients: dict[int, Client] = attrs.field(factory=dict)
+    sockets: set[str] = attrs.field(factory=set)  # files that an end in a hurry must remove
+    lost_writers: list[LostWriter] = attrs.field(factory=list)
+    counted: Counter[str] = attrs.field(factory=lambda: Counter(dict.fromkeys(COUNTERS, 0)))
+    dropped: Counter[str] = attrs.field(factory=Counter)
+    taken: int = 0
+    stopping: bool = False
+    idle: trio.Event = attrs.field(factory=trio.Event)
+    _numbers: int = 0
+
+    # --- clients -----------------------------------------------------------------------------------------------------
+
+    def admit(self, hello: Hello, peer_pid: int | None, pidfd: int | None) -> Client:
+        """Make room for a client that `rendezvous` found in order, in place of those that it replaces."""
+        self._numbers += 1
+        client = Client(self._numbers, hello, peer_pid, pidfd)
+        self.clients[client.number] = client
+        if hello.role is not Role.OBSERVER:
+            engine = self.engines.setdefault(hello.engine, Engine(hello.engine, hello.shards))
+            if hello.role is Role.SCHEDULER:
+                engine.scheduler = client
+            else:
+                engine.workers[hello.shard] = client
+        return client
+
+    def engine_of(self, client: Client) -> Engine | None:
+        return self.engines.get(client.hello.engine) if client.hello.role is not Role.OBSERVER else None
+
+    def lose(self, client: Client) -> bool:
+        """The connection is gone, or replaced: everything that it owned ends now. Idempotent.
+
+        True when the caller must close the pidfd; a lost writer's is kept until its exit was seen.
+        """
+        if client.lost:
+            return False
+        client.lost = True
+        del self.clients[client.number]
+        engine = self.engine_of(client)
+        if engine is not None:
+            self._leave(engine, client)
+        self.index.lose_worker(client.number)
+        client.pins.clear()
+        client.outbox.clear()
+        keep = bool(client.copies) and client.pidfd is not None
+        if keep and client.pidfd is not None:
+            writer = LostWriter(client.number, client.hello.token, client.pidfd)
+            self.lost_writers.append(writer)
+            self.watch_exit(writer)
+        client.copies.clear()
+        client.scope.cancel()
+        self.note_progress()
+        return not keep
+
+    def _leave(self, engine: Engine, client: Client) -> None:
+        if engine.scheduler is client:
+            engine.scheduler = None
+            for number in list(engine.sessions):
+                self.end_session(engine, number)
+        elif engine.workers.get(client.hello.shard) is client:
+            del engine.workers[client.hello.shard]
+            engine.layouts.pop(client.hello.shard, None)
+            self.settle_namespace(engine)
+        if engine.scheduler is None and not engine.workers:
+            del self.engines[engine.name]
+
+    def copies_ended(self, writer: LostWriter) -> None:
+        """The process of *writer* exited, or its client said after a reconnect that its copies ended. Idempotent."""
+        if writer in self.lost_writers:
+            self.lost_writers.remove(writer)
+            self.index.copies_ended(writer.number)
+            writer.scope.cancel()
+
+    # --- engines and sessions ----------------------------------------------------------------------------------------
+
+    def settle_namespace(self, engine: Engine) -> None:
+        """Work out the engine's namespace from the layouts that are there; when it changed, tell all its clients."""
+        namespace = b""
+        if len(engine.layouts) == engine.shards:
+            layouts = [engine.layouts[shard] for shard in range(engine.shards)]
+            namespace = namespace_of([layout.fingerprint for layout in layouts])
+            self.index.attach(namespace, [layout.shard_bytes for layout in layouts])
+        if namespace != engine.namespace:
+            engine.namespace = namespace
+            for client in engine.clients():
+                client.send(NamespaceKnown(0, namespace))
+
+    def end_session(self, engine: Engine, number: int) -> None:
+        """The session goes, with everything that it owned; one that is not there is no error."""
+        session = engine.sessions.pop(number, None)
+        if session is not None:
+            if self.cancel_prefetch is not None:
+                self.cancel_prefetch(engine, session)
+            self.index.end_session((engine.name, number))
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Give out nothing more; `idle` is set once every copy that is under way has ended."""
+        self.stopping = True
+        self.note_progress()
+
+    def note_progress(self) -> None:
+        if self.stopping and not any(client.copies or client.pins for client in self.clients.values()):
+            self.idle.set()

@@ -1,0 +1,32 @@
+"""What a server holds and has counted, as one object of plain numbers. It only reads."""
+
+from collections import Counter
+from typing import Any
+
+from lmcache_trio._server.state import State
+
+__all__ = ["statistics_of"]
+
+_COUNTED_HERE = ("chunks_hit", "chunks_missed", "dropped")
+"""What the index counts of what it sees alone: a lookup of an engine without a namespace misses before it gets there."""
+
+
+def statistics_of(state: State) -> dict[str, Any]:
+    """`held`: what is there now, and goes back to what it was. `counted`: monotonic since the start."""
+    index = state.index.statistics()
+    engines = list(state.engines.values())
+    held: dict[str, Any] = {
+        "connections": sum(client.transport is not None for client in state.clients.values()),
+        "welcomes": sum(client.transport is None for client in state.clients.values()),
+        "engines": len(engines),
+        "sessions": sum(len(engine.sessions) for engine in engines),
+        "tasks": state.count_tasks(),
+        "lost_writers": len(state.lost_writers),
+        "queued_messages": sum(len(client.outbox) for client in state.clients.values()),
+        **index["held"],
+    }
+    memory = state.memory.statistics()
+    held["bytes_taken"], held["bytes_size"] = memory["bytes_taken"], memory["bytes_size"]
+    counted = {name: count for name, count in index["counted"].items() if name not in _COUNTED_HERE}
+    drops = Counter(index["counted"]["dropped"]) + state.dropped
+    return {"held": held, "counted": {**counted, **state.counted, "drops": dict(drops)}}

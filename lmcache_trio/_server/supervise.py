@@ -1,0 +1,196 @@
+"""The nursery tree of a server, and the only place that starts tasks.
+
+    serve
+    |- memory        grows the arena, pushes ArenaGrown
+    |- exits         one task a process that may still be copying after its connection was lost
+    |- clock         sleeps until something in the index falls due
+    `- connections   the front door, and one nursery a client; dies first
+
+Shutdown order is nesting order. Leaving `open_server` drains: nothing more is given out, copies under way have `grace`
+seconds to end, then connections end, then the rest.
+"""
+
+import gc
+import logging
+import os
+import secrets
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import trio
+
+from lmcache_trio._core.arena import Arena
+from lmcache_trio._core.index import Index
+from lmcache_trio._server import rendezvous
+from lmcache_trio._server.address import prepare_directory, socket_path
+from lmcache_trio._server.clock import Clock
+from lmcache_trio._server.connection import serve_client, wait_exit
+from lmcache_trio._server.plugins import make_memory
+from lmcache_trio._server.state import LostWriter, State
+from lmcache_trio._server.statistics import statistics_of
+from lmcache_trio._transport import Rendezvous, listen, listen_pair
+from lmcache_trio._wire.codec import encode
+from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused
+from lmcache_trio.abc import Memory
+from lmcache_trio.config import Config
+from lmcache_trio.errors import Gone, LMCacheTrioError
+
+__all__ = ["Server", "open_server", "serve"]
+
+log = logging.getLogger("lmcache_trio.server")
+
+NONCE_PAGE = 4096
+AFTER_GRACE = 2.0
+"""Seconds past the grace after which a process that still runs is ended: a thread of it hangs, and would hang for ever."""
+
+
+@attrs.frozen(eq=False)
+class Server:
+    """A running server, as `open_server` yields it."""
+
+    address: str
+    boot: bytes
+    _state: State
+
+    @property
+    def grace(self) -> float:
+        """Seconds that copies under way have to end when the server is left."""
+        return self._state.config.grace
+
+    def statistics(self) -> dict[str, Any]:
+        """`held` and `counted`, as `lmcache-trio status` prints them."""
+        return statistics_of(self._state)
+
+    def remove_files(self) -> None:
+        """Unlink what other processes can see of this server. For an end in a hurry; sync, safe to call twice."""
+        for path in (self._state.memory.path, *self._state.sockets):
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
+
+
+@asynccontextmanager
+async def open_server(config: Config | None = None, *, memory: Memory | None = None) -> AsyncIterator[Server]:
+    """Serve until the block is left. ConfigError names the setting at fault.
+
+    *memory* is for programs that bring their own; by default the one that `config.memory` names is made.
+    """
+    config = Config() if config is None else config
+    memory = make_memory(config.memory) if memory is None else memory
+    prepare_directory(config.address)
+    front = listen(config.address)
+    try:
+        async with memory.open(), trio.open_nursery() as upkeep:
+            state = _make_state(config, memory, upkeep)
+            upkeep.start_soon(_grow, state, name="memory")
+            upkeep.start_soon(state.clock.run, name="clock")
+            async with trio.open_nursery() as connections:
+                state.count_tasks = lambda: _count_tasks(upkeep) + _count_tasks(connections)
+                connections.start_soon(_admit, state, front, connections, name="rendezvous")
+                yield Server(front.address, state.boot, state)
+                state.stop()
+                with trio.move_on_after(config.grace):
+                    await state.idle.wait()
+                connections.cancel_scope.cancel()
+            upkeep.cancel_scope.cancel()
+    finally:
+        front.close()
+
+
+def _make_state(config: Config, memory: Memory, upkeep: trio.Nursery) -> State:
+    arena = Arena()
+    arena.reserve_head(NONCE_PAGE)
+    index = Index(
+        arena,
+        new_id=lambda: secrets.token_bytes(16),
+        lease_share=config.lease_share,
+        lease_timeout=config.lease_timeout,
+        reservation_timeout=config.reservation_timeout,
+    )
+
+    def watch_exit(writer: LostWriter) -> None:
+        upkeep.start_soon(wait_exit, state, writer, name=f"exit of client {writer.number}")
+
+    state = State(config, rendezvous.new_boot(), index, Clock(index.expire), memory, watch_exit)
+    if (path := socket_path(config.address)) is not None:
+        state.sockets.add(str(path))
+    return state
+
+
+async def _grow(state: State) -> None:
+    """Take the arena piece by piece, until it is whole or the file system has no more."""
+    while True:
+        taken = await state.memory.grow()
+        if taken == state.taken:
+            return
+        state.taken = taken
+        state.index.grow(taken)
+        for client in state.clients.values():
+            if client.pidfd is not None:
+                client.send(ArenaGrown(taken))
+
+
+async def _admit(state: State, front: Rendezvous, connections: trio.Nursery) -> None:
+    """Answer at the rendezvous, one client after the other; none of them waits for anything but its turn."""
+    while True:
+        try:
+            introduction = await front.accept()
+        except Gone:
+            return
+        admission = rendezvous.receive_hello(state, introduction.hello, introduction.peer_pid)
+        client = admission.client
+        if client is None:
+            introduction.reply(admission.refusal)
+            continue
+        try:
+            listener = listen_pair(front.address)
+        except (LMCacheTrioError, OSError) as exc:  # out of file descriptors, say: this client's loss alone
+            rendezvous.dismiss(state, client)
+            introduction.reply(encode(Refused(ErrorKind.UNAVAILABLE, f"no connection could be made: {exc}")))
+            continue
+        introduction.reply(encode(rendezvous.welcome(state, client, listener.address)))
+        connections.start_soon(serve_client, state, client, listener, name=str(client))
+
+
+def _count_tasks(nursery: trio.Nursery) -> int:
+    """Tasks that run under *nursery*, at any depth."""
+    return sum(1 + sum(map(_count_tasks, task.child_nurseries)) for task in nursery.child_tasks)
+
+
+def serve(config: Config | None = None, on_ready: Callable[[Server], None] | None = None) -> None:
+    """Serve in this process until SIGINT or SIGTERM, then drain and return; a second signal ends the process at once.
+
+    *on_ready* is called when clients are answered. Runs a Trio loop in the main thread. ConfigError names the setting at fault.
+    """
+    trio.run(_serve, config, on_ready)
+
+
+async def _serve(config: Config | None, on_ready: Callable[[Server], None] | None) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as watch:
+            async with open_server(config) as server:
+                log.info("listening at %s", server.address)
+                gc.collect()
+                gc.freeze()  # what is there now stays: a full collection need not look at it again (145 ms a million objects)
+                if on_ready is not None:
+                    on_ready(server)
+                first = await anext(signals)
+                log.info(
+                    "%s: ending within %g s; a second signal ends it at once", signal.Signals(first).name, server.grace
+                )
+                watch.start_soon(_end_in_a_hurry, server, signals, name="second signal")
+            watch.cancel_scope.cancel()
+
+
+async def _end_in_a_hurry(server: Server, signals: AsyncIterator[int]) -> None:
+    """On a second signal, or when something hangs past the grace: leave without waiting for anything or anyone."""
+    signum = signal.SIGTERM
+    with trio.move_on_after(server.grace + AFTER_GRACE):
+        signum = signal.Signals(await anext(signals))
+    log.warning("ending at once")
+    server.remove_files()
+    os._exit(128 + signum)
