@@ -1,0 +1,274 @@
+"""`LMCacheTrioConnector`: what vLLM 0.32 calls, handed on to the two sides that decide.
+
+vLLM makes one instance in its scheduler and one in each worker, by default in processes of their own. Everything that
+can be wrong with a configuration is refused here, at start and by name; later, nothing of ours ends an engine: without
+a server every lookup is a miss.
+
+Refused: a `kv_load_failure_policy` other than recompute, more than one KV cache group, KV that is not kept for all
+tokens (a sliding window's own cache, Mamba states), context parallelism (its blocks do not hold consecutive tokens).
+"""
+
+# vLLM is not installed where this is type-checked: pyright: reportMissingImports=false
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
+from lmcache_trio.adapters.vllm.identity import LoraIdentities, encode_keys, model_identity
+from lmcache_trio.adapters.vllm.layout import layout_extras
+from lmcache_trio.adapters.vllm.metadata import StepPlan
+from lmcache_trio.adapters.vllm.scheduler_side import Extras, SchedulerSide, StepOutput
+from lmcache_trio.adapters.vllm.settings import LoadMode, check_failure_policy, check_load_mode, parse_settings
+from lmcache_trio.adapters.vllm.worker_side import WorkerSide
+from lmcache_trio.errors import Misuse, Unavailable
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+__all__ = ["LMCacheTrioConnector"]
+
+logger = logging.getLogger(__name__)
+
+
+@attrs.frozen
+class Metadata(KVConnectorMetadata):  # type: ignore[misc]
+    """Scheduler to workers, each step."""
+
+    plan: StepPlan
+
+
+@attrs.frozen
+class WorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """Workers to scheduler, after a step in which a synchronous load failed."""
+
+    failed_step: int
+
+    def aggregate(self, other: "WorkerMetadata") -> "WorkerMetadata":
+        return WorkerMetadata(max(self.failed_step, other.failed_step))
+
+
+class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """One engine's KV, stored in and loaded from a lmcache-trio server."""
+
+    _cache_hit_source = CacheHitSource.HOST
+    worker_adapter_class: type[WorkerAdapter] = WorkerAdapter
+    """Who moves the bytes; a test's subclass stops at a named point."""
+
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = self._kv_transfer_config
+        self._settings = parse_settings(transfer.kv_connector_extra_config or {})
+        check_failure_policy(transfer.kv_load_failure_policy)
+        check_load_mode(self._settings.load, vllm_config.max_concurrent_batches)
+        self._block_tokens = _block_tokens(vllm_config, kv_cache_config)
+        self._asynchronous = self._settings.load is LoadMode.ASYNC
+        self._loras = LoraIdentities()
+        self._warned: set[str] = set()
+        self._scheduler: SchedulerSide | None = None
+        self._scheduler_adapter: SchedulerAdapter | None = None
+        self._worker: WorkerSide | None = None
+        self._worker_adapter: WorkerAdapter | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._start_scheduler(vllm_config)
+
+    def _start_scheduler(self, vllm_config: "VllmConfig") -> None:
+        transfer = self._kv_transfer_config
+        adapter_class = PollingSchedulerAdapter if self._settings.sync_lookup else SchedulerAdapter
+        self._scheduler_adapter = adapter_class(
+            self._settings.address,
+            engine_id=transfer.engine_id,
+            identity=model_identity(vllm_config, self._settings.namespace),
+            block_tokens=self._block_tokens,
+            lookup_timeout=self._settings.lookup_timeout,
+            poll_interval=self._settings.poll_interval,
+        )
+        self._scheduler = SchedulerSide(
+            self._scheduler_adapter,
+            block_tokens=self._block_tokens,
+            asynchronous=self._asynchronous,
+            identify=self._identify,
+            loads=transfer.is_kv_consumer,
+            stores=transfer.is_kv_producer,
+        )
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # a store that is dropped is a later miss, and nothing else
+
+    # --- the scheduler's side ---------------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._on_scheduler().offer(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        block_ids = blocks.get_block_ids()[0] if num_external_tokens else ()
+        self._on_scheduler().allocated(request, block_ids, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Metadata:
+        state = scheduler_output.kv_connector_block_state
+
+        def blocks_of(request_id: str) -> Sequence[int]:
+            found: Sequence[int] = state.resolve_block_ids(request_id)[0]
+            return found
+
+        plan = self._on_scheduler().plan(
+            scheduler_output.num_scheduled_tokens, sorted(scheduler_output.preempted_req_ids or ()), blocks_of
+        )
+        return Metadata(plan)
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        meta = connector_output.kv_connector_worker_meta
+        self._on_scheduler().output(
+            StepOutput(
+                loaded=frozenset(connector_output.finished_recving or ()),
+                released=frozenset(connector_output.finished_sending or ()),
+                failed_blocks=frozenset(connector_output.invalid_block_ids),
+                failed_step=meta.failed_step if isinstance(meta, WorkerMetadata) else 0,
+            )
+        )
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self._on_scheduler().finished(request, block_ids), None
+
+    def reset_cache(self) -> bool | None:
+        """Forget every chunk of this engine's namespace. True only when the server confirmed it."""
+        return self._scheduler_adapter.reset_cache() if self._scheduler_adapter else None
+
+    def _identify(self, request: "Request") -> Extras | None:
+        """What the token ids don't say: vLLM's own extra keys, with a LoRA's files in place of its path."""
+        if request.resumable:
+            raise Unavailable("a streaming-input session may take back tokens")
+        lora = request.lora_request
+        identity = b""
+        if lora is not None:
+            found = self._loras.identity(lora.lora_path, reloaded=lora.load_inplace)
+            if found is None:
+                self._warn_once(
+                    f"requests of LoRA {lora.lora_name!r} are not cached: the files of {lora.lora_path!r} cannot be "
+                    "read, or have changed since they were first used; load the adapter with load_inplace"
+                )
+                raise Unavailable(f"the files of LoRA {lora.lora_name!r} are not known")
+            identity = found
+        elif not request.mm_features and not request.cache_salt and request.prompt_embeds is None:
+            return None
+
+        def extras(first: int, end: int) -> bytes:
+            keys, _ = generate_block_hash_extra_keys(request, first, end, 0)
+            return encode_keys((key[0], key[1], identity) if key[0] == "lora" else key for key in keys or ())
+
+        return extras
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+    def _on_scheduler(self) -> SchedulerSide:
+        if self._scheduler is None:
+            raise Misuse("this connector was made for a worker, and vLLM called it in the scheduler")
+        return self._scheduler
+
+    # --- a worker's side --------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        tensor_ranks, pipeline_ranks = get_tp_group(), get_pp_group()
+        self._worker_adapter = self.worker_adapter_class(
+            self._settings.address,
+            engine_id=self._kv_transfer_config.engine_id,
+            shard=pipeline_ranks.rank_in_group * tensor_ranks.world_size + tensor_ranks.rank_in_group,
+            shards=pipeline_ranks.world_size * tensor_ranks.world_size,
+            block_tokens=self._block_tokens,
+            fingerprint_extra=layout_extras(self._vllm_config, self._kv_cache_config),
+        )
+        self._worker_adapter.register_kv_caches(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
+        self._worker = WorkerSide(self._worker_adapter, asynchronous=self._asynchronous)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        self._on_worker().let_go(kv_connector_metadata.plan.preempted)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._on_worker().begin(connector_metadata.plan)
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        self._on_worker().load()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """A synchronous load has ended before the forward pass begins."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
+    ) -> None:
+        """Whole steps are stored, in `wait_for_save`."""
+
+    def wait_for_save(self) -> None:
+        self._on_worker().store()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        report = self._on_worker().report()
+        return report.released or None, report.loaded or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._on_worker().take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> WorkerMetadata | None:
+        failed_step = self._on_worker().failed_step
+        return WorkerMetadata(failed_step) if failed_step else None
+
+    def _on_worker(self) -> WorkerSide:
+        if self._worker is None:
+            raise Misuse("vLLM registered no KV caches with this connector before it ran a step")
+        return self._worker
+
+    # --- both -------------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        for adapter in (self._worker_adapter, self._scheduler_adapter):
+            if adapter is not None:
+                adapter.shutdown()
+        self._worker_adapter = self._scheduler_adapter = None
+
+
+def _block_tokens(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> int:
+    """Tokens of a block. Misuse, by name, for a cache whose blocks cannot be kept in chunks of consecutive tokens."""
+    groups = kv_cache_config.kv_cache_groups
+    names = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
+    if len(groups) != 1:
+        raise Misuse(
+            f"this model has {len(groups)} KV cache groups ({names}), and a chunk is made of one: leave out "
+            "--no-disable-hybrid-kv-cache-manager, so that vLLM keeps one; a model with Mamba layers cannot be cached"
+        )
+    spec = groups[0].kv_cache_spec
+    kinds = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
+    for kind in kinds:
+        if not isinstance(kind, FullAttentionSpec):
+            raise Misuse(
+                f"this model's KV cache is a {type(kind).__name__}, which does not keep the KV of all tokens; "
+                "lmcache-trio caches full attention only"
+            )
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise Misuse(f"{name} is {getattr(parallel, name)}: a rank's block has no consecutive tokens then; set 1")
+    return int(spec.block_size)

@@ -1,0 +1,298 @@
+"""The connector in vLLM's scheduler: which tokens are offered, which chunks are stored, and when blocks are let go.
+
+It decides and never waits: what it learns comes in as arguments, what is to be done goes out as a `StepPlan`, and the
+cache is reached through a `SchedulerAdapter` only. vLLM is not imported here.
+
+    offer()      how many more tokens the cache has          get_num_new_matched_tokens
+    allocated()  blocks are there: load into them, or not    update_state_after_alloc
+    plan()       chunks completed by this step are stored    build_connector_meta
+    output()     what the workers reported                   update_connector_output
+    finished()   True: the blocks are still being read       request_finished
+
+A chunk is stored when the KV of all its tokens is computed at the end of the step, and all its token ids are known.
+vLLM counts ahead: with asynchronous scheduling and speculative tokens `num_computed_tokens` includes positions whose
+ids nobody knows yet, or which may be rejected. The ids that a request has are the accepted ones, and each of them but
+the newest has gone through a step that is ordered before this one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+import attrs
+
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.adapters.vllm.metadata import StepPlan
+from lmcache_trio.errors import Misuse, Unavailable
+
+__all__ = ["Cache", "EngineRequest", "Identify", "SchedulerSide", "StepOutput"]
+
+Extras = Callable[[int, int], bytes]
+
+
+class EngineRequest(Protocol):
+    """The part of vLLM's Request that is read here."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def all_token_ids(self) -> Sequence[int]: ...
+    @property
+    def num_computed_tokens(self) -> int: ...
+    @property
+    def num_in_flight_tokens(self) -> int: ...
+    @property
+    def skip_reading_prefix_cache(self) -> bool: ...
+
+
+class Cache(Protocol):
+    """The part of `SchedulerAdapter` that is used here."""
+
+    chunk_tokens: int
+
+    def maybe_submit_lookup_request(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        extras: Extras | None = None,
+        max_tokens: int | None = None,
+    ) -> None: ...
+    def check_lookup_result(self, request_id: str) -> int | None: ...
+    def update_after_alloc(
+        self, request_id: str, external_tokens: int, *, local_tokens: int = 0, block_ids: Sequence[int] = ()
+    ) -> LoadSpec | None: ...
+    def extend(self, request_id: str, token_ids: Sequence[int], *, extras: Extras | None = None) -> list[bytes]: ...
+    def store_spec(self, request_id: str, first_chunk: int, block_ids: Sequence[int]) -> StoreSpec: ...
+    def mark_failed(self, request_id: str, first_failed_token: int) -> None: ...
+    def free_lookup_locks(self, request_id: str) -> None: ...
+    def end_session(self, request_id: str) -> None: ...
+
+
+Identify = Callable[[EngineRequest], Extras | None]
+"""The extras of a request, None when its token ids say it all. Unavailable: nobody can tell, so it goes uncached."""
+
+
+@attrs.frozen
+class StepOutput:
+    """What the workers reported: *failed_step* is the latest step in which a synchronous load failed (0: none)."""
+
+    loaded: frozenset[str] = frozenset()
+    released: frozenset[str] = frozenset()
+    failed_blocks: frozenset[int] = frozenset()
+    failed_step: int = 0
+
+
+@attrs.define(eq=False)
+class _Tracked:
+    """One request of the engine. *stored* leading chunks are in the cache or on their way there."""
+
+    request: EngineRequest
+    extras: Extras | None
+    stored: int = 0
+    asked: bool = False  # a lookup is open: its answer was not used up yet
+    local_tokens: int = 0  # what the engine had itself when the answer was given
+    load_first: int = 0  # token at which load_blocks begin
+    load_blocks: tuple[int, ...] = ()
+    loading: bool = False  # an asynchronous load is under way
+    failed_at: int | None = None  # the first token whose load failed: never offered again
+    has_stores: bool = False  # a worker may be reading its blocks
+    over: bool = False  # finished; its session ends when loads and stores have
+
+
+class SchedulerSide:
+    """State of one engine's scheduler. *loads* and *stores* say which way vLLM's `kv_role` lets it move KV."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        block_tokens: int,
+        asynchronous: bool,
+        identify: Identify,
+        loads: bool = True,
+        stores: bool = True,
+    ) -> None:
+        self._cache = cache
+        self._block_tokens = block_tokens
+        self._asynchronous = asynchronous
+        self._identify = identify
+        self._loads = loads
+        self._stores = stores
+        self._tracked: dict[str, _Tracked] = {}
+        self._load_specs: list[LoadSpec] = []
+        self._read_in_step: list[str] = []  # loaded before the step computes: over when it is
+        self._store_specs: list[StoreSpec] = []
+        self._held: list[str] = []
+        self._step = 0
+        self._settled = 0
+
+    def offer(self, request: EngineRequest, local_tokens: int) -> tuple[int | None, bool]:
+        """(tokens beyond *local_tokens* that can be loaded, whether between steps); None: ask again."""
+        if not self._loads or request.skip_reading_prefix_cache:
+            return 0, False
+        tracked = self._track(request)
+        if tracked is None:
+            return 0, False
+        # One token has to be computed, or there is nothing to sample from.
+        self._cache.maybe_submit_lookup_request(
+            request.request_id, request.all_token_ids, extras=tracked.extras, max_tokens=request.num_tokens - 1
+        )
+        tracked.asked = True
+        tokens = self._cache.check_lookup_result(request.request_id)
+        if tokens is None:
+            return None, False
+        tracked.stored = tokens // self._cache.chunk_tokens
+        tracked.local_tokens = local_tokens
+        if tokens <= local_tokens:
+            return 0, False
+        return tokens - local_tokens, self._asynchronous
+
+    def allocated(self, request: EngineRequest, block_ids: Sequence[int], external_tokens: int) -> None:
+        """*block_ids* are all blocks of the request. Called again, with 0, when a load has ended."""
+        tracked = self._track(request)
+        if tracked is None:
+            return
+        if external_tokens == 0:
+            if tracked.asked:
+                tracked.asked = False
+                self._cache.update_after_alloc(request.request_id, 0)
+            return
+        first = tracked.local_tokens // self._block_tokens
+        blocks = tuple(block_ids[first : first + external_tokens // self._block_tokens])
+        spec = self._cache.update_after_alloc(
+            request.request_id, external_tokens, local_tokens=tracked.local_tokens, block_ids=blocks
+        )
+        if spec is None:
+            raise Misuse(f"the adapter gave no load for {external_tokens} tokens of {request.request_id}")
+        tracked.asked = False
+        tracked.load_first, tracked.load_blocks = tracked.local_tokens, blocks
+        tracked.loading = self._asynchronous
+        self._load_specs.append(spec)
+        if not self._asynchronous:
+            self._read_in_step.append(request.request_id)
+
+    def plan(
+        self, scheduled: Mapping[str, int], preempted: Sequence[str], blocks_of: Callable[[str], Sequence[int]]
+    ) -> StepPlan:
+        """The plan of the step that computes *scheduled* tokens (by request); *blocks_of* gives a request's blocks."""
+        self._step += 1
+        for request_id in preempted:
+            if tracked := self._tracked.get(request_id):
+                tracked.load_blocks = ()  # they belong to others now
+        if self._stores:
+            for request_id, tokens in scheduled.items():
+                tracked = self._tracked.get(request_id)
+                if tracked is not None:
+                    computed = tracked.request.num_computed_tokens + tokens
+                    self._store(tracked, computed, partial(blocks_of, request_id))
+        plan = StepPlan(
+            step=self._step,
+            settled=self._settled,
+            loads=tuple(self._load_specs),
+            stores=tuple(self._store_specs),
+            preempted=tuple(preempted),
+            held=tuple(self._held),
+        )
+        self._load_specs, self._store_specs, self._held = [], [], []
+        return plan
+
+    def output(self, output: StepOutput) -> None:
+        """Failures first: vLLM asks again for what failed in this very call's wake."""
+        if output.failed_blocks:
+            self._failed(output.failed_blocks)
+        if output.failed_step:
+            self._settle(output.failed_step)
+        for request_id in self._read_in_step:
+            self._cache.free_lookup_locks(request_id)
+        self._read_in_step = []
+        for request_id in output.loaded:
+            if tracked := self._tracked.get(request_id):
+                tracked.loading, tracked.load_blocks = False, ()
+                self._cache.free_lookup_locks(request_id)
+                self._end_if_over(tracked)
+        for request_id in output.released:
+            if tracked := self._tracked.get(request_id):
+                tracked.has_stores = False
+                self._end_if_over(tracked)
+
+    def finished(self, request: EngineRequest, block_ids: Sequence[int]) -> bool:
+        """*block_ids* are those of its computed tokens. True: vLLM keeps them until they were named as released."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return False
+        tracked.over = True
+        if not tracked.loading and self._stores:
+            # Steps still in flight may have computed more, for tokens that are not wanted any more.
+            computed = request.num_computed_tokens - request.num_in_flight_tokens
+            self._store(tracked, computed, lambda: block_ids)
+        if tracked.loading:
+            # vLLM frees these blocks when the load is reported, and must not be told twice. Nothing reads them: what
+            # a request stored before it was preempted was waited for then.
+            tracked.has_stores = False
+        if tracked.has_stores:
+            self._held.append(request.request_id)
+        self._end_if_over(tracked)
+        return tracked.has_stores
+
+    def statistics(self) -> dict[str, int]:
+        return {"requests": len(self._tracked), "loading": sum(each.loading for each in self._tracked.values())}
+
+    def _track(self, request: EngineRequest) -> _Tracked | None:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            try:
+                extras = self._identify(request)
+            except Unavailable:
+                return None
+            tracked = self._tracked[request.request_id] = _Tracked(request, extras)
+        return tracked
+
+    def _store(self, tracked: _Tracked, computed: int, blocks: Callable[[], Sequence[int]]) -> None:
+        """Plan a store of what *computed* tokens complete, as far as their ids are known."""
+        chunk = self._cache.chunk_tokens
+        ready = min(computed, tracked.request.num_tokens) // chunk
+        if ready <= tracked.stored:
+            return
+        request_id, a_chunk = tracked.request.request_id, chunk // self._block_tokens
+        wanted = tuple(blocks()[tracked.stored * a_chunk : ready * a_chunk])
+        try:
+            self._cache.extend(request_id, tracked.request.all_token_ids[: ready * chunk], extras=tracked.extras)
+            spec = self._cache.store_spec(request_id, tracked.stored, wanted)
+        except Misuse:
+            if self._cache.chunk_tokens == chunk:
+                raise
+            return  # the first server appeared just now, with chunks of its own length: next step
+        self._store_specs.append(spec)
+        tracked.stored = ready
+        tracked.has_stores = True
+
+    def _failed(self, failed: frozenset[int]) -> None:
+        for request_id, tracked in self._tracked.items():
+            for i, block in enumerate(tracked.load_blocks):
+                if block in failed:
+                    first = tracked.load_first + i * self._block_tokens
+                    tracked.failed_at = first if tracked.failed_at is None else min(first, tracked.failed_at)
+                    self._cache.mark_failed(request_id, first)
+                    tracked.stored = min(tracked.stored, first // self._cache.chunk_tokens)
+                    break
+
+    def _settle(self, step: int) -> None:
+        """Whatever was planned up to *step* may have been computed from blocks that failed, by any request that shares
+        them. The rank that noticed has stored none of it, others may have: ending the sessions dooms their halves, so
+        that a chunk stored anew is never joined with them. A lookup that was open is simply asked again.
+        """
+        self._settled = max(self._settled, step)
+        for request_id, tracked in self._tracked.items():
+            tracked.stored = 0
+            tracked.asked = False
+            self._cache.end_session(request_id)
+            if tracked.failed_at is not None:
+                self._cache.mark_failed(request_id, tracked.failed_at)
+
+    def _end_if_over(self, tracked: _Tracked) -> None:
+        if tracked.over and not tracked.loading and not tracked.has_stores:
+            del self._tracked[tracked.request.request_id]
+            self._cache.end_session(tracked.request.request_id)
