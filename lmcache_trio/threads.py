@@ -257,7 +257,7 @@ class Portal:
         if outcome is None:
             self.stop(0)
             raise Unavailable(f"{self.name} was not ready after {timeout:g} s")
-        # Registered now, behind what main imported: exit hooks run last in, first out; the loop ends before its libraries.
+        # Registered behind what main imported: exit hooks run last in, first out; the loop ends before its libraries.
         atexit.register(self._at_exit)
         return outcome.unwrap()
 

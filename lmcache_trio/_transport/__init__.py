@@ -100,7 +100,7 @@ class PairListener(ABC):
 
     @abstractmethod
     async def accept(self, deadline: float = math.inf) -> Connection:
-        """The connection, once the client is there; `Unavailable` if not by *deadline* (Trio's clock), `Gone` if closed.
+        """The connection, once the client came; `Unavailable` if not by *deadline* (Trio's clock); `Gone` if closed.
 
         The address is withdrawn when this returns or raises.
         """

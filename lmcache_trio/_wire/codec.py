@@ -6,7 +6,7 @@ what is `protocol`'s business.
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import msgspec
 
@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 _M = TypeVar("_M", bound=Message)
+_N = TypeVar("_N", bound=Message)
 
 
 class _IdOnly(msgspec.Struct):
@@ -69,7 +70,11 @@ def decode(frame: bytes) -> Message:
     return message
 
 
-def decode_expected(frame: bytes, *classes: type[_M]) -> _M:
+@overload
+def decode_expected(frame: bytes, kind: type[_M], /) -> _M: ...
+@overload
+def decode_expected(frame: bytes, kind: type[_M], other: type[_N], /) -> _M | _N: ...
+def decode_expected(frame: bytes, /, *classes: type[Message]) -> Message:
     """`decode`, where only sentences of *classes* are in place."""
     message = decode(frame)
     if not isinstance(message, classes):
