@@ -110,7 +110,7 @@ def gpu(session: nox.Session) -> None:
     _pytest(session, "-m", "gpu", "--ignore=tests/e2e", *session.posargs)
 
 
-def _group(name: str) -> list[str]:
+def _group(name: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(PROJECT, name)
 
 
