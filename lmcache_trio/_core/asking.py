@@ -1,7 +1,7 @@
 """One `reserve`, digest by digest: which chunk gets a slot, and for what reason another gets none.
 
-Reasons: `present` (READY already), `writing` (by another engine, or this shard is claimed), `no_space` (nothing more can
-be evicted), `orphan` (the parent is not there, or another engine is still writing it), `too_large` (for this arena).
+Reasons: `present` (READY already), `writing` (by another engine, or this shard is claimed), `no_space` (nothing more
+can be evicted), `orphan` (the parent is not there, or another engine is still writing it), `too_large` (for the arena).
 Present and claimed chunks are passed over; once any other gets no slot, those behind it get none either, for the
 same reason.
 """
@@ -24,7 +24,7 @@ class Asking:
         "_above",
         "_begun",
         "_chunks",
-        "_session",
+        "session",
         "_shard",
         "_stopped",
         "deadline",
@@ -39,7 +39,7 @@ class Asking:
     ) -> None:
         self._chunks = chunks
         self.namespace = namespace
-        self._session = session
+        self.session = session
         self._shard = shard
         self.deadline = deadline
         self._begun = begun
@@ -79,7 +79,7 @@ class Asking:
         elif self._stopped:
             reason = self._stopped
         else:
-            writing = Writing(self._session, self.namespace.shards, self.deadline, self._begun)
+            writing = Writing(self.session, self.namespace.shards, self.deadline, self._begun)
             row = chunks.begin(self.namespace, digest, self._above, writing)
             if row:
                 self._give(position, row)
@@ -100,4 +100,4 @@ class Asking:
         self.slots.append(Slot(position, self._chunks.claim(row, self._shard, self.deadline)))
 
     def _is_ours(self, row: int) -> bool:
-        return self._chunks.writing[row].session[0] == self._session[0]
+        return self._chunks.writing[row].session[0] == self.session[0]

@@ -20,15 +20,14 @@ written): it is *parked*, which is to be READY, not retained, and not in the ord
 of its own comes back or goes. So each step of the search for a victim is paid for by an earlier event: O(1) amortised.
 """
 
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 
 from lmcache_trio._core.arena import Arena
 from lmcache_trio._core.grants import SessionKey
 from lmcache_trio._core.policy import EvictionPolicy
-from lmcache_trio._core.rows import DIGEST_ROOM, TABLES, Namespace, Rows
+from lmcache_trio._core.rows import TABLES, Namespace, Rows
 from lmcache_trio.errors import Misuse
 
 __all__ = ["Chunks", "State", "Writing"]
@@ -104,11 +103,9 @@ class Chunks:
         The row is made, and hung under *parent*, before anything is evicted: that alone keeps the chunks that it
         extends from going.
         """
-        if len(digest) != DIGEST_ROOM:
-            raise Misuse(f"a digest of {len(digest)} bytes: it must have {DIGEST_ROOM}")
-        row, grew = self.rows.add(namespace.number, digest, parent)
-        if grew:
-            self.policy.extend()
+        if not self.rows.has_spare():
+            self.policy.extend(self.rows.grow())
+        row = self.rows.add(namespace.number, digest, parent)
         offset = self.arena.allocate(namespace.extent)
         if offset is None:
             offset = self._make_room(namespace.extent)
@@ -154,29 +151,28 @@ class Chunks:
         self.rows.refs[row] += 1
         return self.rows.offset[row] + self.namespace_of(row).starts[shard]
 
-    def commit(self, rows: Iterable[int], shards: int = 1) -> list[int]:
-        """*shards* copies into each of *rows* ended well. Returns those that became READY by it, deepest last.
+    def commit(self, namespace: Namespace, rows: Sequence[int], shards: int) -> list[int]:
+        """*shards* copies into each of *rows* ended well. Returns those that became READY by it, in order.
 
         A row that was doomed meanwhile only has its copies counted as ended.
         """
-        state, refs = self.rows.state, self.rows.refs
+        state, refs, details = self.rows.state, self.rows.refs, self.writing
         published = []
         for row in rows:
             if state[row] == _WRITING:
                 refs[row] -= shards
-                writing = self.writing[row]
+                writing = details[row]
                 writing.missing -= shards
                 if not writing.missing:
-                    del self.writing[row]
+                    del details[row]
                     writing.begun.remove(row)
                     state[row] = _READY
-                    namespace = self.namespace_of(row)
-                    self._count(_WRITING, namespace, -1)
-                    self._count(_READY, namespace, 1)
                     published.append(row)
             else:
                 self.let_go_doomed(row, shards)
         if published:
+            self._count(_WRITING, namespace, -len(published))
+            self._count(_READY, namespace, len(published))
             self._touch_upwards(published)
         return published
 
@@ -328,7 +324,7 @@ class Chunks:
         self.policy.touch(order)
 
     def _put_back(self, row: int) -> None:
-        """Put *row*, and first the parked ancestors that it was keeping out, just below its nearest ancestor in order."""
+        """Put *row* just below its nearest ancestor in order, and before it the parked ancestors that it kept out."""
         policy, parent, state, refs = self.policy, self.rows.parent, self.rows.state, self.rows.refs
         chain = []
         while row and row not in policy and state[row] == _READY and not refs[row]:
@@ -347,7 +343,7 @@ class Chunks:
         if above:
             self._put_back(above)
 
-    def _count(self, state: int, namespace: Namespace, sign: int) -> None:
-        self.chunks[state] += sign
-        self.slots[state] += sign * namespace.shards
-        self.bytes[state] += sign * namespace.extent
+    def _count(self, state: int, namespace: Namespace, more: int) -> None:
+        self.chunks[state] += more
+        self.slots[state] += more * namespace.shards
+        self.bytes[state] += more * namespace.extent

@@ -23,7 +23,7 @@ HoldNumber = NewType("HoldNumber", int)
 
 @attrs.frozen
 class Slot:
-    """A place to write to: *offset* in the arena, for the digest at *position* of what was asked (a load: for shard *position*)."""
+    """A place in the arena to write to, for the digest at *position* of those asked (of a load: for that shard)."""
 
     position: int
     offset: int

@@ -18,8 +18,8 @@ __all__ = ["EvictionPolicy", "LeastRecentlyUsed"]
 class EvictionPolicy(Protocol):
     """An order over rows. Every method takes constant time a row."""
 
-    def extend(self) -> None:
-        """One more row exists: the first call makes row 1. It is not in the order."""
+    def extend(self, count: int) -> None:
+        """*count* more rows exist, numbered on from row 0, which is there from the start. They are not in the order."""
 
     def touch(self, rows: Iterable[int]) -> None:
         """Bring *rows* to the recent end, in or out of the order before; the last one becomes the most recent."""
@@ -47,9 +47,10 @@ class LeastRecentlyUsed:
         self._newer = array("i", [0])  # -1: not in the ring
         self._older = array("i", [0])
 
-    def extend(self) -> None:
-        self._newer.append(-1)
-        self._older.append(-1)
+    def extend(self, count: int) -> None:
+        out = array("i", [-1]) * count
+        self._newer.extend(out)
+        self._older.extend(out)
 
     def touch(self, rows: Iterable[int]) -> None:
         newer, older = self._newer, self._older

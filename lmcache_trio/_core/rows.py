@@ -14,6 +14,9 @@ DIGEST_ROOM = 32
 TABLES = 64
 """Directory tables a namespace: growing one dict of a million entries would stop the loop for over 10 ms."""
 
+_BLOCK = 1024
+"""Rows made at a time: a dozen appends a chunk would be a tenth of what storing it costs."""
+
 
 class Namespace:
     """One byte layout: where each shard's slot begins in a chunk's extent, and the directory from digest to row.
@@ -24,7 +27,9 @@ class Namespace:
 
     __slots__ = ("extent", "lengths", "name", "number", "shards", "starts", "tables")
 
-    def __init__(self, number: int, name: bytes, lengths: tuple[int, ...], starts: tuple[int, ...], extent: int) -> None:
+    def __init__(
+        self, number: int, name: bytes, lengths: tuple[int, ...], starts: tuple[int, ...], extent: int
+    ) -> None:
         self.number = number
         self.name = name
         self.lengths = lengths
@@ -59,30 +64,38 @@ class Rows:
         self.previous_sibling = array("i", [0])
         self.first = bytearray(1)  # 1: it began as its chain's first, not as a child
         self._digests = bytearray(DIGEST_ROOM)
-        self._spare = array("i")
+        self._spare = array("i")  # a stack
+        self._fields = (
+            self.refs,
+            self.offered,
+            self.namespace,
+            self.offset,
+            self.parent,
+            self.first_child,
+            self.next_sibling,
+            self.previous_sibling,
+        )
 
-    def __len__(self) -> int:
-        """Rows ever made, row 0 not counted."""
-        return len(self.state) - 1
+    def grow(self) -> int:
+        """Make a block of rows, all spare. Returns how many."""
+        made = len(self.state)
+        self.state += bytes(_BLOCK)
+        self.first += bytes(_BLOCK)
+        self._digests += bytes(_BLOCK * DIGEST_ROOM)
+        for field in self._fields:
+            field.frombytes(bytes(_BLOCK * field.itemsize))
+        self._spare.extend(range(made + _BLOCK - 1, made - 1, -1))
+        return _BLOCK
 
-    def add(self, namespace: int, digest: bytes, parent: int) -> tuple[int, bool]:
-        """A row for *digest*, a child of *parent*, and whether the arrays grew for it."""
-        grew = not self._spare
-        if grew:
-            row = len(self.state)
-            self.state.append(0)
-            self.first.append(not parent)
-            for field in (self.refs, self.offered, self.offset, self.parent, self.first_child):
-                field.append(0)
-            self.namespace.append(namespace)
-            self.next_sibling.append(0)
-            self.previous_sibling.append(0)
-            self._digests += digest
-        else:
-            row = self._spare.pop()
-            self.namespace[row] = namespace
-            self.first[row] = not parent
-            self._digests[row * DIGEST_ROOM : (row + 1) * DIGEST_ROOM] = digest
+    def has_spare(self) -> bool:
+        return bool(self._spare)
+
+    def add(self, namespace: int, digest: bytes, parent: int) -> int:
+        """A spare row, now for *digest*, a child of *parent*."""
+        row = self._spare.pop()
+        self.namespace[row] = namespace
+        self._digests[row * DIGEST_ROOM : (row + 1) * DIGEST_ROOM] = digest
+        self.first[row] = not parent
         if parent:
             self.parent[row] = parent
             sibling = self.first_child[parent]
@@ -90,7 +103,7 @@ class Rows:
             if sibling:
                 self.previous_sibling[sibling] = row
             self.first_child[parent] = row
-        return row, grew
+        return row
 
     def digest(self, row: int) -> bytes:
         return bytes(self._digests[row * DIGEST_ROOM : (row + 1) * DIGEST_ROOM])
