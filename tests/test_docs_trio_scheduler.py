@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-from lmcache_trio import Config, Role, open_client, open_server, seed_of
+from lmcache_trio import Client, Config, Role, chain_digests, open_client, open_server, seed_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "trio_scheduler.py"
 CHUNK_TOKENS = 16
@@ -29,28 +30,42 @@ def page() -> ModuleType:
     return module
 
 
-def kv_of(prefix: Sequence[int]) -> bytes:
-    """A chunk's KV: it depends on every token up to its end."""
-    return hashlib.shake_128(repr(list(prefix)).encode()).digest(SHARD_BYTES)
-
-
-async def compute(tokens: Sequence[int], known: list[bytes]) -> list[bytes]:
-    ends = range((len(known) + 1) * CHUNK_TOKENS, len(tokens) + 1, CHUNK_TOKENS)
-    return [kv_of(tokens[:end]) for end in ends]
-
-
 # --8<-- connect
+class Engine:
+    """Gives each prompt a session of its own, and names its chunks."""
+
+    def __init__(self, page: Any, scheduler: Client, worker: Client, model: str) -> None:
+        self._page, self._scheduler, self._worker = page, scheduler, worker
+        self._seed, self._sessions = seed_of(model), count(1)
+
+    async def serve(self, tokens: Sequence[int]) -> tuple[list[bytes], int]:
+        async def compute(known: int) -> list[bytes]:
+            return all_kv_of(tokens)[known:]
+
+        digests = chain_digests(self._seed, tokens, self._scheduler.chunk_tokens)
+        found: tuple[list[bytes], int] = await self._page.serve(
+            self._scheduler, self._worker, next(self._sessions), digests, compute
+        )
+        return found
+
+
 @asynccontextmanager
-async def engine(page: Any, address: str, model: str, layout: bytes) -> AsyncIterator[Any]:
+async def engine(page: Any, address: str, model: str) -> AsyncIterator[Engine]:
     async with (
         open_client(address, role=Role.SCHEDULER, engine=model) as scheduler,
         open_client(address, role=Role.WORKER, engine=model) as worker,
     ):
-        await worker.register(layout, SHARD_BYTES, block_tokens=CHUNK_TOKENS)
-        yield page.Scheduler(scheduler, worker, seed_of(model), compute)
+        await worker.register(b"the layout of its bytes", SHARD_BYTES, block_tokens=CHUNK_TOKENS)
+        yield Engine(page, scheduler, worker, model)
 
 
 # --8<-- end
+
+
+def all_kv_of(tokens: Sequence[int]) -> list[bytes]:
+    """Each full chunk's KV depends on every token up to its end."""
+    ends = range(CHUNK_TOKENS, len(tokens) + 1, CHUNK_TOKENS)
+    return [hashlib.shake_128(repr(list(tokens[:end])).encode()).digest(SHARD_BYTES) for end in ends]
 
 
 @pytest.fixture
@@ -61,29 +76,28 @@ def config(tmp_path: Path) -> Config:
 
 async def test_what_one_prompt_computed_the_next_one_reads(page: Any, config: Config) -> None:
     with trio.fail_after(20):
-        async with open_server(config) as server, engine(page, server.address, "model", b"layout") as scheduler:
+        async with open_server(config) as server, engine(page, server.address, "model") as it:
             tokens = list(range(100))  # 6 full chunks and a tail
-            expected = [kv_of(tokens[:end]) for end in range(16, 97, 16)]
-            assert await scheduler.serve(tokens) == (expected, 0)
-            assert await scheduler.serve(tokens) == (expected, 6)
+            assert await it.serve(tokens) == (all_kv_of(tokens), 0)
+            assert await it.serve(tokens) == (all_kv_of(tokens), 6)
             longer = [*tokens, *range(60)]
-            assert await scheduler.serve(longer) == ([*expected, *await compute(longer, expected)], 6)
+            assert await it.serve(longer) == (all_kv_of(longer), 6)
 
 
 async def test_prompts_served_at_the_same_time_leave_nothing_held(page: Any, config: Config) -> None:
     with trio.fail_after(20):
         async with (
             open_server(config) as server,
-            engine(page, server.address, "model", b"layout") as scheduler,
+            engine(page, server.address, "model") as it,
             open_client(server.address) as observer,
         ):
-            before = (await observer.statistics())["held"]
 
             async def serve(first: int) -> None:
                 tokens = [first, *range(63)]
-                kv, _ = await scheduler.serve(tokens)
-                assert kv == await compute(tokens, [])
+                kv, _ = await it.serve(tokens)
+                assert kv == all_kv_of(tokens)
 
+            before = (await observer.statistics())["held"]
             async with trio.open_nursery() as nursery:
                 for i in range(20):
                     nursery.start_soon(serve, i % 5)
@@ -96,6 +110,6 @@ async def test_two_models_share_nothing_though_their_tokens_are_equal(page: Any,
     with trio.fail_after(20):
         async with open_server(config) as server:
             for model in ("one", "two"):
-                async with engine(page, server.address, model, b"layout") as scheduler:
-                    _, reused = await scheduler.serve(list(range(64)))
+                async with engine(page, server.address, model) as it:
+                    _, reused = await it.serve(list(range(64)))
                     assert reused == 0
