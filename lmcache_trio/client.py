@@ -122,7 +122,7 @@ class Client(Conversation):
         upto: int | None = None,
         budget: float | None = None,
     ) -> Answer:
-        """How many of the session's first *upto* chunks (default: all) may be read, under a lease: the definitive answer.
+        """How many of the session's first *upto* chunks (default: all) may be read under a lease, definitively.
 
         *digests* are those from *start* on; *budget* seconds is how long a tier may take. Cancelled, it is released.
         """

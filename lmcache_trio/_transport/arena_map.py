@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 import weakref
+from typing import Any
 
 import numpy as np
 import trio
@@ -40,12 +41,14 @@ class ArenaMap:
         address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
         if address in (None, ctypes.c_void_p(-1).value):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        kind = type("_Mapping", (ctypes.c_ubyte * size,), {})  # a subclass, because only that can be referred to weakly
+        kind: Any = type(
+            "_Mapping", (ctypes.c_ubyte * size,), {}
+        )  # a subclass, because only that can be referred to weakly
         mapping = kind.from_address(address)
         unmap = weakref.finalize(mapping, _libc.munmap, address, size)
         unmap.atexit = False  # a copy may still run in a thread then; the kernel unmaps
         self._address = address
-        self._bytes = memoryview(np.frombuffer(mapping, dtype=np.uint8))
+        self._bytes = np.frombuffer(mapping, dtype=np.uint8).data
         self._fd = os.dup(fd)
         weakref.finalize(self, os.close, self._fd)
         self._end = 0

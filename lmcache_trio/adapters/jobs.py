@@ -1,0 +1,108 @@
+"""What a worker has under way and what came of it: one table, shared by the host's threads and the loop.
+
+Only bookkeeping: nothing here waits but `wait_copied` and `wait_ended`, on behalf of a host thread.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.threads import Handoff, Latch
+
+__all__ = ["Job", "Jobs"]
+
+
+class Job:
+    """One store or retrieve. *copied* comes when its copy ended, or will not begin; *ended* when all of it is over."""
+
+    __slots__ = ("copied", "ended", "reported", "spec")
+
+    def __init__(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> None:
+        self.spec = spec
+        self.reported = reported
+        """Is it named by `take_finished`? One that its host waits for is not."""
+        self.copied: Handoff[bool] = Handoff()
+        self.ended: Handoff[bool] = Handoff()
+
+
+class Jobs:
+    """Stores and retrieves from submit to their end."""
+
+    def __init__(self) -> None:
+        self._latch = Latch()
+        self._running: set[Job] = set()
+        self._stored: set[str] = set()
+        self._retrieved: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._counted: Counter[str] = Counter()
+
+    def begin(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
+        job = Job(spec, reported=reported)
+        with self._latch:
+            self._running.add(job)
+        return job
+
+    def count(self, what: str, number: int) -> None:
+        if number:
+            with self._latch:
+                self._counted[what] += number
+
+    def end(self, job: Job, *, failed: bool) -> None:
+        """All of *job* is over, its copy too. Blocks of a failed retrieve hold anything. Idempotent."""
+        with self._latch:
+            if job not in self._running:
+                return
+            self._running.discard(job)
+            if isinstance(job.spec, LoadSpec):
+                if failed:
+                    self._failed_blocks.update(job.spec.block_ids)
+                if job.reported:
+                    self._retrieved.add(job.spec.request_id)
+            elif job.reported:
+                self._stored.add(job.spec.request_id)
+            job.copied.set(True)
+            job.ended.set(True)
+
+    def copied(self, job: Job) -> None:
+        with self._latch:
+            job.copied.set(True)
+
+    def stores(self, request_ids: Iterable[str] | None) -> list[Job]:
+        """Stores that are under way, of *request_ids* or of all."""
+        wanted = None if request_ids is None else set(request_ids)
+        with self._latch:
+            return [
+                job
+                for job in self._running
+                if isinstance(job.spec, StoreSpec) and (wanted is None or job.spec.request_id in wanted)
+            ]
+
+    def running(self) -> list[Job]:
+        with self._latch:
+            return list(self._running)
+
+    def take_finished(self) -> tuple[set[str], set[str]]:
+        """Request ids of which no store, or no retrieve, is under way any more, since the last call."""
+        with self._latch:
+            storing = {job.spec.request_id for job in self._running if isinstance(job.spec, StoreSpec)}
+            loading = {job.spec.request_id for job in self._running if isinstance(job.spec, LoadSpec)}
+            stored, retrieved = self._stored - storing, self._retrieved - loading
+            self._stored -= stored
+            self._retrieved -= retrieved
+            return stored, retrieved
+
+    def take_failed_blocks(self) -> set[int]:
+        with self._latch:
+            failed, self._failed_blocks = self._failed_blocks, set()
+            return failed
+
+    def statistics(self) -> dict[str, int]:
+        with self._latch:
+            return {"running": len(self._running), **self._counted}
+
+
+def wait_for(handoffs: Iterable[Handoff[bool]], alive: Callable[[], bool]) -> None:
+    """Block the calling host thread until all came. They come by notification; a loop that died is noticed too."""
+    for handoff in handoffs:
+        while not handoff.wait(1.0) and alive():
+            pass

@@ -1,0 +1,150 @@
+"""The bond between an adapter and its server: connect, serve until lost, wait until a server is there again, again.
+
+Runs in a Trio loop of its own thread, because its host is synchronous. A server that is not there is never an error of
+the host's: it is told once, and waited for by notification. A setting that the server refuses is an error at start;
+later it is logged, and tried again, because the server may be the one that is replaced.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import trio
+
+from lmcache_trio._transport import wait_listening
+from lmcache_trio._wire.messages import Hello
+from lmcache_trio.client import Client, connect
+from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError, Unavailable
+from lmcache_trio.threads import Handoff, Latch, Portal
+
+__all__ = ["Link", "logger"]
+
+logger = logging.getLogger("lmcache_trio")
+_T = TypeVar("_T")
+_REFUSED_WAIT = 5.0
+"""Longest pause before a server that is there, but refused us, is asked again: nothing tells of its change of mind."""
+
+
+class Link:
+    """Keeps one client. *connected* prepares a fresh one (register, …); *lost* is told, in the loop, of its end."""
+
+    def __init__(
+        self,
+        address: str,
+        hello: Hello,
+        *,
+        connected: Callable[[Client], Awaitable[None]],
+        lost: Callable[[], None],
+    ) -> None:
+        self.address = address
+        self.client: Client | None = None
+        """The one to use now, for any thread to read; None while there is none."""
+        self._hello = hello
+        self._connected = connected
+        self._lost = lost
+        self._portal = Portal(f"lmcache-trio {hello.client}")
+        self._jobs: trio.Nursery | None = None
+        """The connection's."""
+        self._homeless: trio.Nursery | None = None
+        """For jobs that come while there is no connection."""
+        self._latch = Latch()
+        self._first: Handoff[LMCacheTrioError | bool] = Handoff()
+        self._told = ""
+
+    @property
+    def alive(self) -> bool:
+        return self._portal.alive
+
+    def start(self, timeout: float) -> None:
+        """Wait *timeout* seconds at most for the first connection; without one say so and go on. `Misuse`: refused."""
+        self._portal.start(self._run, timeout=10.0)
+        came = self._first.wait(timeout)
+        if isinstance(came, LMCacheTrioError):
+            self._portal.stop(5.0)
+            raise came
+        if came is None and self._settle_first(False):
+            self._tell(f"no lmcache-trio server answers at {self.address}: going on without a cache until one does")
+
+    def stop(self, timeout: float) -> bool:
+        """End the connection, after its copies; False if that took longer than *timeout* seconds."""
+        return self._portal.stop(timeout)
+
+    def spawn(
+        self, job: Callable[..., Awaitable[None]], *args: Any, refused: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Have the loop run ``job(client, *args)`` under the connection. False: there is no loop any more.
+
+        With no connection *client* is None. A job contains its own failures. The connection is closed after its jobs.
+        *refused* is called in the loop instead, if that is ending.
+        """
+        return self._portal.post(self._spawn, job, args, refused)
+
+    def post(self, fn: Callable[..., object], *args: Any) -> bool:
+        """Have the loop call ``fn(*args)`` soon."""
+        return self._portal.post(fn, *args)
+
+    def call(self, async_fn: Callable[..., Awaitable[_T]], *args: Any, timeout: float) -> _T:
+        """Run ``async_fn(*args)`` in the loop and wait for it; `Unavailable` when it is late."""
+        return self._portal.call(async_fn, *args, timeout=timeout)
+
+    def _spawn(self, job: Callable[..., Awaitable[None]], args: tuple[Any, ...], refused: Callable[[], None]) -> None:
+        for nursery, client in ((self._jobs, self.client), (self._homeless, None)):
+            if nursery is not None:
+                try:
+                    nursery.start_soon(job, client, *args)
+                    return
+                except RuntimeError:
+                    continue  # it has just closed
+        refused()
+
+    async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        async with trio.open_nursery() as self._homeless:
+            pause = 0.0
+            while True:
+                try:
+                    async with connect(self.address, self._hello) as client:
+                        await self._serve(client)
+                    pause = 0.0
+                except Unavailable as exc:
+                    self._tell(f"the lmcache-trio server at {self.address} is not usable: {exc}", logging.DEBUG)
+                except (Misuse, ProtocolError) as exc:
+                    if self._settle_first(exc):
+                        return
+                    self._tell(f"no cache: {exc}", logging.ERROR)
+                await wait_listening(self.address)
+                await trio.sleep(pause)
+                pause = min(_REFUSED_WAIT, 2 * pause or 0.02)
+
+    async def _serve(self, client: Client) -> None:
+        failure: LMCacheTrioError | None = None
+        try:
+            async with trio.open_nursery() as jobs:
+                self._jobs = jobs
+                try:
+                    await self._connected(client)
+                except LMCacheTrioError as exc:
+                    failure = exc
+                else:
+                    self.client = client
+                    self._told = ""
+                    self._settle_first(True)
+                    await client.wait_closed()
+                    self._tell(f"the lmcache-trio server at {self.address} is gone: going on without a cache")
+                finally:
+                    self.client = None
+                    self._lost()
+        finally:
+            self._jobs = None
+        if failure is not None:
+            raise failure
+
+    def _settle_first(self, value: LMCacheTrioError | bool) -> bool:
+        with self._latch:
+            return self._first.set(value)
+
+    def _tell(self, what: str, level: int = logging.WARNING) -> None:
+        """Log *what* once, however often it happens in a row."""
+        if what != self._told:
+            self._told = what
+            logger.log(level, "%s", what)

@@ -1,0 +1,84 @@
+"""What a scheduler's adapter knows of one request, and of a lookup that is awaited. Values: `scheduler` decides."""
+
+from collections.abc import Sequence
+
+import trio
+
+from lmcache_trio._core.lookup import LookupMachine, LookupState
+from lmcache_trio.client import Client
+from lmcache_trio.threads import Handoff
+
+__all__ = ["Pending", "Request"]
+
+
+class Request:
+    """One engine request: its session's number, its lookup, and the digests of its chunks so far."""
+
+    __slots__ = (
+        "client",
+        "digests",
+        "given_up",
+        "lease_taken",
+        "machine",
+        "pending",
+        "sent",
+        "session",
+        "source",
+        "upto",
+    )
+
+    def __init__(self, session: int) -> None:
+        self.session = session
+        self.machine = LookupMachine()
+        self.digests: list[bytes] = []
+        self.source: Sequence[int] | None = None
+        """The very sequence that was hashed: the same one again needs no second look."""
+        self.client: Client | None = None
+        """The connection on which the server was told of this session; on another it knows nothing of it."""
+        self.sent = 0
+        """Leading digests that it has."""
+        self.upto = 0
+        self.lease_taken = False
+        """Does a load, or one that ended, hold the lease?"""
+        self.given_up: int | None = None
+        """The length of a lookup that was late: not asked again before something changes, or each step would wait."""
+        self.pending: Pending | None = None
+
+
+class Pending:
+    """One lookup under way. It is current until the request's state moves on, which only the latch's holder may do."""
+
+    __slots__ = ("_settled", "answered", "asked", "client", "deadline", "heard", "request", "watched")
+
+    def __init__(self, request: Request, client: Client, asked: int, deadline: float, heard: int) -> None:
+        self.request = request
+        self.client = client
+        self.asked = asked
+        self.deadline = deadline
+        self.heard = heard
+        """How much the server had said when it was asked."""
+        self.answered: Handoff[bool] = Handoff()
+        """For a host thread that waits."""
+        self.watched = False
+        self._settled: trio.Event | None = None
+
+    def is_current(self) -> bool:
+        machine = self.request.machine
+        return machine.state is LookupState.PENDING and machine.asked == self.asked and self.request.pending is self
+
+    def begin_watch(self) -> bool:
+        """In the loop: True for the first who wants to watch it, if there is still something to watch."""
+        if self.watched or self.answered.done:
+            return False
+        self.watched = True
+        self._settled = trio.Event()
+        return True
+
+    def settled(self) -> None:
+        """In the loop: wake the watch."""
+        if self._settled is not None:
+            self._settled.set()
+
+    async def wait_settled(self) -> None:
+        if self._settled is not None and not self.answered.done:
+            await self._settled.wait()

@@ -1,0 +1,481 @@
+"""A synchronous scheduler's side: how much of this prompt does the cache have, and under which lease.
+
+Two steps and no waiting: `maybe_submit_lookup_request` sends the question from the calling thread, the answer is read
+by a Trio loop in a thread of its own, and `check_lookup_result` looks whether it came. Nothing here raises into the
+engine because of a server: late, unhealthy or gone is 0 tokens. One host thread at a time may use an adapter.
+
+Every change of a lookup's state happens under the latch; each is decided by `_core.lookup`.
+"""
+
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+import trio
+
+from lmcache_trio._core.keys import DIGEST_BYTES, chain_digests, join_digests, seed_of
+from lmcache_trio._core.lookup import LookupState
+from lmcache_trio._transport.conversation import Reply
+from lmcache_trio._wire.messages import (
+    PROTOCOL_VERSION,
+    Answer,
+    AnswerState,
+    Ended,
+    Hello,
+    Lookup,
+    Message,
+    Release,
+    Role,
+    Taken,
+)
+from lmcache_trio.adapters.link import Link, logger
+from lmcache_trio.adapters.request import Pending, Request
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.client import Client
+from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
+from lmcache_trio.threads import Latch
+
+__all__ = ["SchedulerAdapter"]
+
+Extras = Callable[[int, int], bytes]
+_DEFAULT_CHUNK_TOKENS = 256
+_LEASE_MARGIN = 0.1
+"""Share of a lease that is left unused: a load must begin before the server's clock ends, which began earlier."""
+
+
+class SchedulerAdapter:
+    """Lookups for one engine. Its workers, joined by *engine_id*, move the bytes.
+
+    *identity* names the model and all else that changes what a token's KV is; it seeds every digest. *lookup_timeout*:
+    seconds until a lookup without an answer counts as 0 tokens. *lease_timeout*: no answer is offered for longer.
+    `Misuse` names a setting that is wrong, or that the server refuses.
+    """
+
+    def __init__(  # noqa: PLR0913  (keywords, each a setting of its own)
+        self,
+        address: str,
+        *,
+        engine_id: str,
+        identity: Sequence[str | bytes],
+        block_tokens: int,
+        chunk_tokens: int | None = None,
+        lookup_timeout: float = 5.0,
+        poll_interval: float = 0.005,
+        lease_timeout: float | None = None,
+        connect_timeout: float = 5.0,
+    ) -> None:
+        _check("lookup_timeout", lookup_timeout)
+        _check("poll_interval", poll_interval)
+        if poll_interval > lookup_timeout:
+            raise Misuse(f"poll_interval ({poll_interval} s) is longer than lookup_timeout ({lookup_timeout} s)")
+        if lease_timeout is not None:
+            _check("lease_timeout", lease_timeout)
+        if block_tokens < 1:
+            raise Misuse(f"block_tokens is {block_tokens}: it must be 1 or more")
+        self.block_tokens = block_tokens
+        self.chunk_tokens = _DEFAULT_CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
+        self._chunk_tokens_fixed = chunk_tokens is not None
+        if self._chunk_tokens_fixed:
+            self._check_chunk_tokens(self.chunk_tokens)
+        self._identity = tuple(identity)
+        self._seed = self._make_seed()
+        self._lookup_timeout = lookup_timeout
+        self._poll_interval = poll_interval
+        self._lease_timeout = math.inf if lease_timeout is None else lease_timeout
+        self._clock = time.monotonic
+        self._latch = Latch()
+        self._requests: dict[str, Request] = {}
+        self._sessions: dict[int, Request] = {}
+        self._next_session = secrets.randbits(62)
+        self._silent: tuple[Client, int] | None = None
+        self._warned = False
+        hello = Hello(PROTOCOL_VERSION, f"scheduler {os.getpid()}", os.urandom(16), Role.SCHEDULER, engine_id)
+        self._link = Link(address, hello, connected=self._on_connected, lost=self._on_lost)
+        self._link.start(connect_timeout)
+
+    # --- the two steps ----------------------------------------------------------------------------------------------
+
+    def maybe_submit_lookup_request(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        extras: Extras | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Ask how many leading tokens of *token_ids* are cached, unless that is asked or answered already.
+
+        *extras(first, end)* gives the identity of one chunk's tokens that their ids don't carry. At most *max_tokens*
+        are offered. A sequence that was handed in may grow, and must not change otherwise.
+        """
+        request = self._request(request_id)
+        with self._latch:
+            self._expire(request)
+            if request.machine.state in (LookupState.PENDING, LookupState.ANSWERED):
+                return
+        request = self._same_prompt(request_id, request, token_ids, extras)
+        self._extend(request, token_ids, extras)
+        tokens = len(token_ids) if max_tokens is None else max_tokens
+        upto = request.machine.limit(min(len(request.digests), max(0, tokens) // self.chunk_tokens))
+        client = self._usable()
+        if client is None or upto == 0 or request.given_up == upto:
+            return
+        asked = client.new_id()
+        start = self._known(request, client)
+        ask = Lookup(asked, request.session, start, join_digests(request.digests[start:upto]), upto)
+        pending = Pending(request, client, asked, self._clock() + self._lookup_timeout, client.heard)
+        with self._latch:
+            request.machine.submit(asked)
+            request.pending = pending
+            request.client, request.sent, request.upto = client, max(start, upto), upto
+            request.lease_taken = False  # the server lets go of it for this lookup
+            try:
+                client.request_nowait(ask, lambda reply: self._on_reply(pending, reply))
+            except Unavailable:
+                self._settle(pending)
+                request.machine.late()
+
+    def check_lookup_result(self, request_id: str) -> int | None:
+        """How many leading tokens may be loaded, a multiple of `chunk_tokens`; None while unknown. No round trip.
+
+        The same answer as often as it is asked, until it is used up; 0 for a request that nothing is known of.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return 0
+        pending = self._pending(request)
+        if pending is not None:
+            silence = self._clock() - (pending.deadline - self._lookup_timeout)
+            if silence < self._lookup_timeout:
+                if silence > self._poll_interval:
+                    self._watch_soon(pending)
+                return None
+            self._too_late(pending)
+        with self._latch:
+            self._expire(request)
+            return request.machine.chunks * self.chunk_tokens
+
+    def update_after_alloc(
+        self, request_id: str, external_tokens: int, *, local_tokens: int = 0, block_ids: Sequence[int] = ()
+    ) -> LoadSpec | None:
+        """The engine allocated *block_ids* for tokens [local_tokens, local_tokens + external_tokens) of the answer.
+
+        None when *external_tokens* is 0: the answer is then released. Otherwise always a spec: if the answer is used up
+        by now, its lease is empty and the worker reports the blocks as failed, so that the engine computes them.
+        """
+        request = self._request(request_id)
+        if external_tokens == 0:
+            self._let_go(request)
+            request.given_up = None
+            return None
+        count = self._check_span(external_tokens, local_tokens, block_ids)
+        lease = b""
+        with self._latch:
+            self._expire(request)
+            request.given_up = None
+            machine = request.machine
+            if machine.state is LookupState.ANSWERED:
+                if local_tokens + external_tokens <= machine.chunks * self.chunk_tokens:
+                    lease = machine.taken()
+                    request.lease_taken = True
+                    self._notify(request, Taken(request.session, lease))
+                else:
+                    machine.release()
+                    self._notify(request, Release(request.session))
+        first, skip = divmod(local_tokens, self.chunk_tokens)
+        skip_blocks = skip // self.block_tokens
+        return LoadSpec(request_id, request.session, lease, first, count, skip_blocks, tuple(block_ids))
+
+    # --- digests and sessions ---------------------------------------------------------------------------------------
+
+    def extend(self, request_id: str, token_ids: Sequence[int], *, extras: Extras | None = None) -> list[bytes]:
+        """Digests of all full chunks of *token_ids*, whose leading tokens are those known before; hashed once."""
+        request = self._request(request_id)
+        self._extend(request, token_ids, extras)
+        return request.digests[: len(token_ids) // self.chunk_tokens]
+
+    def session_spec(self, request_id: str) -> int:
+        """The number of the request's session; a request that is new gets one."""
+        return self._request(request_id).session
+
+    def store_spec(self, request_id: str, first_chunk: int, block_ids: Sequence[int]) -> StoreSpec:
+        """What a worker needs to store the chunks from *first_chunk* on, whose blocks are *block_ids* in order.
+
+        Their digests are known from a submit or `extend`. Opens the session at the server, if that does not know it.
+        """
+        request = self._request(request_id)
+        chunks, rest = divmod(len(block_ids), self.num_blocks_per_chunk())
+        if rest or not chunks or first_chunk < 0 or first_chunk + chunks > len(request.digests):
+            raise Misuse(
+                f"block_ids has {len(block_ids)} blocks from chunk {first_chunk} on: give whole chunks of"
+                f" {self.num_blocks_per_chunk()} blocks, up to the {len(request.digests)} chunks that were hashed"
+            )
+        client = self._usable()
+        if client is not None and request.client is not client:
+            opening = Lookup(client.new_id(), request.session, 0, b"", 0)
+            try:
+                client.request_nowait(opening, lambda reply: None)
+                request.client, request.sent = client, 0
+            except Unavailable:
+                pass  # the store will be dropped and counted
+        parent = request.digests[first_chunk - 1] if first_chunk else b""
+        digests = join_digests(request.digests[first_chunk : first_chunk + chunks])
+        return StoreSpec(request_id, request.session, parent, digests, tuple(block_ids))
+
+    def mark_failed(self, request_id: str, first_failed_token: int) -> None:
+        """A load of the chunk that holds *first_failed_token* failed: it and all behind it are not offered again."""
+        request = self._request(request_id)
+        with self._latch:
+            request.machine.failed(first_failed_token // self.chunk_tokens)
+
+    def free_lookup_locks(self, request_id: str) -> None:
+        """The lookup is not wanted any more, or its load has ended: its lease goes, the request stays."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._let_go(request)
+            if request.lease_taken:
+                request.lease_taken = False
+                self._notify(request, Release(request.session))
+
+    def cleanup_lookup_result(self, request_id: str) -> None:
+        """Forget the answer: the next submit asks anew. A lease that was taken for a load is left to it."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._let_go(request)
+            with self._latch:
+                request.machine.forget()
+            request.given_up = None
+
+    def end_session(self, request_id: str) -> None:
+        """The request is over, its stores and loads too. The same id again is another request."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._let_go(request)
+            with self._latch:
+                del self._requests[request_id], self._sessions[request.session]
+            self._notify(request, Ended(request.session))
+
+    def num_blocks_per_chunk(self) -> int:
+        """The engine's blocks in one chunk."""
+        return self.chunk_tokens // self.block_tokens
+
+    def is_healthy(self) -> bool:
+        """Is a server there that answers, and does it know the layout of all of the engine's workers?"""
+        client = self._usable()
+        return client is not None and client.namespace != b""
+
+    def reset_cache(self) -> bool:
+        """Drop all that the cache holds for this engine's layout. True only when the server confirmed it."""
+        client = self._link.client
+        for request in list(self._requests.values()):
+            self._let_go(request)
+        if client is None:
+            return False
+        try:
+            self._link.call(client.reset, timeout=self._lookup_timeout)
+        except LMCacheTrioError as exc:
+            logger.warning("the cache was not reset: %s", exc)
+            return False
+        return True
+
+    def shutdown(self) -> None:
+        """Leave the server, which forgets every session of this engine. Idempotent."""
+        self._link.stop(5.0)
+
+    # --- for subclasses ---------------------------------------------------------------------------------------------
+
+    def _pending(self, request: Request) -> Pending | None:
+        """The lookup of *request* that is awaited now, if one is."""
+        with self._latch:
+            return request.pending if request.machine.state is LookupState.PENDING else None
+
+    def _take_answer(self, pending: Pending, answer: Answer) -> None:
+        """What the server says of a lookup. In the loop."""
+        if answer.state is AnswerState.PENDING:
+            self._watch(pending)
+            return
+        with self._latch:
+            if not pending.is_current():
+                return
+            machine = pending.request.machine
+            if answer.state is AnswerState.UNKNOWN:
+                machine.late()
+            else:
+                lease = min(answer.ttl_ms / 1000, self._lease_timeout) if answer.chunks else self._lease_timeout
+                expires = self._clock() + (lease if lease is math.inf else lease * (1 - _LEASE_MARGIN))
+                if machine.answer(answer.asked, answer.chunks, answer.lease, expires):
+                    self._warned = False
+            self._settle(pending)
+
+    def _too_late(self, pending: Pending) -> None:
+        """Give *pending* up: 0 tokens, one warning, and nothing left behind. Any thread."""
+        with self._latch:
+            if not pending.is_current():
+                return
+            pending.request.machine.late()
+            pending.request.given_up = pending.request.upto
+            pending.client.forget(pending.asked)
+            pending.client.notice_nowait(Release(pending.request.session))
+            if pending.client.heard == pending.heard:  # not a word since it was asked: do not stall on it again
+                self._silent = (pending.client, pending.heard)
+            warn, self._warned = not self._warned, True
+            self._settle(pending)
+        if warn:
+            logger.warning("a lookup was not answered within %g s: going on without the cache", self._lookup_timeout)
+
+    async def _until_late(self, pending: Pending) -> None:
+        """In the loop: give *pending* up at its deadline."""
+        with trio.move_on_after(max(0.0, pending.deadline - self._clock())):
+            await pending.wait_settled()
+            return
+        self._too_late(pending)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _request(self, request_id: str) -> Request:
+        request = self._requests.get(request_id)
+        if request is None:
+            self._next_session = (self._next_session + 1) % (1 << 62)
+            request = Request(self._next_session)
+            with self._latch:
+                self._requests[request_id] = request
+                self._sessions[request.session] = request
+        return request
+
+    def _same_prompt(
+        self, request_id: str, request: Request, token_ids: Sequence[int], extras: Extras | None
+    ) -> Request:
+        """*request*, or a fresh one if its id was used again for another prompt."""
+        if request.digests and request.source is not token_ids:
+            count = min(len(request.digests), len(token_ids) // self.chunk_tokens)
+            if self._hash(self._seed, token_ids, 0, count, extras) != request.digests[:count]:
+                self.end_session(request_id)
+                request = self._request(request_id)
+        request.source = token_ids
+        return request
+
+    def _extend(self, request: Request, token_ids: Sequence[int], extras: Extras | None) -> None:
+        done, count = len(request.digests), len(token_ids) // self.chunk_tokens
+        if count > done:
+            parent = request.digests[-1] if done else self._seed
+            request.digests += self._hash(parent, token_ids, done, count, extras)
+
+    def _hash(
+        self, parent: bytes, token_ids: Sequence[int], first: int, end: int, extras: Extras | None
+    ) -> list[bytes]:
+        width = self.chunk_tokens
+        mixed = None if extras is None else [extras(i * width, (i + 1) * width) for i in range(first, end)]
+        tokens = token_ids[first * width : end * width]
+        return chain_digests(parent, tokens, width, mixed)
+
+    def _known(self, request: Request, client: Client) -> int:
+        return request.sent if request.client is client else 0
+
+    def _usable(self) -> Client | None:
+        client = self._link.client
+        if client is not None and self._silent == (client, client.heard):
+            return None
+        return client
+
+    def _expire(self, request: Request) -> None:
+        if request.machine.expired(self._clock()):
+            self._notify(request, Release(request.session))
+
+    def _let_go(self, request: Request) -> None:
+        with self._latch:
+            if request.machine.state in (LookupState.PENDING, LookupState.ANSWERED):
+                if request.pending is not None:
+                    request.pending.client.forget(request.pending.asked)
+                    self._settle(request.pending)
+                request.machine.release()
+                self._notify(request, Release(request.session))
+
+    def _notify(self, request: Request, notice: Message) -> None:
+        """Tell the server, if it is still the one that knows the request."""
+        if request.client is not None and request.client is self._link.client:
+            request.client.notice_nowait(notice)
+
+    def _settle(self, pending: Pending) -> None:
+        if pending.request.pending is pending:
+            pending.request.pending = None
+        pending.answered.set(True)
+        if pending.watched:
+            self._link.post(pending.settled)
+
+    def _watch_soon(self, pending: Pending) -> None:
+        if not pending.watched:
+            self._link.post(self._watch, pending)
+
+    def _watch(self, pending: Pending) -> None:
+        if pending.begin_watch():
+            self._link.spawn(lambda client: self._until_late(pending))
+
+    def _on_reply(self, pending: Pending, reply: Reply) -> None:
+        if isinstance(reply, Answer):
+            self._take_answer(pending, reply)
+            return
+        with self._latch:
+            if pending.is_current():
+                pending.request.machine.late()
+            self._settle(pending)
+
+    def _on_push(self, message: Message) -> None:
+        if isinstance(message, Answer):
+            request = self._sessions.get(message.session)
+            pending = request.pending if request is not None else None
+            if pending is not None and pending.asked == message.asked:
+                self._take_answer(pending, message)
+
+    async def _on_connected(self, client: Client) -> None:
+        if client.chunk_tokens != self.chunk_tokens:
+            if self._chunk_tokens_fixed:
+                raise Misuse(
+                    f"the server's chunk_tokens is {client.chunk_tokens} and this engine's {self.chunk_tokens}:"
+                    " set them alike, or leave the engine's out"
+                )
+            self._check_chunk_tokens(client.chunk_tokens)
+            with self._latch:
+                self.chunk_tokens = client.chunk_tokens
+                self._seed = self._make_seed()
+                for request in self._requests.values():
+                    request.digests.clear()
+        self._check_chunk_tokens(self.chunk_tokens)
+        self._chunk_tokens_fixed = True
+        client.on_push = self._on_push
+
+    def _on_lost(self) -> None:
+        with self._latch:
+            for request in self._requests.values():
+                if request.machine.state in (LookupState.PENDING, LookupState.ANSWERED):
+                    request.machine.release()
+                if request.pending is not None:
+                    self._settle(request.pending)
+
+    def _make_seed(self) -> bytes:
+        seed = seed_of(*self._identity, str(self.chunk_tokens))
+        assert len(seed) == DIGEST_BYTES
+        return seed
+
+    def _check_chunk_tokens(self, chunk_tokens: int) -> None:
+        if chunk_tokens < 1 or chunk_tokens % self.block_tokens:
+            raise Misuse(
+                f"chunk_tokens ({chunk_tokens}) is no multiple of the engine's block_tokens ({self.block_tokens}):"
+                " set the server's chunk_tokens to one that is"
+            )
+
+    def _check_span(self, external_tokens: int, local_tokens: int, block_ids: Sequence[int]) -> int:
+        """The number of chunks that the span touches."""
+        for name, value in (("external_tokens", external_tokens), ("local_tokens", local_tokens)):
+            if value < 0 or value % self.block_tokens:
+                raise Misuse(f"{name} is {value}: it must be a multiple of block_tokens ({self.block_tokens})")
+        if len(block_ids) * self.block_tokens != external_tokens:
+            raise Misuse(f"block_ids has {len(block_ids)} blocks for {external_tokens} external_tokens")
+        end = local_tokens + external_tokens
+        return -(-end // self.chunk_tokens) - local_tokens // self.chunk_tokens
+
+
+def _check(name: str, seconds: float) -> None:
+    if not 0 < seconds < math.inf:  # NaN is neither
+        raise Misuse(f"{name} is {seconds}: it must be a positive number of seconds")

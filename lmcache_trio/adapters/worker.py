@@ -1,0 +1,291 @@
+"""A synchronous worker's side: moves whole blocks between the engine's paged KV and slots of the arena.
+
+A store is reserve → copy → commit, a retrieve is pin → copy → "still valid?"; the copy runs in a thread, and nothing is
+believed before the last step. Whatever fails is dropped and counted (a store) or comes back as failed blocks (a
+retrieve): nothing is raised into the engine because of a server. A copy that began is never abandoned: its job ends
+after it, and a connection is closed after its jobs. KV in CPU memory only: `paged` says what it refuses, and why.
+"""
+
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import trio
+
+from lmcache_trio._core.keys import seed_of, split_digests
+from lmcache_trio._transport.arena_map import ArenaMap
+from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
+from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Pinned, Reserved, Role
+from lmcache_trio.adapters.jobs import Job, Jobs, wait_for
+from lmcache_trio.adapters.link import Link, logger
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.client import Client
+from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
+from lmcache_trio.threads import offload
+
+if TYPE_CHECKING:
+    import torch
+
+    from lmcache_trio.adapters.paged import PagedKV
+
+__all__ = ["WorkerAdapter"]
+
+_T = TypeVar("_T")
+
+
+class WorkerAdapter:
+    """Shard *shard* of *shards* of the engine *engine_id*.
+
+    *reply_timeout*: seconds that one reply of the server is waited for. *fingerprint_extra*: what else decides the
+    bytes of a block (attention backend, CPU instruction set). `Misuse` names a setting that is wrong or refused.
+    """
+
+    def __init__(  # noqa: PLR0913  (keywords, each a setting of its own)
+        self,
+        address: str,
+        *,
+        engine_id: str,
+        block_tokens: int,
+        shard: int = 0,
+        shards: int = 1,
+        chunk_tokens: int | None = None,
+        fingerprint_extra: Sequence[str | bytes] = (),
+        reply_timeout: float = 5.0,
+        connect_timeout: float = 5.0,
+    ) -> None:
+        if block_tokens < 1:
+            raise Misuse(f"block_tokens is {block_tokens}: it must be 1 or more")
+        if not 0 <= shard < shards:
+            raise Misuse(f"shard is {shard} of {shards}: shards count from 0")
+        if not 0 < reply_timeout < float("inf"):
+            raise Misuse(f"reply_timeout is {reply_timeout}: it must be a positive number of seconds")
+        self._block_tokens = block_tokens
+        self._wanted_chunk_tokens = chunk_tokens
+        self._extra = tuple(fingerprint_extra)
+        self._reply_timeout = reply_timeout
+        self._kv: PagedKV | None = None
+        self._jobs = Jobs()
+        self._limiter = trio.CapacityLimiter(max(1, len(os.sched_getaffinity(0)) - 1))  # more starve the event loop
+        self._token = os.urandom(16)
+        self._connected_before = False
+        self._arena_note = ""
+        hello = Hello(
+            PROTOCOL_VERSION, f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards
+        )
+        self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None)
+        self._link.start(connect_timeout)
+
+    def register_kv_caches(self, kv_caches: "Mapping[str, torch.Tensor]", *, num_blocks: int | None = None) -> None:
+        """The engine's KV, one tensor a layer; *num_blocks* where the shapes leave it open. Comes before all moves.
+
+        `Misuse` names a layer that cannot be moved, or chunks that are no whole number of blocks.
+        """
+        from lmcache_trio.adapters.paged import PagedKV  # the only import of torch
+
+        self._kv = PagedKV(kv_caches, num_blocks=num_blocks)
+        client = self._link.client
+        if client is not None:
+            try:
+                self._link.call(self._register, client, timeout=self._reply_timeout)
+            except Unavailable as exc:
+                logger.warning("the layout was not registered, and will be when the server is there again: %s", exc)
+
+    # --- in the background ------------------------------------------------------------------------------------------
+
+    def submit_store(self, spec: StoreSpec) -> None:
+        """Store *spec*'s blocks, which must not change until `take_finished` names the request or `wait_stores` returns."""
+        self._submit(spec, reported=True)
+
+    def submit_retrieve(self, spec: LoadSpec) -> None:
+        """Fill *spec*'s blocks, which belong to this adapter until `take_finished` names the request."""
+        self._submit(spec, reported=True)
+
+    def take_finished(self) -> tuple[set[str], set[str]]:
+        """Request ids whose stores, and whose retrieves, are all over since the last call; failed ones included."""
+        return self._jobs.take_finished()
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks that a retrieve did not fill, since the last call: to be computed."""
+        return self._jobs.take_failed_blocks()
+
+    def wait_stores(self, request_ids: Iterable[str] | None = None) -> None:
+        """Block until no store of *request_ids* (default: of any) reads its blocks any more."""
+        wait_for([job.copied for job in self._jobs.stores(request_ids)], lambda: self._link.alive)
+
+    # --- while the host waits ---------------------------------------------------------------------------------------
+
+    def store_now(self, specs: Sequence[StoreSpec]) -> None:
+        """Store, and return when all is over: each reply is waited for *reply_timeout* at most, each copy to its end."""
+        self._wait([self._submit(spec, reported=False) for spec in specs])
+
+    def retrieve_now(self, specs: Sequence[LoadSpec]) -> None:
+        """Fill the blocks, and return when all is over, bounded likewise; `take_failed_blocks` has those that failed."""
+        self._wait([self._submit(spec, reported=False) for spec in specs])
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def is_healthy(self) -> bool:
+        """Is a server there, with an arena that this process can map?"""
+        client = self._link.client
+        return client is not None and client.arena is not None
+
+    def statistics(self) -> dict[str, int]:
+        """`running` jobs, and chunks counted: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`."""
+        return self._jobs.statistics()
+
+    def shutdown(self) -> None:
+        """Finish what is under way, each reply bounded, and leave the server. Idempotent."""
+        if self._link.alive:
+            self._wait(self._jobs.running())
+        self._link.stop(2 * self._reply_timeout)
+
+    # --- where a test places a fault: called in the copying thread --------------------------------------------------
+
+    def _slots_known(self, spec: StoreSpec | LoadSpec) -> None:
+        """The slots are named, nothing is copied yet."""
+
+    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
+        """Half of the first chunk is copied."""
+
+    def _before_commit(self, spec: StoreSpec) -> None:
+        """All is copied, and not yet committed."""
+
+    def _before_valid(self, spec: LoadSpec) -> None:
+        """All is copied, and not yet known to be valid."""
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
+        if self._kv is None:
+            raise Misuse("register_kv_caches comes before stores and retrieves")
+        self._kv.check(spec.block_ids)
+        job = self._jobs.begin(spec, reported=reported)
+        if not self._link.spawn(self._run, job, refused=lambda: self._fail(job, "unavailable")):
+            self._fail(job, "unavailable")
+        return job
+
+    def _wait(self, jobs: Sequence[Job]) -> None:
+        wait_for([job.ended for job in jobs], lambda: self._link.alive)
+        for job in jobs:
+            self._fail(job, "unavailable")  # nothing, unless the loop died
+
+    def _fail(self, job: Job, reason: str) -> None:
+        if not job.ended.done:
+            spec = job.spec
+            if isinstance(spec, StoreSpec):
+                self._jobs.count(f"dropped_{reason}", spec.chunks)
+            else:
+                self._jobs.count("failed_chunks", spec.count)
+            self._jobs.end(job, failed=True)
+
+    async def _run(self, client: Client | None, job: Job) -> None:
+        try:
+            if client is None or client.arena is None or not client.shard_bytes or self._kv is None:
+                return
+            if isinstance(job.spec, StoreSpec):
+                await self._store(client, client.arena, self._kv, job)
+            else:
+                await self._retrieve(client, client.arena, self._kv, job)
+        except LMCacheTrioError as exc:
+            logger.info("a %s of %s failed: %s", type(job.spec).__name__, job.spec.request_id, exc)
+        finally:
+            self._fail(job, "unavailable")  # nothing, if it ended well
+
+    async def _store(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:
+        spec = job.spec
+        assert isinstance(spec, StoreSpec)
+        reserved = await self._reply(client.reserve, spec.session, spec.parent, split_digests(spec.digests))
+        try:
+            if reserved.reservation:
+                await offload(self._gather, arena, kv, spec, reserved, limiter=self._limiter)
+            self._jobs.copied(job)
+        except BaseException:
+            client.abort_nowait(reserved.reservation)
+            raise
+        for reason, number in reserved.dropped.items():
+            self._jobs.count(f"dropped_{reason}", number)
+        if reserved.reservation:
+            await self._reply(client.commit, reserved.reservation)
+            self._jobs.count("stored_chunks", len(unpack_positions(reserved.positions)))
+        self._jobs.end(job, failed=False)
+
+    async def _retrieve(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:
+        spec = job.spec
+        assert isinstance(spec, LoadSpec)
+        if not spec.lease:
+            return  # used up before the engine allocated: a miss
+        pinned = await self._reply(client.retrieve, spec.lease, spec.start, spec.count)
+        try:
+            await offload(self._scatter, arena, kv, spec, pinned, limiter=self._limiter)
+            self._jobs.copied(job)
+        except BaseException:
+            client.done_nowait(pinned.pin)
+            raise
+        if await self._reply(client.done, pinned.pin):
+            self._jobs.count("retrieved_chunks", spec.count)
+            self._jobs.end(job, failed=False)
+
+    def _gather(self, arena: ArenaMap, kv: "PagedKV", spec: StoreSpec, reserved: Reserved) -> None:
+        """In a thread: blocks → slots."""
+        self._slots_known(spec)
+        index = kv.check(spec.block_ids)
+        width = len(index) // spec.chunks
+        half: Callable[[], None] | None = lambda: self._half_copied(spec)  # noqa: E731
+        positions, offsets = unpack_positions(reserved.positions), unpack_offsets(reserved.offsets)
+        for position, offset in zip(positions, offsets, strict=True):
+            slot = np.frombuffer(arena.view(offset, kv.block_bytes * width), dtype=np.uint8)
+            kv.gather(index[position * width : (position + 1) * width], slot, half)
+            half = None
+        self._before_commit(spec)
+
+    def _scatter(self, arena: ArenaMap, kv: "PagedKV", spec: LoadSpec, pinned: Pinned) -> None:
+        """In a thread: slots → blocks."""
+        self._slots_known(spec)
+        index = kv.check(spec.block_ids)
+        offsets = unpack_offsets(pinned.offsets)
+        width = self._chunk_tokens // self._block_tokens
+        if len(offsets) != spec.count or len(index) > spec.count * width - spec.skip_blocks:
+            raise Misuse(f"{len(index)} blocks do not lie within {len(offsets)} chunks of {width} blocks")
+        half: Callable[[], None] | None = lambda: self._half_copied(spec)  # noqa: E731
+        at, skip = 0, spec.skip_blocks
+        for offset in offsets:
+            blocks = index[at : at + width - skip]
+            slot = np.frombuffer(arena.view(offset, kv.block_bytes * width), dtype=np.uint8)
+            kv.scatter(slot, width, skip, blocks, half)
+            at, skip, half = at + len(blocks), 0, None
+        self._before_valid(spec)
+
+    async def _reply(self, ask: Callable[..., Awaitable[_T]], *args: object) -> _T:
+        with trio.move_on_after(self._reply_timeout):
+            return await ask(*args)
+        raise Unavailable(f"the server did not reply within {self._reply_timeout} s")
+
+    async def _on_connected(self, client: Client) -> None:
+        if self._connected_before:
+            await self._reply(client.copies_ended, self._token)
+        self._connected_before = True
+        self._chunk_tokens = client.chunk_tokens
+        if self._wanted_chunk_tokens not in (None, client.chunk_tokens):
+            raise Misuse(
+                f"the server's chunk_tokens is {client.chunk_tokens} and this engine's {self._wanted_chunk_tokens}:"
+                " set them alike, or leave the engine's out"
+            )
+        if client.chunk_tokens % self._block_tokens:
+            raise Misuse(
+                f"the server's chunk_tokens ({client.chunk_tokens}) is no multiple of the engine's block_tokens"
+                f" ({self._block_tokens}): set the server's chunk_tokens to one that is"
+            )
+        if client.arena is None and client.arena_note != self._arena_note:
+            self._arena_note = client.arena_note
+            logger.warning("working without a cache: %s", client.arena_note or "the server gave this worker no arena")
+        if self._kv is not None:
+            await self._register(client)
+
+    async def _register(self, client: Client) -> None:
+        """A worker without an arena stays unregistered: its engine has no namespace then, and no hits it can't read."""
+        if self._kv is None or client.arena is None:
+            return
+        parts = ("fingerprint 1", self._kv.layout, str(self._block_tokens), str(client.chunk_tokens), *self._extra)
+        shard_bytes = self._kv.block_bytes * (client.chunk_tokens // self._block_tokens)
+        await self._reply(client.register, seed_of(*parts), shard_bytes, self._block_tokens)
