@@ -22,7 +22,11 @@ myst_enable_extensions = ["deflist"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "imported-members": True, "show-inheritance": True}
-nitpick_ignore_regex = [(r"py:.*", r"(?!lmcache_trio).*"), (r"py:.*", r".*\.T")]  # not ours; a type variable
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!lmcache_trio).*"),  # not ours
+    (r"py:.*", r".*\.T"),  # a type variable
+    (r"py:.*", r"lmcache_trio\._(transport|server)\..*"),  # private, seen in a signature
+]
 
 HERE = Path(__file__).parent
 
@@ -35,6 +39,17 @@ def _add_news(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = source[0].replace("<!-- news -->", "\n".join(lines) or "Nothing yet.")
 
 
+def _keep_pictures(_app: Sphinx, _what: str, _name: str, _obj: object, _options: object, lines: list[str]) -> None:
+    """An indented block in a docstring is code or a picture: show it as it is."""
+    shown: list[str] = []
+    for line in lines:
+        if line.startswith("    ") and len(shown) > 1 and not shown[-1] and not shown[-2].startswith(" "):
+            shown += ["::", ""]
+        shown.append(line)
+    lines[:] = shown
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
     app.connect("source-read", _add_news)
+    app.connect("autodoc-process-docstring", _keep_pictures)
