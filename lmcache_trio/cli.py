@@ -19,6 +19,7 @@ from lmcache_trio.errors import ConfigError, LMCacheTrioError, Misuse, Unavailab
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lmcache_trio._server.supervise import Server
     from lmcache_trio.config import Config
 
 __all__ = ["app", "main"]
@@ -57,7 +58,9 @@ def serve(*, config: ConfigFile = None, sets: Sets = (), address: str | None = N
     """
     settings = _settings(config, sets, address)
     _log_to_stderr()
-    raise NotImplementedError
+    from lmcache_trio._server.supervise import serve as run
+
+    run(settings, _say_ready)
 
 
 @app.command
@@ -179,6 +182,19 @@ def _log_to_stderr() -> None:
     if level not in _LEVELS:
         raise ConfigError("LMCACHE_TRIO_LOG", f"{level!r} is no level; give one of {', '.join(_LEVELS)}")
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+
+
+def _say_ready(server: "Server") -> None:
+    size = _size(server.statistics()["held"]["bytes_size"])
+    print(f"{_NAME} is ready: address {server.address}, arena {size}, pid {os.getpid()}", flush=True)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
 
 
 async def _statistics(address: str, seconds: float) -> dict[str, dict[str, Any]]:

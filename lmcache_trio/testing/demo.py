@@ -25,7 +25,7 @@ from rich.table import Table
 
 from lmcache_trio.errors import ConfigError, Unavailable
 
-__all__ = ["Row", "Settings", "demo", "main"]
+__all__ = ["Row", "Served", "Settings", "demo", "main", "verdict"]
 
 _READY_SECONDS = 30.0
 """For the server to say that it is ready, which takes it 0.3 s on an idle machine."""
@@ -86,10 +86,6 @@ class Row:
     def same_ids(self) -> bool:
         return list(self.cold.output_ids) == list(self.warm.output_ids)
 
-    @property
-    def passed(self) -> bool:
-        return self.same_ids and self.warm.reused_tokens > 0
-
 
 def main(settings: Settings) -> int:
     """Run the demo and print it. Returns the exit status: 1 if any id differs or a prompt was not reused."""
@@ -100,11 +96,21 @@ def main(settings: Settings) -> int:
     if rows is None:
         return 128 + signal.SIGTERM
     Console().print(_table(rows))
-    failed = [row.cold.request_id for row in rows if not row.passed]
-    if failed:
-        notes.print(f"[red]failed[/red]: {', '.join(failed)}: ids differ, or nothing was reused")
-        return 1
-    return 0
+    problems = verdict(rows)
+    for problem in problems:
+        notes.print(problem, style="red")
+    return 1 if problems else 0
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """What is wrong with *rows*, one sentence a prompt; empty if the job was done."""
+    problems = []
+    for row in rows:
+        if not row.same_ids:
+            problems.append(f"{row.cold.request_id}: the ids differ: {row.cold.output_ids} and {row.warm.output_ids}")
+        elif not row.warm.reused_tokens:
+            problems.append(f"{row.cold.request_id}: nothing was reused")
+    return problems
 
 
 async def demo(settings: Settings, progress: Progress) -> list[Row]:
@@ -120,6 +126,7 @@ async def demo(settings: Settings, progress: Progress) -> list[Row]:
         engine = ["-m", "lmcache_trio.testing.demo_engine", address, json.dumps(attrs.asdict(settings))]
         async with trio.open_nursery() as processes:
             server = await processes.start(_run_server, arguments, logs / "server.log")
+            progress.console.print(f"server: process {server.pid}, {address}")
             await _wait_ready(server)
             cold = await _serve_prompts("cold: an engine computes, stores, and ends", engine, settings, progress, logs)
             warm = await _serve_prompts("warm: another engine, same prompts", engine, settings, progress, logs)
@@ -144,6 +151,7 @@ async def _serve_prompts(
     with trio.move_on_after(_ENGINE_SECONDS) as deadline:
         async with trio.open_nursery() as nursery:
             process = await nursery.start(_run_engine, arguments, logs / "engine.log")
+            progress.console.print(f"engine: process {process.pid}")
             async for line in _lines(process):
                 said = json.loads(line)
                 if "request_id" in said:

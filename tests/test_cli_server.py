@@ -1,0 +1,180 @@
+"""`lmcache-trio serve` and `status`, as processes: what a user sees of a running server, a stopped one and none."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+PROGRAM = [sys.executable, "-m", "lmcache_trio"]
+
+
+@attrs.frozen(eq=False)
+class Server:
+    address: str
+    process: subprocess.Popen[str]
+    ready: str
+
+    def end(self, number: signal.Signals) -> str:
+        """Signal it; returns what it wrote to standard error until it had ended."""
+        self.process.send_signal(number)
+        return self.process.communicate(timeout=20)[1]
+
+
+def start(address: str, *sets: str) -> Server:
+    command = [*PROGRAM, "serve", "--address", address, "--set", "memory.size=16MiB", "grace=0.5", *sets]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return Server(address, process, process.stdout.readline())
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = start(f"ipc://{tmp_path}/server.ipc")
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate(timeout=20)
+
+
+def status(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*PROGRAM, "status", "--address", address, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def arenas(process: "subprocess.Popen[str]") -> list[Path]:
+    """Files in shared memory that bear the server's pid; other servers' are none of our business."""
+    return [path for path in Path("/dev/shm").iterdir() if f"-{process.pid}-" in path.name]
+
+
+def failed(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_one_line_says_that_it_is_ready_with_address_arena_and_pid(server: Server) -> None:
+    assert server.ready.count("\n") == 1
+    assert server.address in server.ready
+    assert re.search(r"\b16(\.0)? MiB\b", server.ready)
+    assert re.search(rf"\b{server.process.pid}\b", server.ready)
+
+
+def test_status_as_json_has_what_is_held_and_what_was_counted(server: Server) -> None:
+    done = status(server.address, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    statistics = json.loads(done.stdout)
+    assert set(statistics) == {"held", "counted"}
+    assert statistics["held"]["connections"] == 1  # the question's own
+    assert statistics["held"]["bytes_size"] == 16 << 20
+
+
+def test_status_as_a_table_names_the_same_things(server: Server) -> None:
+    held = json.loads(status(server.address, "--json").stdout)["held"]
+    done = status(server.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name, value in held.items():
+        if not isinstance(value, dict):
+            assert name in done.stdout
+
+
+def test_status_finds_the_address_in_the_servers_own_file(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(f"address = '{server.address}'\n[memory]\nbackend = 'cpu'\nsize = '16MiB'\n")
+    done = subprocess.run(
+        [*PROGRAM, "status", "--config", str(file), "--json"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "held" in json.loads(done.stdout)
+
+
+def test_status_without_a_server_is_one_line_at_once(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/nobody.ipc"
+    failed(status(address, "--timeout", "30"), address)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_status_of_a_stopped_server_returns_by_its_deadline(server: Server, arguments: list[str]) -> None:
+    server.process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        done = status(server.address, "--timeout", "0.5", *arguments)
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert time.monotonic() - began < 20  # with room for a slow machine; without the deadline it would never end
+    failed(done, server.address, "0.5 s")
+    assert status(server.address).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly_and_no_file_is_left(tmp_path: Path, number: signal.Signals) -> None:
+    server = start(f"ipc://{tmp_path}/server.ipc")
+    assert len(arenas(server.process)) == 1
+    errors = server.end(number)
+    assert server.process.returncode == 0
+    assert "Traceback" not in errors
+    assert arenas(server.process) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_server_at_the_address_is_refused_and_the_first_goes_on(server: Server) -> None:
+    done = subprocess.run(
+        [*PROGRAM, "serve", "--address", server.address, "--set", "memory.size=16MiB"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "address" in done.stderr
+    assert len(arenas(server.process)) == 1
+    assert status(server.address).returncode == 0
+
+
+def test_a_server_starts_where_another_was_killed_and_removes_what_that_one_left(tmp_path: Path) -> None:
+    killed = start(f"ipc://{tmp_path}/server.ipc")
+    killed.end(signal.SIGKILL)
+    again = start(killed.address)
+    try:
+        assert "ready" in again.ready
+        assert arenas(killed.process) == []
+        assert status(again.address).returncode == 0
+    finally:
+        again.end(signal.SIGTERM)
+
+
+def test_serving_loads_no_torch(server: Server) -> None:
+    assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+
+
+def test_what_serving_and_asking_import_is_no_torch() -> None:
+    modules = "lmcache_trio.cli, lmcache_trio.client, lmcache_trio._server.supervise"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_both_sockets_and_arena_are_the_users_alone(server: Server) -> None:
+    path = Path(server.address.removeprefix("ipc://"))
+    assert path.stat().st_mode & 0o077 == 0
+    (arena,) = arenas(server.process)
+    assert arena.stat().st_mode & 0o077 == 0
+
+
+def test_logs_go_to_standard_error_and_follow_the_level(tmp_path: Path) -> None:
+    server = start(f"ipc://{tmp_path}/server.ipc")
+    assert status(server.address).returncode == 0
+    server.process.send_signal(signal.SIGTERM)
+    out, errors = server.process.communicate(timeout=20)
+    assert out == ""  # nothing but the ready line
+    for line in errors.splitlines():
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) ", line)

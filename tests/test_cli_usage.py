@@ -1,0 +1,116 @@
+"""The command line's edges, in processes of their own: flags, settings, exit statuses. None of them starts a server."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("LMCACHE_TRIO_")}
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lmcache_trio", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**ENVIRONMENT, **(env or {})},
+        check=False,
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr  # one line, no traceback
+    assert done.stderr.startswith("lmcache-trio: ")
+    for word in words:
+        assert word in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_version_is_printed() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("lmcache-trio")
+
+
+def test_the_help_names_every_command() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for command in ("serve", "status", "demo"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["bogus"], "bogus"),
+        (["serve", "--bogus"], "--bogus"),
+        (["serve", "extra"], "extra"),
+        (["status", "--timeout", "soon"], "--timeout"),
+        (["status", "--timeout", "0"], "--timeout"),
+        (["status", "--timeout", "nan"], "--timeout"),
+        (["demo", "--prompts", "0"], "--prompts"),
+        (["demo", "--longest", "10"], "--longest"),
+        (["demo", "--new-tokens", "0"], "--new-tokens"),
+        (["demo", "--threads", "0"], "--threads"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_line_that_names_it(arguments: list[str], word: str) -> None:
+    refused(run(*arguments), word)
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "fix"),
+    [
+        ("chunk_tokns=256", "chunk_tokns", "chunk_tokens"),
+        ('chunk_tokens="many"', "chunk_tokens", "integer"),
+        ("chunk_tokens=0", "chunk_tokens", "1 or more"),
+        ("lease_timeout=-1", "lease_timeout", "more than 0"),
+        ("lease_timeout=nan", "lease_timeout", "more than 0"),
+        ("lease_share=2", "lease_share", "at most 1"),
+        ("grace=soon", "grace", "number"),
+        ("memory.size=16EB", "memory.size", "bytes"),
+        ("memory.sise=16MiB", "memory.sise", "size"),
+        ("memory.size=900TiB", "memory.size", "fit"),
+        ("memory.backend=nope", "memory.backend", "cpu"),
+        ("memory=3", "memory", "table"),
+        ("tiers.0.backend=nope", "tiers.0.backend", "nope"),
+        ("tiers.0.path=/x", "tiers.0.backend", "missing"),
+        ("device.backend=nope", "device.backend", "nope"),
+        ("address=there", "address", "ipc://"),
+        ("address=ipc://relative", "address", "absolute"),
+        ("address=tcp://0.0.0.0:5555", "address", "loopback"),
+        ("address=tcp://127.0.0.1", "address", "port"),
+        ("nonsense", "--set", "key=value"),
+    ],
+)
+def test_a_wrong_setting_ends_in_one_line_that_names_the_key_and_the_fix(
+    setting: str, key: str, fix: str, tmp_path: Path
+) -> None:
+    address = [] if setting.startswith("address") else ["--address", f"ipc://{tmp_path}/s.ipc"]
+    refused(run("serve", *address, "--set", setting), key, fix)
+
+
+def test_a_wrong_key_in_the_file_is_named_too(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text("[memory]\nbackend = 'cpu'\nsise = '1GiB'\n")
+    refused(run("serve", "--address", f"ipc://{tmp_path}/s.ipc", "--config", str(file)), "memory.sise", "size")
+
+
+def test_the_environment_names_the_file_and_is_named_itself(tmp_path: Path) -> None:
+    refused(run("serve", env={"LMCACHE_TRIO_CONFIG": str(tmp_path / "absent.toml")}), "absent.toml")
+    refused(run("serve", env={"LMCACHE_TRIO_CHUNK_TOKENS": "many"}), "chunk_tokens", "LMCACHE_TRIO_CHUNK_TOKENS")
+    refused(run("serve", "--address", f"ipc://{tmp_path}/s.ipc", env={"LMCACHE_TRIO_LOG": "loud"}), "LMCACHE_TRIO_LOG")
+
+
+def test_several_settings_follow_one_flag(tmp_path: Path) -> None:
+    refused(run("serve", "--set", f"address=ipc://{tmp_path}/s.ipc", "grace=1", "chunk_tokens=0"), "chunk_tokens")
+
+
+def test_the_command_line_imports_neither_torch_nor_numpy_nor_pynng() -> None:
+    code = "import sys, lmcache_trio.cli; print([m for m in ('torch', 'numpy', 'pynng') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

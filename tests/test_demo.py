@@ -1,0 +1,117 @@
+"""`lmcache-trio demo`, as a user runs it: three processes, one table, one exit status, and nothing left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+import pytest
+
+from lmcache_trio.errors import ConfigError
+from lmcache_trio.testing.demo import Row, Served, Settings, verdict
+
+DEMO = [sys.executable, "-m", "lmcache_trio", "demo"]
+SMALL = ["--prompts", "2", "--longest", "700", "--new-tokens", "4"]
+
+
+def environment(directory: Path) -> dict[str, str]:
+    return {**os.environ, "TMPDIR": str(directory), "COLUMNS": "120"}
+
+
+def nothing_is_left(directory: Path, pids: Sequence[int]) -> bool:
+    """No process of *pids*, no arena of one, no file of the demo's."""
+    arenas = [path.name for path in Path("/dev/shm").iterdir() if any(f"-{pid}-" in path.name for pid in pids)]
+    return not arenas and not list(directory.iterdir()) and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def start(directory: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*DEMO, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(directory)
+    )
+
+
+def wait_processes(demo: subprocess.Popen[str], count: int) -> list[int]:
+    """The pids of the demo's processes, as it names them, once it has started *count*. The first is the server."""
+    assert demo.stderr is not None
+    pids: list[int] = []
+    for line in demo.stderr:
+        pids += [int(pid) for pid in re.findall(r"process (\d+)", line)]
+        if len(pids) == count:
+            return pids
+    raise AssertionError(f"the demo ended with {len(pids)} of {count} processes started")
+
+
+def test_the_demo_serves_warm_what_another_engine_computed_and_leaves_nothing(tmp_path: Path) -> None:
+    process = start(tmp_path, SMALL)
+    pids = wait_processes(process, 1)
+    out, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    rows = [line.split() for line in out.splitlines() if "equal" in line]
+    assert len(rows) == 2
+    assert "256" in rows[0]  # of 350 tokens
+    assert "512" in rows[1]  # of 700
+    assert nothing_is_left(tmp_path, pids)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("count", [1, 2], ids=["server started", "engine started"])
+def test_a_signal_ends_all_processes_and_leaves_nothing(
+    tmp_path: Path, number: signal.Signals, code: int, count: int
+) -> None:
+    process = start(tmp_path, ["--prompts", "50"])
+    pids = wait_processes(process, count)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert nothing_is_left(tmp_path, pids)
+
+
+@pytest.mark.parametrize(("victim", "name"), [(0, "server"), (1, "engine")])
+def test_a_process_that_is_killed_fails_the_demo_in_one_line(tmp_path: Path, victim: int, name: str) -> None:
+    process = start(tmp_path, ["--prompts", "50"])
+    pids = wait_processes(process, 2)
+    os.kill(pids[victim], signal.SIGKILL)
+    out, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert f"the {name} ended with status -9" in errors
+    assert "Traceback" not in errors
+    assert out == ""
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+COLD = Served("prompt 0", 600, (1, 2, 3), 0, 0.5)
+WARM = attrs.evolve(COLD, reused_tokens=512, first_token_seconds=0.1)
+
+
+def test_equal_ids_and_something_reused_pass() -> None:
+    assert verdict([Row(COLD, WARM)]) == []
+
+
+@pytest.mark.parametrize(
+    "warm", [attrs.evolve(WARM, output_ids=(1, 2, 4)), attrs.evolve(WARM, output_ids=(1, 2)), COLD]
+)
+def test_one_different_id_or_one_prompt_not_reused_fails(warm: Served) -> None:
+    assert len(verdict([Row(COLD, WARM), Row(COLD, warm)])) == 1
+
+
+def test_every_prompt_is_longer_than_a_chunk_and_the_last_is_the_longest() -> None:
+    for prompts in range(1, 10):
+        lengths = Settings(prompts=prompts, longest=600).lengths
+        assert len(lengths) == prompts
+        assert min(lengths) > 256
+        assert max(lengths) <= 600
+
+
+def test_the_defaults_fit_into_the_shared_memory_of_a_container() -> None:
+    assert Settings().arena_bytes < 64 << 20
+
+
+@pytest.mark.parametrize("name", ["prompts", "longest", "new_tokens", "threads"])
+def test_a_setting_too_small_is_refused_by_its_flag(name: str) -> None:
+    with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):
+        Settings(**{name: 0})
