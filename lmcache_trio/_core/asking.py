@@ -24,13 +24,13 @@ class Asking:
         "_above",
         "_begun",
         "_chunks",
-        "session",
         "_shard",
         "_stopped",
         "deadline",
         "dropped",
         "namespace",
         "rows",
+        "session",
         "slots",
     )
 

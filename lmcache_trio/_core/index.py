@@ -125,7 +125,7 @@ class Index:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def reserve(
+    def reserve(  # noqa: PLR0913 the protocol's sentence has as many words
         self,
         session: SessionKey,
         worker: int,

@@ -69,7 +69,7 @@ class Writers:
         return asking
 
     def promise(self, asking: Asking, worker: int, shards: int) -> bytes:
-        """Make the reservation of what *asking* was given (*shards* slots a chunk); its id, empty when that is nothing."""
+        """Make the reservation of what *asking* was given (*shards* slots a chunk): its id, empty if it is nothing."""
         session = asking.session
         self.dropped.update(asking.dropped)
         if not asking.rows:

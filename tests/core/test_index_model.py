@@ -1,0 +1,441 @@
+"""The index against a model too simple to be wrong: any interleaving of engines, workers, sessions, resets and time.
+
+The model knows each chunk as one object and who still touches it. It does not foretell evictions: it asks the index
+which chunks are gone after a reserve, and checks that each of them was free to go.
+"""
+
+from itertools import count
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lmcache_trio._core.arena import Arena
+from lmcache_trio._core.index import SERVER, Hold, Index
+from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio.errors import Gone
+
+PATHS = ["abcd", "abce", "afg", "hij"]
+PAGES = 14
+LEASE, WRITE = 10, 17
+SHARE = 0.5
+
+
+def name(chain: str) -> bytes:
+    return chain.encode().ljust(32, b".")
+
+
+class Chunk:
+    def __init__(self, key: ChunkKey, base: int, length: int, parent: "Chunk | None") -> None:
+        self.key, self.base, self.length, self.parent = key, base, length, parent
+        self.state = "writing"
+        self.engine, self.session = "", ("", 0)
+        self.claimed: set[int] = set()
+        self.committed: set[int] = set()
+        self.users: set[object] = set()  # copies into it and readers of it that have not ended
+        self.deadline = 0.0
+
+
+class IndexMachine(RuleBasedStateMachine):
+    @initialize(shards=st.integers(1, 3), big=st.integers(1, 3))
+    def make(self, shards: int, big: int) -> None:
+        ids = count(1)
+        self.arena = Arena()
+        self.arena.reserve_head(4096)
+        self.index = Index(
+            self.arena,
+            new_id=lambda: next(ids).to_bytes(16, "big"),
+            lease_share=SHARE,
+            lease_timeout=LEASE,
+            reservation_timeout=WRITE,
+        )
+        self.index.grow((PAGES + 1) * 4096)
+        self.pages = {b"A" * 32: [1] * shards, b"B" * 32: [big] + [1] * (shards - 1)}
+        for namespace, pages in self.pages.items():
+            self.index.attach(namespace, [4096 * n - 5 for n in pages])
+        self.shards = shards
+        self.now = 0.0
+        self.seen: dict[ChunkKey, Chunk] = {}  # in the directory
+        self.alive: set[Chunk] = set()  # their bytes are in use
+        self.leases: dict[bytes, dict] = {}
+        self.pins: dict[bytes, dict] = {}
+        self.writes: dict[bytes, dict] = {}
+        self.holds: list[tuple[Hold, Chunk]] = []
+
+    # what the model says
+
+    def settle(self, chunk: Chunk) -> None:
+        if chunk.state == "doomed" and not chunk.users:
+            self.alive.discard(chunk)
+
+    def doom(self, chunk: Chunk) -> None:
+        del self.seen[chunk.key]
+        chunk.state = "doomed"
+        for other in self.alive:
+            if other.parent is chunk:
+                other.parent = None
+        self.settle(chunk)
+
+    def leave(self, chunk: Chunk, user: object) -> None:
+        chunk.users.discard(user)
+        self.settle(chunk)
+
+    def abort_write(self, write: dict) -> None:
+        if write["live"]:
+            write["live"] = False
+            for chunk in write["chunks"]:
+                if chunk.state == "writing":
+                    self.doom(chunk)
+
+    def end_write(self, ident: bytes) -> None:
+        write = self.writes.pop(ident)
+        for chunk in write["chunks"]:
+            self.leave(chunk, ident)
+
+    def end_lease(self, ident: bytes) -> None:
+        for chunk in self.leases.pop(ident)["chunks"]:
+            self.leave(chunk, ident)
+
+    def end_pin(self, ident: bytes) -> None:
+        for chunk in self.pins.pop(ident)["chunks"]:
+            self.leave(chunk, ident)
+
+    def find_gone(self) -> set[ChunkKey]:
+        """Chunks that were evicted just now; each was free to go, and no child of it is left."""
+        gone = {k for k, c in self.seen.items() if c.state == "ready" and not self.index.match(k.namespace, [k.digest])}
+        return gone
+
+    def drop_gone(self, gone: set[ChunkKey]) -> None:
+        for key in gone:
+            chunk = self.seen.pop(key)
+            assert chunk.state == "ready"
+            assert not chunk.users, "evicted under a reader"
+            chunk.state = "evicted"
+            self.alive.discard(chunk)
+
+    # rules
+
+    chain = st.tuples(st.sampled_from(PATHS), st.integers(1, 4), st.integers(0, 3))
+    namespace = st.sampled_from([b"A" * 32, b"B" * 32])
+    engine = st.sampled_from(["x", "y"])
+    number = st.integers(1, 2)
+
+    @rule(chain=chain, namespace=namespace, engine=engine, number=number, shard=st.integers(0, 2))
+    def reserve(self, chain: tuple[str, int, int], namespace: bytes, engine: str, number: int, shard: int) -> None:
+        path, upto, start = chain
+        shard %= self.shards
+        chains = [path[: i + 1] for i in range(min(upto, len(path)))]
+        start = min(start, len(chains) - 1)
+        keys = [ChunkKey(namespace, name(c)) for c in chains[start:]]
+        parent_key = ChunkKey(namespace, name(chains[start - 1])) if start else None
+        parent = self.seen.get(parent_key) if parent_key else None
+        orphaned = parent_key is not None and (
+            parent is None or (parent.state == "writing" and parent.engine != engine)
+        )
+        worker = self.worker(engine, shard)
+        got = self.index.reserve(
+            (engine, number), worker, shard, namespace, parent_key.digest if parent_key else b"",
+            [k.digest for k in keys], self.now,
+        )  # fmt: skip
+        gone = self.find_gone() | {
+            k for k, c in self.seen.items() if c.state == "ready" and k in {keys[s.position] for s in got.slots}
+        }
+        idle_before = not any(c.users or c.state != "ready" for c in self.alive)
+        before = dict(self.seen)
+        self.drop_gone(gone)
+        slots = {s.position: s.offset for s in got.slots}
+        assert len(slots) + sum(got.dropped.values()) == len(keys)
+        assert bool(got.id) == bool(slots)
+        starts = [sum(self.pages[namespace][:i]) * 4096 for i in range(self.shards)]
+        stopped, above, chunks = orphaned, parent, []
+        for position, key in enumerate(keys):
+            offset, chunk = slots.get(position), self.seen.get(key)
+            if chunk is not None:
+                mine = chunk.state == "writing" and chunk.engine == engine and shard not in chunk.claimed
+                assert (offset is not None) == (mine and not stopped)
+                if chunk.state == "writing" and chunk.engine != engine:
+                    stopped = True
+                if offset is not None:
+                    assert offset == chunk.base + starts[shard]
+            elif offset is not None:
+                assert not stopped
+                chunk = Chunk(key, offset - starts[shard], 4096 * sum(self.pages[namespace]), above)
+                chunk.engine, chunk.session = engine, (engine, number)
+                self.seen[key] = chunk
+                self.alive.add(chunk)
+            elif key not in gone:
+                if not stopped and idle_before and not chunks:
+                    raise AssertionError(f"nothing was in use, yet no slot: {got.dropped}")
+                stopped = True
+            if offset is not None and chunk is not None:
+                chunk.claimed.add(shard)
+                chunk.users.add(got.id)
+                chunk.deadline = self.now + WRITE
+                chunks.append(chunk)
+            above = chunk if chunk is not None else before.get(key)
+        if got.id:
+            self.writes[got.id] = dict(
+                worker=worker, session=(engine, number), shards={shard}, chunks=chunks, live=True,
+                deadline=self.now + WRITE, namespace=namespace,
+            )  # fmt: skip
+        for key in gone:
+            old = before[key]
+            assert not any(c.parent is old for c in self.seen.values()), "evicted before its children"
+
+    def worker(self, engine: str, shard: int) -> int:
+        return 1 + shard + (10 if engine == "y" else 0)
+
+    @rule(path=st.sampled_from(PATHS), depth=st.integers(1, 4), namespace=namespace)
+    def load(self, path: str, depth: int, namespace: bytes) -> None:
+        depth = min(depth, len(path))
+        key = ChunkKey(namespace, name(path[:depth]))
+        parent_key = ChunkKey(namespace, name(path[: depth - 1])) if depth > 1 else None
+        parent = self.seen.get(parent_key) if parent_key else None
+        got = self.index.reserve_load(namespace, parent_key.digest if parent_key else b"", key.digest, self.now)
+        self.drop_gone(self.find_gone())
+        if got is None:
+            return
+        assert key not in self.seen
+        assert parent_key is None or (parent and (parent.state == "ready" or parent.engine == ""))
+        assert [s.position for s in got.slots] == list(range(self.shards))
+        chunk = Chunk(key, got.slots[0].offset, 4096 * sum(self.pages[namespace]), parent)
+        chunk.claimed = set(range(self.shards))
+        chunk.users.add(got.id)
+        chunk.deadline = self.now + WRITE
+        self.seen[key] = chunk
+        self.alive.add(chunk)
+        self.writes[got.id] = dict(
+            worker=SERVER, session=("", 0), shards=set(range(self.shards)), chunks=[chunk], live=True,
+            deadline=self.now + WRITE, namespace=namespace,
+        )  # fmt: skip
+
+    @precondition(lambda self: self.writes)
+    @rule(pick=st.integers(0, 99), well=st.booleans())
+    def finish_write(self, pick: int, well: bool) -> None:
+        ident = list(self.writes)[pick % len(self.writes)]
+        write = self.writes[ident]
+        if not well:
+            self.index.abort(ident, write["worker"])
+            self.abort_write(write)
+        elif write["live"]:
+            expected = []
+            for chunk in write["chunks"]:
+                if chunk.state == "writing":
+                    chunk.committed |= write["shards"]
+                    if len(chunk.committed) == self.shards:
+                        chunk.state = "ready"
+                        expected.append(chunk.key)
+            assert list(self.index.commit(ident, write["worker"])) == expected
+        else:
+            try:
+                self.index.commit(ident, write["worker"])
+                raise AssertionError("an aborted reservation was committed")
+            except Gone:
+                pass
+        self.end_write(ident)
+
+    @rule(chain=chain, namespace=namespace, engine=engine, number=number)
+    def lease(self, chain: tuple[str, int, int], namespace: bytes, engine: str, number: int) -> None:
+        path, upto, _ = chain
+        for ident, lease in list(self.leases.items()):
+            if lease["session"] == (engine, number):
+                self.end_lease(ident)
+        offered = {c for lease in self.leases.values() if not lease["taken"] for c in lease["chunks"]}
+        run = []
+        keys = [ChunkKey(namespace, name(path[: i + 1])) for i in range(min(upto, len(path)))]
+        for key in keys:
+            chunk = self.seen.get(key)
+            if chunk is None or chunk.state != "ready":
+                break
+            if sum(c.length for c in offered | {chunk}) > SHARE * self.arena.taken and chunk not in offered:
+                break
+            offered.add(chunk)
+            run.append(chunk)
+        got = self.index.lease((engine, number), namespace, [k.digest for k in keys], self.now)
+        assert (got.chunks if got else 0) == len(run)
+        if got:
+            assert got.expires == self.now + LEASE
+            for chunk in run:
+                chunk.users.add(got.id)
+            self.leases[got.id] = dict(
+                session=(engine, number), chunks=run, taken=False, expires=got.expires, stale=False,
+                namespace=namespace,
+            )  # fmt: skip
+
+    @precondition(lambda self: self.leases)
+    @rule(pick=st.integers(0, 99), how=st.sampled_from(["take", "release", "pin", "pin", "steal"]), shard=st.integers(0, 2), start=st.integers(0, 3))  # fmt: skip
+    def use_lease(self, pick: int, how: str, shard: int, start: int) -> None:
+        ident = list(self.leases)[pick % len(self.leases)]
+        lease = self.leases[ident]
+        engine, shard, start = lease["session"][0], shard % self.shards, start % len(lease["chunks"])
+        if how == "take":
+            self.index.take(ident)
+            lease["taken"] = True
+            return
+        if how == "release":
+            self.index.release(ident)
+            self.end_lease(ident)
+            return
+        chunks = lease["chunks"][start:]
+        try:
+            pin = self.index.pin(ident, "thief" if how == "steal" else engine, self.worker(engine, shard), shard, start, len(chunks))  # fmt: skip
+        except Gone:
+            assert how == "steal" or lease["stale"]
+            return
+        assert how == "pin"
+        assert not lease["stale"]
+        first = 4096 * sum(self.pages[lease["namespace"]][:shard])
+        assert list(pin.offsets) == [c.base + first for c in chunks]
+        for chunk in chunks:
+            chunk.users.add(pin.id)
+        self.pins[pin.id] = dict(worker=self.worker(engine, shard), chunks=chunks, stale=False, namespace=lease["namespace"])  # fmt: skip
+
+    @precondition(lambda self: self.pins)
+    @rule(pick=st.integers(0, 99))
+    def unpin(self, pick: int) -> None:
+        ident = list(self.pins)[pick % len(self.pins)]
+        pin = self.pins[ident]
+        assert self.index.unpin(ident, 777) is False
+        assert self.index.unpin(ident, pin["worker"]) is not pin["stale"]
+        self.end_pin(ident)
+
+    @rule(path=st.sampled_from(PATHS), depth=st.integers(1, 4), namespace=namespace)
+    def hold(self, path: str, depth: int, namespace: bytes) -> None:
+        key = ChunkKey(namespace, name(path[:depth]))
+        chunk = self.seen.get(key)
+        hold = self.index.hold(key)
+        assert (hold is not None) == (chunk is not None and chunk.state == "ready")
+        if hold and chunk:
+            assert hold.offsets[0] == chunk.base
+            chunk.users.add(hold)
+            self.holds.append((hold, chunk))
+
+    @precondition(lambda self: self.holds)
+    @rule(pick=st.integers(0, 99))
+    def unhold(self, pick: int) -> None:
+        hold, chunk = self.holds.pop(pick % len(self.holds))
+        self.index.unhold(hold)
+        self.index.unhold(hold)
+        self.leave(chunk, hold)
+
+    @rule(engine=engine, number=number)
+    def end_session(self, engine: str, number: int) -> None:
+        session = (engine, number)
+        self.index.end_session(session)
+        for ident in [i for i, lease in self.leases.items() if lease["session"] == session]:
+            self.end_lease(ident)
+        for write in self.writes.values():
+            if write["session"] == session:
+                self.abort_write(write)
+        for chunk in [c for c in self.seen.values() if c.state == "writing" and c.session == session]:
+            self.doom(chunk)
+
+    @rule(engine=engine, shard=st.integers(0, 2))
+    def lose_worker(self, engine: str, shard: int) -> None:
+        worker = self.worker(engine, shard % self.shards)
+        self.index.lose_worker(worker)
+        for ident in [i for i, pin in self.pins.items() if pin["worker"] == worker]:
+            self.end_pin(ident)
+        for write in self.writes.values():
+            if write["worker"] == worker:
+                self.abort_write(write)
+
+    @rule(engine=engine, shard=st.integers(0, 2))
+    def copies_ended(self, engine: str, shard: int) -> None:
+        worker = self.worker(engine, shard % self.shards)
+        self.index.copies_ended(worker)
+        for ident in [i for i, write in self.writes.items() if write["worker"] == worker]:
+            self.abort_write(self.writes[ident])
+            self.end_write(ident)
+
+    @rule(namespace=namespace)
+    def reset(self, namespace: bytes) -> None:
+        self.index.reset(namespace)
+        for write in self.writes.values():
+            if write["namespace"] == namespace:
+                self.abort_write(write)
+        for chunk in [c for k, c in self.seen.items() if k.namespace == namespace]:
+            self.doom(chunk)
+        for reader in [*self.leases.values(), *self.pins.values()]:
+            reader["stale"] = reader["stale"] or reader["namespace"] == namespace
+
+    @rule(step=st.sampled_from([1, 4, 9]))
+    def expire(self, step: int) -> None:
+        self.now += step
+        due = self.index.expire(self.now)
+        for ident in [i for i, lease in self.leases.items() if lease["expires"] <= self.now]:
+            self.end_lease(ident)
+        for write in self.writes.values():
+            if write["deadline"] <= self.now:
+                self.abort_write(write)
+        for chunk in [c for c in self.seen.values() if c.state == "writing" and c.deadline <= self.now]:
+            self.doom(chunk)
+        times = [lease["expires"] for lease in self.leases.values()]
+        times += [write["deadline"] for write in self.writes.values() if write["live"]]
+        times += [c.deadline for c in self.seen.values() if c.state == "writing"]
+        assert due == min(times, default=float("inf"))
+
+    # what always holds
+
+    @invariant()
+    def the_directory_is_as_the_model_says(self) -> None:
+        for namespace in self.pages:
+            for chain in {path[: i + 1] for path in PATHS for i in range(len(path))}:
+                chunk = self.seen.get(ChunkKey(namespace, name(chain)))
+                assert self.index.match(namespace, [name(chain)]) == (chunk is not None and chunk.state == "ready")
+
+    @invariant()
+    def no_two_extents_overlap_and_every_other_byte_is_free(self) -> None:
+        end = 4096
+        for chunk in sorted(self.alive, key=lambda c: c.base):
+            assert chunk.base >= end
+            end = chunk.base + chunk.length
+        assert end <= self.arena.taken
+        assert self.arena.used == sum(c.length for c in self.alive)
+        assert self.arena.free_bytes == PAGES * 4096 - self.arena.used
+
+    @invariant()
+    def held_is_as_the_model_says(self) -> None:
+        held = self.index.statistics()["held"]
+        assert held["leases"] == len(self.leases)
+        assert held["leases_offered"] == sum(not lease["taken"] for lease in self.leases.values())
+        assert held["pins"] == len(self.pins)
+        assert held["holds"] == len(self.holds)
+        assert held["reservations"] == sum(write["live"] for write in self.writes.values())
+        assert held["reservations_ending"] == sum(not write["live"] for write in self.writes.values())
+        for state, word in (("ready", "ready"), ("writing", "writing"), ("doomed", "quarantined")):
+            chunks = [c for c in self.alive if c.state == state]
+            assert held[f"chunks_{word}"] == len(chunks)
+            assert held[f"slots_{word}"] == len(chunks) * self.shards
+            assert held[f"bytes_{word}"] == sum(c.length for c in chunks)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "index"):
+            return
+        for engine in ("x", "y"):
+            for number in (1, 2):
+                self.end_session(engine, number)
+            for shard in range(self.shards):
+                self.lose_worker(engine, shard)
+                self.copies_ended(engine, shard)
+        while self.holds:
+            self.unhold(0)
+        while self.writes:
+            self.finish_write(0, False)
+        self.held_is_as_the_model_says()
+        held = self.index.statistics()["held"]
+        for what in ("leases", "pins", "holds", "reservations", "reservations_ending", "bytes_offered"):
+            assert held[what] == 0
+        assert held["bytes_retained"] == held["bytes_writing"] == held["bytes_quarantined"] == 0
+        self.index.attach(b"C" * 32, [PAGES * 4096])  # the whole arena in one chunk: all others must go for it
+        got = self.index.reserve(("z", 1), 99, 0, b"C" * 32, b"", [name("z")], self.now)
+        assert len(got.slots) == 1
+        self.index.abort(got.id, 99)
+        assert self.arena.largest_hole == PAGES * 4096
+        assert self.arena.holes() == [(4096, PAGES * 4096)]
+
+
+TestIndexAgainstItsModel = IndexMachine.TestCase
+TestIndexAgainstItsModel.settings = settings(
+    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)
