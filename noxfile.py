@@ -62,8 +62,8 @@ def minimums(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings as errors; a name that leads nowhere is a warning."""
-    _install_wheel(session, *_group("docs"))
-    session.run("sphinx-build", "-W", "-n", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")
+    _install_wheel(session, *_group("docs"), *_group("test"))  # the contract suites of `testing` import pytest
+    session.run("sphinx-build", "-W", "-n", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
 
 
 @nox.session
