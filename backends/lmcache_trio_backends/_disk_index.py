@@ -1,0 +1,155 @@
+"""The index file: SQLite in WAL mode, one row a chunk. Every method blocks, and all run in one thread of its own.
+
+It keeps what `_disk_directory` decided and decides nothing. One connection, opened exclusively, so there is no shared
+memory file beside it, every checkpoint completes, and the WAL stays as small as it was promised to: it is written back
+into the file whenever half of its room is filled, and no transaction is larger than a quarter.
+"""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lmcache_trio.errors import ConfigError
+from lmcache_trio_backends._disk_rows import Doomed, Row
+
+__all__ = ["PAGE", "IndexFile", "is_corrupt"]
+
+PAGE = 4096
+_VERSION = 1
+_COLUMNS = "key, parent, place, generation, recency, shards"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS chunks (
+    key BLOB PRIMARY KEY, parent BLOB NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL,
+    recency INTEGER NOT NULL, shards BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_MAX_VARIABLES = 500
+
+
+def is_corrupt(exc: BaseException) -> bool:
+    """Whether SQLite says that the file is no sound database, rather than that it could not be read or written."""
+    return isinstance(exc, sqlite3.DatabaseError) and getattr(exc, "sqlite_errorcode", 0) & 0xFF in (
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+    )
+
+
+class IndexFile:
+    """*room* and *wal_room* are in bytes; *flush*: each transaction reaches the disk before it returns."""
+
+    def __init__(self, path: Path, *, room: int, wal_room: int, flush: bool) -> None:
+        self.path = path
+        self._room = room
+        self._wal_room = wal_room
+        self._flush = flush
+        self._db: sqlite3.Connection | None = None
+
+    @property
+    def batch(self) -> int:
+        """Rows that one transaction may change: each dirties about two pages, and fills a quarter of the WAL's room."""
+        return max(1, self._wal_room // 4 // (2 * (PAGE + 24)) - 2)
+
+    def open(self) -> None:
+        """Open or make it. A file that is corrupt is removed and made anew: what it named can be computed again."""
+        try:
+            self._connect()
+        except sqlite3.DatabaseError as exc:
+            self.close()
+            if not is_corrupt(exc):
+                raise
+            self.remove()
+            self._connect()
+
+    def remove(self) -> None:
+        """Delete it and its WAL."""
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+    def _connect(self) -> None:
+        self._db = db = sqlite3.connect(self.path, isolation_level=None, timeout=0)
+        db.execute(f"PRAGMA page_size = {PAGE}")
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA temp_store = MEMORY")
+        db.execute("PRAGMA cache_size = -8192")
+        db.execute(f"PRAGMA synchronous = {'FULL' if self._flush else 'NORMAL'}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {max(1, self._wal_room // 2 // (PAGE + 24))}")
+        db.execute(f"PRAGMA journal_size_limit = {self._wal_room}")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _VERSION):
+            raise ConfigError(
+                "path", f"{self.path} was written by another version (format {version}); use another directory"
+            )
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version = {_VERSION}")
+        db.execute(f"PRAGMA max_page_count = {max(8, self._room // PAGE)}")
+        db.execute(
+            "INSERT INTO facts VALUES ('opened', 1) ON CONFLICT DO UPDATE SET value = value + 1"
+        )  # can it be written?
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a former server may have had more room for it
+
+    def fact(self, name: str, value: int | None = None) -> int | None:
+        """The number kept under *name*; *value*, where given, is kept first."""
+        if value is not None:
+            self._do("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+        found = self._do("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if found is None else int(found[0])
+
+    def page(self, after: bytes, limit: int) -> list[Row]:
+        """Up to *limit* rows whose keys follow *after*, in order."""
+        return self._do(f"SELECT {_COLUMNS} FROM chunks WHERE key > ? ORDER BY key LIMIT ?", (after, limit)).fetchall()
+
+    def find(self, keys: Sequence[bytes]) -> list[Row]:
+        """The rows of those *keys* that are there, in any order."""
+        found: list[Row] = []
+        for i in range(0, len(keys), _MAX_VARIABLES):
+            some = keys[i : i + _MAX_VARIABLES]
+            marks = ",".join("?" * len(some))
+            found += self._do(f"SELECT {_COLUMNS} FROM chunks WHERE key IN ({marks})", some).fetchall()
+        return found
+
+    def publish(self, rows: Sequence[Row]) -> None:
+        """Keep *rows*, all or none, at most `batch`."""
+        with self._transaction() as db:
+            db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?, ?)", sorted(rows))
+
+    def erase(self, doomed: Sequence[Doomed]) -> None:
+        """Remove their rows, all or none, at most `batch`; a newer generation under the same key stays."""
+        with self._transaction() as db:
+            pairs = sorted((one.key, one.generation) for one in doomed)
+            db.executemany("DELETE FROM chunks WHERE key = ? AND generation = ?", pairs)
+
+    def touch(self, touched: Sequence[tuple[int, bytes, int]]) -> None:
+        """Keep the recency of (recency, key, generation), at most `batch`."""
+        with self._transaction() as db:
+            db.executemany("UPDATE chunks SET recency = ? WHERE key = ? AND generation = ?", touched)
+
+    def checkpoint(self) -> None:
+        """Bring all that was published to the disk itself."""
+        self._do("PRAGMA wal_checkpoint(FULL)")
+
+    def close(self) -> None:
+        """Idempotent. The last checkpoint is made here, and the WAL is gone."""
+        db, self._db = self._db, None
+        if db is not None:
+            db.close()
+
+    def _do(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
+        if self._db is None:
+            raise sqlite3.OperationalError("the index file is closed")
+        return self._db.execute(sql, parameters)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        if self._db is None:
+            raise sqlite3.OperationalError("the index file is closed")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._db
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                with contextlib.suppress(sqlite3.Error):  # the first error is the one to tell
+                    self._db.execute("ROLLBACK")
+            raise

@@ -1,0 +1,352 @@
+"""The disk tier between one `open()` and its end: its calls, and the tasks that keep house.
+
+Every decision is `_disk_directory`'s, every wait for a thread `_disk_worker`'s; this module joins the two in the order
+that survives a kill: bytes before their row, a row's end before its bytes are given to another.
+"""
+
+import errno
+import functools
+import logging
+import math
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import trio
+
+from lmcache_trio._core.arena import Arena
+from lmcache_trio.abc import ChunkKey, Load, Record
+from lmcache_trio.errors import ConfigError, Unavailable
+from lmcache_trio_backends._disk_config import Budget, DiskConfig
+from lmcache_trio_backends._disk_directory import Directory
+from lmcache_trio_backends._disk_files import Files
+from lmcache_trio_backends._disk_policy import Admission
+from lmcache_trio_backends._disk_rows import Read, Write, extent_of
+from lmcache_trio_backends._disk_slabs import ByteIO
+from lmcache_trio_backends._disk_transfer import Transfer
+from lmcache_trio_backends._disk_worker import Worker
+
+__all__ = ["FLUSH_SECONDS", "DiskLife"]
+
+log = logging.getLogger("lmcache_trio.disk")
+
+FLUSH_SECONDS = 5.0
+"""How long recency, and with `periodic` the bytes themselves, may wait for the disk; ext4 commits as often."""
+PAGE_ROWS = 1000
+"""Rows read at a time while rebuilding: some 2 ms, so a query never waits longer behind one."""
+GROUP_BYTES = 64 << 20
+"""Bytes written before their rows are published: what a cancelled or killed store loses at most."""
+CLOSE_SECONDS = 5.0
+
+_BAD_PATH = (PermissionError, NotADirectoryError, FileExistsError)
+
+
+class DiskLife:
+    """*wrap* stands between the tier and its slabs; *counts* outlives this life."""
+
+    def __init__(
+        self, config: DiskConfig, admit: Admission, counts: "Counter[str]", wrap: Callable[[ByteIO], ByteIO]
+    ) -> None:
+        self._config = config
+        self._admit = admit
+        self._counts = counts
+        self._wrap = wrap
+        self.budget = Budget.of(config.size)
+        self._directory = Directory(Arena(), self.budget.index)
+        self._files = Files(config, self.budget)
+        self._io: ByteIO = self._files.slabs
+        self._worker = Worker(Path(config.path), config.threads)
+        self._growing = trio.Lock()
+        self._settling = trio.Lock()
+        self._wake = trio.Event()
+        self._due = math.inf
+        self._unflushed = False
+        self._suspects: list[Read] = []
+        self.ready = trio.Event()
+
+    @property
+    def corrupt(self) -> bool:
+        """The index file is no sound database: the next life is to begin empty."""
+        return self._worker.corrupt
+
+    # ---- the calls
+
+    async def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        self._worker.check()
+        if self.ready.is_set():
+            await trio.lowlevel.checkpoint()
+            return [self._directory.contains(key) for key in keys]
+        found = {row[0] for row in await self._worker.ask(self._files.index.find, [_name(key) for key in keys])}
+        return [_name(key) in found for key in keys]
+
+    async def load(self, loads: Sequence[Load]) -> list[bool]:
+        self._worker.check()
+        views = [[_flat(view) for view in load.shards] for load in loads]
+        lengths = [tuple(len(view) for view in some) for some in views]
+        reads = await self._begin(loads, lengths)
+        held = [(i, read) for i, read in enumerate(reads) if read is not None]
+        transfer = self._transfer([(read.offset, views[i]) for i, read in held])
+        try:
+            await self._worker.carry(transfer, transfer.read)
+        finally:
+            alive = [self._directory.end_read(read) if self.ready.is_set() else True for _, read in held]
+            if self._directory.has_doomed:
+                self._wake.set()
+        if transfer.error is not None:
+            self._after_failed_read(transfer, [read for _, read in held])
+        hits = [False] * len(loads)
+        for n, (i, read) in enumerate(held):
+            if alive[n]:
+                hits[i] = transfer.sums_of(n) == list(read.sums)
+                if hits[i]:
+                    self._directory.touch(read.key)
+                else:
+                    self._suspect(read)
+        self._counts["hits"] += sum(hits)
+        self._counts["misses"] += len(hits) - sum(hits)
+        if any(hits):
+            self._expect_flush()
+        return hits
+
+    async def store(self, records: Sequence[Record]) -> list[bool]:
+        self._worker.check()
+        taken = [False] * len(records)
+        if not self.ready.is_set():
+            self._counts["dropped_not_ready"] += len(records)
+            await trio.lowlevel.checkpoint()
+            return taken
+        group: list[int] = []
+        size = 0
+        for i, record in enumerate(records):
+            group.append(i)
+            size += sum(view.nbytes for view in record.shards)
+            if size >= GROUP_BYTES or len(group) == self._files.index.batch or i == len(records) - 1:
+                await self._store_group(records, group, taken)
+                group, size = [], 0
+        return taken
+
+    async def delete(self, namespace: bytes) -> None:
+        self._worker.check()
+        await self.ready.wait()
+        self._worker.check()
+        self._directory.forget(namespace)
+        self._wake.set()  # should this call be cancelled, the housekeeper goes on
+        await self._settle()
+
+    def statistics(self) -> dict[str, int | str]:
+        return {
+            **self._directory.statistics(),
+            "bytes_capacity": self.budget.slabs,
+            "bytes_taken": self._files.slabs.taken,
+            "ready": int(self.ready.is_set()),
+        }
+
+    # ---- loading
+
+    async def _begin(self, loads: Sequence[Load], lengths: Sequence[tuple[int, ...]]) -> list[Read | None]:
+        if self.ready.is_set():
+            return [self._directory.begin_read(w.key, n) for w, n in zip(loads, lengths, strict=True)]
+        rows = await self._worker.ask(self._files.index.find, [_name(load.key) for load in loads])
+        by_key = {row[0]: Read.of_row(row) for row in rows}
+        found = [by_key.get(_name(load.key)) for load in loads]
+        return [r if r is not None and r.lengths == n else None for r, n in zip(found, lengths, strict=True)]
+
+    def _transfer(self, chunks: Sequence[tuple[int, Sequence[memoryview]]]) -> Transfer:
+        return Transfer(self._io, chunks, direct=self._config.direct, check=self._files.check)
+
+    def _suspect(self, read: Read) -> None:
+        self._counts["corrupt"] += 1
+        log.warning("chunk %s of %s failed verification and is dropped", read.key.digest.hex()[:16], self._config.path)
+        if not self.ready.is_set():
+            self._suspects.append(read)
+        elif self._directory.quarantine(read):
+            self._wake.set()
+
+    def _after_failed_read(self, transfer: Transfer, reads: Sequence[Read]) -> None:
+        assert transfer.error is not None
+        if transfer.error.errno == errno.EIO:  # a bad sector must not fence the tier again each time it is back
+            for n, read in enumerate(reads):
+                if n in transfer.failed_chunks:
+                    self._suspect(read)
+        raise self._worker.unavailable(transfer.error) from transfer.error
+
+    # ---- storing
+
+    async def _store_group(self, records: Sequence[Record], group: Sequence[int], taken: list[bool]) -> None:
+        writes: dict[int, Write] = {}
+        views = {i: [_flat(view) for view in records[i].shards] for i in group}
+        try:
+            for i in group:
+                if self._directory.contains(records[i].key):
+                    taken[i] = True
+                elif (write := await self._reserve(records[i], [len(view) for view in views[i]])) is not None:
+                    writes[i] = write
+            if writes:
+                chunks = [(write.offset, views[i]) for i, write in writes.items()]
+                transfer = self._transfer(chunks)
+                await self._worker.carry(transfer, transfer.write)
+                if transfer.error is not None:
+                    raise self._worker.unavailable(transfer.error) from transfer.error
+                with trio.CancelScope(shield=True):
+                    await self._publish(writes, transfer, taken)
+            else:
+                await trio.lowlevel.checkpoint()
+        finally:
+            for write in writes.values():
+                self._directory.abort(write)
+
+    async def _publish(self, writes: dict[int, Write], transfer: Transfer, taken: list[bool]) -> None:
+        """Rows into the index file, then into the directory. What is published, or may be, leaves *writes*."""
+        if self._config.durability == "power":
+            await self._worker.run(self._files.slabs.flush)
+        done = [(i, write, transfer.sums_of(n)) for n, (i, write) in enumerate(writes.items())]
+        whole = [(i, write, sums) for i, write, sums in done if sums is not None]
+        for i, _, _ in whole:
+            del writes[i]
+        await self._worker.ask(self._files.index.publish, [write.as_row(sums) for _, write, sums in whole])
+        for i, write, sums in whole:
+            taken[i] = self._directory.publish(write, sums)
+            self._counts["stored"] += taken[i]
+        self._unflushed = True
+        self._expect_flush()
+
+    async def _reserve(self, record: Record, lengths: Sequence[int]) -> Write | None:
+        """Room for *record*: in a hole, in a new slab, or in place of what was least recently used."""
+        if (reason := self._refusal(record.key, extent_of(lengths))) is None:
+            found = await self._make_room(record, lengths)
+            if isinstance(found, Write):
+                return found
+            reason = found
+        self._counts[f"dropped_{reason}"] += 1
+        return None
+
+    def _refusal(self, key: ChunkKey, extent: int) -> str | None:
+        if not 0 < extent <= self.budget.slabs:
+            return "size"
+        if self._directory.knows(key):
+            return "writing"
+        return None if self._admit(key) else "admission"
+
+    async def _make_room(self, record: Record, lengths: Sequence[int]) -> Write | str:
+        directory = self._directory
+        while not directory.knows(record.key):
+            if (write := directory.reserve(record.key, record.parent, lengths)) is not None:
+                return write
+            if directory.has_index_room(len(lengths)) and await self._grow():
+                continue
+            evicted = directory.evict(extent_of(lengths))
+            if not evicted and not directory.has_doomed and not self._settling.locked():
+                return "no_space"
+            self._counts["evicted"] += evicted
+            await self._settle()
+        return "writing"
+
+    async def _grow(self) -> bool:
+        before = self._files.slabs.taken
+        async with self._growing:
+            if self._files.slabs.taken > before:
+                return True  # another did
+            if before >= self.budget.slabs:
+                return False
+            with trio.CancelScope(shield=True):
+                taken = await self._worker.run(self._files.slabs.grow)
+                self._directory.grow(taken)
+        return taken > before
+
+    # ---- keeping house
+
+    async def rebuild(self) -> None:
+        """Read the index file into the directory, in small steps, and be ready."""
+        after = b""
+        try:
+            while page := await self._worker.ask(self._files.index.page, after, PAGE_ROWS):
+                self._directory.restore(page)
+                after = page[-1][0]
+        except Unavailable as exc:
+            log.warning("%s", exc)
+            self.ready.set()  # whoever waits for it is told the same
+            return
+        for _ in self._directory.rebuild(self._files.slabs.taken):
+            await trio.lowlevel.checkpoint()
+        for read in self._suspects:
+            self._directory.quarantine(read)
+        self.ready.set()
+        self._wake.set()
+
+    async def keep_house(self) -> None:
+        """Erase what is doomed as it comes; write recency, and flush, when it is due."""
+        await self.ready.wait()
+        try:
+            while True:
+                with trio.move_on_at(self._due):
+                    await self._wake.wait()
+                self._wake = trio.Event()
+                await self._settle()
+                if trio.current_time() >= self._due:
+                    self._due = math.inf
+                    await self._flush()
+        except Unavailable as exc:
+            log.warning("%s", exc)
+
+    def _expect_flush(self) -> None:
+        if self._due == math.inf:
+            self._due = trio.current_time() + FLUSH_SECONDS
+            self._wake.set()
+
+    async def _flush(self) -> None:
+        while touched := self._directory.take_touched(self._files.index.batch):
+            await self._worker.ask(self._files.index.touch, touched)
+        if self._config.durability == "periodic" and self._unflushed:
+            self._unflushed = False
+            await self._worker.run(self._files.slabs.flush)
+            await self._worker.ask(self._files.index.checkpoint)
+
+    async def _settle(self) -> None:
+        """Erase all that is doomed and held by nobody, so that its bytes are free."""
+        async with self._settling:
+            while doomed := self._directory.take_doomed(self._files.index.batch):
+                with trio.CancelScope(shield=True):
+                    await self._worker.ask(self._files.index.erase, doomed)
+                    self._directory.erased(doomed)
+
+    # ---- files
+
+    async def start(self, *, anew: bool) -> None:
+        """Open everything. *anew*: the index was found corrupt, begin empty."""
+        try:
+            await self._worker.index_thread.run(self._files.open, anew)
+        except _BAD_PATH as exc:
+            raise ConfigError(
+                "path", f"{self._config.path!r} can't be used: {exc.strerror}; give another directory"
+            ) from exc
+        except (OSError, sqlite3.Error) as exc:
+            raise self._worker.unavailable(exc) from exc
+        self._io = self._wrap(self._files.slabs)
+
+    async def end(self) -> None:
+        """Write what is owed and close; a disk that hangs is left behind after 5 s, still locked by this process."""
+        owed = []
+        if self._worker.failed is None and self.ready.is_set():
+            while touched := self._directory.take_touched(self._files.index.batch):
+                owed.append(touched)
+        close = functools.partial(
+            self._files.close, owed, flush=self._unflushed and self._config.durability == "periodic"
+        )
+        with trio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
+            try:
+                await self._worker.index_thread.run_owned(close, on_return=lambda: None)
+            except (OSError, sqlite3.Error) as exc:
+                log.warning("closing %s: %s", self._config.path, exc)
+        if scope.cancelled_caught:
+            log.warning("closing %s has not ended after %g s: its disk hangs", self._config.path, CLOSE_SECONDS)
+        self._worker.index_thread.close()
+
+
+def _name(key: ChunkKey) -> bytes:
+    return key.namespace + key.digest
+
+
+def _flat(view: memoryview) -> memoryview:
+    """*view* as bytes."""
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")

@@ -1,0 +1,261 @@
+"""The slab files: preallocated bytes, read and written in place. Every method here blocks, and runs in a thread.
+
+The slabs are one row of bytes: slab i holds [i * slab_size, (i + 1) * slab_size), all of one size but the last, and an
+extent may cross from one to the next. A slab is taken with `posix_fallocate`, so a full disk says so then and there,
+and a chunk that was given room has it. This module knows no chunks and keeps nothing but open files.
+"""
+
+import errno
+import fcntl
+import itertools
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from lmcache_trio.errors import ConfigError
+from lmcache_trio_backends._disk_rows import ALIGNMENT, round_up
+
+__all__ = ["ByteIO", "Lock", "Slabs", "probe"]
+
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_CANT_ALLOCATE = "can't set space aside (fallocate); use ext4, XFS or tmpfs"
+_BOUNCE = 1 << 20
+
+
+class ByteIO(Protocol):
+    """Where a tier's bytes come from and go to, below its checksums. Both calls block and run in threads of the tier.
+
+    Fault injection stands in here: see `lmcache_trio.testing.faulty_tier`.
+    """
+
+    def read(self, offset: int, view: memoryview) -> int:
+        """Fill *view* from *offset*; the bytes read, fewer than asked for when there are no more."""
+        ...
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Write all of *view* at *offset*."""
+        ...
+
+
+class Lock:
+    """The directory is one server's: `flock` on a file in it, which the kernel lets go of when the process ends."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "lock"
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._fd)
+            if exc.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            problem = f"{str(directory)!r} is in use by process {holder}; give each server a directory of its own"
+            raise ConfigError("path", problem) from exc
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode("ascii"), 0)
+
+    def check(self) -> None:
+        """OSError when the directory was removed under us: the open files would take bytes that nobody finds again."""
+        if os.fstat(self._fd).st_nlink == 0 or not self._path.exists():
+            raise FileNotFoundError(errno.ENOENT, "the directory was removed", str(self._path.parent))
+
+    def close(self) -> None:
+        """Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class Slabs:
+    """The files `slab-00000` and on in *directory*, up to *capacity* bytes in all. Is a `ByteIO`."""
+
+    def __init__(self, directory: Path, *, slab_size: int, capacity: int, direct: bool) -> None:
+        self._directory = directory
+        self.slab_size = slab_size
+        self._capacity = capacity
+        self._flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        self._direct = direct
+        self._fds: list[int] = []
+        self.taken = 0
+
+    def open(self) -> None:
+        """Open what is there, cut to the capacity; a slab that a kill left half made is finished by the next `grow`."""
+        kept = set()
+        for index in itertools.count():
+            path, start = self._path(index), index * self.slab_size
+            length = min(self.slab_size, self._capacity - start)
+            if length <= 0 or not path.exists():
+                break
+            fd = os.open(path, self._flags)
+            self._fds.append(fd)
+            kept.add(path)
+            size = os.fstat(fd).st_size
+            if size > length:
+                os.ftruncate(fd, length)
+            whole = min(size, length) // ALIGNMENT * ALIGNMENT
+            self.taken = start + whole
+            if whole < length:
+                break
+        for path in set(self._directory.glob("slab-*")) - kept:
+            path.unlink()
+
+    def remove(self) -> None:
+        """Delete all slabs: nothing names their bytes any more."""
+        self.close()
+        self.taken = 0
+        for path in self._directory.glob("slab-*"):
+            path.unlink()
+
+    def grow(self) -> int:
+        """Take the next slab, or the rest of the last. Returns the bytes taken; the same again: no more to come."""
+        if self.taken >= self._capacity:
+            return self.taken
+        index = self.taken // self.slab_size
+        start = index * self.slab_size
+        length = min(self.slab_size, self._capacity - start)
+        if index == len(self._fds):
+            self._fds.append(os.open(self._path(index), self._flags | os.O_CREAT, 0o600))
+        have = self.taken - start
+        try:
+            os.posix_fallocate(self._fds[index], have, length - have)
+        except OSError as exc:
+            os.ftruncate(self._fds[index], have)  # what the attempt took goes back
+            if exc.errno in _NO_FALLOCATE:
+                raise ConfigError("path", f"the file system of {str(self._directory)!r} {_CANT_ALLOCATE}") from exc
+            raise
+        self.taken = start + length
+        return self.taken
+
+    def read(self, offset: int, view: memoryview) -> int:
+        """Fill *view* from *offset*; fewer bytes where the files are shorter than they should be."""
+        done = 0
+        for fd, place, part in self._parts(offset, view):
+            got = _read_direct(fd, place, part) if self._direct else _read(fd, place, part)
+            done += got
+            if got < len(part):
+                break
+        return done
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Write all of *view* at *offset*; with O_DIRECT what follows up to the next 4 KiB boundary becomes zeros."""
+        for fd, place, part in self._parts(offset, view):
+            if self._direct:
+                _write_direct(fd, place, part)
+            else:
+                _write(fd, place, part)
+
+    def flush(self) -> None:
+        """All that was written is on the disk itself when this returns."""
+        for fd in self._fds:
+            os.fdatasync(fd)
+
+    def close(self) -> None:
+        """Idempotent."""
+        fds, self._fds = self._fds, []
+        for fd in fds:
+            os.close(fd)
+
+    def _path(self, index: int) -> Path:
+        return self._directory / f"slab-{index:05}"
+
+    def _parts(self, offset: int, view: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+        """(file, place in it, bytes) for each slab that *view* lies in; nothing for slabs that are not there."""
+        at = 0
+        while at < len(view):
+            index, place = divmod(offset + at, self.slab_size)
+            if index >= len(self._fds):
+                return
+            size = min(len(view) - at, self.slab_size - place)
+            yield self._fds[index], place, view[at : at + size]
+            at += size
+
+
+def probe(directory: Path, *, direct: bool) -> None:
+    """ConfigError when the file system can't do what is asked of it; found by doing it."""
+    path = directory / "probe"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, ALIGNMENT)
+        if direct:
+            os.close(fd)
+            fd = -1
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+            _write_direct(fd, 0, memoryview(bytes(ALIGNMENT)))
+    except OSError as exc:
+        if exc.errno not in _NO_FALLOCATE:
+            raise
+        if not direct:
+            raise ConfigError("path", f"the file system of {str(directory)!r} {_CANT_ALLOCATE}") from exc
+        problem = f"the file system of {str(directory)!r} takes no O_DIRECT; set it to false, or use ext4 or XFS"
+        raise ConfigError("direct", problem) from exc
+    finally:
+        if fd >= 0:
+            os.close(fd)
+        path.unlink(missing_ok=True)
+
+
+def _read(fd: int, place: int, view: memoryview) -> int:
+    done = 0
+    while done < len(view) and (got := os.preadv(fd, [view[done:]], place + done)):
+        done += got
+    return done
+
+
+def _write(fd: int, place: int, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwritev(fd, [view[done:]], place + done)
+
+
+def _is_aligned(view: memoryview) -> bool:
+    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0]) % ALIGNMENT == 0
+
+
+def _straight(view: memoryview) -> int:
+    """Bytes of *view* that O_DIRECT may move itself: its whole pages, if it begins on one."""
+    return len(view) // ALIGNMENT * ALIGNMENT if len(view) >= ALIGNMENT and _is_aligned(view) else 0
+
+
+def _read_direct(fd: int, place: int, view: memoryview) -> int:
+    """Whole pages go straight into *view*, the rest through pages of our own."""
+    whole = _straight(view)
+    done = 0
+    while done < whole:
+        got = os.preadv(fd, [view[done:whole]], place + done) // ALIGNMENT * ALIGNMENT
+        if not got:
+            return done
+        done += got
+    while done < len(view):
+        size = min(_BOUNCE, len(view) - done)
+        with mmap.mmap(-1, round_up(size)) as pages:  # anonymous memory begins on a page
+            got = min(size, os.preadv(fd, [pages], place + done))
+            view[done : done + got] = pages[:got]
+        done += got
+        if got < size:
+            break
+    return done
+
+
+def _write_direct(fd: int, place: int, view: memoryview) -> None:
+    whole = _straight(view)
+    done = 0
+    while done < whole:
+        done += _whole_pages(os.pwritev(fd, [view[done:whole]], place + done))
+    while done < len(view):
+        size = min(_BOUNCE, len(view) - done)
+        with mmap.mmap(-1, round_up(size)) as pages:
+            pages[:size] = bytes(view[done : done + size])
+            if _whole_pages(os.pwritev(fd, [pages], place + done)) < size:
+                raise OSError(errno.EIO, f"a direct write of {size} bytes was cut short")
+        done += size
+
+
+def _whole_pages(written: int) -> int:
+    if written < ALIGNMENT or written % ALIGNMENT:
+        raise OSError(errno.EIO, f"a direct write ended after {written} bytes")
+    return written

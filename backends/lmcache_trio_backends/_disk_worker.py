@@ -1,0 +1,80 @@
+"""How the disk tier waits for its threads: one for the index file, a few for bytes.
+
+A call that is cancelled ends when the threads that use its buffers have returned, and not before. An index file that
+could not be written fails the tier for good, until it is opened again and reads what is really there.
+"""
+
+import functools
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from lmcache_trio.errors import ConfigError, Unavailable
+from lmcache_trio.threads import DedicatedThread, offload
+from lmcache_trio_backends._disk_index import is_corrupt
+from lmcache_trio_backends._disk_transfer import Transfer
+
+__all__ = ["Worker"]
+
+T = TypeVar("T")
+
+
+class Worker:
+    """The threads of one open tier. *threads*: reads and writes in flight at one time."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._path = path
+        self._threads = threads
+        self.index_thread = DedicatedThread("disk index")
+        self._limiter = trio.CapacityLimiter(threads)
+        self.failed: Unavailable | None = None
+        self.corrupt = False
+
+    def check(self) -> None:
+        """Unavailable once the index file has failed."""
+        if self.failed is not None:
+            raise Unavailable(str(self.failed))
+
+    def unavailable(self, exc: BaseException) -> Unavailable:
+        """*exc* as callers know it."""
+        return Unavailable(f"the disk tier in {str(self._path)!r}: {exc}")
+
+    async def ask(self, fn: Callable[..., T], *args: object) -> T:
+        """Run it in the index file's thread. A failure is for good."""
+        self.check()
+        try:
+            return await self.index_thread.run(fn, *args)
+        except (OSError, sqlite3.Error) as exc:
+            self.corrupt = self.corrupt or is_corrupt(exc)
+            self.failed = self.unavailable(exc)
+            raise self.failed from exc
+
+    async def run(self, fn: Callable[..., T]) -> T:
+        """Run it in one of the threads for bytes."""
+        try:
+            return await offload(fn, limiter=self._limiter)
+        except (OSError, ConfigError) as exc:
+            raise self.unavailable(exc) from exc
+
+    async def carry(self, transfer: Transfer, move: Callable[[], None]) -> None:
+        """Run *move* of *transfer* in as many threads as are worth it. A cancellation lets each finish its piece."""
+        count = transfer.threads(self._threads)
+        if count == 1:
+            await offload(move, limiter=self._limiter)
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_when_cancelled, transfer)
+            async with trio.open_nursery() as threads:
+                for _ in range(count):
+                    threads.start_soon(functools.partial(offload, move, limiter=self._limiter))
+            nursery.cancel_scope.cancel()
+
+
+async def _stop_when_cancelled(transfer: Transfer) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        transfer.stop()
