@@ -72,9 +72,7 @@ def _address(instance: object, attribute: "attrs.Attribute[str]", value: str) ->
     elif scheme == "tcp":
         host, _, port = rest.rpartition(":")
         if not port.isdecimal() or not int(port) < 65536:
-            raise ConfigError(
-                "address", f"{value!r} has no port; write tcp://127.0.0.1:PORT, 0 (any free one) to 65535"
-            )
+            raise ConfigError("address", f"{value!r} has no port; write tcp://127.0.0.1:PORT, up to 65535")
         if not _is_loopback(host):
             raise ConfigError(
                 "address",
@@ -142,9 +140,7 @@ class Config:
     lease_share: float = attrs.field(
         default=0.5,
         validator=_between(0.0, 1.0, above=True),
-        metadata={
-            "help": "Share of the arena that requests which are not yet allocated may hold; beyond it hits are shorter."
-        },
+        metadata={"help": "Share of the arena that requests not yet allocated may hold; beyond it, hits are shorter."},
     )
     reservation_timeout: float = attrs.field(
         default=60.0,
@@ -253,9 +249,7 @@ def _read(path: Path) -> Table:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise ConfigError(
-            "--config", f"cannot read {str(path)!r}: {exc.strerror}; give the path of a TOML file"
-        ) from exc
+        raise ConfigError("--config", f"cannot read {str(path)!r}: {exc.strerror}; give a TOML file") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError("--config", f"{str(path)!r} is not TOML: {exc}") from exc
 

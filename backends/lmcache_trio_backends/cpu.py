@@ -1,8 +1,8 @@
 """The `cpu` memory: the host arena, one file in shared memory that clients map.
 
-The file is taken in pieces by `posix_fallocate`, which releases the GIL and fails cleanly where a bare `ftruncate` would
-kill whoever touches the page later (SIGBUS). A live server holds a lock (`flock`) on its file for as long as it lives, so
-a file whose lock is free was left by a dead one and is removed by the next start. Never is a pid guessed at.
+The file is taken in pieces by `posix_fallocate`, which releases the GIL and fails cleanly where a bare `ftruncate`
+would kill whoever touches the page later (SIGBUS). A live server holds a lock (`flock`) on its file for as long as it
+lives, so a file whose lock is free was left by a dead one and is removed by the next start. Never is a pid guessed at.
 
 This module never touches the arena's pages but the first, and populates nothing on a request's path.
 """
@@ -50,7 +50,7 @@ class CpuConfig:
         validator=_check_size,
         metadata={
             "unit": "bytes",
-            "help": 'Bytes of the arena, as in "4GiB"; unset: a quarter of the machine\'s memory, at most half of the file system.',
+            "help": 'Bytes of the arena, as in "4GiB"; unset: a quarter of memory, at most half of the file system.',
         },
     )
     directory: str = attrs.field(
@@ -133,8 +133,9 @@ class CpuMemory(Memory):
         self._full = (
             f"the arena stays at {_human(self._taken)} of {_human(self._size)}: {self._directory} refused more "
             f"({refused.strerror}; the file system has {_human(space.f_frsize * space.f_blocks)}, of which "
-            f"{_human(space.f_frsize * space.f_bavail)} are free; see `df -h {self._directory}`). Set memory.size lower, or "
-            f"make it larger: `mount -o remount,size=… {self._directory}`, in a container --shm-size"
+            f"{_human(space.f_frsize * space.f_bavail)} are free; see `df -h {self._directory}`). "
+            f"Set memory.size lower, or make it larger: "
+            f"`mount -o remount,size=… {self._directory}`, in a container --shm-size"
         )
         log.warning("%s", self._full)
 

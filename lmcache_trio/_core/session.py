@@ -5,13 +5,13 @@
        `-----release-------'------release------'        lookup: from any state to PENDING
 
 It holds the request's digest chain, its current lookup (the id of the request that asked, its state, its answer) and
-that answer's lease. Rule 1: every transition of a session lives in this file. Rule 2: no I/O and no clock here. Rule 3: the
-answer stays until the next lookup or the end, so that a status question may be asked as often as one likes. Rule 4: a
-method that raises has changed nothing.
+that answer's lease. Rule 1: every transition of a session lives in this file. Rule 2: no I/O and no clock here.
+Rule 3: the answer stays until the next lookup or the end, so that a status question may be asked as often as one likes.
+Rule 4: a method that raises has changed nothing.
 
-An answer whose lease has run out, or was ended by a reset, reads ANSWERED with 0 chunks: the answer is still definitive,
-and 0 is the only count that can be kept now. UNKNOWN would read as "ask again", and the old count would make the
-engine load what may be gone.
+An answer whose lease has run out, or was ended by a reset, reads ANSWERED with 0 chunks: the answer is still
+definitive, and 0 is the only count that can be kept now. UNKNOWN would read as "ask again", and the old count would
+make the engine load what may be gone.
 """
 
 import enum
@@ -72,7 +72,7 @@ class Session:
         return self.chain[:upto]
 
     def answer(self, asked: int, chunks: int, lease: bytes = b"", expires: float = -math.inf) -> bool:
-        """The lookup *asked* found *chunks* leading chunks. False, and nothing changed, when it is not pending any more."""
+        """The lookup *asked* found *chunks* leading chunks. False, changing nothing, if it is not pending any more."""
         if self.state is not LookupState.PENDING or self.asked != asked:
             return False
         self.state, self.chunks, self.lease, self.expires = LookupState.ANSWERED, chunks, lease, expires

@@ -18,8 +18,8 @@ def socket_path(address: str) -> Path | None:
 def prepare_directory(address: str) -> None:
     """Make the directory of *address* if it is missing, private to the user; ConfigError if it is not safe to use.
 
-    Whoever can write in the directory can put a socket of their own in the place of ours, so it must belong to this user
-    (or root) and be closed to others, unless it is sticky, as /tmp is.
+    Whoever can write in the directory can put a socket of their own in the place of ours, so it must belong to this
+    user (or root) and be closed to others, unless it is sticky, as /tmp is.
     """
     path = socket_path(address)
     if path is None:
@@ -30,16 +30,10 @@ def prepare_directory(address: str) -> None:
             directory.mkdir(mode=0o700, parents=True)
         found = directory.stat()
     except OSError as exc:
-        raise ConfigError(
-            "address", f"cannot use the directory {directory}: {exc.strerror}; give another ipc:// path"
-        ) from exc
+        raise ConfigError("address", f"cannot use {directory}: {exc.strerror}; give another ipc:// path") from exc
     if not stat.S_ISDIR(found.st_mode):
         raise ConfigError("address", f"{directory} is no directory; give another ipc:// path")
     if found.st_uid not in (os.getuid(), 0):
-        raise ConfigError(
-            "address", f"{directory} belongs to another user (uid {found.st_uid}); give another ipc:// path"
-        )
+        raise ConfigError("address", f"{directory} belongs to another user (uid {found.st_uid}); give another path")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
-        raise ConfigError(
-            "address", f"others can write in {directory}; run `chmod go-w {directory}`, or give another path"
-        )
+        raise ConfigError("address", f"others can write in {directory}; `chmod go-w {directory}`, or give another path")

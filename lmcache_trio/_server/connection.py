@@ -1,7 +1,8 @@
 """One client's connection: its reader, which carries out requests, and its writer, which sends what had to wait.
 
-The reader answers inline and without a task. When the client does not read its replies, the reader reads nothing more until it
-does: the backpressure meets that client alone. What is out of place ends this one connection, after a last word.
+The reader answers inline and without a task. When the client does not read its replies, the reader reads nothing more
+until it does: the backpressure meets that client alone. What is out of place ends this one connection, after a last
+word.
 """
 
 import logging
@@ -14,7 +15,7 @@ from lmcache_trio._server.handlers import error_reply, handle
 from lmcache_trio._server.rendezvous import dismiss
 from lmcache_trio._server.state import Client, LostWriter, State
 from lmcache_trio._transport import Connection, PairListener
-from lmcache_trio._wire.codec import decode, encode, peek_id
+from lmcache_trio._wire.codec import decode, peek_id
 from lmcache_trio.errors import Gone, LMCacheTrioError, ProtocolError, Unavailable
 
 __all__ = ["TAKE_UP", "serve_client", "wait_exit"]
@@ -23,14 +24,14 @@ log = logging.getLogger("lmcache_trio.server")
 
 TAKE_UP = 5.0
 """Seconds that a WELCOME stands."""
-LAST_WORD = 1.0
+LAST_WORD = 0.2
 """Seconds that a client whose connection is being ended has to read why."""
 BURST = 32
 """Messages of one client that are carried out in a row before others get their turn (about 1 ms)."""
 
 
 async def serve_client(state: State, client: Client, listener: PairListener) -> None:
-    """Wait for *client* to take up its address, then serve it until either side ends it. Everything of it ends with this."""
+    """Wait for *client* to take up its address, then serve it until either side ends it, and all that it owned."""
     path = socket_path(listener.address)
     try:
         with client.scope:

@@ -1,8 +1,8 @@
 """One plain function a sentence: `(state, client, message) -> reply | None`, called inline by the connection's reader.
 
-Nothing here waits. A request that fails raises an error of `lmcache_trio.errors`, which becomes an ErrorReply of its kind;
-`ProtocolError` ends the connection too. Any other exception is a bug in one handler: it is logged, counted and answered,
-and ends nothing else.
+Nothing here waits. A request that fails raises an error of `lmcache_trio.errors`, which becomes an ErrorReply of its
+kind; `ProtocolError` ends the connection too. Any other exception is a bug in one handler: it is logged, counted and
+answered, and ends nothing else.
 """
 
 import json
@@ -143,9 +143,9 @@ def _match(
     """Answer from memory; where that is not all that is wanted and tiers are there, leave it pending for them."""
     lease = None
     if wanted and engine.namespace and not state.stopping:
-        if state.prefetch is not None and state.index.match(engine.namespace, wanted) < len(wanted):
-            if state.prefetch(client, engine, session, message, wanted):
-                return
+        short = state.prefetch is not None and state.index.match(engine.namespace, wanted) < len(wanted)
+        if short and state.prefetch is not None and state.prefetch(client, engine, session, message, wanted):
+            return
         key = (engine.name, session.number)
         lease = state.index.lease(key, engine.namespace, wanted, trio.current_time())
     if lease is None:
@@ -202,7 +202,9 @@ def _reset(state: State, client: Client, message: Reset) -> Message:
         for engine in state.engines.values():
             if engine.namespace == namespace:
                 for session in engine.sessions.values():
-                    session.lose_lease()
+                    if session.lease:
+                        state.index.release(session.lease)  # what it kept is stale: the extents come free
+                        session.lose_lease()
     return Ack(message.id)
 
 

@@ -24,13 +24,14 @@ def make_memory(table: Mapping[str, Any]) -> Memory:
 
 def make_backend(kind: str, key: str, table: Mapping[str, Any], interface: type[P]) -> P:
     """The backend of *kind* (`memory`, `tiers`, `devices`) that *table* names; *key* is the table's own dotted name."""
-    cls = find_backend(kind, key, str(table["backend"]))
+    cls: Any = find_backend(kind, key, str(table["backend"]))
     if not issubclass(cls, interface):
         raise ConfigError(f"{key}.backend", f"{table['backend']!r} names {cls!r}, which is no {interface.__name__}")
     settings = {name: value for name, value in table.items() if name != "backend"}
-    config = structure(cls.Config, settings, key)  # type: ignore[attr-defined]
+    config = structure(cls.Config, settings, key)
     try:
-        return cls(config)
+        made: P = cls(config)
+        return made
     except ConfigError as exc:  # a backend may name its own settings: "size" is "memory.size" to the user
         if exc.key == key or exc.key.startswith(f"{key}."):
             raise
@@ -38,7 +39,7 @@ def make_backend(kind: str, key: str, table: Mapping[str, Any], interface: type[
 
 
 def find_backend(kind: str, key: str, name: str) -> type[Any]:
-    """The class that the entry point *name* of group `lmcache_trio.<kind>` stands for; ConfigError lists what there is."""
+    """The class behind the entry point *name* of group `lmcache_trio.<kind>`; ConfigError lists what there is."""
     installed: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=f"lmcache_trio.{kind}")}
     if name not in installed:
         close = difflib.get_close_matches(name, installed, n=1)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from lmcache_trio._server.state import Client, State
+from lmcache_trio._server.state import Client, Engine, State
 from lmcache_trio._wire.codec import decode_expected, encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, ErrorKind, Hello, Refused, Role, Welcome
 from lmcache_trio.errors import Misuse, ProtocolError
@@ -18,8 +18,8 @@ from lmcache_trio.errors import Misuse, ProtocolError
 __all__ = ["Admission", "dismiss", "new_boot", "receive_hello", "welcome"]
 
 NO_ARENA = (
-    "the server cannot see this client's process (another pid namespace, or TCP), so it could not tell when a copy of a dead "
-    "client has ended; run it in the same pid namespace (docker: --pid) over ipc://, with /dev/shm shared (--ipc)"
+    "the server cannot see this client's process (another pid namespace, or TCP), so it could not tell when a dead "
+    "client's copies have ended; run it over ipc:// in the same pid namespace (docker: --pid) and share /dev/shm (--ipc)"
 )
 
 
@@ -38,7 +38,7 @@ def new_boot() -> bytes:
 
 
 def receive_hello(state: State, frame: bytes, peer_pid: int | None) -> Admission:
-    """Decide on *frame*, said by the process *peer_pid*. A client that is let in has taken its place when this returns."""
+    """Decide on *frame*, said by the process *peer_pid*. A client that is let in has its place when this returns."""
     pidfd = None
     try:
         hello = decode_expected(frame, Hello)
@@ -91,19 +91,19 @@ def _check(state: State, hello: Hello) -> None:
     if hello.shard >= hello.shards:
         raise Misuse(f"shard {hello.shard} of {hello.shards} does not exist; shards count from 0")
     engine = state.engines.get(hello.engine)
-    if (
-        engine is not None
-        and engine.shards != hello.shards
-        and any(c.hello.token != hello.token for c in engine.clients())
-    ):
+    if engine is not None and engine.shards != hello.shards and _others(engine, hello):
         raise Misuse(
-            f"engine {hello.engine!r} has {engine.shards} shards for the clients that are here, {hello.shards} for this one; "
-            "all must agree, and two engines must not share an engine id"
+            f"engine {hello.engine!r} has {engine.shards} shards for the clients that are here, but {hello.shards} for "
+            "this one; all must agree, and two engines must not share an engine id"
         )
 
 
+def _others(engine: Engine, hello: Hello) -> bool:
+    return any(client.hello.token != hello.token for client in engine.clients())
+
+
 def _replaced_by(state: State, hello: Hello, peer_pid: int | None) -> Iterator[Client]:
-    """The clients whose place *hello* takes: itself before a reconnect, and dead ones. Misuse when a live one holds it."""
+    """The clients whose place *hello* takes: its own old connection, and dead ones. Misuse if a live one holds it."""
     for client in state.clients.values():
         if client.hello.token == hello.token:
             if client.peer_pid != peer_pid:

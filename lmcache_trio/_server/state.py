@@ -1,7 +1,7 @@
 """What a server knows of its clients: connections, the engines that they form, and those engines' sessions.
 
-Everything here is synchronous and called from the Trio loop, so that each step is whole. It starts no task and waits for
-nothing; what must wait is asked of `supervise` through the callables that it was given.
+Everything here is synchronous and called from the Trio loop, so that each step is whole. It starts no task and waits
+for nothing; what must wait is asked of `supervise` through the callables that it was given.
 """
 
 import select
@@ -53,11 +53,11 @@ class Client:
         return f"client {self.hello.client!r}{where}"
 
     def send(self, message: Message) -> None:
-        """Send *message* now, or queue it behind what is queued: the connection's writer sends it when there is room."""
-        if self.transport is None or self.lost:
+        """Send *message* now, or queue it behind what is queued, for the writer to send when there is room."""
+        if self.lost:
             return
         frame = encode(message)
-        if not self.outbox:
+        if self.transport is not None and not self.outbox:
             try:
                 return self.transport.send_nowait(frame)
             except trio.WouldBlock:
@@ -148,6 +148,8 @@ class State:
                 engine.scheduler = client
             else:
                 engine.workers[hello.shard] = client
+            if engine.namespace:
+                client.send(NamespaceKnown(0, engine.namespace))  # waits in the outbox until the client is there
         return client
 
     def engine_of(self, client: Client) -> Engine | None:

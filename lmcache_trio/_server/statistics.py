@@ -8,7 +8,7 @@ from lmcache_trio._server.state import State
 __all__ = ["statistics_of"]
 
 _COUNTED_HERE = ("chunks_hit", "chunks_missed", "dropped")
-"""What the index counts of what it sees alone: a lookup of an engine without a namespace misses before it gets there."""
+"""Counted by the index of what it sees alone: a lookup of an engine without a namespace misses before that."""
 
 
 def statistics_of(state: State) -> dict[str, Any]:

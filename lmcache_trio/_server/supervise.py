@@ -16,7 +16,7 @@ import os
 import secrets
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import attrs
@@ -36,7 +36,7 @@ from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused
 from lmcache_trio.abc import Memory
 from lmcache_trio.config import Config
-from lmcache_trio.errors import Gone, LMCacheTrioError
+from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError
 
 __all__ = ["Server", "open_server", "serve"]
 
@@ -44,7 +44,7 @@ log = logging.getLogger("lmcache_trio.server")
 
 NONCE_PAGE = 4096
 AFTER_GRACE = 2.0
-"""Seconds past the grace after which a process that still runs is ended: a thread of it hangs, and would hang for ever."""
+"""Seconds past the grace after which a process that still runs is ended: a thread of it hangs, maybe for ever."""
 
 
 @attrs.frozen(eq=False)
@@ -67,10 +67,8 @@ class Server:
     def remove_files(self) -> None:
         """Unlink what other processes can see of this server. For an end in a hurry; sync, safe to call twice."""
         for path in (self._state.memory.path, *self._state.sockets):
-            try:
+            with suppress(OSError):
                 os.unlink(path)
-            except OSError:
-                pass
 
 
 @asynccontextmanager
@@ -164,9 +162,16 @@ def _count_tasks(nursery: trio.Nursery) -> int:
 def serve(config: Config | None = None, on_ready: Callable[[Server], None] | None = None) -> None:
     """Serve in this process until SIGINT or SIGTERM, then drain and return; a second signal ends the process at once.
 
-    *on_ready* is called when clients are answered. Runs a Trio loop in the main thread. ConfigError names the setting at fault.
+    *on_ready* is called when clients are answered. Runs a Trio loop in the main thread. ConfigError names the setting
+    at fault.
     """
-    trio.run(_serve, config, on_ready)
+    try:
+        trio.run(_serve, config, on_ready)
+    except ExceptionGroup as group:  # the nursery's wrapping means nothing to who runs a server
+        refused: ConfigError | ExceptionGroup[ConfigError] | None = group.subgroup(ConfigError)
+        while isinstance(refused, ExceptionGroup):
+            refused = refused.exceptions[0]
+        raise (refused or group) from group
 
 
 async def _serve(config: Config | None, on_ready: Callable[[Server], None] | None) -> None:
@@ -175,13 +180,11 @@ async def _serve(config: Config | None, on_ready: Callable[[Server], None] | Non
             async with open_server(config) as server:
                 log.info("listening at %s", server.address)
                 gc.collect()
-                gc.freeze()  # what is there now stays: a full collection need not look at it again (145 ms a million objects)
+                gc.freeze()  # what is there now stays: a full collection need not look at it again
                 if on_ready is not None:
                     on_ready(server)
                 first = await anext(signals)
-                log.info(
-                    "%s: ending within %g s; a second signal ends it at once", signal.Signals(first).name, server.grace
-                )
+                log.info("%s: ending; a second signal ends it at once", signal.Signals(first).name)
                 watch.start_soon(_end_in_a_hurry, server, signals, name="second signal")
             watch.cancel_scope.cancel()
 

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lmcache_trio.errors import ConfigError
-from lmcache_trio.testing.memory_contract import MemoryContract
 from lmcache_trio_backends import cpu
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory, remove_leftovers
+
+from lmcache_trio.errors import ConfigError
+from lmcache_trio.testing.memory_contract import MemoryContract
 
 MIB = 1 << 20
 
@@ -74,7 +75,8 @@ async def test_a_live_servers_file_is_untouched_by_a_second_start(
 def test_a_start_that_lost_its_file_before_the_lock_makes_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, raced = fcntl.flock, []
+    real = fcntl.flock
+    raced: list[str] = []
 
     def flock(fd: int, operation: int) -> None:
         if not raced:
@@ -82,7 +84,7 @@ def test_a_start_that_lost_its_file_before_the_lock_makes_another(
             assert remove_leftovers(tmp_path) == raced
         real(fd, operation)
 
-    monkeypatch.setattr(cpu.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     path, fd = cpu._create(tmp_path)
     try:
         assert path not in raced
@@ -99,7 +101,9 @@ def test_files_of_others_and_links_are_not_followed(tmp_path: Path) -> None:
     other = tmp_path / "lmcache-trio-99999999-1-ab.arena"
     other.write_text("x")
     assert remove_leftovers(tmp_path) == []
-    assert target.exists() and link.is_symlink() and other.exists()
+    assert target.exists()
+    assert link.is_symlink()
+    assert other.exists()
 
 
 async def test_when_the_file_system_refuses_the_arena_stays_at_what_it_has_and_one_line_names_the_limit(
@@ -113,7 +117,7 @@ async def test_when_the_file_system_refuses_the_arena_stays_at_what_it_has_and_o
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(fd, offset, length)
 
-    monkeypatch.setattr(cpu.os, "posix_fallocate", fallocate)
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
     memory = CpuMemory(CpuConfig(size=256 * MIB))
     with caplog.at_level(logging.WARNING, "lmcache_trio.memory"):
         async with memory.open():
@@ -124,7 +128,8 @@ async def test_when_the_file_system_refuses_the_arena_stays_at_what_it_has_and_o
             assert await memory.grow() == taken
             memory.view(taken - 8, 8).release()
     (line,) = [record.getMessage() for record in caplog.records]
-    assert "stays at" in line and "of 256 MiB" in line and "/dev/shm" in line and "memory.size" in line
+    for word in ("stays at", "of 256 MiB", "/dev/shm", "memory.size"):
+        assert word in line
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""Who may come in: versions, roles, engines, tokens."""
+
+import secrets
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from lmcache_trio._transport import dial_pair, introduce
+from lmcache_trio._wire.codec import decode, encode
+from lmcache_trio._wire.messages import ErrorKind, Hello, Ping, Pong, Refused, Role, Welcome
+
+
+async def _say(rig: Any, **changes: Any) -> Any:
+    hello = Hello(1, "test", secrets.token_bytes(16), Role.WORKER, "engine")
+    return decode(await introduce(rig.server.address, encode(attrs.evolve(hello, **changes))))
+
+
+async def test_a_welcome_names_the_boot_the_chunk_the_arena_and_an_address_of_ones_own(rig: Any) -> None:
+    one, other = await rig.scheduler("a"), await rig.scheduler("b")
+    assert one.welcome.boot == other.welcome.boot == rig.server.boot
+    assert len(rig.server.boot) == 16
+    assert one.welcome.chunk_tokens == 256
+    assert (one.welcome.arena_path, one.welcome.arena_size) == (rig.memory.path, rig.memory.size)
+    assert one.welcome.nonce == rig.memory.nonce
+    assert one.welcome.address != other.welcome.address
+    assert await one.get(Pong, Ping) == Pong(1, rig.server.boot)
+
+
+async def test_two_runs_of_a_server_have_two_boot_ids(rigs: Any) -> None:
+    boots = set()
+    for _ in range(2):
+        async with rigs() as rig:
+            boots.add(rig.server.boot)
+    assert len(boots) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"version": 7}, ErrorKind.PROTOCOL, "version 1 of the protocol, the client 7"),
+        ({"token": b"short"}, ErrorKind.PROTOCOL, "16 random ones"),
+        ({"engine": ""}, ErrorKind.MISUSE, "engine id is empty"),
+        ({"shard": 2, "shards": 2}, ErrorKind.MISUSE, "count from 0"),
+    ],
+)
+async def test_a_hello_out_of_order_is_refused_with_one_sentence(
+    rig: Any, changes: dict[str, Any], kind: ErrorKind, words: str
+) -> None:
+    reply = await _say(rig, **changes)
+    assert isinstance(reply, Refused)
+    assert reply.kind is kind
+    assert words in reply.reason
+    assert rig.held("welcomes", "engines") == {"welcomes": 0, "engines": 0}
+
+
+async def test_bytes_that_are_no_hello_are_refused_and_the_next_client_is_welcome(rig: Any) -> None:
+    for frame in (b"", b"\xff" * 40, encode(Ping(3)), encode(Hello(1, "x", b"t" * 16, Role.WORKER, "e"))[:-3]):
+        reply = decode(await introduce(rig.server.address, frame))
+        assert isinstance(reply, Refused)
+        assert reply.kind is ErrorKind.PROTOCOL
+    assert (await rig.observer()).welcome.boot == rig.server.boot
+
+
+async def test_a_second_live_scheduler_or_worker_of_a_shard_is_refused_by_name(rig: Any, refusal: Any) -> None:
+    await rig.scheduler(shards=2)
+    await rig.worker(shard=0, shards=2)
+    await rig.worker(shard=1, shards=2)
+    with pytest.raises(refusal, match="'engine' has a scheduler already"):
+        await rig.scheduler(shards=2)
+    with pytest.raises(refusal, match="'engine' has a worker of shard 1 already"):
+        await rig.worker(shard=1, shards=2)
+    assert rig.held("connections")["connections"] == 3
+
+
+async def test_clients_that_disagree_on_the_number_of_shards_are_refused(rig: Any, refusal: Any) -> None:
+    await rig.scheduler(shards=2)
+    with pytest.raises(refusal, match="has 2 shards for the clients that are here, but 4"):
+        await rig.worker(shard=3, shards=4)
+
+
+async def test_the_same_token_replaces_the_old_connection(rig: Any) -> None:
+    old = await rig.worker()
+    new = await rig.worker(token=old.token)
+    assert await old.gone() == []
+    await new.get(Pong, Ping)
+    await rig.until(connections=1)
+
+
+async def test_a_place_is_free_again_once_its_client_has_gone(rig: Any) -> None:
+    old = await rig.scheduler()
+    old.connection.close()
+    await rig.until(connections=0, engines=0)
+    await (await rig.scheduler(shards=3)).get(Pong, Ping)
+
+
+async def test_a_welcome_that_is_not_taken_up_in_five_seconds_is_withdrawn(
+    rig: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    welcome = await _say(rig)
+    assert isinstance(welcome, Welcome)
+    assert rig.held("welcomes", "engines") == {"welcomes": 1, "engines": 1}
+    await trio.sleep(4.9)
+    assert rig.held("welcomes") == {"welcomes": 1}
+    await trio.sleep(0.2)
+    assert rig.held("welcomes", "engines") == {"welcomes": 0, "engines": 0}
+    with pytest.raises(Exception, match="listen"):
+        await dial_pair(welcome.address)
+
+
+async def test_a_client_whose_process_cannot_be_seen_gets_no_arena_and_is_told_what_to_share(
+    rig: Any, monkeypatch: pytest.MonkeyPatch, error_of: Any
+) -> None:
+    monkeypatch.setattr("os.pidfd_open", _not_here)
+    worker = await rig.worker()
+    assert (worker.welcome.arena_path, worker.welcome.arena_size, worker.welcome.nonce) == ("", 0, b"")
+    assert "pid namespace" in worker.welcome.arena_note
+    with pytest.raises(AssertionError, match="got no arena"):
+        await worker.register()
+
+
+def _not_here(pid: int, flags: int = 0) -> int:
+    raise ProcessLookupError
+
+
+async def test_a_connection_taken_up_by_another_process_is_ended(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmcache_trio._transport.memory import MemoryConnection
+
+    monkeypatch.setattr(MemoryConnection, "peer_pid", property(lambda self: 1))
+    worker = await rig.worker()
+    assert await worker.gone() == []
+    assert rig.counted()["refused"] == 1

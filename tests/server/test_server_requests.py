@@ -1,0 +1,486 @@
+"""What a server answers: lookups, stores, retrieves, sessions, engines; each rule by its words."""
+
+import struct
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from lmcache_trio._wire.codec import encode, unpack_offsets, unpack_positions
+from lmcache_trio._wire.messages import (
+    Abort,
+    Ack,
+    Answer,
+    AnswerState,
+    ArenaGrown,
+    Commit,
+    Committed,
+    CopiesEnded,
+    Done,
+    Ended,
+    ErrorKind,
+    Finished,
+    Hello,
+    Lookup,
+    LookupStatus,
+    NamespaceKnown,
+    Ping,
+    Pinned,
+    Pong,
+    Register,
+    Release,
+    Reserve,
+    Reset,
+    Retrieve,
+    Role,
+    Statistics,
+    StatisticsReply,
+    Taken,
+)
+
+
+async def test_what_one_engine_stored_is_a_hit_for_an_equal_one(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine("one")
+    await rig.stored(scheduler, worker, 1, digests(4))
+    other, its_worker = await rig.engine("other")
+    answer = await other.lookup(9, digests(6))
+    assert (answer.state, answer.chunks, answer.asked) == (AnswerState.ANSWERED, 4, answer.id)
+    pinned = await its_worker.get(Pinned, Retrieve, answer.lease, 1, 3)
+    offsets = unpack_offsets(pinned.offsets)
+    assert len(set(offsets)) == 3
+    assert all(offset % 4096 == 0 and offset >= 4096 for offset in offsets)
+    assert (await its_worker.get(Finished, Done, pinned.pin)).valid
+    assert (await its_worker.get(Finished, Done, pinned.pin)).valid is False
+
+
+async def test_until_all_workers_registered_every_lookup_is_a_miss_and_every_store_is_dropped(
+    rig: Any, digests: Any
+) -> None:
+    scheduler = await rig.scheduler(shards=2)
+    first, second = await rig.worker(shard=0, shards=2), await rig.worker(shard=1, shards=2)
+    assert await first.register() == b""
+    assert (await scheduler.lookup(1, digests(2))).chunks == 0
+    reserved = await first.reserve(1, digests(2))
+    assert (reserved.reservation, reserved.dropped) == (b"", {"no_namespace": 2})
+    namespace = await second.register()
+    assert len(namespace) == 32
+    for peer in (scheduler, first):
+        assert (await peer.pushed(NamespaceKnown)).namespace == namespace
+    counted = rig.counted()
+    assert (counted["hits"], counted["misses"], counted["drops"]["no_namespace"]) == (0, 2, 2)
+
+
+async def test_a_chunk_is_ready_when_both_shards_are_committed(rig: Any, digests: Any) -> None:
+    scheduler = await rig.scheduler(shards=2)
+    workers = [await rig.worker(shard=shard, shards=2) for shard in range(2)]
+    for worker in workers:
+        await worker.register()
+    await scheduler.lookup(1, digests(2))
+    made = [await worker.reserve(1, digests(2)) for worker in workers]
+    assert [unpack_positions(m.positions) for m in made] == [(0, 1), (0, 1)]
+    await workers[0].commit(made[0].reservation)
+    assert (await scheduler.lookup(2, digests(2))).chunks == 0
+    assert await workers[1].commit(made[1].reservation) == 2
+    assert (await scheduler.lookup(2, digests(2))).chunks == 2
+
+
+async def test_a_worker_that_registers_again_with_another_layout_changes_the_namespace(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(2))
+    former = (await scheduler.pushed(NamespaceKnown)).namespace
+    assert await worker.register(fingerprint=b"g" * 32) != former
+    assert (await scheduler.pushed(NamespaceKnown)).namespace != former
+    assert (await scheduler.lookup(2, digests(2))).chunks == 0
+
+
+async def test_one_fingerprint_with_two_lengths_is_misuse_and_changes_nothing(
+    rig: Any, digests: Any, error_of: Any
+) -> None:
+    scheduler, worker = await rig.engine()
+    _, other = await rig.scheduler("other"), await rig.worker("other")
+    error = error_of(await other.ask(Register, b"f" * 32, 4096, 16))
+    assert error.kind is ErrorKind.MISUSE
+    await rig.stored(scheduler, worker, 1, digests(1))
+
+
+async def test_a_block_size_that_does_not_divide_the_chunk_is_refused_naming_both(rig: Any, error_of: Any) -> None:
+    worker = await rig.worker()
+    error = error_of(await worker.ask(Register, b"f" * 32, 4096, 48))
+    assert error.kind is ErrorKind.MISUSE
+    assert "256" in error.message
+    assert "48" in error.message
+
+
+async def test_the_status_of_a_lookup_is_idempotent_and_unknown_is_told_from_ended(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(3))
+    assert (await scheduler.get(Answer, LookupStatus, 1)).state is AnswerState.UNKNOWN
+    answer = await scheduler.lookup(2, digests(3))
+    for _ in range(3):
+        status = await scheduler.get(Answer, LookupStatus, 2)
+        assert (status.state, status.chunks, status.lease, status.asked) == (
+            AnswerState.ANSWERED,
+            3,
+            answer.lease,
+            answer.id,
+        )
+    await scheduler.end(2)
+    assert (await scheduler.get(Answer, LookupStatus, 2)).state is AnswerState.UNKNOWN
+
+
+async def test_a_digest_is_sent_once_and_a_growing_request_extends_its_chain(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(5))
+    assert (await scheduler.lookup(2, digests(5)[:2])).chunks == 2
+    again = await scheduler.get(Answer, Lookup, 2, 2, b"", 2)
+    assert again.chunks == 2
+    assert (await scheduler.lookup(2, digests(5)[2:], start=2)).chunks == 5
+    assert rig.held("leases", "sessions") == {"leases": 1, "sessions": 1}
+
+
+async def test_a_lookup_that_leaves_a_gap_in_the_chain_is_misuse_and_leaves_the_answer(
+    rig: Any, digests: Any, error_of: Any
+) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(2))
+    answer = await scheduler.lookup(2, digests(2))
+    for start, upto in ((3, 3), (2, 4)):
+        assert error_of(await scheduler.ask(Lookup, 2, start, b"", upto)).kind is ErrorKind.MISUSE
+    assert (await scheduler.get(Answer, LookupStatus, 2)).lease == answer.lease
+
+
+async def test_a_reused_session_number_starts_afresh(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(2))
+    assert (await scheduler.lookup(1, digests(2, "other"))).chunks == 0
+
+
+async def test_release_ends_the_lease_and_keeps_the_chain(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(2))
+    await scheduler.lookup(2, digests(2))
+    await scheduler.tell(Release(2))
+    assert (await scheduler.get(Answer, LookupStatus, 2)).state is AnswerState.UNKNOWN
+    assert rig.held("leases", "sessions") == {"leases": 0, "sessions": 1}
+    assert (await scheduler.get(Answer, Lookup, 2, 2, b"", 2)).chunks == 2
+
+
+async def test_an_answer_whose_lease_ran_out_reads_as_zero_chunks(
+    rigs: Any, digests: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with rigs(lease_timeout=10.0) as rig:
+        scheduler, worker = await rig.engine()
+        await rig.stored(scheduler, worker, 1, digests(2))
+        answer = await scheduler.lookup(2, digests(2))
+        assert answer.ttl_ms == 10_000
+        await trio.sleep(10.5)
+        assert rig.held("leases", "sessions") == {"leases": 0, "sessions": 1}
+        status = await scheduler.get(Answer, LookupStatus, 2)
+        assert (status.state, status.chunks, status.lease) == (AnswerState.ANSWERED, 0, b"")
+
+
+async def test_a_reservation_that_is_not_committed_in_time_is_dropped_and_its_late_commit_refused(
+    rigs: Any, digests: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with rigs(reservation_timeout=10.0) as rig:
+        scheduler, worker = await rig.engine()
+        await scheduler.lookup(1, digests(2))
+        made = await worker.reserve(1, digests(2))
+        await trio.sleep(10.5)
+        assert rig.held("slots_writing", "slots_quarantined") == {"slots_writing": 0, "slots_quarantined": 2}
+        assert await worker.commit(made.reservation) == 0
+        assert rig.held("slots_quarantined") == {"slots_quarantined": 0}
+        assert (await scheduler.lookup(2, digests(2))).chunks == 0
+
+
+async def test_the_end_of_a_session_drops_what_is_being_stored_under_it_once_its_writer_is_done(
+    rig: Any, digests: Any
+) -> None:
+    scheduler, worker = await rig.engine()
+    await scheduler.lookup(1, digests(2))
+    made = await worker.reserve(1, digests(2))
+    await scheduler.end(1)
+    await scheduler.get(Pong, Ping)
+    assert rig.held("slots_quarantined", "sessions") == {"slots_quarantined": 2, "sessions": 0}
+    await worker.get(Ack, Abort, made.reservation)
+    assert rig.held("slots_quarantined", "reservations") == {"slots_quarantined": 0, "reservations": 0}
+
+
+async def test_a_store_for_a_session_that_nobody_opened_is_dropped_and_counted(rig: Any, digests: Any) -> None:
+    _, worker = await rig.engine()
+    assert (await worker.reserve(5, digests(3))).dropped == {"no_session": 3}
+    assert rig.counted()["drops"]["no_session"] == 3
+
+
+async def test_a_lost_scheduler_ends_its_sessions_and_leases_while_pins_of_workers_live_on(
+    rig: Any, digests: Any
+) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(2))
+    answer = await scheduler.lookup(2, digests(2))
+    pinned = await worker.get(Pinned, Retrieve, answer.lease, 0, 2)
+    scheduler.connection.close()
+    await rig.until(connections=1, sessions=0, leases=0)
+    assert rig.held("pins") == {"pins": 1}
+    assert (await worker.get(Finished, Done, pinned.pin)).valid
+
+
+async def test_a_lost_workers_pins_end_and_its_engine_has_no_namespace_until_it_is_back(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(2))
+    namespace = (await scheduler.pushed(NamespaceKnown)).namespace
+    answer = await scheduler.lookup(2, digests(2))
+    await worker.get(Pinned, Retrieve, answer.lease, 0, 2)
+    worker.connection.close()
+    await rig.until(connections=1, pins=0)
+    assert (await scheduler.pushed(NamespaceKnown)).namespace == b""
+    assert (await scheduler.lookup(3, digests(2))).chunks == 0
+    again = await rig.worker(token=worker.token)
+    assert await again.register() == namespace
+    assert (await scheduler.lookup(4, digests(2))).chunks == 2
+
+
+async def test_slots_of_a_lost_writer_wait_for_its_word_after_a_reconnect(
+    rig: Any, digests: Any, error_of: Any
+) -> None:
+    scheduler, worker = await rig.engine()
+    await scheduler.lookup(1, digests(2))
+    await worker.reserve(1, digests(2))
+    worker.connection.close()
+    await rig.until(connections=1, lost_writers=1)
+    assert rig.held("slots_quarantined") == {"slots_quarantined": 2}
+    stranger = await rig.worker("other")
+    assert error_of(await stranger.ask(CopiesEnded, worker.token)).kind is ErrorKind.MISUSE
+    assert rig.held("lost_writers") == {"lost_writers": 1}
+    again = await rig.worker(token=worker.token)
+    await again.get(Ack, CopiesEnded, worker.token)
+    await rig.until(lost_writers=0, slots_quarantined=0, reservations=0)
+
+
+async def test_a_lease_of_another_engine_cannot_be_used(rig: Any, digests: Any, error_of: Any) -> None:
+    scheduler, worker = await rig.engine("one")
+    await rig.stored(scheduler, worker, 1, digests(2))
+    answer = await scheduler.lookup(2, digests(2))
+    _, other = await rig.engine("other")
+    assert error_of(await other.ask(Retrieve, answer.lease, 0, 2)).kind in (ErrorKind.GONE, ErrorKind.MISUSE)
+    assert rig.held("pins") == {"pins": 0}
+    assert len(answer.lease) == 16
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"),
+    [
+        (Retrieve, (b"x" * 16, 0, 1)),
+        (Commit, (b"x" * 16,)),
+    ],
+)
+async def test_an_unknown_id_gets_an_error_reply(rig: Any, error_of: Any, cls: Any, arguments: Any) -> None:
+    _, worker = await rig.engine()
+    assert error_of(await worker.ask(cls, *arguments)).kind is ErrorKind.GONE
+    await worker.get(Pong, Ping)
+
+
+async def test_each_role_may_say_only_what_is_its_to_say(rig: Any, error_of: Any) -> None:
+    scheduler, worker, observer = await rig.scheduler(), await rig.worker(), await rig.observer()
+    for peer, cls, arguments in (
+        (scheduler, Reserve, (1, b"", b"")),
+        (scheduler, Register, (b"f", 1, 1)),
+        (worker, Lookup, (1, 0, b"", 0)),
+        (worker, Reset, ()),
+        (observer, LookupStatus, (1,)),
+        (observer, Retrieve, (b"", 0, 1)),
+    ):
+        error = error_of(await peer.ask(cls, *arguments))
+        assert error.kind is ErrorKind.MISUSE
+        assert cls.__name__ in error.message
+    for peer in (scheduler, worker, observer):
+        assert isinstance(await peer.ask(Statistics), StatisticsReply)
+
+
+async def test_reset_drops_the_namespace_and_answers_given_under_it_read_as_zero(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(3))
+    answer = await scheduler.lookup(2, digests(3))
+    pinned = await worker.get(Pinned, Retrieve, answer.lease, 0, 3)
+    made = await worker.reserve(2, digests(1, "more"), parent=digests(3)[2])
+    assert made.reservation
+    await scheduler.get(Ack, Reset)
+    assert (await scheduler.get(Answer, LookupStatus, 2)).chunks == 0
+    assert (await worker.get(Finished, Done, pinned.pin)).valid is False
+    assert await worker.commit(made.reservation) == 0
+    assert (await scheduler.lookup(3, digests(3))).chunks == 0
+    held = rig.held("slots_ready", "slots_writing", "slots_quarantined", "bytes_ready")
+    assert set(held.values()) == {0}
+
+
+async def test_taken_leaves_the_lease_share(rigs: Any, heap: Any, digests: Any) -> None:
+    async with rigs(heap(size=(64 << 10) * 4 + 4096 * 5), lease_share=0.5) as rig:
+        scheduler, worker = await rig.engine()
+        await rig.stored(scheduler, worker, 1, digests(4))
+        first = await scheduler.lookup(2, digests(4))
+        assert first.chunks == 2
+        assert (await scheduler.lookup(3, digests(4, "none"))).chunks == 0
+        await scheduler.tell(Taken(2, first.lease))
+        assert (await scheduler.lookup(4, digests(4))).chunks >= 2
+        assert rig.held("leases") == {"leases": 2}
+
+
+async def test_clients_are_told_when_the_arena_grows(rigs: Any, heap: Any) -> None:
+    async with rigs(heap(size=4 << 20, pieces=4)) as rig:
+        await rig.until(bytes_taken=1 << 20)
+        worker = await rig.worker()
+        rig.memory.go_on.release()
+        assert (await worker.pushed(ArenaGrown)).taken == 2 << 20
+        rig.memory.go_on.release()
+        assert (await worker.pushed(ArenaGrown)).taken == 3 << 20
+        assert rig.held("bytes_taken") == {"bytes_taken": 3 << 20}
+
+
+async def test_an_arena_smaller_than_one_prompt_stores_what_fits_and_counts_the_rest(
+    rigs: Any, heap: Any, digests: Any
+) -> None:
+    async with rigs(heap(size=(64 << 10) * 3 + 4096)) as rig:
+        scheduler, worker = await rig.engine()
+        await scheduler.lookup(1, digests(8))
+        made = await worker.reserve(1, digests(8))
+        assert unpack_positions(made.positions) == (0, 1, 2)
+        assert made.dropped == {"no_space": 5}
+        assert await worker.commit(made.reservation) == 3
+
+
+async def test_after_every_operation_held_is_as_before(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.until(bytes_taken=rig.memory.size)
+    await scheduler.get(Pong, Ping)
+    before = rig.held()
+    for session in range(20):
+        await scheduler.lookup(session, digests(3))
+        made = await worker.reserve(session, digests(3))
+        await worker.get(Ack, Abort, made.reservation)
+        await scheduler.end(session)
+    await scheduler.get(Pong, Ping)
+    assert rig.held() == before
+
+
+async def test_statistics_over_the_wire_are_one_json_object_of_two_parts(rig: Any) -> None:
+    import json
+
+    observer = await rig.observer()
+    found = json.loads((await observer.get(StatisticsReply, Statistics)).json)
+    assert set(found) == {"held", "counted"}
+    assert found == json.loads(json.dumps(rig.server.statistics()))
+    assert found["held"]["connections"] == 1
+    assert found["held"]["tasks"] == 4  # the clock, the front door, a connection's reader and its writer
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\x00",
+        b"\xff" * 9,
+        encode(Ping(1))[:-1],
+        encode(Ping(1)) + b"more",
+        encode(Hello(1, "x", b"t" * 16, Role.WORKER, "e")),
+        encode(Pong(1, b"b")),
+        struct.pack("B", 19) + b"\xdd\xff\xff\xff\xff",
+    ],
+)
+async def test_bytes_that_are_no_request_end_that_one_connection_and_a_neighbour_notices_nothing(
+    rig: Any, digests: Any, frame: bytes
+) -> None:
+    scheduler, worker = await rig.engine()
+    bad = await rig.worker("bad")
+    await scheduler.lookup(1, digests(1))
+    made = await worker.reserve(1, digests(1))
+    await bad.connection.send(frame)
+    said = await bad.gone()
+    assert [getattr(message, "kind", None) for message in said] == [ErrorKind.PROTOCOL]
+    await rig.until(connections=2)
+    assert await worker.commit(made.reservation) == 1
+    assert (await scheduler.lookup(2, digests(1))).chunks == 1
+    assert rig.counted()["protocol_errors"] == 1
+
+
+async def test_a_bug_in_one_handler_is_answered_counted_and_logged_and_ends_nothing(
+    rig: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error_of: Any
+) -> None:
+    scheduler, worker = await rig.engine()
+
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(type(rig.server._state.index), "unpin", broken)
+    error = error_of(await worker.ask(Done, b"p"))
+    assert error.kind is ErrorKind.UNAVAILABLE
+    assert "a bug" in error.message
+    assert rig.counted()["handler_bugs"] == 1
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+    await worker.get(Pong, Ping)
+    await scheduler.get(Pong, Ping)
+
+
+async def test_a_client_that_reads_nothing_is_read_no_further_and_slows_nobody(rig: Any) -> None:
+    deaf, other = await rig.observer(), await rig.observer()
+    sent = 0
+    with trio.move_on_after(0.2):
+        while True:
+            await deaf.tell(Ping(sent + 1))
+            sent += 1
+    assert 200 < sent < 2000
+    assert rig.held("queued_messages")["queued_messages"] <= 2
+    await other.get(Pong, Ping)
+    for number in range(1, sent + 1):
+        assert (await deaf.reply(number)) == Pong(number, rig.server.boot)
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+async def test_leaving_waits_for_copies_under_way_and_gives_out_nothing_more(rigs: Any, digests: Any) -> None:
+    async with trio.open_nursery() as nursery:
+        stop, stopped = trio.Event(), trio.Event()
+        rig: Any = None
+
+        async def serve(task_status: trio.TaskStatus[Any]) -> None:
+            async with rigs(grace=60.0) as made:
+                task_status.started(made)
+                await stop.wait()
+            stopped.set()
+
+        rig = await nursery.start(serve)
+        scheduler, worker = await rig.engine()
+        await scheduler.lookup(1, digests(2))
+        made = await worker.reserve(1, digests(2))
+        stop.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not stopped.is_set()
+        assert (await worker.reserve(1, digests(2, "more"))).dropped == {"stopping": 2}
+        assert (await worker.get(Committed, Commit, made.reservation)).published == 2
+        with trio.fail_after(5):
+            await stopped.wait()
+        await worker.gone()
+
+
+async def test_a_copy_that_does_not_end_holds_the_end_up_for_the_grace_only(
+    rigs: Any, digests: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with rigs(grace=7.0) as rig:
+        scheduler, worker = await rig.engine()
+        await scheduler.lookup(1, digests(2))
+        assert (await worker.reserve(1, digests(2))).reservation
+        start = trio.current_time()
+    assert trio.current_time() - start == pytest.approx(7.0)
+    await worker.gone()
+
+
+async def test_ended_for_a_session_that_is_not_there_is_let_pass(rig: Any) -> None:
+    scheduler = await rig.scheduler()
+    await scheduler.tell(Ended(77))
+    await scheduler.tell(Release(77))
+    await scheduler.tell(Taken(77, b"x" * 16))
+    await scheduler.get(Pong, Ping)
