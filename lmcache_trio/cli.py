@@ -106,7 +106,7 @@ def status(
 
 @app.command
 def demo(
-    *, prompts: int = 4, longest: int = 2048, new_tokens: int = 16, threads: int | None = None, seed: int = 0
+    *, prompts: int = 4, longest: int = 2000, new_tokens: int = 16, threads: int | None = None, seed: int = 0
 ) -> None:
     """Store the KV of one engine, end it, start another and get it back. Takes less than a minute.
 
@@ -119,7 +119,7 @@ def demo(
     new_tokens
         Tokens to generate for each prompt.
     threads
-        Threads that the engine computes with; by default one a core, 4 at most.
+        Threads that the engine computes with; by default one for two cores, 4 at most.
     seed
         Of the model's weights and of the prompts.
     """
