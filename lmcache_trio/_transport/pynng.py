@@ -37,6 +37,7 @@ _EAGAIN, _ECLOSED = lib.NNG_EAGAIN, lib.NNG_ECLOSED
 _nng_send, _nng_recv, _unpack = lib.nng_send, lib.nng_recv, ffi.unpack
 _allocate = ffi.new_allocator(should_clear_after_alloc=False)
 _buffer: trio.lowlevel.RunVar[Any] = trio.lowlevel.RunVar("lmcache_trio receive buffer")
+_exiting = False
 _open_sockets: "weakref.WeakSet[_Socket]" = weakref.WeakSet()
 
 
@@ -45,6 +46,10 @@ class _Socket:
 
     def __init__(self, opener: Callable[..., Any], limit: int) -> None:
         self.token = trio.lowlevel.current_trio_token()
+        self.closed = _exiting
+        self.gone = False  # the only peer is no more, or this was closed: nothing can be sent
+        if _exiting:
+            raise Unavailable("no socket can be opened while the interpreter ends")
         try:
             self.sock = opener(
                 recv_max_size=limit,
@@ -60,7 +65,6 @@ class _Socket:
             self.send_fd: int = self.sock.send_fd
         except pynng.NNGException as exc:
             raise Unavailable(f"no socket could be opened: {exc}") from exc
-        self.closed = False
         _open_sockets.add(self)
 
     def listen(self, address: IpcAddress | TcpAddress) -> str:
@@ -90,14 +94,20 @@ class _Socket:
 
     def close(self) -> None:
         if not self.closed:
-            self.closed = True
+            self.closed = self.gone = True
             self.wake()
             self.sock.close()
 
     def forget(self) -> None:
         """In a forked child: a call into NNG would abort it, even the one that pynng makes when the object goes."""
-        self.closed = True
+        self.closed = self.gone = True
         self.sock.__dict__.pop("_socket", None)
+
+    def abandon(self) -> None:
+        """At the interpreter's end, while the loop's thread may still run: it must not call into NNG once that is gone."""
+        if not self.closed:
+            self.closed = self.gone = True
+            self.sock.close()
 
 
 class _Link(Connection):
@@ -111,7 +121,6 @@ class _Link(Connection):
         self._pipe: int | None = None
         self._peer_pid: int | None = None
         self._dialer: Any = None
-        self._gone = False  # a peer that is no more, or closed: nothing can be sent
         self._sending = trio.Lock()
         self.connected = trio.Event()
         self._ended = trio.Event()
@@ -136,7 +145,7 @@ class _Link(Connection):
         await self.connected.wait()
 
     def send_nowait(self, message: bytes) -> None:
-        if self._gone:
+        if self._socket.gone:
             raise Gone("the connection has ended")
         if len(message) > MAX_MESSAGE:
             raise Misuse(f"a message of {len(message)} bytes is larger than {MAX_MESSAGE}: split it")
@@ -175,14 +184,13 @@ class _Link(Connection):
         await self._ended.wait()
 
     def close(self) -> None:
-        self._gone = True
         self._socket.close()
         self._ended.set()
 
     def _take(self) -> bytes | None:
         if self._socket.closed:
             raise Gone("the connection was closed")
-        gone = self._gone  # looked at first: what arrived before the end is in the queue by then
+        gone = self._socket.gone  # looked at first: what arrived before the end is in the queue by then
         size = self._size
         size[0] = MAX_MESSAGE
         code = _nng_recv(self._nng, self._room, size, _NONBLOCK)
@@ -211,7 +219,7 @@ class _Link(Connection):
             self._socket.soon(self._peer_gone)
 
     def _peer_gone(self) -> None:
-        self._gone = True
+        self._socket.gone = True
         self.connected.set()
         if not self._socket.closed:
             if self._dialer is not None:  # else it goes on trying to reach a server that has forgotten us
@@ -409,4 +417,12 @@ def _after_fork_in_child() -> None:
         inherited.forget()
 
 
+def _at_exit() -> None:
+    global _exiting
+    _exiting = True
+    for left in list(_open_sockets):
+        left.abandon()
+
+
 os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)  # runs before pynng's own, which was registered earlier
