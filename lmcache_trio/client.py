@@ -285,7 +285,7 @@ async def serve_connection(
 ) -> AsyncIterator[Client]:
     """A client over a connection that is there already; closed at the end."""
     client = Client(connection, welcome, arena)
-    failure: BaseException
+    failure: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.read)
@@ -294,15 +294,15 @@ async def serve_connection(
                 nursery.start_soon(client._populate, arena)
             try:
                 yield client
-            finally:
-                connection.close()
-                nursery.cancel_scope.cancel()
-        return
+            except BaseException as exc:
+                failure = exc  # past the nursery, which would wrap it in a group
+            connection.close()
+            nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        if len(group.exceptions) != 1:
+        if failure is None or group.split(trio.Cancelled)[1] is not None:
             raise
-        failure = group.exceptions[0]  # the body's own, as if there were no nursery around it
-    raise failure
+    if failure is not None:
+        raise failure
 
 
 @asynccontextmanager

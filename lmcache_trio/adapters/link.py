@@ -99,6 +99,14 @@ class Link:
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
+        try:
+            await self._keep_connected()
+        except BaseExceptionGroup as group:
+            if group.split(trio.Cancelled)[1] is not None:
+                raise
+            await trio.lowlevel.checkpoint_if_cancelled()  # as one Cancelled, however many tasks it was
+
+    async def _keep_connected(self) -> None:
         async with trio.open_nursery() as self._homeless:
             pause = 0.0
             while True:

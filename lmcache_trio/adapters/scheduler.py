@@ -35,12 +35,14 @@ from lmcache_trio.adapters.request import Pending, Request
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
 from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
-from lmcache_trio.threads import Latch
+from lmcache_trio.threads import Handoff, Latch
 
 __all__ = ["SchedulerAdapter"]
 
 Extras = Callable[[int, int], bytes]
 _DEFAULT_CHUNK_TOKENS = 256
+_OPENING = 0.1
+"""Seconds to wait for a session to be opened, before a store; 500 round trips."""
 _LEASE_MARGIN = 0.1
 """Share of a lease that is left unused: a load must begin before the server's clock ends, which began earlier."""
 
@@ -203,7 +205,8 @@ class SchedulerAdapter:
     def store_spec(self, request_id: str, first_chunk: int, block_ids: Sequence[int]) -> StoreSpec:
         """What a worker needs to store the chunks from *first_chunk* on, whose blocks are *block_ids* in order.
 
-        Their digests are known from a submit or `extend`. Opens the session at the server, if that does not know it.
+        Their digests are known from a submit or `extend`. A session that the server does not know (its request was not
+        looked up, or before the server restarted) is opened: the one case that waits for a reply, bounded.
         """
         request = self._request(request_id)
         chunks, rest = divmod(len(block_ids), self.num_blocks_per_chunk())
@@ -212,14 +215,7 @@ class SchedulerAdapter:
                 f"block_ids has {len(block_ids)} blocks from chunk {first_chunk} on: give whole chunks of"
                 f" {self.num_blocks_per_chunk()} blocks, up to the {len(request.digests)} chunks that were hashed"
             )
-        client = self._usable()
-        if client is not None and request.client is not client:
-            opening = Lookup(client.new_id(), request.session, 0, b"", 0)
-            try:
-                client.request_nowait(opening, lambda reply: None)
-                request.client, request.sent = client, 0
-            except Unavailable:
-                pass  # the store will be dropped and counted
+        self._open_session(request)
         parent = request.digests[first_chunk - 1] if first_chunk else b""
         digests = join_digests(request.digests[first_chunk : first_chunk + chunks])
         return StoreSpec(request_id, request.session, parent, digests, tuple(block_ids))
@@ -369,6 +365,20 @@ class SchedulerAdapter:
         mixed = None if extras is None else [extras(i * width, (i + 1) * width) for i in range(first, end)]
         tokens = token_ids[first * width : end * width]
         return chain_digests(parent, tokens, width, mixed)
+
+    def _open_session(self, request: Request) -> None:
+        """The worker's connection may be faster than ours, and slots are given to known sessions only: so wait."""
+        client = self._usable()
+        if client is None or request.client is client:
+            return
+        opened: Handoff[bool] = Handoff()
+        opening = Lookup(client.new_id(), request.session, 0, b"", 0)
+        try:
+            client.request_nowait(opening, lambda reply: opened.set(True))
+        except Unavailable:
+            return  # the store will be dropped and counted
+        request.client, request.sent = client, 0
+        opened.wait(min(self._lookup_timeout, _OPENING))
 
     def _known(self, request: Request, client: Client) -> int:
         return request.sent if request.client is client else 0

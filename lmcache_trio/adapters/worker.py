@@ -94,7 +94,7 @@ class WorkerAdapter:
     # --- in the background ------------------------------------------------------------------------------------------
 
     def submit_store(self, spec: StoreSpec) -> None:
-        """Store *spec*'s blocks, which must not change until `take_finished` names the request or `wait_stores` returns."""
+        """Store *spec*'s blocks, which must not change until `take_finished` names it or `wait_stores` returns."""
         self._submit(spec, reported=True)
 
     def submit_retrieve(self, spec: LoadSpec) -> None:
@@ -116,11 +116,11 @@ class WorkerAdapter:
     # --- while the host waits ---------------------------------------------------------------------------------------
 
     def store_now(self, specs: Sequence[StoreSpec]) -> None:
-        """Store, and return when all is over: each reply is waited for *reply_timeout* at most, each copy to its end."""
+        """Store, and return when all is over: each reply has *reply_timeout* to come, each copy ends."""
         self._wait([self._submit(spec, reported=False) for spec in specs])
 
     def retrieve_now(self, specs: Sequence[LoadSpec]) -> None:
-        """Fill the blocks, and return when all is over, bounded likewise; `take_failed_blocks` has those that failed."""
+        """Fill the blocks, and return when all is over, bounded likewise; `take_failed_blocks` has the failed."""
         self._wait([self._submit(spec, reported=False) for spec in specs])
 
     # --- state ------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class WorkerAdapter:
         return client is not None and client.arena is not None
 
     def statistics(self) -> dict[str, int]:
-        """`running` jobs, and chunks counted: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`."""
+        """`running` jobs; chunks: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`."""
         return self._jobs.statistics()
 
     def shutdown(self) -> None:

@@ -1,0 +1,146 @@
+"""For tests of adapters: a real server in a process of its own, and both sides of a small engine in this one.
+
+Nothing here is a fake: what is killed dies, and what is stored lies in shared memory. It refuses to be fast.
+"""
+
+import itertools
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import trio
+
+from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
+from lmcache_trio.client import open_client
+from lmcache_trio.threads import Handoff
+
+__all__ = ["BLOCK", "BLOCKS", "CHUNK", "ServerProcess", "Side", "make_kv", "same_blocks", "wait_until"]
+
+CHUNK, BLOCK = 64, 16
+LAYERS, BLOCKS, HEADS, HEAD = 3, 64, 2, 8
+
+engine_ids = (f"adapter engine {i}" for i in itertools.count())
+
+
+class ServerProcess:
+    """`lmcache-trio serve` at one address; may be killed and started again."""
+
+    def __init__(self, address: str, *sets: str) -> None:
+        self.address = address
+        self._sets = ("memory.size=4MiB", f"chunk_tokens={CHUNK}", "grace=0.1", *sets)
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "lmcache_trio", "serve", "--address", self.address]
+        command += [part for setting in self._sets for part in ("--set", setting)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert "ready" in self.process.stdout.readline()
+
+    def end(self, how: int = signal.SIGTERM) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(how)
+            self.process.wait(10)
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+            self.process = None
+
+    def kill(self) -> None:
+        self.end(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """It stays connected, and says nothing any more."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def statistics(self) -> dict[str, Any]:
+        async def ask() -> dict[str, Any]:
+            with trio.fail_after(5):
+                async with open_client(self.address) as client:
+                    return await client.statistics()
+
+        return trio.run(ask)
+
+    @property
+    def held(self) -> dict[str, Any]:
+        held: dict[str, Any] = self.statistics()["held"]
+        return held
+
+
+def make_kv(seed: int | None = None) -> dict[str, torch.Tensor]:
+    """Paged KV with the block dimension second; zeros without a *seed*."""
+    shape = (2, BLOCKS, BLOCK, HEADS, HEAD)
+    if seed is None:
+        return {f"layer {i}": torch.zeros(shape) for i in range(LAYERS)}
+    generator = torch.Generator().manual_seed(seed)
+    return {f"layer {i}": torch.randn(shape, generator=generator) for i in range(LAYERS)}
+
+
+def same_blocks(a: dict[str, torch.Tensor], at: list[int], b: dict[str, torch.Tensor], bt: list[int]) -> bool:
+    """Do blocks *at* of *a* hold byte for byte what blocks *bt* of *b* hold?"""
+    return all(torch.equal(a[name][:, at], b[name][:, bt]) for name in a)
+
+
+class Side:
+    """Both sides of one engine with one worker."""
+
+    def __init__(
+        self,
+        address: str,
+        kv: dict[str, torch.Tensor],
+        *,
+        scheduler: type[SchedulerAdapter] = PollingSchedulerAdapter,
+        worker: type[WorkerAdapter] = WorkerAdapter,
+        **settings: Any,
+    ) -> None:
+        engine = next(engine_ids)
+        self.kv = kv
+        self.scheduler = scheduler(
+            address, engine_id=engine, identity=["a model"], block_tokens=BLOCK, connect_timeout=2.0, **settings
+        )
+        self.worker = worker(address, engine_id=engine, block_tokens=BLOCK, connect_timeout=2.0, reply_timeout=2.0)
+        self.worker.register_kv_caches(kv)
+
+    def store(self, request_id: str, tokens: list[int], blocks: list[int]) -> None:
+        self.scheduler.extend(request_id, tokens)
+        self.worker.store_now([self.scheduler.store_spec(request_id, 0, blocks)])
+
+    def lookup(self, request_id: str, tokens: list[int]) -> int:
+        self.scheduler.maybe_submit_lookup_request(request_id, tokens)
+        found: list[int | None] = [None]
+
+        def answered() -> bool:
+            found[0] = self.scheduler.check_lookup_result(request_id)
+            return found[0] is not None
+
+        wait_until(answered)
+        assert found[0] is not None
+        return found[0]
+
+    def load(self, request_id: str, tokens: int, blocks: list[int]) -> set[int]:
+        spec = self.scheduler.update_after_alloc(request_id, tokens, block_ids=blocks)
+        assert spec is not None
+        self.worker.retrieve_now([spec])
+        return self.worker.take_failed_blocks()
+
+    def close(self) -> None:
+        self.worker.shutdown()
+        self.scheduler.shutdown()
+
+
+def wait_until(true: Callable[[], bool], timeout: float = 5.0) -> None:
+    """For what another process or thread will do soon, and tells nobody: ask again, bounded."""
+    never: Handoff[bool] = Handoff()
+    for _ in range(int(timeout / 0.002)):
+        if true():
+            return
+        never.wait(0.002)
+    raise AssertionError("it did not come true in time")
