@@ -1,8 +1,8 @@
-"""The one door to threads: what may be given up, what may not, and how a synchronous host is kept from waiting for ever."""
+"""The one door to threads: what may be given up, what may not, and what bounds a synchronous host's waits."""
 
 import subprocess
 import sys
-import threading
+import threading  # noqa: TID251 - what is tested here
 from collections.abc import Iterator
 
 import pytest
@@ -358,7 +358,9 @@ def test_waiting_for_the_loop_in_the_loop_is_misuse(portal: Portal) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_what_main_raises_later_ends_the_portal_and_is_not_swallowed(portal: Portal, monkeypatch) -> None:
+def test_what_main_raises_later_ends_the_portal_and_is_not_swallowed(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard: list[BaseException | None] = []
     told = threading.Event()
 

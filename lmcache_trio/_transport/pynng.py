@@ -104,7 +104,7 @@ class _Socket:
         self.sock.__dict__.pop("_socket", None)
 
     def abandon(self) -> None:
-        """At the interpreter's end, while the loop's thread may still run: it must not call into NNG once that is gone."""
+        """At the interpreter's end, while the loop's thread may still run: it must not call NNG once that is gone."""
         if not self.closed:
             self.closed = self.gone = True
             self.sock.close()

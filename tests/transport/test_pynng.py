@@ -7,7 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pynng
@@ -42,14 +42,17 @@ trio.run(main)
 """
 
 
+Processes = list[subprocess.Popen[bytes]]
+
+
 @pytest.fixture
 def near(tmp_path: Path) -> str:
     return f"ipc://{tmp_path}/s"
 
 
 @pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
-    started: list[subprocess.Popen[bytes]] = []
+def processes() -> Iterator[Processes]:
+    started: Processes = []
     yield started
     for process in started:
         process.kill()
@@ -71,7 +74,9 @@ def runs_clean(code: str, *args: str) -> str:
     return out.decode()
 
 
-async def test_a_peer_that_is_killed_is_noticed_by_notification_after_what_it_sent(near: str, processes) -> None:
+async def test_a_peer_that_is_killed_is_noticed_by_notification_after_what_it_sent(
+    near: str, processes: Processes
+) -> None:
     listener = _transport.listen_pair(near)
     processes.append(peer := python(PEER, listener.address))
     with trio.fail_after(20):
@@ -153,7 +158,9 @@ async def test_socket_files_are_private_and_removed(near: str, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_files_of_a_killed_server_are_removed_and_a_live_ones_are_not(near: str, tmp_path: Path, processes) -> None:
+async def test_files_of_a_killed_server_are_removed_and_a_live_ones_are_not(
+    near: str, tmp_path: Path, processes: Processes
+) -> None:
     processes.append(server := python(RENDEZVOUS, near))
     assert server.stdout is not None
     live_pair = await trio.to_thread.run_sync(server.stdout.readline)
@@ -215,9 +222,10 @@ async def test_an_address_that_cannot_be_is_refused_by_name(address: str, says: 
 @given(st.text(max_size=40).map(lambda text: "tcp://" + text) | st.text(max_size=40))
 def test_any_text_is_an_address_or_a_config_error(text: str) -> None:
     try:
-        assert addresses.parse(str(addresses.parse(text))) == addresses.parse(text)
-    except ConfigError as exc:
-        assert exc.key == "address"
+        parsed = addresses.parse(text)
+    except ConfigError:
+        return
+    assert addresses.parse(str(parsed)) == parsed
 
 
 async def test_localhost_is_loopback() -> None:
@@ -244,7 +252,7 @@ async def test_a_host_thread_may_send_while_the_loop_receives_and_closes(near: s
 
             async with trio.open_nursery() as nursery:
 
-                async def watch(host=host) -> None:
+                async def watch(host: Callable[[], str] = host) -> None:
                     assert await trio.to_thread.run_sync(host) == "gone"
 
                 nursery.start_soon(watch)

@@ -1,6 +1,7 @@
 """Client and server are tested against each other in memory: frames of one go into the other."""
 
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 import msgspec
@@ -50,7 +51,7 @@ NOTICES: list[Message] = [m.Taken(session=1, lease=b"l"), m.Release(session=1), 
 ERROR = m.ErrorReply(id=0, kind=m.ErrorKind.PROTOCOL, message="no")
 
 
-def hello(**changes: object) -> Hello:
+def hello(**changes: Any) -> Hello:
     return attrs.evolve(Hello(version=1, client="c", token=b"t" * 16, role=Role.WORKER, engine="e"), **changes)
 
 
@@ -169,7 +170,7 @@ def test_a_request_that_was_not_sent_can_be_withdrawn() -> None:
 
 def test_hello_of_another_version_names_both() -> None:
     assert check_hello(encode(hello())) == hello()
-    with pytest.raises(ProtocolError, match="version 7 .* this server 1: install the same release"):
+    with pytest.raises(ProtocolError, match=r"version 7 .* this server 1: install the same release"):
         check_hello(encode(hello(version=7)))
 
 
@@ -190,7 +191,7 @@ def test_welcome_of_another_version_names_both_and_refused_is_taken() -> None:
     assert check_welcome(encode(welcome)) == welcome
     refused = m.Refused(kind=m.ErrorKind.UNAVAILABLE, reason="full")
     assert check_welcome(encode(refused)) == refused
-    with pytest.raises(ProtocolError, match="version 2 .* this client 1"):
+    with pytest.raises(ProtocolError, match=r"version 2 .* this client 1"):
         check_welcome(encode(attrs.evolve(welcome, version=2)))
     with pytest.raises(ProtocolError, match="where Welcome or Refused was expected"):
         check_welcome(encode(m.Ack(id=1)))
