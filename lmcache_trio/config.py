@@ -227,14 +227,14 @@ def _explain(exc: BaseException, key: str, cls: type[Any] | None) -> NoReturn:
         for cause, place in exc.group_exceptions()[0]:
             _explain(cause, _join(key, str(place.index)), None)
     if isinstance(exc, KeyError):
-        raise ConfigError(_join(key, str(exc.args[0])), "is missing; it has no default") from exc
+        raise ConfigError(key, "is missing; it has no default") from exc
     raise ConfigError(key or "configuration", str(exc)) from exc
 
 
 def _unknown(name: str, known: Sequence[str], key: str) -> NoReturn:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-    raise ConfigError(_join(key, name), f"is no setting; {hint}")
+    raise ConfigError(_join(key, name or '""'), f"is no setting; {hint}")
 
 
 def _fail(key: str, name: str, problem: str) -> NoReturn:

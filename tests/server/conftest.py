@@ -150,7 +150,7 @@ class Peer:
                     return said
 
 
-async def connect(
+async def say_hello(
     address: str, role: Role, engine: str = "engine", shard: int = 0, shards: int = 1, token: bytes = b""
 ) -> Peer:
     token = token or secrets.token_bytes(16)
@@ -176,13 +176,13 @@ class Rig:
         return dict(self.server.statistics()["counted"])
 
     async def scheduler(self, engine: str = "engine", shards: int = 1, token: bytes = b"") -> Peer:
-        return await connect(self.server.address, Role.SCHEDULER, engine, 0, shards, token)
+        return await say_hello(self.server.address, Role.SCHEDULER, engine, 0, shards, token)
 
     async def worker(self, engine: str = "engine", shard: int = 0, shards: int = 1, token: bytes = b"") -> Peer:
-        return await connect(self.server.address, Role.WORKER, engine, shard, shards, token)
+        return await say_hello(self.server.address, Role.WORKER, engine, shard, shards, token)
 
     async def observer(self) -> Peer:
-        return await connect(self.server.address, Role.OBSERVER, "")
+        return await say_hello(self.server.address, Role.OBSERVER, "")
 
     async def engine(self, name: str = "engine") -> tuple[Peer, Peer]:
         """A scheduler and its one worker, registered."""
@@ -212,7 +212,7 @@ Opener = Callable[..., AbstractAsyncContextManager[Rig]]
 
 @asynccontextmanager
 async def open_rig(memory: HeapConfig | None = None, **settings: Any) -> AsyncIterator[Rig]:
-    config = Config(**{"address": "memory://server", "grace": 1.0, **settings})
+    config = Config(**{"address": "memory://server", "grace": 0.05, **settings})
     heap = HeapMemory(memory or HeapConfig())
     async with open_server(config, memory=heap) as server:
         yield Rig(server, heap)
@@ -228,6 +228,12 @@ def rigs() -> Opener:
 async def rig() -> AsyncIterator[Rig]:
     async with open_rig() as made:
         yield made
+
+
+@pytest.fixture
+def connect() -> Callable[..., Any]:
+    """Says HELLO at any address, and takes up the connection."""
+    return say_hello
 
 
 @pytest.fixture

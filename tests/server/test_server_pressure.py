@@ -1,0 +1,93 @@
+"""Many at once: aborted lookups, two writers of one prompt, an arena in which everything is leased."""
+
+import random
+from typing import Any
+
+import trio
+
+from lmcache_trio._wire.codec import encode, unpack_positions
+from lmcache_trio._wire.messages import Abort, Ack, Ended, Lookup, Ping, Pinned, Pong, Release, Retrieve, Taken
+
+
+async def test_a_thousand_lookups_aborted_at_random_points_leave_held_as_before(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 0, digests(4))
+    await rig.until(bytes_taken=rig.memory.size)
+    await scheduler.get(Pong, Ping)
+    before, chance = rig.held(), random.Random(1)
+    for session in range(1, 1001):
+        steps = [
+            Lookup(session + 10_000, session, 0, b"".join(digests(4)), chance.randint(0, 4)),
+            Taken(session, b"?" * 16),
+            Release(session),
+            Ended(session),
+        ]
+        for message in steps[: chance.randint(1, 4)]:
+            await scheduler.tell(message)
+        if chance.random() < 0.3:
+            answer = await scheduler.lookup(session, digests(4))
+            if chance.random() < 0.5:
+                pinned = await worker.get(Pinned, Retrieve, answer.lease, 0, 4)
+                assert pinned.pin
+            if chance.random() < 0.5:
+                made = await worker.reserve(session, digests(1, str(session)), parent=digests(4)[3])
+                await worker.get(Ack, Abort, made.reservation)
+        if chance.random() < 0.02:
+            scheduler.connection.close()
+            scheduler = await rig.scheduler(token=scheduler.token)
+        if session % 50 == 0:
+            worker.connection.close()
+            worker = await rig.worker(token=worker.token)
+            await worker.register()
+        await scheduler.tell(Ended(session))
+    scheduler.connection.close()
+    worker.connection.close()
+    await rig.until(connections=0)
+    scheduler, worker = await rig.engine()
+    await scheduler.get(Pong, Ping)
+    await rig.until(**before)
+
+
+async def test_two_engines_that_store_one_prompt_at_once_wait_for_nobody_and_both_hit_it_after(
+    rig: Any, digests: Any
+) -> None:
+    (one, one_worker), (two, two_worker) = await rig.engine("one"), await rig.engine("two")
+    await one.lookup(1, digests(3))
+    await two.lookup(1, digests(3))
+    first = await one_worker.reserve(1, digests(3))
+    second = await two_worker.reserve(1, digests(3))
+    assert unpack_positions(first.positions) == (0, 1, 2)
+    assert (second.reservation, second.dropped) == (b"", {"writing": 3})
+    assert (await two.lookup(2, digests(3))).chunks == 0
+    assert await one_worker.commit(first.reservation) == 3
+    assert (await two.lookup(2, digests(3))).chunks == 3
+    assert (await one.lookup(2, digests(3))).chunks == 3
+
+
+async def test_when_every_slot_is_leased_a_store_is_dropped_at_once_and_counted(
+    rigs: Any, heap: Any, digests: Any
+) -> None:
+    async with rigs(heap(size=(64 << 10) * 2 + 4096), lease_share=1.0) as rig:
+        scheduler, worker = await rig.engine()
+        await rig.stored(scheduler, worker, 1, digests(2))
+        assert (await scheduler.lookup(2, digests(2))).chunks == 2
+        await scheduler.lookup(3, digests(2, "more"))
+        assert (await worker.reserve(3, digests(2, "more"))).dropped == {"no_space": 2}
+        await scheduler.end(2)
+        await scheduler.get(Pong, Ping)
+        assert unpack_positions((await worker.reserve(3, digests(2, "more"))).positions) == (0, 1)
+        assert rig.counted()["evictions"] == 2
+
+
+async def test_a_client_that_dies_with_a_flood_of_requests_under_way_leaves_nothing(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    before = rig.held("sessions", "leases", "queued_messages", "tasks")
+    flooding = await rig.scheduler("flood")
+    with trio.move_on_after(0.05):
+        for number in range(1, 10_000):
+            await flooding.connection.send(encode(Lookup(number, number, 0, b"".join(digests(2)), 2)))
+    flooding.connection.close()
+    await rig.until(connections=2, **before)
+    assert before["sessions"] == 0
+    await scheduler.get(Pong, Ping)
+    await worker.get(Pong, Ping)

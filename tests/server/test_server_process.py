@@ -1,0 +1,247 @@
+"""A server that is a process of its own: signals, sudden deaths on either side, and what is left behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from lmcache_trio import Config, ConfigError, load_config, open_server
+from lmcache_trio._server.supervise import serve
+from lmcache_trio._wire.messages import Role
+
+SERVE = """
+import sys
+from lmcache_trio import load_config
+from lmcache_trio._server.supervise import serve
+def ready(server):
+    assert "torch" not in sys.modules
+    print("ready", flush=True)
+serve(load_config(sets=sys.argv[1:], environ={}), ready)
+assert "torch" not in sys.modules
+"""
+
+WORKER = """
+import hashlib, sys, trio
+sys.path[:0] = [sys.argv[2]]
+from conftest import chain, say_hello as connect
+from lmcache_trio._wire.messages import Role
+async def main():
+    scheduler = await connect(sys.argv[1], Role.SCHEDULER, "doomed")
+    worker = await connect(sys.argv[1], Role.WORKER, "doomed")
+    await worker.register()
+    digests = chain(4)
+    await scheduler.lookup(1, digests[:2])
+    stored = await worker.reserve(1, digests[:2])
+    await worker.commit(stored.reservation)
+    answer = await scheduler.lookup(2, digests)
+    from lmcache_trio._wire.messages import Pinned, Retrieve
+    await worker.get(Pinned, Retrieve, answer.lease, 0, 2)
+    assert (await worker.reserve(2, digests[2:], parent=digests[1])).reservation
+    print("in the middle", flush=True)
+    await trio.sleep_forever()
+trio.run(main)
+"""
+
+
+@attrs.frozen(eq=False)
+class Process:
+    address: str
+    process: "subprocess.Popen[bytes]"
+
+    def end(self, *signals: signal.Signals) -> int:
+        for number in signals:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=10)
+
+    def arena(self) -> Path | None:
+        """Its file in shared memory, by its pid."""
+        return next(Path("/dev/shm").glob(f"lmcache-trio-*-{self.process.pid}-*.arena"), None)
+
+
+def _line(process: "subprocess.Popen[bytes]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().decode().strip()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Starts a server in a process of its own and waits until it answers."""
+    with contextlib.ExitStack() as stack:
+
+        def run(*sets: str, name: str = "server") -> Process:
+            address = f"ipc://{tmp_path}/{name}.ipc"
+            arguments = [f"address={address}", "memory.size=64MiB", *sets]
+            process = stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", SERVE, *arguments], stdout=subprocess.PIPE)
+            )
+            stack.callback(process.kill)
+            assert _line(process) == "ready"
+            return Process(address, process)
+
+        yield run
+
+
+async def _in_mid_store(connect: Any, address: str, digests: Any) -> tuple[Any, Any, bytes]:
+    scheduler = await connect(address, Role.SCHEDULER)
+    worker = await connect(address, Role.WORKER)
+    await worker.register()
+    await scheduler.lookup(1, digests(2))
+    return scheduler, worker, (await worker.reserve(1, digests(2))).reservation
+
+
+async def test_sigterm_in_mid_store_lets_the_copy_end_and_leaves_no_file(
+    start: Any, connect: Any, digests: Any, tmp_path: Path
+) -> None:
+    server = start()
+    scheduler, worker, reservation = await _in_mid_store(connect, server.address, digests)
+    arena = server.arena()
+    assert arena is not None
+    server.process.send_signal(signal.SIGTERM)
+    with trio.fail_after(5):
+        while not (await worker.reserve(1, digests(2))).dropped.get("stopping"):
+            pass
+    assert await worker.commit(reservation) == 2
+    await worker.gone()
+    assert server.end() == 0
+    assert not arena.exists()
+    assert list(tmp_path.iterdir()) == []
+    scheduler.connection.close()
+    worker.connection.close()
+
+
+async def test_a_second_sigterm_ends_the_process_at_once_and_leaves_no_file(
+    start: Any, connect: Any, digests: Any, tmp_path: Path
+) -> None:
+    server = start("grace=60")
+    scheduler, worker, _ = await _in_mid_store(connect, server.address, digests)
+    arena = server.arena()
+    server.process.send_signal(signal.SIGTERM)
+    while not (await worker.reserve(1, digests(2))).dropped.get("stopping"):
+        pass
+    before = time.monotonic()
+    assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
+    assert time.monotonic() - before < 2
+    assert not arena.exists()
+    assert list(tmp_path.iterdir()) == []
+    scheduler.connection.close()
+    worker.connection.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_ends_at_once_on_a_signal(start: Any, number: signal.Signals, tmp_path: Path) -> None:
+    server = start("grace=60")
+    arena = server.arena()
+    assert server.end(number) == 0
+    assert not arena.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_sigkill_the_next_start_removes_what_was_left_and_touches_nothing_of_a_live_server(
+    start: Any, tmp_path: Path
+) -> None:
+    dead, live = start(name="dead"), start(name="live")
+    left = dead.arena()
+    dead.end(signal.SIGKILL)
+    assert left.exists()
+    assert (tmp_path / "dead.ipc").exists()
+    live_arena = live.arena()
+    before = live_arena.stat().st_ino
+    again = start(name="dead")
+    assert not left.exists()
+    assert live_arena.stat().st_ino == before
+    assert (tmp_path / "live.ipc").exists()
+    assert again.end(signal.SIGTERM) == 0
+    assert live.process.poll() is None
+
+
+async def test_two_servers_cannot_have_one_address_and_the_first_notices_nothing(
+    start: Any, connect: Any, digests: Any
+) -> None:
+    server = start()
+    scheduler, worker, reservation = await _in_mid_store(connect, server.address, digests)
+    with pytest.raises(ConfigError, match="in use") as caught:
+        async with open_server(Config(address=server.address, memory={"backend": "cpu", "size": 1 << 20})):
+            pass
+    assert caught.value.key == "address"
+    assert await worker.commit(reservation) == 2
+    scheduler.connection.close()
+    worker.connection.close()
+
+
+async def test_nothing_is_held_of_a_client_that_was_killed_in_the_middle_by_notification(
+    tmp_path: Path, digests: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(address=f"ipc://{tmp_path}/server.ipc", memory={"backend": "cpu", "size": 16 << 20}, grace=0.1)
+    async with open_server(config) as server:
+        arguments = [sys.executable, "-c", WORKER, server.address, str(Path(__file__).parent)]
+        async with trio.open_nursery() as nursery:
+            process = await nursery.start(_run, arguments)
+            assert (await process.stdout.receive_some()).startswith(b"in the middle")
+            held = server.statistics()["held"]
+            assert (held["connections"], held["leases"], held["pins"], held["slots_writing"]) == (2, 1, 1, 2)
+            killed = trio.current_time()
+            process.kill()
+            with trio.fail_after(5):
+                while not _nothing_of_it(server.statistics()["held"]):
+                    await trio.lowlevel.checkpoint()  # the server runs in this loop: it only needs its turns
+            took = trio.current_time() - killed
+        counted = server.statistics()["counted"]
+        assert counted["exits_seen"] + counted["protocol_errors"] <= 1
+        assert server.statistics()["held"]["slots_ready"] == 2
+        with capsys.disabled():
+            print(f"\n[killed client forgotten {took * 1000:.0f} ms after SIGKILL]", end=" ")
+
+
+def _nothing_of_it(held: dict[str, Any]) -> bool:
+    names = ("connections", "engines", "sessions", "leases", "pins", "reservations", "lost_writers")
+    return not any(held[name] for name in (*names, "slots_writing", "slots_quarantined"))
+
+
+async def _run(arguments: list[str], task_status: "trio.TaskStatus[trio.Process]") -> None:
+    await trio.run_process(arguments, stdout=subprocess.PIPE, check=False, task_status=task_status)
+
+
+def test_a_server_answers_within_a_second_whatever_its_size(start: Any) -> None:
+    """Not a benchmark: the whole start of the process is in it, so the bound is wide."""
+    small = time.monotonic()
+    start("memory.size=8MiB", name="small")
+    small = time.monotonic() - small
+    large = time.monotonic()
+    server = start("memory.size=2GiB", name="large")
+    large = time.monotonic() - large
+    assert large < small + 1.0
+    assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize(
+    ("sets", "key"),
+    [
+        (("memory.backend=cpuu",), "memory.backend"),
+        (("memory.sise=1GiB",), "memory.sise"),
+        (("memory.size=100000GiB",), "memory.size"),
+        (("memory.size=true",), "memory.size"),
+        (("address=ipc:///proc/nowhere/x.ipc",), "address"),
+    ],
+)
+def test_a_setting_that_cannot_be_kept_ends_in_one_config_error_that_names_it(
+    sets: tuple[str, ...], key: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        serve(load_config(sets=(f"address=ipc://{tmp_path}/s.ipc", *sets), environ={}))
+    assert caught.value.key == key
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, lmcache_trio as t; t.open_server, t.Config; assert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30, env=os.environ)

@@ -1,0 +1,190 @@
+"""Settings: where they come from, what wins, and that each wrong one ends in one line that names it and the fix."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcache_trio import Config, ConfigError, load_config
+from lmcache_trio.config import default_address, describe, parse_size, structure
+
+
+def test_every_setting_has_a_default_and_one_line_of_help() -> None:
+    assert [name for name, _, help in describe() if not help or "\n" in help] == []
+    assert {name for name, _, _ in describe()} == {
+        *("address", "chunk_tokens", "lease_timeout", "lease_share", "reservation_timeout", "grace"),
+        *("memory", "tiers", "device"),
+    }
+
+
+def test_defaults_lose_to_the_file_the_file_to_the_environment_and_that_to_flags(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('chunk_tokens = 64\nlease_timeout = 1\ngrace = 1\n[memory]\nbackend = "cpu"\nsize = "1GiB"\n')
+    environ = {"LMCACHE_TRIO_LEASE_TIMEOUT": "2", "LMCACHE_TRIO_GRACE": "2", "LMCACHE_TRIO_MEMORY__SIZE": "2GiB"}
+    config = load_config(file, ["grace=3", "memory.directory=/dev/shm"], environ)
+    assert (config.lease_share, config.chunk_tokens, config.lease_timeout, config.grace) == (0.5, 64, 2.0, 3.0)
+    assert dict(config.memory) == {"backend": "cpu", "size": "2GiB", "directory": "/dev/shm"}
+
+
+def test_tiers_are_a_list_of_tables_and_can_be_set_by_index(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('[[tiers]]\nbackend = "disk"\npath = "/a"\n')
+    config = load_config(file, ["tiers.0.path=/b", "tiers.1.backend=disk"], {})
+    assert [dict(tier) for tier in config.tiers] == [{"backend": "disk", "path": "/b"}, {"backend": "disk"}]
+
+
+def test_a_value_that_is_no_toml_is_the_string_that_it_is() -> None:
+    assert load_config(None, ["address=tcp://127.0.0.1:5555"], {}).address == "tcp://127.0.0.1:5555"
+    assert load_config(None, ['device={backend="host"}'], {}).device == {"backend": "host"}
+    assert load_config(None, ["memory.note=1\ngrace = 9"], {}).memory["note"] == "1\ngrace = 9"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "words"),
+    [
+        ("chunk_token=4", "chunk_token", "did you mean 'chunk_tokens'"),
+        ("nonsense=4", "nonsense", "known here: address"),
+        ("chunk_tokens=x", "chunk_tokens", "give an integer"),
+        ("chunk_tokens=4.0", "chunk_tokens", "give an integer"),
+        ("chunk_tokens=true", "chunk_tokens", "give an integer"),
+        ("chunk_tokens=0", "chunk_tokens", "out of range"),
+        ("grace=true", "grace", "give a number"),
+        ("grace=-1", "grace", "0 or more"),
+        ("grace=nan", "grace", "out of range"),
+        ("lease_timeout=inf", "lease_timeout", "out of range"),
+        ("lease_timeout=0", "lease_timeout", "more than 0"),
+        ("lease_share=1.5", "lease_share", "at most 1"),
+        ("lease_share=0", "lease_share", "more than 0"),
+        ("memory=3", "memory", "give a table"),
+        ("memory.backend=3", "memory.backend", "no string"),
+        ("tiers=3", "tiers", "list of tables"),
+        ("tiers.0.path=/x", "tiers.0.backend", "is missing"),
+        ("tiers.1.path=/x", "tiers.1.path", "no index"),
+        ("grace.x=1", "grace", "give a number"),
+        ("device=4", "device", "give a table"),
+        ("device.path=4", "device.backend", "missing"),
+        ("address=5", "address", "give a string"),
+        ("address=here", "address", "is no address"),
+        ("address=udp://x", "address", "no transport"),
+        ("address=ipc://relative", "address", "absolute"),
+        ("address=ipc:///" + "x" * 100, "address", "shorter"),
+        ("address=tcp://127.0.0.1", "address", "has no port"),
+        ("address=tcp://127.0.0.1:70000", "address", "has no port"),
+        ("address=tcp://0.0.0.0:5", "address", "not loopback"),
+        ("address=tcp://example.org:5", "address", "not loopback"),
+        ("grace", "--set", "--set key=value"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_fix(text: str, key: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [text], {})
+    assert caught.value.key == key
+    assert words in caught.value.problem
+    assert "\n" not in str(caught.value)
+
+
+def test_where_a_wrong_value_came_from_is_said() -> None:
+    with pytest.raises(ConfigError, match="environment variable LMCACHE_TRIO_GRACE"):
+        load_config(None, [], {"LMCACHE_TRIO_GRACE": "long"})
+    with pytest.raises(ConfigError, match=r"did you mean 'grace'.*LMCACHE_TRIO_GRAACE"):
+        load_config(None, [], {"LMCACHE_TRIO_GRAACE": "1"})
+
+
+def test_variables_of_the_command_line_and_of_clients_are_not_settings_of_the_server() -> None:
+    environ = {"LMCACHE_TRIO_CONFIG": "x", "LMCACHE_TRIO_LOG": "debug", "LMCACHE_TRIO_CLIENT_X": "1", "PATH": "/"}
+    assert load_config(None, [], environ).grace == 5.0
+
+
+def test_a_file_that_is_not_there_or_no_toml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.toml", [], {})
+    (tmp_path / "bad.toml").write_text("grace = = 3")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_config(tmp_path / "bad.toml", [], {})
+    (tmp_path / "bad.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_config(tmp_path / "bad.toml", [], {})
+
+
+def test_the_default_address_is_private_to_the_user() -> None:
+    assert default_address({"XDG_RUNTIME_DIR": "/run/user/7"}) == "ipc:///run/user/7/lmcache-trio/server.ipc"
+    for environ in ({}, {"XDG_RUNTIME_DIR": ""}, {"XDG_RUNTIME_DIR": "relative"}):
+        assert default_address(environ) == f"ipc:///tmp/lmcache-trio-{os.getuid()}/server.ipc"
+
+
+def test_a_config_is_checked_when_it_is_made_in_code_too() -> None:
+    with pytest.raises(ConfigError, match="lease_timeout"):
+        Config(lease_timeout=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GiB", 4 << 30), ("4 gib", 4 << 30), ("1.5G", 3 << 29), ("2MB", 2_000_000), ("17", 17), ("0", 0), ("3k", 3072)],
+)
+def test_sizes_are_bytes_or_bytes_with_a_unit(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "4XB", "4 G B", "1e9", "nan"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
+
+
+@attrs.frozen
+class _Backend:
+    """A backend's settings, as a plugin declares them."""
+
+    size: int = attrs.field(default=1, metadata={"unit": "bytes"})
+    path: Path | None = None
+    ratio: float = attrs.field(default=0.5, validator=attrs.validators.le(1.0))
+    names: tuple[str, ...] = ()
+    needed: str = attrs.field(kw_only=True)
+
+
+def test_a_backends_own_table_is_structured_strictly_into_its_own_class() -> None:
+    made = structure(_Backend, {"size": "1MiB", "path": "/x", "names": ["a"], "needed": "n"}, "tiers.0")
+    assert made == _Backend(1 << 20, Path("/x"), 0.5, ("a",), needed="n")
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "words"),
+    [
+        ({"needed": "n", "sise": 4}, "tiers.0.sise", "did you mean 'size'"),
+        ({"needed": "n", "size": "big"}, "tiers.0.size", "is no size"),
+        ({"needed": "n", "size": 1.5}, "tiers.0.size", "give an integer"),
+        ({"needed": "n", "ratio": 2.0}, "tiers.0", "ratio"),
+        ({"needed": "n", "names": [1]}, "tiers.0.names.0", "give a string"),
+        ({}, "tiers.0.needed", "is missing"),
+    ],
+)
+def test_a_wrong_setting_of_a_backend_is_named_by_its_dotted_key(table: dict[str, Any], key: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        structure(_Backend, table, "tiers.0")
+    assert caught.value.key == key
+    assert words in caught.value.problem
+
+
+_toml = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+_names = st.sampled_from([f.name for f in attrs.fields(Config)]) | st.text(max_size=4)
+
+
+@given(st.dictionaries(_names, _toml, max_size=4))
+def test_any_table_makes_a_config_or_one_config_error(table: dict[str, Any]) -> None:
+    problem = None
+    try:
+        structure(Config, table)
+    except ConfigError as exc:
+        problem = exc
+    assert problem is None or problem.key.split(".")[0] in {*table, '""'}
