@@ -42,7 +42,7 @@ def _at_least(low: int) -> Callable[[object, "attrs.Attribute[int]", int], None]
 
 
 def _default_threads() -> int:
-    """Half the cores, 4 at most: torch's threads spin while they wait for each other, at the cost of who shares a core."""
+    """Half the cores, 4 at most: torch's threads spin while they wait for each other, and others need a core too."""
     return max(1, min(4, len(os.sched_getaffinity(0)) // 2))
 
 

@@ -149,6 +149,7 @@ class Engine:
             raise Misuse("a load in flight cannot be aborted: step until it ended")
         if self._worker is not None and request.storing:
             self._worker.wait_stores([request_id])
+            self._collect()  # or the news of this store would be taken for that of a later request of the same id
         self._end(request)
 
     def run(self) -> dict[str, Completion]:
@@ -170,8 +171,8 @@ class Engine:
         for request in [r for r in self._requests.values() if r.phase is Phase.DECODING]:
             self._decode(request)
             progress = True
+        self._collect()  # before storing: a request whose copies have ended may have more chunks to offer
         self._store_full_chunks()
-        self._collect()
         saved = [r for r in self._requests.values() if r.phase is Phase.SAVING and not r.storing]
         for request in saved:
             self._end(request)

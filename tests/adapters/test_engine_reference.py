@@ -1,5 +1,7 @@
 """The testing engine by itself, with no cache: what the tests that compare its ids rely on."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -10,6 +12,15 @@ from lmcache_trio.testing.paged_kv import BlockPool, KVLayout, KVShape, PagedKV
 
 SMALL = ModelConfig(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, vocabulary=512)
 CONFIG = EngineConfig(model=SMALL, num_blocks=64, block_tokens=16, prefill_tokens=64)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """torch's threads spin while they wait for each other: on a busy machine two are ten times slower than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def prompt(length: int, seed: int = 1) -> list[int]:
