@@ -6,6 +6,8 @@ Only bookkeeping: nothing here waits but `wait_copied` and `wait_ended`, on beha
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+import trio
+
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.threads import Handoff, Latch
 
@@ -15,12 +17,16 @@ __all__ = ["Job", "Jobs"]
 class Job:
     """One store or retrieve. *copied* comes when its copy ended, or will not begin; *ended* when all of it is over."""
 
-    __slots__ = ("copied", "ended", "reported", "spec")
+    __slots__ = ("asked", "before", "copied", "ended", "reported", "spec")
 
     def __init__(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> None:
         self.spec = spec
         self.reported = reported
         """Is it named by `take_finished`? One that its host waits for is not."""
+        self.asked = trio.Event()
+        """In the loop: a store has its slots, or will never have any."""
+        self.before: Job | None = None
+        """The store that was submitted before this one. A chunk's parent must be reserved before it."""
         self.copied: Handoff[bool] = Handoff()
         self.ended: Handoff[bool] = Handoff()
 
@@ -31,6 +37,7 @@ class Jobs:
     def __init__(self) -> None:
         self._latch = Latch()
         self._running: set[Job] = set()
+        self._last_store: Job | None = None
         self._stored: set[str] = set()
         self._retrieved: set[str] = set()
         self._failed_blocks: set[int] = set()
@@ -40,6 +47,8 @@ class Jobs:
         job = Job(spec, reported=reported)
         with self._latch:
             self._running.add(job)
+            if isinstance(spec, StoreSpec):
+                job.before, self._last_store = self._last_store, job
         return job
 
     def count(self, what: str, number: int) -> None:
@@ -53,6 +62,9 @@ class Jobs:
             if job not in self._running:
                 return
             self._running.discard(job)
+            job.before = None
+            if self._last_store is job:
+                self._last_store = None
             if isinstance(job.spec, LoadSpec):
                 if failed:
                     self._failed_blocks.update(job.spec.block_ids)

@@ -56,7 +56,7 @@ class Pending:
         self.asked = asked
         self.deadline = deadline
         self.heard = heard
-        """How much the server had said when it was asked."""
+        """How much the server had said when it was asked, or when the watch began."""
         self.answered: Handoff[bool] = Handoff()
         """For a host thread that waits."""
         self.watched = False
@@ -71,6 +71,7 @@ class Pending:
         if self.watched or self.answered.done:
             return False
         self.watched = True
+        self.heard = self.client.heard  # what was on its way has come by now
         self._settled = trio.Event()
         return True
 

@@ -26,6 +26,7 @@ from lmcache_trio._wire.messages import (
     Hello,
     Lookup,
     Message,
+    Ping,
     Release,
     Role,
     Taken,
@@ -316,6 +317,7 @@ class SchedulerAdapter:
             pending.client.notice_nowait(Release(pending.request.session))
             if pending.client.heard == pending.heard:  # not a word since it was asked: do not stall on it again
                 self._silent = (pending.client, pending.heard)
+                pending.client.request_unheard(Ping(pending.client.new_id()))  # whose answer ends the silence
             warn, self._warned = not self._warned, True
             self._settle(pending)
         if warn:

@@ -190,12 +190,13 @@ class WorkerAdapter:
         except LMCacheTrioError as exc:
             logger.info("a %s of %s failed: %s", type(job.spec).__name__, job.spec.request_id, exc)
         finally:
+            job.asked.set()
             self._fail(job, "unavailable")  # nothing, if it ended well
 
     async def _store(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:
         spec = job.spec
         assert isinstance(spec, StoreSpec)
-        reserved = await self._reply(client.reserve, spec.session, spec.parent, split_digests(spec.digests))
+        reserved = await self._reply(self._reserve_in_turn, client, job, spec)
         try:
             if reserved.reservation:
                 await offload(self._gather, arena, kv, spec, reserved, limiter=self._limiter)
@@ -225,6 +226,15 @@ class WorkerAdapter:
         if await self._reply(client.done, pinned.pin):
             self._jobs.count("retrieved_chunks", spec.count)
             self._jobs.end(job, failed=False)
+
+    async def _reserve_in_turn(self, client: Client, job: Job, spec: StoreSpec) -> Reserved:
+        """Tasks begin in any order; stores are reserved in the order in which they were submitted."""
+        if job.before is not None:
+            await job.before.asked.wait()
+            job.before = None
+        reserved = await client.reserve(spec.session, spec.parent, split_digests(spec.digests))
+        job.asked.set()
+        return reserved
 
     def _gather(self, arena: ArenaMap, kv: "PagedKV", spec: StoreSpec, reserved: Reserved) -> None:
         """In a thread: blocks → slots."""

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
-from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks
+import pytest
+
+from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
+from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
 
 TOKENS = list(range(3 * CHUNK))
 FROM = [5, 9, 1, 33, 34, 35, 36, 60, 2, 7, 8, 3]
@@ -19,3 +22,130 @@ def test_what_one_engine_stored_another_loads_byte_for_byte(live_server: ServerP
     assert same_blocks(one.kv, FROM, other.kv, INTO)
     untouched = [b for b in range(64) if b not in INTO]
     assert same_blocks(other.kv, untouched, make_kv(), untouched)
+
+
+def test_a_load_writes_only_the_blocks_that_it_names(live_server: ServerProcess, sides: MakeSide) -> None:
+    one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv())
+    one.store("r", TOKENS, FROM)
+    assert other.lookup("q", TOKENS) == 3 * CHUNK
+    spec = other.scheduler.update_after_alloc("q", CHUNK + 16, local_tokens=CHUNK - 32, block_ids=INTO[:5])
+    assert spec is not None
+    assert (spec.start, spec.count, spec.skip_blocks) == (0, 2, 2)
+    other.worker.retrieve_now([spec])
+    assert other.worker.take_failed_blocks() == set()
+    assert same_blocks(one.kv, FROM[2:7], other.kv, INTO[:5])
+    untouched = [b for b in range(64) if b not in INTO[:5]]
+    assert same_blocks(other.kv, untouched, make_kv(), untouched)
+
+
+def test_background_jobs_are_reported_once_when_they_are_over(live_server: ServerProcess, sides: MakeSide) -> None:
+    one = sides(live_server.address, make_kv(1))
+    one.scheduler.extend("r", TOKENS)
+    one.worker.submit_store(one.scheduler.store_spec("r", 0, FROM[:4]))
+    one.worker.submit_store(one.scheduler.store_spec("r", 1, FROM[4:]))
+    one.worker.wait_stores(["r"])
+    finished: set[str] = set()
+    wait_until(lambda: bool(finished.update(one.worker.take_finished()[0]) or finished))
+    assert finished == {"r"}
+    assert one.worker.take_finished() == (set(), set())
+    assert one.lookup("again", TOKENS) == 3 * CHUNK
+
+
+def test_a_used_up_lease_comes_back_as_failed_blocks(live_server: ServerProcess, sides: MakeSide) -> None:
+    one = sides(live_server.address, make_kv(1))
+    one.worker.retrieve_now([LoadSpec("r", 1, b"", 0, 1, 0, (1, 2, 3, 4))])
+    assert one.worker.take_failed_blocks() == {1, 2, 3, 4}
+    one.worker.retrieve_now([LoadSpec("r", 1, b"guessed lease 16", 0, 1, 0, (5, 6, 7, 8))])
+    assert one.worker.take_failed_blocks() == {5, 6, 7, 8}
+
+
+class FaultyWorker(WorkerAdapter):
+    """Stops at one named point and does there what the test wants, once."""
+
+    point = ""
+    fault: Callable[[], None] | None = None
+
+    def at(self, point: str, fault: Callable[[], None]) -> None:
+        self.point, self.fault = point, fault
+
+    def _meet(self, point: str) -> None:
+        if point == self.point and self.fault is not None:
+            fault, self.fault = self.fault, None
+            fault()
+
+    def _slots_known(self, spec: StoreSpec | LoadSpec) -> None:
+        self._meet("slots known")
+
+    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
+        self._meet("half copied")
+
+    def _before_commit(self, spec: StoreSpec) -> None:
+        self._meet("before commit")
+
+    def _before_valid(self, spec: LoadSpec) -> None:
+        self._meet("before valid")
+
+
+@pytest.mark.parametrize("point", ["slots known", "half copied", "before commit"])
+def test_a_server_killed_in_a_store_drops_it_and_is_used_again_when_it_is_back(
+    live_server: ServerProcess, sides: MakeSide, point: str
+) -> None:
+    one = sides(live_server.address, make_kv(1), worker=FaultyWorker)
+    assert isinstance(one.worker, FaultyWorker)
+    one.worker.at(point, live_server.kill)
+    one.store("r", TOKENS, FROM)
+    assert one.worker.statistics() == {"running": 0, "dropped_unavailable": 3}
+    assert one.lookup("q", TOKENS) == 0
+    live_server.start()
+    wait_until(lambda: one.scheduler.is_healthy() and one.worker.is_healthy())
+    one.store("r", TOKENS, FROM)
+    assert one.lookup("p", TOKENS) == 3 * CHUNK
+    assert one.load("p", 3 * CHUNK, INTO) == set()
+    assert same_blocks(one.kv, FROM, one.kv, INTO)
+
+
+@pytest.mark.parametrize("point", ["slots known", "half copied", "before valid"])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_server_killed_in_a_retrieve_gives_failed_blocks(
+    live_server: ServerProcess, sides: MakeSide, point: str, back: bool
+) -> None:
+    one = sides(live_server.address, make_kv(1), worker=FaultyWorker)
+    assert isinstance(one.worker, FaultyWorker)
+    one.store("r", TOKENS, FROM)
+    assert one.lookup("q", TOKENS) == 3 * CHUNK
+
+    def fault() -> None:
+        live_server.kill()
+        if back:
+            live_server.start()
+
+    one.worker.at(point, fault)
+    assert one.load("q", 3 * CHUNK, INTO) == set(INTO)
+
+
+def test_a_store_whose_engine_reset_the_cache_meanwhile_is_never_served(
+    live_server: ServerProcess, sides: MakeSide
+) -> None:
+    one = sides(live_server.address, make_kv(1), worker=FaultyWorker)
+    assert isinstance(one.worker, FaultyWorker)
+    confirmed: list[bool] = []
+    one.worker.at("half copied", lambda: confirmed.append(one.scheduler.reset_cache()))
+    one.store("r", TOKENS, FROM)
+    assert confirmed == [True]
+    assert one.lookup("q", TOKENS) == 0
+
+
+def test_a_server_that_falls_silent_bounds_a_store_and_a_retrieve(live_server: ServerProcess, sides: MakeSide) -> None:
+    one = sides(live_server.address, make_kv(1), lookup_timeout=0.2)
+    one.store("r", TOKENS, FROM)
+    assert one.lookup("q", TOKENS) == 3 * CHUNK
+    spec = one.scheduler.update_after_alloc("q", 3 * CHUNK, block_ids=INTO)
+    assert spec is not None
+    live_server.pause()
+    one.worker._reply_timeout = 0.1
+    one.worker.retrieve_now([spec])
+    assert one.worker.take_failed_blocks() == set(INTO)
+    one.worker.store_now([one.scheduler.store_spec("r", 0, FROM)])
+    assert one.worker.statistics()["dropped_unavailable"] == 3
+    live_server.go_on()
+    wait_until(lambda: live_server.held["pins"] == 0 and live_server.held["reservations"] == 0)
