@@ -150,7 +150,7 @@ async def wait_listening(address: str) -> None:
 def _transport(address: str) -> _Transport:
     scheme, found, _ = address.partition("://")
     if found and scheme in ("ipc", "tcp"):
-        import lmcache_trio._transport.pynng as over_nng
+        import lmcache_trio._transport.over_nng as over_nng
 
         return over_nng
     if found and scheme == "memory":

@@ -1,4 +1,4 @@
-"""The transport over NNG: REQ0/REP0 at the rendezvous, one PAIR0 socket a client, driven by file descriptors.
+"""NNG's sockets under Trio, driven by file descriptors; `over_nng` makes a transport of them.
 
 Non-blocking calls and `wait_readable` on NNG's descriptors cost 40 % of the CPU of its asynchronous calls, a cancelled
 one leaks nothing, and an open socket in a daemon thread does not abort the interpreter at its exit. The only module
@@ -9,10 +9,7 @@ NNG calls back on threads of its own, under a lock: a callback here only notes a
 
 import atexit
 import contextlib
-import math
 import os
-import socket
-import struct
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +18,14 @@ import pynng
 import trio
 from pynng import ffi, lib
 
-from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairListener, Rendezvous, addresses
+from lmcache_trio._transport import MAX_MESSAGE, Connection, addresses
 from lmcache_trio._transport.addresses import IpcAddress, TcpAddress
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Misuse, Unavailable
 
-__all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
+__all__ = ["NngLink", "NngSocket"]
 
 _BUFFER = 128
 """Messages that NNG holds for each direction of a socket before a sender has to wait."""
-_MAX_HELLO = 64 << 10
 _RECONNECT_MS = (100, 1000)
 
 _NONBLOCK = lib.NNG_FLAG_NONBLOCK
@@ -38,10 +34,10 @@ _nng_send, _nng_recv, _unpack = lib.nng_send, lib.nng_recv, ffi.unpack
 _allocate = ffi.new_allocator(should_clear_after_alloc=False)
 _buffer: trio.lowlevel.RunVar[Any] = trio.lowlevel.RunVar("lmcache_trio receive buffer")
 _exiting = False
-_open_sockets: "weakref.WeakSet[_Socket]" = weakref.WeakSet()
+_open_sockets: "weakref.WeakSet[NngSocket]" = weakref.WeakSet()
 
 
-class _Socket:
+class NngSocket:
     """An NNG socket that knows how to be closed: once, in the loop, its waiters woken; never in a forked child."""
 
     def __init__(self, opener: Callable[..., Any], limit: int) -> None:
@@ -67,6 +63,11 @@ class _Socket:
             raise Unavailable(f"no socket could be opened: {exc}") from exc
         _open_sockets.add(self)
 
+    @classmethod
+    def rendezvous(cls, limit: int) -> "NngSocket":
+        """A REP0 socket for requests of *limit* bytes at most."""
+        return cls(pynng.Rep0, limit)
+
     def listen(self, address: IpcAddress | TcpAddress) -> str:
         """Listen, privately; returns the address with the port that was really taken."""
         listener = ffi.new("nng_listener *")
@@ -80,6 +81,25 @@ class _Socket:
             _check(lib.nng_listener_get_int(listener[0], b"tcp-bound-port", port), address)
             return str(TcpAddress(address.host, port[0]))
         return str(address)
+
+    def take_introduction(self) -> tuple[bytes, int | None] | None:
+        """REP0: the next request and its sender's process id, if there is one; what was not answered is dropped."""
+        held = ffi.new("nng_msg **")
+        code = lib.nng_recvmsg(self.nng, held, _NONBLOCK)
+        if code == _EAGAIN:
+            return None
+        if code:
+            raise _ended(code)
+        try:
+            hello = bytes(ffi.buffer(lib.nng_msg_body(held[0]), lib.nng_msg_len(held[0])))
+            return hello, _pid_of(lib.nng_msg_get_pipe(held[0]))
+        finally:
+            lib.nng_msg_free(held[0])
+
+    def answer(self, message: bytes) -> None:
+        """REP0: answer what was taken last. Fails only when that client is gone, which is no error."""
+        if not self.closed:
+            _nng_send(self.nng, message, len(message), _NONBLOCK)
 
     def soon(self, fn: Callable[[], object]) -> None:
         """From any thread: call *fn* in the loop, if there is one still."""
@@ -110,11 +130,11 @@ class _Socket:
             self.sock.close()
 
 
-class _Link(Connection):
+class NngLink(Connection):
     """A socket with one peer for its life: PAIR0 on both sides, and REQ0 while a client introduces itself."""
 
-    def __init__(self, opener: Callable[..., Any] = pynng.Pair0) -> None:
-        self._socket = _Socket(opener, MAX_MESSAGE)
+    def __init__(self, *, introducing: bool = False) -> None:
+        self._socket = NngSocket(pynng.Req0 if introducing else pynng.Pair0, MAX_MESSAGE)
         self._nng = self._socket.nng
         self._size = ffi.new("size_t *")
         self._room = _receive_buffer()
@@ -226,161 +246,6 @@ class _Link(Connection):
                 lib.nng_dialer_close(self._dialer.dialer)
             self._socket.wake()
         self._ended.set()
-
-
-class _PairListener(PairListener):
-    def __init__(self, near: str) -> None:
-        address = addresses.pair_address(near)
-        self._path = address.path if isinstance(address, IpcAddress) else None
-        self._link: _Link | None = _Link()
-        self._connected = self._link.connected
-        try:
-            self.address = self._link.listen(address)
-        except BaseException:
-            self.close()
-            raise
-
-    async def accept(self, deadline: float = math.inf) -> Connection:
-        try:
-            with trio.CancelScope(deadline=deadline) as scope:
-                await self._connected.wait()
-            link, self._link = self._link, None
-            if link is not None and not scope.cancelled_caught:
-                return link
-            if link is None:
-                raise Gone(f"{self.address} was withdrawn")
-            link.close()
-            raise Unavailable(f"nobody came to {self.address} in time")
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        if self._path is not None:
-            addresses.withdraw(self._path)
-            self._path = None
-        if self._link is not None:
-            self._link.close()
-            self._link = None
-            self._connected.set()
-
-
-class _Introduction(Introduction):
-    def __init__(self, rendezvous: "_Rendezvous", hello: bytes, peer_pid: int | None) -> None:
-        self.hello = hello
-        self.peer_pid = peer_pid
-        self._rendezvous = rendezvous
-
-    def reply(self, message: bytes) -> None:
-        self._rendezvous.answer(self, message)
-
-
-class _Rendezvous(Rendezvous):
-    def __init__(self, address: str) -> None:
-        wanted = addresses.parse_rendezvous(address)
-        self._path: str | None = None
-        if isinstance(wanted, IpcAddress):
-            addresses.claim(wanted.path)
-        self._socket = _Socket(pynng.Rep0, _MAX_HELLO)
-        self._current: _Introduction | None = None
-        try:
-            self.address = self._socket.listen(wanted)
-        except BaseException:
-            self._socket.close()
-            raise
-        if isinstance(wanted, IpcAddress):
-            self._path = wanted.path
-
-    async def accept(self) -> Introduction:
-        self._current = None
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while (introduction := self._take()) is None:
-            with contextlib.suppress(trio.ClosedResourceError):
-                await trio.lowlevel.wait_readable(self._socket.recv_fd)
-        self._current = introduction
-        return introduction
-
-    def answer(self, introduction: _Introduction, message: bytes) -> None:
-        if introduction is not self._current:
-            raise Misuse("this introduction was answered, or another was accepted since")
-        self._current = None
-        _nng_send(self._socket.nng, message, len(message), _NONBLOCK)  # fails only when that client is gone
-
-    def close(self) -> None:
-        self._socket.close()  # removes the socket file
-
-    def _take(self) -> _Introduction | None:
-        if self._socket.closed:
-            raise Gone(f"{self.address} was closed")
-        held = ffi.new("nng_msg **")
-        code = lib.nng_recvmsg(self._socket.nng, held, _NONBLOCK)
-        if code == _EAGAIN:
-            return None
-        if code:
-            raise _ended(code)
-        try:
-            hello = bytes(ffi.buffer(lib.nng_msg_body(held[0]), lib.nng_msg_len(held[0])))
-            return _Introduction(self, hello, _pid_of(lib.nng_msg_get_pipe(held[0])))
-        finally:
-            lib.nng_msg_free(held[0])
-
-
-def listen(address: str) -> Rendezvous:
-    return _Rendezvous(address)
-
-
-def listen_pair(near: str) -> PairListener:
-    return _PairListener(near)
-
-
-async def dial_pair(address: str) -> Connection:
-    wanted = addresses.parse(address)
-    await _refuse_unless_listening(wanted)
-    link = _Link()
-    try:
-        await link.dial(wanted)
-    except BaseException:
-        link.close()
-        raise
-    return link
-
-
-async def introduce(address: str, hello: bytes) -> bytes:
-    wanted = addresses.parse(address)
-    await _refuse_unless_listening(wanted)
-    link = _Link(pynng.Req0)
-    try:
-        await link.dial(wanted)
-        await link.send(hello)
-        return await link.receive()
-    except Gone as exc:
-        raise Unavailable(f"the server at {address} ended before it answered") from exc
-    finally:
-        link.close()
-
-
-async def wait_listening(address: str) -> None:
-    link = _Link(pynng.Req0)
-    try:
-        await link.dial(addresses.parse(address))
-    finally:
-        link.close()
-
-
-async def _refuse_unless_listening(address: IpcAddress | TcpAddress) -> None:
-    """Tell at once that nobody is there: NNG itself would go on trying in silence."""
-    try:
-        if isinstance(address, IpcAddress):
-            await trio.lowlevel.checkpoint()
-            if not addresses.is_listening(address.path):
-                raise Unavailable(f"no server listens at {address}")
-            return
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        with trio.socket.socket(family, socket.SOCK_STREAM) as probe:
-            # Left with a reset: NNG's listener pauses for 100 ms after a peer that just hangs up.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            await probe.connect((address.host, address.port))
-    except OSError as exc:
-        raise Unavailable(f"no server listens at {address}: {exc.strerror}") from exc
 
 
 def _receive_buffer() -> Any:

@@ -1,0 +1,167 @@
+"""The transport over NNG: REQ0/REP0 at the rendezvous, one PAIR0 socket a client.
+
+PAIR0, because it alone is full duplex, ordered and holds a sender back: REQ0 can't push, and raw, PUB and BUS sockets
+drop silently. Knows nothing of NNG's C interface: that is `pynng`'s.
+"""
+
+import contextlib
+import math
+import socket
+import struct
+
+import trio
+
+from lmcache_trio._transport import Connection, Introduction, PairListener, Rendezvous, addresses
+from lmcache_trio._transport.addresses import IpcAddress, TcpAddress
+from lmcache_trio._transport.pynng import NngLink, NngSocket
+from lmcache_trio.errors import Gone, Misuse, Unavailable
+
+__all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
+
+_MAX_HELLO = 64 << 10
+
+
+class _PairListener(PairListener):
+    def __init__(self, near: str) -> None:
+        address = addresses.pair_address(near)
+        self._path = address.path if isinstance(address, IpcAddress) else None
+        self._link: NngLink | None = NngLink()
+        self._connected = self._link.connected
+        try:
+            self.address = self._link.listen(address)
+        except BaseException:
+            self.close()
+            raise
+
+    async def accept(self, deadline: float = math.inf) -> Connection:
+        try:
+            with trio.CancelScope(deadline=deadline) as scope:
+                await self._connected.wait()
+            link, self._link = self._link, None
+            if link is not None and not scope.cancelled_caught:
+                return link
+            if link is None:
+                raise Gone(f"{self.address} was withdrawn")
+            link.close()
+            raise Unavailable(f"nobody came to {self.address} in time")
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        if self._path is not None:
+            addresses.withdraw(self._path)
+            self._path = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+            self._connected.set()
+
+
+class _Introduction(Introduction):
+    def __init__(self, rendezvous: "_Rendezvous", hello: bytes, peer_pid: int | None) -> None:
+        self.hello = hello
+        self.peer_pid = peer_pid
+        self._rendezvous = rendezvous
+
+    def reply(self, message: bytes) -> None:
+        self._rendezvous.answer(self, message)
+
+
+class _Rendezvous(Rendezvous):
+    def __init__(self, address: str) -> None:
+        wanted = addresses.parse_rendezvous(address)
+        self._path: str | None = None
+        if isinstance(wanted, IpcAddress):
+            addresses.claim(wanted.path)
+        self._socket = NngSocket.rendezvous(_MAX_HELLO)
+        self._current: _Introduction | None = None
+        try:
+            self.address = self._socket.listen(wanted)
+        except BaseException:
+            self._socket.close()
+            raise
+        if isinstance(wanted, IpcAddress):
+            self._path = wanted.path
+
+    async def accept(self) -> Introduction:
+        self._current = None
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while (introduction := self._take()) is None:
+            with contextlib.suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(self._socket.recv_fd)
+        self._current = introduction
+        return introduction
+
+    def answer(self, introduction: _Introduction, message: bytes) -> None:
+        if introduction is not self._current:
+            raise Misuse("this introduction was answered, or another was accepted since")
+        self._current = None
+        self._socket.answer(message)
+
+    def close(self) -> None:
+        self._socket.close()  # removes the socket file
+
+    def _take(self) -> _Introduction | None:
+        if self._socket.closed:
+            raise Gone(f"{self.address} was closed")
+        taken = self._socket.take_introduction()
+        return None if taken is None else _Introduction(self, *taken)
+
+
+def listen(address: str) -> Rendezvous:
+    return _Rendezvous(address)
+
+
+def listen_pair(near: str) -> PairListener:
+    return _PairListener(near)
+
+
+async def dial_pair(address: str) -> Connection:
+    wanted = addresses.parse(address)
+    await _refuse_unless_listening(wanted)
+    link = NngLink()
+    try:
+        await link.dial(wanted)
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
+async def introduce(address: str, hello: bytes) -> bytes:
+    wanted = addresses.parse(address)
+    await _refuse_unless_listening(wanted)
+    link = NngLink(introducing=True)
+    try:
+        await link.dial(wanted)
+        await link.send(hello)
+        return await link.receive()
+    except Gone as exc:
+        raise Unavailable(f"the server at {address} ended before it answered") from exc
+    finally:
+        link.close()
+
+
+async def wait_listening(address: str) -> None:
+    link = NngLink(introducing=True)
+    try:
+        await link.dial(addresses.parse(address))
+    finally:
+        link.close()
+
+
+async def _refuse_unless_listening(address: IpcAddress | TcpAddress) -> None:
+    """Tell at once that nobody is there: NNG itself would go on trying in silence."""
+    try:
+        if isinstance(address, IpcAddress):
+            await trio.lowlevel.checkpoint()
+            if not addresses.is_listening(address.path):
+                raise Unavailable(f"no server listens at {address}")
+            return
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        with trio.socket.socket(family, socket.SOCK_STREAM) as probe:
+            # Left with a reset: NNG's listener pauses for 100 ms after a peer that just hangs up.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await probe.connect((address.host, address.port))
+    except OSError as exc:
+        raise Unavailable(f"no server listens at {address}: {exc.strerror}") from exc
