@@ -294,7 +294,7 @@ async def serve_connection(
                 nursery.start_soon(client._populate, arena)
             try:
                 yield client
-            except BaseException as exc:
+            except BaseException as exc:  # noqa: BLE001
                 failure = exc  # past the nursery, which would wrap it in a group
             connection.close()
             nursery.cancel_scope.cancel()
