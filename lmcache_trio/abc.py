@@ -83,8 +83,8 @@ class Load:
 class Tier(ABC):
     """A slower place below memory (L2 and down): disk, a shared store.
 
-    Absent is never an error. A call that fails raises `Unavailable`, and the server fences the tier. After any
-    cancellation the tier is as usable as before and owns no buffer.
+    Absent is never an error. A call that fails raises `Unavailable`, and the server fences the tier; so does every call
+    but `statistics` outside of `open()`. After any cancellation the tier is as usable as before and owns no buffer.
     """
 
     Config: ClassVar[type[Any]]

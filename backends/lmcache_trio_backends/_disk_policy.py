@@ -25,14 +25,17 @@ class SecondHit:
     """Take a chunk when it is offered for the second time, so that one-off prompts don't wear the disk.
 
     Two sets of 8-byte fingerprints; when the newer is full it becomes the older, and the older is forgotten. So at
-    least the last *size* and at most the last 2 * *size* offers are remembered, in under 10 MiB for the default. Two chunks
-    that share a fingerprint (1 in 2**64) cost one needless write.
+    least the last *size* and at most the last 2 * *size* offers are remembered, in under 10 MiB for the default.
+    Two chunks that share a fingerprint (1 in 2**64) cost one needless write.
     """
 
     def __init__(self, size: int = 50_000) -> None:
         self._size = size
         self._newer: set[int] = set()
         self._older: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._newer) + len(self._older)
 
     def __call__(self, key: ChunkKey) -> bool:
         mark = hash((key.namespace, key.digest))
