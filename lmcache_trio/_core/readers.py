@@ -100,7 +100,7 @@ class Readers:
         self._pins[pin_id] = _Pinned(worker, leased.namespace, rows)
         self._pins_of.setdefault(worker, set()).add(pin_id)
         first, offset = leased.namespace.starts[shard], self._chunks.rows.offset
-        return Pin(pin_id, [offset[row] + first for row in rows])
+        return Pin(pin_id, tuple([offset[row] + first for row in rows]))
 
     def unpin(self, pin_id: bytes, worker: int) -> bool:
         pinned = self._pins.get(pin_id)
@@ -124,7 +124,7 @@ class Readers:
         self._holds[self._holds_made] = row
         above, offset = chunks.rows.parent[row], chunks.rows.offset[row]
         parent = chunks.rows.digest(above) if above else b"" if chunks.rows.first[row] else None
-        offsets = [offset + start for start in namespace.starts]
+        offsets = tuple(offset + start for start in namespace.starts)
         return Hold(HoldNumber(self._holds_made), key, parent, offsets, namespace.lengths)
 
     def unhold(self, number: int) -> None:
