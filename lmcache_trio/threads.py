@@ -147,7 +147,7 @@ class _Call(Generic[T]):
             self._on_return()
 
     def _returned(self) -> None:
-        self._fn, self._args = None, ()  # type: ignore[assignment]
+        del self._fn, self._args  # no buffer outlives its call here
         task, self._task = self._task, None
         self.release()
         try:
