@@ -15,7 +15,7 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Comple
         [sys.executable, "-m", "lmcache_trio", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=20,
         env={**ENVIRONMENT, **(env or {})},
         check=False,
     )

@@ -32,6 +32,8 @@ _READY_SECONDS = 30.0
 _ENGINE_SECONDS = 240.0
 """For one engine to serve all prompts. The default ones take about 5 s, most of them `import torch`."""
 
+_MAX_PARENT = 50
+
 
 def _at_least(low: int) -> Callable[[object, "attrs.Attribute[int]", int], None]:
     def check(instance: object, attribute: "attrs.Attribute[int]", value: int) -> None:
@@ -123,7 +125,9 @@ async def demo(settings: Settings, progress: Progress) -> list[Row]:
 
     `Unavailable` (in a group) when one of them fails; it ends with what that one last wrote to its standard error.
     """
-    with tempfile.TemporaryDirectory(prefix="lmcache-trio-demo-") as directory:
+    # A socket's path has 107 bytes at most: where temporary files lie deep, ours lie elsewhere
+    parent = tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) <= _MAX_PARENT else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="lmcache-trio-demo-", dir=parent) as directory:
         logs = Path(directory)
         address = f"ipc://{directory}/server.ipc"
         arguments = ["-m", "lmcache_trio", "serve", "--address", address]
