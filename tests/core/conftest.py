@@ -43,9 +43,7 @@ class World:
         """Reserve *chain* but for its first *known* chunks."""
         digests = self.digests(chain)
         parent = digests[known - 1] if known else b""
-        return self.index.reserve(
-            (engine, session), worker, shard, self.name, parent, digests[known:], self.now
-        )
+        return self.index.reserve((engine, session), worker, shard, self.name, parent, digests[known:], self.now)
 
     def store(self, chain: str, *, known: int = 0) -> Reservation:
         """Store *chain* whole, all shards of it."""

@@ -1,0 +1,201 @@
+"""What goes first when room is needed, and what never goes."""
+
+import itertools
+import tracemalloc
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+
+from lmcache_trio._core.arena import Arena
+from lmcache_trio._core.index import Index
+
+
+def test_the_least_recently_used_leaf_goes_first(world: Callable[..., Any]) -> None:
+    w = world(4)
+    for chain in ("ab", "c", "d"):
+        w.store(chain)
+    w.touch(["ab", "c"])
+    w.store("e")
+    assert [w.hits(chain) for chain in ("ab", "c", "d", "e")] == [2, 1, 0, 1]
+
+
+def test_a_leaf_goes_before_its_parent(world: Callable[..., Any]) -> None:
+    w = world(3)
+    w.store("abc")
+    w.store("x")
+    assert w.hits("abc") == 2
+    w.store("xy")
+    assert w.hits("abc") == 1
+    assert w.counted["evictions"] == 2
+
+
+def test_a_store_that_extends_a_chain_touches_its_ancestors(world: Callable[..., Any]) -> None:
+    w = world(4)
+    w.store("ab")
+    w.store("x")
+    w.store("abc", known=2)
+    w.store("y")
+    assert (w.hits("abc"), w.hits("x")) == (3, 0)
+
+
+def test_a_leased_chunk_is_never_evicted(world: Callable[..., Any]) -> None:
+    w = world(2, lease_share=1.0)
+    w.store("ab")
+    lease = w.lease("ab")
+    assert w.store("x").dropped == {"no_space": 1}
+    w.index.release(lease.id)
+    assert w.store("x").slots
+
+
+def test_a_pinned_chunk_stays_after_its_lease_ended(world: Callable[..., Any]) -> None:
+    w = world(2, lease_share=1.0)
+    w.store("ab")
+    lease = w.lease("ab")
+    pin = w.index.pin(lease.id, "e", 1, 0, 0, 2)
+    w.index.release(lease.id)
+    assert not w.store("x").slots
+    assert w.index.unpin(pin.id, 1)
+    assert w.store("x").slots
+
+
+def test_a_pinned_leaf_keeps_its_ancestors(world: Callable[..., Any]) -> None:
+    w = world(3, lease_share=1.0)
+    w.store("abc")
+    lease = w.lease("abc")
+    pin = w.index.pin(lease.id, "e", 1, 0, 2, 1)
+    w.index.release(lease.id)
+    assert not w.store("x").slots
+    w.index.unpin(pin.id, 1)
+    w.store("x")
+    assert w.hits("abc") == 2
+
+
+def test_a_held_chunk_is_not_evicted(world: Callable[..., Any]) -> None:
+    w = world(2)
+    w.store("ab")
+    hold = w.index.hold(w.key("ab"))
+    assert hold.parent == w.digests("a")[0]
+    assert not w.store("x").slots
+    w.index.unhold(hold)
+    w.index.unhold(hold)
+    assert w.store("x").slots
+
+
+def test_a_hold_is_no_touch(world: Callable[..., Any]) -> None:
+    w = world(3)
+    w.store("ab")
+    w.store("x")
+    w.index.unhold(w.index.hold(w.key("ab")))
+    w.store("y")
+    w.store("z")
+    assert (w.hits("ab"), w.hits("x")) == (0, 1)
+
+
+def test_a_chunk_being_written_is_never_evicted(world: Callable[..., Any]) -> None:
+    w = world(1)
+    writing = w.reserve("a")
+    assert w.store("x").dropped == {"no_space": 1}
+    assert len(w.index.commit(writing.id, 1)) == 1
+
+
+def test_a_reservation_never_evicts_what_it_extends(world: Callable[..., Any]) -> None:
+    w = world(3)
+    w.store("abc")
+    reservation = w.reserve("abcd", known=3)
+    assert reservation.dropped == {"no_space": 1}
+    assert w.hits("abc") == 3
+
+
+def test_a_parent_keeps_its_place_while_a_child_of_it_is_written(world: Callable[..., Any]) -> None:
+    w = world(3)
+    w.store("a")
+    child = w.reserve("ab", known=1, worker=2)
+    w.store("x")
+    w.store("y")
+    assert w.hits("a") == 1
+    w.index.commit(child.id, 2)
+    assert w.hits("ab") == 2
+
+
+def test_nothing_is_evicted_when_all_that_could_go_would_not_do(world: Callable[..., Any]) -> None:
+    w = world(4, lease_share=1.0)
+    w.store("ab")
+    w.store("x")
+    w.lease("ab")
+    w.index.attach(b"B" * 32, [3 * 4096])
+    got = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", w.digests("z"), 0.0)
+    assert got.dropped == {"no_space": 1}
+    assert w.hits("x") == 1
+
+
+def test_two_chunk_sizes_alternating_never_deadlock(world: Callable[..., Any]) -> None:
+    w = world(16)
+    w.index.attach(b"B" * 32, [5 * 4096])
+    for turn in range(60):
+        for piece in range(4):
+            digest = w.digests(chr(300 + 4 * turn + piece))
+            namespace = (b"B" * 32, w.name)[turn % 2]
+            got = w.index.reserve(("e", 1), 1, 0, namespace, b"", digest, 0.0)
+            assert got.slots, got.dropped
+            w.index.commit(got.id, 1)
+
+
+class Replay:
+    """Leaf-first LRU, by the book: scan for the oldest childless chunk."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.clock = room, itertools.count()
+        self.used: dict[str, float] = {}
+
+    def serve(self, chain: str) -> int:
+        hits = 0
+        while hits < len(chain) and chain[: hits + 1] in self.used:
+            hits += 1
+        self.stamp(chain, hits)
+        for depth in range(hits, len(chain)):
+            self.used[chain[: depth + 1]] = float("inf")
+            if len(self.used) > self.room:
+                leaves = [c for c in self.used if not any(o[:-1] == c for o in self.used)]
+                del self.used[min(leaves, key=self.used.__getitem__)]
+        self.stamp(chain, len(chain))
+        return hits
+
+    def stamp(self, chain: str, upto: int) -> None:
+        for depth in range(upto, 0, -1):
+            self.used[chain[:depth]] = next(self.clock)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hits_are_those_of_an_exact_leaf_first_lru(world: Callable[..., Any], seed: int) -> None:
+    draw, room = Random(seed), 12
+    w, replay = world(room, lease_share=1.0), Replay(room)
+    for _ in range(600):
+        chain = "".join(draw.choice("abc") for _ in range(draw.randint(1, 6)))
+        expected = replay.serve(chain)
+        lease = w.lease(chain)
+        assert (lease.chunks if lease else 0) == expected
+        if lease:
+            w.index.release(lease.id)
+        w.store(chain, known=expected)
+
+
+def test_a_chunk_costs_at_most_300_bytes_beyond_its_digest() -> None:
+    count, name = 20_000, b"n" * 32
+    ids = itertools.count(1)
+    digests = [n.to_bytes(32, "little") for n in range(count)]  # digests stand beyond what is measured: +32 below
+    tracemalloc.start()
+    try:
+        index = Index(Arena(), new_id=lambda: next(ids).to_bytes(16, "big"))
+        index.grow(count * 4096)
+        index.attach(name, [4096])
+        before, _ = tracemalloc.get_traced_memory()
+        for start in range(0, count, 40):
+            batch = [bytes(bytearray(digest)) for digest in digests[start : start + 40]]
+            index.commit(index.reserve(("e", 1), 1, 0, name, b"", batch, 0.0).id, 1)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert index.statistics()["held"]["chunks_ready"] == count
+    assert (after - before) / count - 32 <= 300

@@ -1,0 +1,242 @@
+"""Who may read and write what, and until when."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lmcache_trio._core.index import SERVER
+from lmcache_trio.errors import Gone, Misuse
+
+Make = Callable[..., Any]
+
+
+def test_a_lease_covers_the_leading_ready_run(world: Make) -> None:
+    w = world(8)
+    w.store("abc")
+    assert w.lease("abx").chunks == 2
+    assert w.lease("xab") is None
+    assert (w.counted["chunks_hit"], w.counted["chunks_missed"]) == (2, 4)
+
+
+def test_offered_leases_hold_at_most_their_share_and_taken_ones_do_not_count(world: Make) -> None:
+    w = world(8, lease_share=0.5)
+    w.store("abcdef")
+    first = w.lease("abc")
+    assert w.lease("abcdef").chunks == 4  # distinct bytes: a, b and c are counted once
+    w.store("x")
+    assert w.lease("x") is None
+    w.index.take(first.id)
+    assert w.lease("x") is None  # the second lease offers a, b and c still
+    w.index.expire(w.now + 31)
+    assert w.lease("x").chunks == 1
+
+
+def test_a_new_lease_of_a_session_ends_its_former_one(world: Make) -> None:
+    w = world(8)
+    w.store("ab")
+    first, second = w.lease("a", session=5), w.lease("ab", session=5)
+    with pytest.raises(Gone):
+        w.index.pin(first.id, "e", 1, 0, 0, 1)
+    w.index.pin(second.id, "e", 1, 0, 0, 2)
+    assert w.held["leases"] == 1
+
+
+def test_another_engine_cannot_tell_a_lease_from_none(world: Make) -> None:
+    w = world(8)
+    w.store("a")
+    lease = w.lease("a")
+    said = []
+    for ident in (lease.id, b"?" * 16):
+        with pytest.raises(Gone) as caught:
+            w.index.pin(ident, "thief", 1, 0, 0, 1)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(("shard", "start", "count"), [(2, 0, 1), (-1, 0, 1), (0, -1, 1), (0, 0, 0), (0, 1, 2)])
+def test_a_pin_outside_its_lease_is_misuse(world: Make, shard: int, start: int, count: int) -> None:
+    w = world(8, shards=2)
+    w.store("ab")
+    lease = w.lease("ab")
+    with pytest.raises(Misuse):
+        w.index.pin(lease.id, "e", 1, shard, start, count)
+    assert w.held["pins"] == 0
+
+
+def test_each_shard_of_a_chunk_has_its_own_place(world: Make) -> None:
+    w = world(8, shards=2)
+    w.store("a")
+    lease = w.lease("a")
+    pins = [w.index.pin(lease.id, "e", shard, shard, 0, 1) for shard in (0, 1)]
+    assert pins[1].offsets[0] - pins[0].offsets[0] == 4096
+
+
+def test_only_its_own_worker_ends_a_pin_and_only_once(world: Make) -> None:
+    w = world(8)
+    w.store("a")
+    pin = w.index.pin(w.lease("a").id, "e", 1, 0, 0, 1)
+    assert not w.index.unpin(pin.id, 2)
+    assert w.index.unpin(pin.id, 1)
+    assert not w.index.unpin(pin.id, 1)
+
+
+def test_a_lost_worker_loses_its_pins(world: Make) -> None:
+    w = world(8)
+    w.store("a")
+    lease = w.lease("a")
+    w.index.pin(lease.id, "e", 1, 0, 0, 1)
+    kept = w.index.pin(lease.id, "e", 2, 0, 0, 1)
+    w.index.lose_worker(1)
+    assert w.held["pins"] == 1
+    assert w.index.unpin(kept.id, 2)
+
+
+def test_a_reset_frees_idle_chunks_at_once_and_read_ones_when_read(world: Make) -> None:
+    w = world(8)
+    w.store("ab")
+    w.store("x")
+    lease = w.lease("ab")
+    pin = w.index.pin(lease.id, "e", 1, 0, 0, 2)
+    w.index.reset(w.name)
+    assert (w.hits("ab"), w.hits("x"), w.held["bytes_quarantined"]) == (0, 0, 2 * 4096)
+    with pytest.raises(Gone):
+        w.index.pin(lease.id, "e", 1, 0, 0, 2)
+    w.index.release(lease.id)
+    assert w.held["bytes_quarantined"] == 2 * 4096
+    assert w.index.unpin(pin.id, 1) is False
+    assert w.arena.used == 0
+
+
+def test_a_reservation_begun_before_a_reset_never_commits(world: Make) -> None:
+    w = world(8)
+    reservation = w.reserve("ab")
+    w.index.reset(w.name)
+    again = w.reserve("ab", worker=2)
+    assert {s.offset for s in again.slots}.isdisjoint({s.offset for s in reservation.slots})
+    with pytest.raises(Gone):
+        w.index.commit(reservation.id, 1)
+    assert w.held["bytes_quarantined"] == 0
+    assert len(w.index.commit(again.id, 2)) == 2
+
+
+def test_a_chunk_is_ready_when_every_shard_is(world: Make) -> None:
+    w = world(8, shards=2)
+    first, second = w.reserve("a"), w.reserve("a", worker=2, shard=1)
+    assert w.index.commit(first.id, 1) == []
+    assert w.hits("a") == 0
+    assert w.index.commit(second.id, 2) == [w.key("a")]
+
+
+def test_one_shards_abort_dooms_the_chunk_for_all(world: Make) -> None:
+    w = world(8, shards=2)
+    first, second = w.reserve("a"), w.reserve("a", worker=2, shard=1)
+    w.index.abort(first.id, 1)
+    assert w.held["chunks_quarantined"] == 1
+    assert w.index.commit(second.id, 2) == []
+    assert (w.hits("a"), w.arena.used) == (0, 0)
+
+
+def test_the_second_of_two_engines_gets_writing_drops(world: Make) -> None:
+    w = world(8)
+    w.reserve("ab", engine="x")
+    assert w.reserve("abc", engine="y", worker=2).dropped == {"writing": 2, "orphan": 1}
+    assert w.reserve("abc", engine="x", known=2, worker=1).slots
+
+
+def test_a_store_without_its_parent_is_an_orphan_and_one_past_the_arena_is_too_large(world: Make) -> None:
+    w = world(2)
+    assert w.reserve("ab", known=1).dropped == {"orphan": 1}
+    w.index.attach(b"L" * 32, [3 * 4096])
+    got = w.index.reserve(("e", 1), 1, 0, b"L" * 32, b"", w.digests("ab"), 0.0)
+    assert (got.id, got.dropped) == (b"", {"too_large": 2})
+    assert w.dropped == {"orphan": 1, "too_large": 2}
+
+
+def test_a_prompt_larger_than_the_arena_keeps_its_leading_chunks(world: Make) -> None:
+    w = world(3)
+    assert w.store("abcde").dropped == {"no_space": 2}
+    assert w.hits("abcde") == 3
+
+
+def test_an_ended_session_publishes_nothing_and_its_late_commit_ends_the_copy(world: Make) -> None:
+    w = world(8)
+    reservation = w.reserve("ab", session=3)
+    w.index.end_session(("e", 3))
+    assert w.held["slots_quarantined"] == 2
+    with pytest.raises(Gone):
+        w.index.commit(reservation.id, 1)
+    assert (w.hits("ab"), w.arena.used, w.held["reservations_ending"]) == (0, 0, 0)
+
+
+def test_a_lost_workers_slots_stay_in_quarantine_until_its_copies_ended(world: Make) -> None:
+    w = world(2)
+    w.reserve("ab")
+    w.index.lose_worker(1)
+    assert w.store("x").dropped == {"no_space": 1}
+    w.index.copies_ended(1)
+    assert w.store("x").slots
+
+
+def test_a_reservation_that_takes_too_long_is_aborted_but_stays_in_quarantine(world: Make) -> None:
+    w = world(2, reservation_timeout=60.0)
+    reservation = w.reserve("ab")
+    assert w.index.expire(59.0) == 60.0
+    assert w.index.expire(60.0) == float("inf")
+    assert w.held["slots_quarantined"] == 2
+    w.index.abort(reservation.id, 1)
+    w.index.abort(reservation.id, 1)
+    assert w.arena.used == 0
+
+
+def test_a_chunk_whose_other_shard_never_came_is_dropped_in_time(world: Make) -> None:
+    w = world(8, shards=2)
+    w.index.commit(w.reserve("a").id, 1)
+    assert w.index.expire(w.now + 60) == float("inf")
+    assert w.arena.used == 0
+
+
+def test_children_of_an_aborted_chunk_are_found_again_when_it_is_stored_anew(world: Make) -> None:
+    w = world(8)
+    parent = w.reserve("a")
+    w.index.commit(w.reserve("ab", known=1, worker=2).id, 2)
+    w.index.abort(parent.id, 1)
+    assert w.hits("ab") == 0
+    assert w.index.hold(w.key("ab")).parent is None
+    w.store("a")
+    assert w.hits("ab") == 2
+
+
+def test_a_load_takes_all_shards_at_once(world: Make) -> None:
+    w = world(8, shards=3)
+    load = w.index.reserve_load(w.name, b"", w.digests("a")[0], 0.0)
+    assert [slot.position for slot in load.slots] == [0, 1, 2]
+    assert w.index.reserve_load(w.name, b"", w.digests("a")[0], 0.0) is None
+    assert w.index.commit(load.id, SERVER) == [w.key("a")]
+    assert w.counted["loaded_chunks"] == 1
+
+
+def test_a_stranger_neither_commits_nor_aborts_a_reservation(world: Make) -> None:
+    w = world(8)
+    reservation = w.reserve("a")
+    w.index.abort(reservation.id, 2)
+    with pytest.raises(Gone):
+        w.index.commit(reservation.id, 2)
+    assert len(w.index.commit(reservation.id, 1)) == 1
+
+
+@pytest.mark.parametrize("digest", [b"", b"short", b"x" * 33])
+def test_a_digest_of_the_wrong_length_changes_nothing(world: Make, digest: bytes) -> None:
+    w = world(8)
+    with pytest.raises(Misuse):
+        w.index.reserve(("e", 1), 1, 0, w.name, b"", [w.digests("a")[0], digest], 0.0)
+    assert w.arena.used == 0
+
+
+def test_a_namespace_has_one_layout(world: Make) -> None:
+    w = world(8)
+    w.index.attach(w.name, [4096])
+    with pytest.raises(Misuse):
+        w.index.attach(w.name, [4097])
+    with pytest.raises(Misuse):
+        w.index.reserve(("e", 1), 1, 1, w.name, b"", w.digests("a"), 0.0)
