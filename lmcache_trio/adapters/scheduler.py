@@ -9,13 +9,12 @@ Every change of a lookup's state happens under the latch; each is decided by `_c
 
 import math
 import os
-import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import trio
 
-from lmcache_trio._core.keys import DIGEST_BYTES, chain_digests, join_digests, seed_of
+from lmcache_trio._core.keys import join_digests
 from lmcache_trio._core.lookup import LookupState
 from lmcache_trio._transport.conversation import Reply
 from lmcache_trio._wire.messages import (
@@ -32,23 +31,22 @@ from lmcache_trio._wire.messages import (
     Taken,
 )
 from lmcache_trio.adapters.link import Link, logger
+from lmcache_trio.adapters.prompts import Extras, Prompts
 from lmcache_trio.adapters.request import Pending, Request
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
 from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
-from lmcache_trio.threads import Handoff, Latch
+from lmcache_trio.threads import Handoff
 
 __all__ = ["SchedulerAdapter"]
 
-Extras = Callable[[int, int], bytes]
-_DEFAULT_CHUNK_TOKENS = 256
 _OPENING = 0.1
 """Seconds to wait for a session to be opened, before a store; 500 round trips."""
 _LEASE_MARGIN = 0.1
 """Share of a lease that is left unused: a load must begin before the server's clock ends, which began earlier."""
 
 
-class SchedulerAdapter:
+class SchedulerAdapter(Prompts):
     """Lookups for one engine. Its workers, joined by *engine_id*, move the bytes.
 
     *identity* names the model and all else that changes what a token's KV is; it seeds every digest. *lookup_timeout*:
@@ -75,23 +73,11 @@ class SchedulerAdapter:
             raise Misuse(f"poll_interval ({poll_interval} s) is longer than lookup_timeout ({lookup_timeout} s)")
         if lease_timeout is not None:
             _check("lease_timeout", lease_timeout)
-        if block_tokens < 1:
-            raise Misuse(f"block_tokens is {block_tokens}: it must be 1 or more")
-        self.block_tokens = block_tokens
-        self.chunk_tokens = _DEFAULT_CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
-        self._chunk_tokens_fixed = chunk_tokens is not None
-        if self._chunk_tokens_fixed:
-            self._check_chunk_tokens(self.chunk_tokens)
-        self._identity = tuple(identity)
-        self._seed = self._make_seed()
+        super().__init__(identity, block_tokens, chunk_tokens)
         self._lookup_timeout = lookup_timeout
         self._poll_interval = poll_interval
         self._lease_timeout = math.inf if lease_timeout is None else lease_timeout
         self._clock = time.monotonic
-        self._latch = Latch()
-        self._requests: dict[str, Request] = {}
-        self._sessions: dict[int, Request] = {}
-        self._next_session = secrets.randbits(62)
         self._silent: tuple[Client, int] | None = None
         self._warned = False
         hello = Hello(PROTOCOL_VERSION, f"scheduler {os.getpid()}", os.urandom(16), Role.SCHEDULER, engine_id)
@@ -193,16 +179,6 @@ class SchedulerAdapter:
 
     # --- digests and sessions ---------------------------------------------------------------------------------------
 
-    def extend(self, request_id: str, token_ids: Sequence[int], *, extras: Extras | None = None) -> list[bytes]:
-        """Digests of all full chunks of *token_ids*, whose leading tokens are those known before; hashed once."""
-        request = self._request(request_id)
-        self._extend(request, token_ids, extras)
-        return request.digests[: len(token_ids) // self.chunk_tokens]
-
-    def session_spec(self, request_id: str) -> int:
-        """The number of the request's session; a request that is new gets one."""
-        return self._request(request_id).session
-
     def store_spec(self, request_id: str, first_chunk: int, block_ids: Sequence[int]) -> StoreSpec:
         """What a worker needs to store the chunks from *first_chunk* on, whose blocks are *block_ids* in order.
 
@@ -253,10 +229,6 @@ class SchedulerAdapter:
             with self._latch:
                 del self._requests[request_id], self._sessions[request.session]
             self._notify(request, Ended(request.session))
-
-    def num_blocks_per_chunk(self) -> int:
-        """The engine's blocks in one chunk."""
-        return self.chunk_tokens // self.block_tokens
 
     def is_healthy(self) -> bool:
         """Is a server there that answers, and does it know the layout of all of the engine's workers?"""
@@ -332,16 +304,6 @@ class SchedulerAdapter:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _request(self, request_id: str) -> Request:
-        request = self._requests.get(request_id)
-        if request is None:
-            self._next_session = (self._next_session + 1) % (1 << 62)
-            request = Request(self._next_session)
-            with self._latch:
-                self._requests[request_id] = request
-                self._sessions[request.session] = request
-        return request
-
     def _same_prompt(
         self, request_id: str, request: Request, token_ids: Sequence[int], extras: Extras | None
     ) -> Request:
@@ -354,20 +316,6 @@ class SchedulerAdapter:
         request.source = token_ids
         return request
 
-    def _extend(self, request: Request, token_ids: Sequence[int], extras: Extras | None) -> None:
-        done, count = len(request.digests), len(token_ids) // self.chunk_tokens
-        if count > done:
-            parent = request.digests[-1] if done else self._seed
-            request.digests += self._hash(parent, token_ids, done, count, extras)
-
-    def _hash(
-        self, parent: bytes, token_ids: Sequence[int], first: int, end: int, extras: Extras | None
-    ) -> list[bytes]:
-        width = self.chunk_tokens
-        mixed = None if extras is None else [extras(i * width, (i + 1) * width) for i in range(first, end)]
-        tokens = token_ids[first * width : end * width]
-        return chain_digests(parent, tokens, width, mixed)
-
     def _open_session(self, request: Request) -> None:
         """The worker's connection may be faster than ours, and slots are given to known sessions only: so wait."""
         client = self._usable()
@@ -375,8 +323,12 @@ class SchedulerAdapter:
             return
         opened: Handoff[bool] = Handoff()
         opening = Lookup(client.new_id(), request.session, 0, b"", 0)
+
+        def on_reply(reply: Reply) -> None:
+            opened.set(True)
+
         try:
-            client.request_nowait(opening, lambda reply: opened.set(True))
+            client.request_nowait(opening, on_reply)
         except Unavailable:
             return  # the store will be dropped and counted
         request.client, request.sent = client, 0
@@ -441,20 +393,7 @@ class SchedulerAdapter:
                 self._take_answer(pending, message)
 
     async def _on_connected(self, client: Client) -> None:
-        if client.chunk_tokens != self.chunk_tokens:
-            if self._chunk_tokens_fixed:
-                raise Misuse(
-                    f"the server's chunk_tokens is {client.chunk_tokens} and this engine's {self.chunk_tokens}:"
-                    " set them alike, or leave the engine's out"
-                )
-            self._check_chunk_tokens(client.chunk_tokens)
-            with self._latch:
-                self.chunk_tokens = client.chunk_tokens
-                self._seed = self._make_seed()
-                for request in self._requests.values():
-                    request.digests.clear()
-        self._check_chunk_tokens(self.chunk_tokens)
-        self._chunk_tokens_fixed = True
+        self._adopt_chunk_tokens(client.chunk_tokens)
         client.on_push = self._on_push
 
     def _on_lost(self) -> None:
@@ -464,28 +403,6 @@ class SchedulerAdapter:
                     request.machine.release()
                 if request.pending is not None:
                     self._settle(request.pending)
-
-    def _make_seed(self) -> bytes:
-        seed = seed_of(*self._identity, str(self.chunk_tokens))
-        assert len(seed) == DIGEST_BYTES
-        return seed
-
-    def _check_chunk_tokens(self, chunk_tokens: int) -> None:
-        if chunk_tokens < 1 or chunk_tokens % self.block_tokens:
-            raise Misuse(
-                f"chunk_tokens ({chunk_tokens}) is no multiple of the engine's block_tokens ({self.block_tokens}):"
-                " set the server's chunk_tokens to one that is"
-            )
-
-    def _check_span(self, external_tokens: int, local_tokens: int, block_ids: Sequence[int]) -> int:
-        """The number of chunks that the span touches."""
-        for name, value in (("external_tokens", external_tokens), ("local_tokens", local_tokens)):
-            if value < 0 or value % self.block_tokens:
-                raise Misuse(f"{name} is {value}: it must be a multiple of block_tokens ({self.block_tokens})")
-        if len(block_ids) * self.block_tokens != external_tokens:
-            raise Misuse(f"block_ids has {len(block_ids)} blocks for {external_tokens} external_tokens")
-        end = local_tokens + external_tokens
-        return -(-end // self.chunk_tokens) - local_tokens // self.chunk_tokens
 
 
 def _check(name: str, seconds: float) -> None:

@@ -55,7 +55,12 @@ def test_a_lookup_from_memory_is_one_message_each_way(one: Side, monkeypatch: py
     client = one.scheduler._link.client
     assert client is not None
     send, heard = client._connection.send_nowait, client.heard
-    monkeypatch.setattr(client._connection, "send_nowait", lambda frame: (sent.append(frame), send(frame)))
+
+    def counted(frame: bytes) -> None:
+        sent.append(frame)
+        send(frame)
+
+    monkeypatch.setattr(client._connection, "send_nowait", counted)
     assert one.lookup("r", TOKENS) == 4 * CHUNK
     assert (len(sent), client.heard - heard) == (1, 1)
     assert one.lookup("r", TOKENS) == 4 * CHUNK

@@ -45,7 +45,12 @@ def test_background_jobs_are_reported_once_when_they_are_over(live_server: Serve
     one.worker.submit_store(one.scheduler.store_spec("r", 1, FROM[4:]))
     one.worker.wait_stores(["r"])
     finished: set[str] = set()
-    wait_until(lambda: bool(finished.update(one.worker.take_finished()[0]) or finished))
+
+    def stored() -> bool:
+        finished.update(one.worker.take_finished()[0])
+        return bool(finished)
+
+    wait_until(stored)
     assert finished == {"r"}
     assert one.worker.take_finished() == (set(), set())
     assert one.lookup("again", TOKENS) == 3 * CHUNK
