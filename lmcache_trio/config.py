@@ -208,10 +208,10 @@ def structure(cls: type[T], table: Mapping[str, Any], key: str = "") -> T:
     try:
         return _converter.structure(plain, cls)
     except cattrs.BaseValidationError as exc:
-        _explain(exc, key, cls)
+        _explain(exc, key)
 
 
-def _explain(exc: BaseException, key: str, cls: type[Any] | None) -> NoReturn:
+def _explain(exc: BaseException, key: str) -> NoReturn:
     """Raise the first problem in cattrs' tree of errors as a ConfigError with its dotted key."""
     if isinstance(exc, ConfigError):
         raise ConfigError(_join(key, exc.key), exc.problem) from exc
@@ -220,12 +220,12 @@ def _explain(exc: BaseException, key: str, cls: type[Any] | None) -> NoReturn:
     if isinstance(exc, ClassValidationError):
         named, others = exc.group_exceptions()
         for cause, note in named:
-            _explain(cause, _join(key, note.name), None)
+            _explain(cause, _join(key, note.name))
         for other in others:
-            _explain(other, key, exc.cl)
+            _explain(other, key)
     if isinstance(exc, IterableValidationError):
         for cause, place in exc.group_exceptions()[0]:
-            _explain(cause, _join(key, str(place.index)), None)
+            _explain(cause, _join(key, str(place.index)))
     if isinstance(exc, KeyError):
         raise ConfigError(key, "is missing; it has no default") from exc
     raise ConfigError(key or "configuration", str(exc)) from exc

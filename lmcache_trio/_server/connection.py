@@ -7,6 +7,8 @@ word.
 
 import logging
 import os
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 import trio
 
@@ -30,7 +32,11 @@ BURST = 32
 """Messages of one client that are carried out in a row before others get their turn (about 1 ms)."""
 
 
-async def serve_client(state: State, client: Client, listener: PairListener) -> None:
+Alongside = Callable[..., AbstractAsyncContextManager[None]]
+"""`async with alongside(fn, *args)`: *fn* runs as a task for as long as the block does. Given by `supervise`."""
+
+
+async def serve_client(state: State, client: Client, listener: PairListener, alongside: Alongside) -> None:
     """Wait for *client* to take up its address, then serve it until either side ends it, and all that it owned."""
     path = socket_path(listener.address)
     try:
@@ -47,10 +53,8 @@ async def serve_client(state: State, client: Client, listener: PairListener) -> 
                 state.counted["refused"] += 1
                 log.warning("a process other than the one that said HELLO took up the connection of %s: ended", client)
                 return
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_write, client, client.transport)
+            async with alongside(_write, client, client.transport):
                 await _read_guarded(state, client, client.transport)
-                nursery.cancel_scope.cancel()
     finally:
         listener.close()
         if client.transport is not None:

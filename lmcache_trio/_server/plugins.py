@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-from lmcache_trio.abc import Memory
+from lmcache_trio.abc import Memory, Tier
 from lmcache_trio.config import structure
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["find_backend", "make_backend", "make_memory"]
 
-P = TypeVar("P")
+P = TypeVar("P", bound=Memory | Tier)
 
 
 def make_memory(table: Mapping[str, Any]) -> Memory:

@@ -15,7 +15,7 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -151,7 +151,16 @@ async def _admit(state: State, front: Rendezvous, connections: trio.Nursery) -> 
             introduction.reply(encode(Refused(ErrorKind.UNAVAILABLE, f"no connection could be made: {exc}")))
             continue
         introduction.reply(encode(rendezvous.welcome(state, client, listener.address)))
-        connections.start_soon(serve_client, state, client, listener, name=str(client))
+        connections.start_soon(serve_client, state, client, listener, _alongside, name=str(client))
+
+
+@asynccontextmanager
+async def _alongside(fn: Callable[..., Awaitable[None]], *args: object) -> AsyncIterator[None]:
+    """Run *fn* as a task while the block runs, and cancel it at the block's end."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fn, *args)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 def _count_tasks(nursery: trio.Nursery) -> int:

@@ -48,13 +48,19 @@ class HeapMemory(Memory):
     """A memory that no other process sees: for servers under a clock that jumps, where no thread may run."""
 
     Config = HeapConfig
-    path = "/nowhere/heap.arena"
-    nonce = b"n" * 16
 
     def __init__(self, config: HeapConfig) -> None:
         super().__init__(config)
         self.taken = 0
         self.go_on = trio.Semaphore(1, max_value=1_000_000)
+
+    @property
+    def path(self) -> str:
+        return "/nowhere/heap.arena"
+
+    @property
+    def nonce(self) -> bytes:
+        return b"n" * 16
 
     @property
     def size(self) -> int:

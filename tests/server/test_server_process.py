@@ -184,7 +184,8 @@ async def test_nothing_is_held_of_a_client_that_was_killed_in_the_middle_by_noti
     async with open_server(config) as server:
         arguments = [sys.executable, "-c", WORKER, server.address, str(Path(__file__).parent)]
         async with trio.open_nursery() as nursery:
-            process = await nursery.start(_run, arguments)
+            process: trio.Process = await nursery.start(_run, arguments)
+            assert process.stdout is not None
             assert (await process.stdout.receive_some()).startswith(b"in the middle")
             held = server.statistics()["held"]
             assert (held["connections"], held["leases"], held["pins"], held["slots_writing"]) == (2, 1, 1, 2)
@@ -206,7 +207,7 @@ def _nothing_of_it(held: dict[str, Any]) -> bool:
     return not any(held[name] for name in (*names, "slots_writing", "slots_quarantined"))
 
 
-async def _run(arguments: list[str], task_status: "trio.TaskStatus[trio.Process]") -> None:
+async def _run(arguments: list[str], *, task_status: trio.TaskStatus[trio.Process]) -> None:
     await trio.run_process(arguments, stdout=subprocess.PIPE, check=False, task_status=task_status)
 
 
