@@ -101,7 +101,7 @@ class DiskTier(Tier):
         await self._living().delete(namespace)
 
     def statistics(self) -> dict[str, int | str]:
-        """Held: `chunks`, `bytes_used`, `bytes_taken` by slabs, `ready` (0: the index is being read). The rest is counted."""
+        """Held: `chunks`, `bytes_used`, `bytes_taken` by slabs, `ready` (0: the index is read). The rest is counted."""
         held: dict[str, int | str] = {"chunks": 0, "bytes_used": 0, "bytes_capacity": Budget.of(self.config.size).slabs}
         if self._life is not None:
             held |= self._life.statistics()

@@ -1,0 +1,287 @@
+"""The disk tier's decisions against a model too simple to be wrong, killed at any point.
+
+The model's index file is a dict, its disk a list of byte ranges with an owner each. What must hold whatever happens: no
+byte has two owners, no row of the index file names bytes that are another's, and after a kill usage is exact.
+"""
+
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from lmcache_trio_backends._disk_directory import Directory
+from lmcache_trio_backends._disk_rows import Doomed, Read, Row, Write, extent_of, index_cost
+
+from lmcache_trio._core.arena import Arena
+from lmcache_trio.abc import ChunkKey
+from lmcache_trio.errors import Misuse
+
+PAGE = 4096
+TAKEN = 24 * PAGE
+ROWS = 12
+NAMESPACES = [b"a" * 32, b"b" * 32]
+DIGESTS = [bytes([i]) * 32 for i in range(8)]
+LENGTHS = [(1,), (PAGE,), (PAGE + 1,), (100, 3 * PAGE), (9 * PAGE,)]
+
+keys = st.builds(ChunkKey, st.sampled_from(NAMESPACES), st.sampled_from(DIGESTS))
+
+
+class DiskMachine(RuleBasedStateMachine):
+    """Everything that the shell does, in any order, and a kill at any moment."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.file: dict[bytes, Row] = {}  # outlives a kill; the rest does not
+        self.boot()
+
+    def boot(self) -> None:
+        self.directory = Directory(Arena(), ROWS * index_cost(1))
+        self.directory.restore(self.file[key] for key in sorted(self.file))
+        for _ in self.directory.rebuild(TAKEN):
+            pass
+        self.writes: list[Write] = []
+        self.written: list[Write] = []  # bytes and row stand, the directory does not know it yet
+        self.reads: list[Read] = []
+        self.erasing: list[Doomed] = []
+        self.erased: list[Doomed] = []
+        self.published: dict[ChunkKey, Write | None] = {ChunkKey(key[:32], key[32:]): None for key in self.file}
+        self.forgotten: set[int] = set()  # generations of writes
+        assert self.directory.statistics()["bytes_used"] == sum(self._range(row)[1] for row in self.file.values())
+        assert self.directory.statistics()["chunks"] == len(self.file)
+
+    @staticmethod
+    def _range(row: Row) -> tuple[int, int]:
+        lengths = [int.from_bytes(row[5][i : i + 8], "little") for i in range(0, len(row[5]), 16)]
+        return row[2], sum(-(-length // PAGE) * PAGE for length in lengths)
+
+    @rule(key=keys, parent=st.sampled_from([b"", *DIGESTS]), lengths=st.sampled_from(LENGTHS))
+    def reserve(self, key: ChunkKey, parent: bytes, lengths: tuple[int, ...]) -> None:
+        if self.directory.knows(key):
+            with pytest.raises(Misuse):
+                self.directory.reserve(key, parent, lengths)
+            return
+        write = self.directory.reserve(key, parent, lengths)
+        if write is None:
+            return
+        taken = (write.offset, extent_of(lengths))
+        for row in self.file.values():
+            assert not _overlap(taken, self._range(row)), "bytes were given away that a row still names"
+        for other in [*self.writes, *self.written]:
+            assert not _overlap(taken, (other.offset, extent_of(other.lengths)))
+        self.writes.append(write)
+
+    @precondition(lambda self: self.writes)
+    @rule(data=st.data())
+    def write_the_row(self, data: st.DataObject) -> None:
+        write = self.writes.pop(data.draw(st.integers(0, len(self.writes) - 1)))
+        row = write.as_row([7] * len(write.lengths))
+        self.file[row[0]] = row
+        self.written.append(write)
+
+    @precondition(lambda self: self.written)
+    @rule()
+    def publish(self) -> None:
+        write = self.written.pop(0)
+        alive = self.directory.publish(write, [7] * len(write.lengths))
+        assert alive == (write.generation not in self.forgotten)
+        assert self.directory.contains(write.key) == alive or write.generation in self.forgotten
+        if alive:
+            self.published[write.key] = write
+
+    @precondition(lambda self: self.writes)
+    @rule()
+    def abort(self) -> None:
+        write = self.writes.pop()
+        self.directory.abort(write)
+        if write.generation not in self.forgotten:
+            assert not self.directory.knows(write.key)
+
+    @rule(key=keys, lengths=st.sampled_from(LENGTHS))
+    def begin_read(self, key: ChunkKey, lengths: tuple[int, ...]) -> None:
+        read = self.directory.begin_read(key, lengths)
+        if read is not None:
+            assert key in self.published
+            assert self.file[key.namespace + key.digest][2] == read.offset
+            self.reads.append(read)
+
+    @precondition(lambda self: self.reads)
+    @rule(data=st.data(), wrong=st.booleans())
+    def end_read(self, data: st.DataObject, wrong: bool) -> None:
+        read = self.reads.pop(data.draw(st.integers(0, len(self.reads) - 1)))
+        alive = self.directory.end_read(read)
+        row = self.file.get(read.key.namespace + read.key.digest)
+        assert not alive or (row is not None and row[3] == read.generation)
+        if alive and wrong:
+            assert self.directory.quarantine(read)
+            assert not self.directory.quarantine(read)
+            del self.published[read.key]
+        elif alive:
+            self.directory.touch(read.key)
+
+    @rule(length=st.sampled_from([1, PAGE, 5 * PAGE]))
+    def evict(self, length: int) -> None:
+        held = {read.key for read in self.reads}
+        count = self.directory.evict(length)
+        gone = [key for key in self.published if not self.directory.contains(key)]
+        assert len(gone) == count
+        for key in gone:
+            children = [k for k in self.published if k.namespace == key.namespace and self._parent(k) == key.digest]
+            assert all(child in gone or child == key for child in children), "a parent went before its child"
+            assert key not in held or all(read.key != key for read in self.reads if self.directory.contains(read.key))
+            del self.published[key]
+        assert count or not self._leaves(held)
+
+    def _parent(self, key: ChunkKey) -> bytes:
+        return self.file[key.namespace + key.digest][1]
+
+    def _leaves(self, held: set[ChunkKey]) -> list[ChunkKey]:
+        parents = {(key.namespace, self._parent(key)) for key in self.published}
+        return [key for key in self.published if (key.namespace, key.digest) not in parents and key not in held]
+
+    @rule(namespace=st.sampled_from(NAMESPACES))
+    def forget(self, namespace: bytes) -> None:
+        self.directory.forget(namespace)
+        self.published = {key: write for key, write in self.published.items() if key.namespace != namespace}
+        for write in [*self.writes, *self.written]:
+            if write.key.namespace == namespace:
+                self.forgotten.add(write.generation)
+
+    @rule(limit=st.integers(1, 5))
+    def take_doomed(self, limit: int) -> None:
+        self.erasing += self.directory.take_doomed(limit)
+
+    @precondition(lambda self: self.erasing)
+    @rule()
+    def erase_the_row(self) -> None:
+        one = self.erasing.pop(0)
+        row = self.file.get(one.key)
+        if row is not None and row[3] == one.generation:
+            del self.file[one.key]
+        self.erased.append(one)
+
+    @precondition(lambda self: self.erased)
+    @rule()
+    def free_its_bytes(self) -> None:
+        self.directory.erased([self.erased.pop(0)])
+
+    @rule(limit=st.integers(1, 5))
+    def write_recency(self, limit: int) -> None:
+        for recency, name, generation in self.directory.take_touched(limit):
+            row = self.file.get(name)
+            if row is not None and row[3] == generation:
+                self.file[name] = (*row[:4], recency, row[5])
+
+    @rule()
+    def kill(self) -> None:
+        self.boot()
+
+    @rule()
+    def finish_everything_and_begin_from_nothing(self) -> None:
+        while self.reads:
+            self.directory.end_read(self.reads.pop())
+        while self.writes:
+            self.abort()
+        while self.written:
+            self.publish()
+        for namespace in NAMESPACES:
+            self.forget(namespace)
+        self.take_doomed(1000)
+        while self.erasing:
+            self.erase_the_row()
+        while self.erased:
+            self.free_its_bytes()
+        assert not self.file
+        assert self.directory.statistics() == {"chunks": 0, "bytes_used": 0, "bytes_index_planned": 0}
+
+    @invariant()
+    def no_two_rows_share_a_byte(self) -> None:
+        ranges = sorted(self._range(row) for row in getattr(self, "file", {}).values())
+        for (start, length), (following, _) in pairwise(ranges):
+            assert start + length <= following
+
+    @invariant()
+    def what_is_published_is_found(self) -> None:
+        if hasattr(self, "published"):
+            for namespace in NAMESPACES:
+                for digest in DIGESTS:
+                    key = ChunkKey(namespace, digest)
+                    assert self.directory.contains(key) == (key in self.published)
+            assert self.directory.statistics()["chunks"] == len(self.published)
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[0] + other[1] and other[0] < one[0] + one[1]
+
+
+DiskMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestDiskMachine = DiskMachine.TestCase
+
+
+def _key(number: int) -> ChunkKey:
+    return ChunkKey(NAMESPACES[0], DIGESTS[number])
+
+
+def _store(directory: Directory, number: int, parent: int | None = None) -> Row:
+    write = directory.reserve(_key(number), b"" if parent is None else DIGESTS[parent], (PAGE,))
+    assert write is not None
+    assert directory.publish(write, [0])
+    return write.as_row([0])
+
+
+def _directory() -> Directory:
+    directory = Directory(Arena(), 1 << 20)
+    for _ in directory.rebuild(TAKEN):
+        pass
+    return directory
+
+
+def _evict(directory: Directory) -> int:
+    before = [n for n in range(8) if directory.contains(_key(n))]
+    assert directory.evict(1) == 1
+    (gone,) = [n for n in before if not directory.contains(_key(n))]
+    return gone
+
+
+def test_the_least_recently_used_leaf_goes_first_and_its_parent_inherits_its_recency() -> None:
+    directory = _directory()
+    _store(directory, 0)
+    _store(directory, 1, parent=0)
+    _store(directory, 2)
+    _store(directory, 3)
+    directory.touch(_key(1))
+    assert [_evict(directory) for _ in range(4)] == [2, 3, 1, 0]
+
+
+def test_a_parent_that_comes_after_its_child_is_no_leaf() -> None:
+    directory = _directory()
+    _store(directory, 1, parent=0)
+    _store(directory, 0)
+    directory.touch(_key(1))
+    assert [_evict(directory) for _ in range(2)] == [1, 0]
+
+
+def test_what_is_being_read_is_not_evicted() -> None:
+    directory = _directory()
+    _store(directory, 0)
+    read = directory.begin_read(_key(0), (PAGE,))
+    assert read is not None
+    assert directory.evict(1) == 0
+    assert directory.end_read(read)
+    assert _evict(directory) == 0
+
+
+def test_rows_that_lie_over_each_other_or_outside_are_dropped_and_their_bytes_given_once() -> None:
+    rows = [_store(_directory(), n) for n in range(3)]
+    rows[1] = (*rows[1][:2], 0, 99, *rows[1][4:])  # over the first
+    rows[2] = (*rows[2][:2], TAKEN, *rows[2][3:])  # behind the end
+    directory = Directory(Arena(), 1 << 20)
+    directory.restore(rows)
+    for _ in directory.rebuild(TAKEN):
+        pass
+    assert directory.statistics()["chunks"] == 1
+    directory.erased(directory.take_doomed(10))
+    assert directory.statistics()["bytes_used"] == PAGE
+    directory.forget(NAMESPACES[0])
+    directory.erased(directory.take_doomed(10))
+    assert directory.statistics() == {"chunks": 0, "bytes_used": 0, "bytes_index_planned": 0}
