@@ -1,0 +1,108 @@
+"""The client of a Trio program against a server in the same loop, over real sockets and real shared memory."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from lmcache_trio import Client, Config, Role, Server, open_client, open_server
+from lmcache_trio._transport.arena_map import ArenaMap
+from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
+
+SHARD = 4096
+DIGESTS = [bytes([i]) * 32 for i in range(1, 4)]
+
+
+@asynccontextmanager
+async def engine(tmp_path: Path) -> AsyncIterator[tuple[Server, Client, Client]]:
+    """A server, a scheduler, and a worker that registered."""
+    config = Config(address=f"ipc://{tmp_path}/c.ipc", memory={"backend": "cpu", "size": 1 << 20}, grace=0.1)
+    with trio.fail_after(20):
+        async with open_server(config) as server:
+            async with open_client(config.address, role=Role.SCHEDULER, engine="e") as scheduler:
+                async with open_client(config.address, role=Role.WORKER, engine="e") as worker:
+                    await worker.register(b"f" * 32, SHARD, 16)
+                    while not worker.taken:
+                        await worker.ping()
+                    yield server, scheduler, worker
+
+
+async def test_what_is_stored_is_retrieved_byte_for_byte(tmp_path: Path) -> None:
+    async with engine(tmp_path) as (_, scheduler, worker):
+        assert (await scheduler.lookup(1, DIGESTS)).chunks == 0
+        async with worker.storing(1, b"", DIGESTS) as storing:
+            assert list(storing.slots) == [0, 1, 2]
+            for position, slot in storing.slots.items():
+                slot[:] = bytes([position + 7]) * SHARD
+        answer = await scheduler.lookup(2, DIGESTS)
+        assert answer.chunks == 3
+        async with worker.retrieving(answer.lease, 1, 2) as chunks:
+            assert [bytes(chunk) for chunk in chunks] == [bytes([8]) * SHARD, bytes([9]) * SHARD]
+
+
+async def test_a_store_whose_body_raises_is_aborted_and_leaves_nothing(tmp_path: Path) -> None:
+    async with engine(tmp_path) as (server, scheduler, worker):
+        await scheduler.lookup(1, DIGESTS)
+        with pytest.raises(ZeroDivisionError):
+            async with worker.storing(1, b"", DIGESTS):
+                raise ZeroDivisionError
+        await worker.ping()
+        assert server.statistics()["held"]["reservations"] == 0
+        assert (await scheduler.lookup(2, DIGESTS)).chunks == 0
+
+
+async def test_a_read_across_a_reset_is_told_that_it_is_stale(tmp_path: Path) -> None:
+    async with engine(tmp_path) as (_, scheduler, worker):
+        await scheduler.lookup(1, DIGESTS)
+        async with worker.storing(1, b"", DIGESTS):
+            pass
+        answer = await scheduler.lookup(2, DIGESTS)
+        with pytest.raises(Gone, match="not valid"):
+            async with worker.retrieving(answer.lease, 0, 3):
+                await scheduler.reset()
+
+
+async def test_storing_needs_a_layout_and_an_arena(tmp_path: Path) -> None:
+    async with engine(tmp_path) as (server, scheduler, _):
+        with pytest.raises(Unavailable, match=r"Role\.WORKER"):
+            async with scheduler.storing(1, b"", DIGESTS):
+                pass
+        async with open_client(server.address, role=Role.WORKER, engine="other") as worker:
+            with pytest.raises(Misuse, match="register"):
+                async with worker.storing(1, b"", DIGESTS):
+                    pass
+
+
+async def test_nobody_listening_is_unavailable_at_once(tmp_path: Path) -> None:
+    with trio.fail_after(5), pytest.raises(Unavailable):
+        async with open_client(f"ipc://{tmp_path}/nobody.ipc"):
+            pass
+
+
+def test_an_arena_with_another_nonce_is_not_mapped_and_says_what_to_share(tmp_path: Path) -> None:
+    file = tmp_path / "arena"
+    file.write_bytes(b"a" * 16 + bytes(4080))
+    with pytest.raises(Unavailable, match="--ipc=host"):
+        ArenaMap.open(str(file), 1 << 20, b"b" * 16)
+    with pytest.raises(Unavailable, match="--ipc=host"):
+        ArenaMap.open(str(tmp_path / "none"), 1 << 20, b"a" * 16)
+
+
+async def test_a_mapping_reaches_beyond_the_file_and_is_never_touched_there(tmp_path: Path) -> None:
+    file = tmp_path / "arena"
+    file.write_bytes(b"a" * 16 + bytes(4080))
+    arena = ArenaMap.open(str(file), 1 << 30, b"a" * 16)
+    view = arena.view(0, 4096)
+    assert bytes(view[:16]) == b"a" * 16
+    for offset, length in ((4096, 1), (0, 4097), (-1, 1), (1 << 30, 1)):
+        with pytest.raises(ProtocolError, match="outside"):
+            arena.view(offset, length)
+    with file.open("ab") as more:
+        more.write(b"z" * 4096)
+    assert bytes(arena.view(4096, 4096)) == b"z" * 4096
+    await arena.populate(8192)
+    assert arena.populated == 8192
+    del arena
+    assert bytes(view[:16]) == b"a" * 16  # a view keeps the mapping
