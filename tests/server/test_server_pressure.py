@@ -1,4 +1,4 @@
-"""Many at once: aborted lookups, two writers of one prompt, an arena in which everything is leased."""
+"""Many at once, and little room: aborted lookups, two writers of one prompt, an arena that is small or growing."""
 
 import random
 from typing import Any
@@ -6,7 +6,19 @@ from typing import Any
 import trio
 
 from lmcache_trio._wire.codec import encode, unpack_positions
-from lmcache_trio._wire.messages import Abort, Ack, Ended, Lookup, Ping, Pinned, Pong, Release, Retrieve, Taken
+from lmcache_trio._wire.messages import (
+    Abort,
+    Ack,
+    ArenaGrown,
+    Ended,
+    Lookup,
+    Ping,
+    Pinned,
+    Pong,
+    Release,
+    Retrieve,
+    Taken,
+)
 
 
 async def test_a_thousand_lookups_aborted_at_random_points_leave_held_as_before(rig: Any, digests: Any) -> None:
@@ -91,3 +103,52 @@ async def test_a_client_that_dies_with_a_flood_of_requests_under_way_leaves_noth
     assert before["sessions"] == 0
     await scheduler.get(Pong, Ping)
     await worker.get(Pong, Ping)
+
+
+async def test_taken_leaves_the_lease_share(rigs: Any, heap: Any, digests: Any) -> None:
+    async with rigs(heap(size=(64 << 10) * 4 + 4096 * 5), lease_share=0.5) as rig:
+        scheduler, worker = await rig.engine()
+        await rig.stored(scheduler, worker, 1, digests(4))
+        first = await scheduler.lookup(2, digests(4))
+        assert first.chunks == 2
+        assert (await scheduler.lookup(3, digests(4, "none"))).chunks == 0
+        await scheduler.tell(Taken(2, first.lease))
+        assert (await scheduler.lookup(4, digests(4))).chunks >= 2
+        assert rig.held("leases") == {"leases": 2}
+
+
+async def test_clients_are_told_when_the_arena_grows(rigs: Any, heap: Any) -> None:
+    async with rigs(heap(size=4 << 20, pieces=4)) as rig:
+        await rig.until(bytes_taken=1 << 20)
+        worker = await rig.worker()
+        rig.memory.go_on.release()
+        assert (await worker.pushed(ArenaGrown)).taken == 2 << 20
+        rig.memory.go_on.release()
+        assert (await worker.pushed(ArenaGrown)).taken == 3 << 20
+        assert rig.held("bytes_taken") == {"bytes_taken": 3 << 20}
+
+
+async def test_an_arena_smaller_than_one_prompt_stores_what_fits_and_counts_the_rest(
+    rigs: Any, heap: Any, digests: Any
+) -> None:
+    async with rigs(heap(size=(64 << 10) * 3 + 4096)) as rig:
+        scheduler, worker = await rig.engine()
+        await scheduler.lookup(1, digests(8))
+        made = await worker.reserve(1, digests(8))
+        assert unpack_positions(made.positions) == (0, 1, 2)
+        assert made.dropped == {"no_space": 5}
+        assert await worker.commit(made.reservation) == 3
+
+
+async def test_after_every_operation_held_is_as_before(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.until(bytes_taken=rig.memory.size)
+    await scheduler.get(Pong, Ping)
+    before = rig.held()
+    for session in range(20):
+        await scheduler.lookup(session, digests(3))
+        made = await worker.reserve(session, digests(3))
+        await worker.get(Ack, Abort, made.reservation)
+        await scheduler.end(session)
+    await scheduler.get(Pong, Ping)
+    assert rig.held() == before

@@ -202,6 +202,16 @@ async def test_nothing_is_held_of_a_client_that_was_killed_in_the_middle_by_noti
             print(f"\n[killed client forgotten {took * 1000:.0f} ms after SIGKILL]", end=" ")
 
 
+async def test_a_client_over_tcp_is_welcome_without_an_arena_and_told_why(connect: Any) -> None:
+    config = Config(address="tcp://127.0.0.1:0", memory={"backend": "cpu", "size": 1 << 20})
+    async with open_server(config) as server:
+        assert not server.address.endswith(":0")
+        worker = await connect(server.address, Role.WORKER)
+        assert worker.welcome.arena_path == ""
+        assert "ipc://" in worker.welcome.arena_note
+        worker.connection.close()
+
+
 def _nothing_of_it(held: dict[str, Any]) -> bool:
     names = ("connections", "engines", "sessions", "leases", "pins", "reservations", "lost_writers")
     return not any(held[name] for name in (*names, "slots_writing", "slots_quarantined"))

@@ -1,27 +1,22 @@
 """What a server answers: lookups, stores, retrieves, sessions, engines; each rule by its words."""
 
-import struct
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from lmcache_trio._wire.codec import encode, unpack_offsets, unpack_positions
+from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import (
     Abort,
     Ack,
     Answer,
     AnswerState,
-    ArenaGrown,
     Commit,
-    Committed,
     CopiesEnded,
     Done,
-    Ended,
     ErrorKind,
     Finished,
-    Hello,
     Lookup,
     LookupStatus,
     NamespaceKnown,
@@ -33,10 +28,8 @@ from lmcache_trio._wire.messages import (
     Reserve,
     Reset,
     Retrieve,
-    Role,
     Statistics,
     StatisticsReply,
-    Taken,
 )
 
 
@@ -314,55 +307,6 @@ async def test_reset_drops_the_namespace_and_answers_given_under_it_read_as_zero
     assert set(held.values()) == {0}
 
 
-async def test_taken_leaves_the_lease_share(rigs: Any, heap: Any, digests: Any) -> None:
-    async with rigs(heap(size=(64 << 10) * 4 + 4096 * 5), lease_share=0.5) as rig:
-        scheduler, worker = await rig.engine()
-        await rig.stored(scheduler, worker, 1, digests(4))
-        first = await scheduler.lookup(2, digests(4))
-        assert first.chunks == 2
-        assert (await scheduler.lookup(3, digests(4, "none"))).chunks == 0
-        await scheduler.tell(Taken(2, first.lease))
-        assert (await scheduler.lookup(4, digests(4))).chunks >= 2
-        assert rig.held("leases") == {"leases": 2}
-
-
-async def test_clients_are_told_when_the_arena_grows(rigs: Any, heap: Any) -> None:
-    async with rigs(heap(size=4 << 20, pieces=4)) as rig:
-        await rig.until(bytes_taken=1 << 20)
-        worker = await rig.worker()
-        rig.memory.go_on.release()
-        assert (await worker.pushed(ArenaGrown)).taken == 2 << 20
-        rig.memory.go_on.release()
-        assert (await worker.pushed(ArenaGrown)).taken == 3 << 20
-        assert rig.held("bytes_taken") == {"bytes_taken": 3 << 20}
-
-
-async def test_an_arena_smaller_than_one_prompt_stores_what_fits_and_counts_the_rest(
-    rigs: Any, heap: Any, digests: Any
-) -> None:
-    async with rigs(heap(size=(64 << 10) * 3 + 4096)) as rig:
-        scheduler, worker = await rig.engine()
-        await scheduler.lookup(1, digests(8))
-        made = await worker.reserve(1, digests(8))
-        assert unpack_positions(made.positions) == (0, 1, 2)
-        assert made.dropped == {"no_space": 5}
-        assert await worker.commit(made.reservation) == 3
-
-
-async def test_after_every_operation_held_is_as_before(rig: Any, digests: Any) -> None:
-    scheduler, worker = await rig.engine()
-    await rig.until(bytes_taken=rig.memory.size)
-    await scheduler.get(Pong, Ping)
-    before = rig.held()
-    for session in range(20):
-        await scheduler.lookup(session, digests(3))
-        made = await worker.reserve(session, digests(3))
-        await worker.get(Ack, Abort, made.reservation)
-        await scheduler.end(session)
-    await scheduler.get(Pong, Ping)
-    assert rig.held() == before
-
-
 async def test_statistics_over_the_wire_are_one_json_object_of_two_parts(rig: Any) -> None:
     import json
 
@@ -372,115 +316,3 @@ async def test_statistics_over_the_wire_are_one_json_object_of_two_parts(rig: An
     assert found == json.loads(json.dumps(rig.server.statistics()))
     assert found["held"]["connections"] == 1
     assert found["held"]["tasks"] == 4  # the clock, the front door, a connection's reader and its writer
-
-
-# --- bad input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "frame",
-    [
-        b"",
-        b"\x00",
-        b"\xff" * 9,
-        encode(Ping(1))[:-1],
-        encode(Ping(1)) + b"more",
-        encode(Hello(1, "x", b"t" * 16, Role.WORKER, "e")),
-        encode(Pong(1, b"b")),
-        struct.pack("B", 19) + b"\xdd\xff\xff\xff\xff",
-    ],
-)
-async def test_bytes_that_are_no_request_end_that_one_connection_and_a_neighbour_notices_nothing(
-    rig: Any, digests: Any, frame: bytes
-) -> None:
-    scheduler, worker = await rig.engine()
-    bad = await rig.worker("bad")
-    await scheduler.lookup(1, digests(1))
-    made = await worker.reserve(1, digests(1))
-    await bad.connection.send(frame)
-    said = await bad.gone()
-    assert [getattr(message, "kind", None) for message in said] == [ErrorKind.PROTOCOL]
-    await rig.until(connections=2)
-    assert await worker.commit(made.reservation) == 1
-    assert (await scheduler.lookup(2, digests(1))).chunks == 1
-    assert rig.counted()["protocol_errors"] == 1
-
-
-async def test_a_bug_in_one_handler_is_answered_counted_and_logged_and_ends_nothing(
-    rig: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error_of: Any
-) -> None:
-    scheduler, worker = await rig.engine()
-
-    def broken(*args: object) -> None:
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(type(rig.server._state.index), "unpin", broken)
-    error = error_of(await worker.ask(Done, b"p"))
-    assert error.kind is ErrorKind.UNAVAILABLE
-    assert "a bug" in error.message
-    assert rig.counted()["handler_bugs"] == 1
-    assert [record.exc_info is not None for record in caplog.records] == [True]
-    await worker.get(Pong, Ping)
-    await scheduler.get(Pong, Ping)
-
-
-async def test_a_client_that_reads_nothing_is_read_no_further_and_slows_nobody(rig: Any) -> None:
-    deaf, other = await rig.observer(), await rig.observer()
-    sent = 0
-    with trio.move_on_after(0.2):
-        while True:
-            await deaf.tell(Ping(sent + 1))
-            sent += 1
-    assert 200 < sent < 2000
-    assert rig.held("queued_messages")["queued_messages"] <= 2
-    await other.get(Pong, Ping)
-    for number in range(1, sent + 1):
-        assert (await deaf.reply(number)) == Pong(number, rig.server.boot)
-
-
-# --- the end --------------------------------------------------------------------------------------------------------
-
-
-async def test_leaving_waits_for_copies_under_way_and_gives_out_nothing_more(rigs: Any, digests: Any) -> None:
-    async with trio.open_nursery() as nursery:
-        stop, stopped = trio.Event(), trio.Event()
-        rig: Any = None
-
-        async def serve(task_status: trio.TaskStatus[Any]) -> None:
-            async with rigs(grace=60.0) as made:
-                task_status.started(made)
-                await stop.wait()
-            stopped.set()
-
-        rig = await nursery.start(serve)
-        scheduler, worker = await rig.engine()
-        await scheduler.lookup(1, digests(2))
-        made = await worker.reserve(1, digests(2))
-        stop.set()
-        await trio.testing.wait_all_tasks_blocked()
-        assert not stopped.is_set()
-        assert (await worker.reserve(1, digests(2, "more"))).dropped == {"stopping": 2}
-        assert (await worker.get(Committed, Commit, made.reservation)).published == 2
-        with trio.fail_after(5):
-            await stopped.wait()
-        await worker.gone()
-
-
-async def test_a_copy_that_does_not_end_holds_the_end_up_for_the_grace_only(
-    rigs: Any, digests: Any, autojump_clock: trio.testing.MockClock
-) -> None:
-    async with rigs(grace=7.0) as rig:
-        scheduler, worker = await rig.engine()
-        await scheduler.lookup(1, digests(2))
-        assert (await worker.reserve(1, digests(2))).reservation
-        start = trio.current_time()
-    assert trio.current_time() - start == pytest.approx(7.0)
-    await worker.gone()
-
-
-async def test_ended_for_a_session_that_is_not_there_is_let_pass(rig: Any) -> None:
-    scheduler = await rig.scheduler()
-    await scheduler.tell(Ended(77))
-    await scheduler.tell(Release(77))
-    await scheduler.tell(Taken(77, b"x" * 16))
-    await scheduler.get(Pong, Ping)
