@@ -79,6 +79,7 @@ def test_a_wrong_flag_ends_in_one_line_that_names_it(arguments: list[str], word:
         ("memory=3", "memory", "table"),
         ("tiers.0.backend=nope", "tiers.0.backend", "nope"),
         ("tiers.0.path=/x", "tiers.0.backend", "missing"),
+        ('tiers=[{backend="disk", path="/x", size="1GiB", sise=1}]', "tiers.0.sise", "size"),
         ("device.backend=nope", "device.backend", "nope"),
         ("address=there", "address", "ipc://"),
         ("address=ipc://relative", "address", "absolute"),
