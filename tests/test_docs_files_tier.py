@@ -1,0 +1,46 @@
+"""The tier of docs/howto passes the suite that every tier passes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcache_trio.testing.tier_contract import MakeTier, TierContract, key_of, load_of, record_of
+
+PAGE = Path(__file__).parent.parent / "docs" / "howto" / "files_tier.py"
+
+
+@pytest.fixture(scope="module")
+def page() -> Any:
+    """docs/howto/files_tier.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("files_tier", PAGE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["files_tier"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# --8<-- contract
+class TestFilesTier(TierContract):
+    @pytest.fixture
+    def make_tier(self, page: Any, tmp_path: Path) -> MakeTier:
+        return lambda size: page.FilesTier(page.FilesConfig(path=str(tmp_path / "kv"), size=size))
+
+
+# --8<-- end
+
+
+@pytest.mark.parametrize("offset", [0, 20, -1])
+async def test_a_flipped_bit_is_a_miss(page: Any, tmp_path: Path, offset: int) -> None:
+    tier = page.FilesTier(page.FilesConfig(path=str(tmp_path), size=1 << 20))
+    async with tier.open():
+        assert list(await tier.store([record_of(key_of(1))])) == [True]
+        (file,) = tmp_path.glob("*/*")
+        raw = bytearray(file.read_bytes())
+        raw[offset] ^= 1
+        file.write_bytes(raw)
+        assert list(await tier.load([load_of(key_of(1))])) == [False]
