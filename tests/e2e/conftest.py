@@ -1,0 +1,35 @@
+"""One bench for all rows. Where vLLM is not installed nothing here is collected: `nox -s e2e` installs it."""
+
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+collect_ignore: list[str] = []
+if find_spec("vllm") is None:
+    collect_ignore.append("test_vllm_table.py")
+else:
+    from e2e_bench import Bench
+    from e2e_expected import Expected, ask_mid, ask_tiny, ask_two_ranks
+
+    @pytest.fixture(scope="session")
+    def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+        made = Bench(tmp_path_factory.mktemp("e2e"))
+        yield made
+        made.close()
+
+    @pytest.fixture(scope="session")
+    def tiny(bench: Bench) -> Expected:
+        return ask_tiny(bench.engine("no connector"))
+
+    @pytest.fixture(scope="session")
+    def two_ranks(bench: Bench) -> Expected:
+        return ask_two_ranks(bench.engine("two ranks, no connector"))
+
+    @pytest.fixture(scope="session")
+    def mid(bench: Bench) -> Expected:
+        return ask_mid(bench.engine("mid, no connector"))

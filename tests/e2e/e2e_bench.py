@@ -1,0 +1,121 @@
+"""What the rows of the table share: models, a server, one engine at a time, and what an engine without us would say."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from e2e_engine import Engine, Gate, Server
+from e2e_model import MID, TINY, Shape, write_llama
+
+__all__ = ["CHUNK", "KINDS", "Bench", "Kind"]
+
+CHUNK = 256
+"""Tokens of a chunk on the servers of the table: two blocks of 128, eight of 32."""
+
+SHAPES: Mapping[str, Shape] = {"tiny": TINY, "mid": MID}
+ARGUMENTS: Mapping[str, Any] = {
+    "max_model_len": 8192,
+    "block_size": 128,
+    "enforce_eager": True,
+    "enable_prefix_caching": True,
+    "enable_chunked_prefill": True,
+    "max_num_batched_tokens": 2048,
+    "max_num_seqs": 4,
+    "seed": 0,
+    "skip_tokenizer_init": True,
+    "disable_log_stats": False,
+}
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+DEFAULT_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+@attrs.frozen
+class Kind:
+    """One way to run an engine. *extra* is `kv_connector_extra_config`; None: without a connector."""
+
+    extra: Mapping[str, Any] | None
+    environment: Mapping[str, str] = ONE_PROCESS
+    arguments: Mapping[str, Any] = attrs.Factory(dict)
+    model: str = "tiny"
+    faulty: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    "no connector": Kind(None),
+    "async": Kind({}, {**ONE_PROCESS, "PYTHONHASHSEED": "0"}),
+    "sync": Kind({"load": "sync", "sync_lookup": True}, {**ONE_PROCESS, "PYTHONHASHSEED": "1"}),
+    "small blocks": Kind({"sync_lookup": True}, arguments={"block_size": 32}),
+    "few blocks": Kind({}, arguments={"block_size": 32, "num_gpu_blocks_override": 34, "max_model_len": 1024}),
+    "few blocks, sync": Kind(
+        {"load": "sync"}, arguments={"block_size": 32, "num_gpu_blocks_override": 34, "max_model_len": 1024}
+    ),
+    "default processes": Kind({"load": "sync"}, DEFAULT_PROCESSES),
+    "faults, async": Kind({}, faulty=True),
+    "faults, sync": Kind({"load": "sync", "sync_lookup": True}, faulty=True),
+    "two ranks, no connector": Kind(None, TWO_RANKS, {"tensor_parallel_size": 2}),
+    "two ranks": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, faulty=True),
+    "two ranks, sync": Kind({"load": "sync"}, TWO_RANKS, {"tensor_parallel_size": 2}, faulty=True),
+    "mid, no connector": Kind(None, model="mid"),
+    "mid": Kind({}, model="mid"),
+}
+
+
+class Bench:
+    """Engines are slow to start: the one that is asked for again is kept until another kind is asked for."""
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+        self.server = Server(where / "server", chunk_tokens=CHUNK, size="1GiB")
+        self.gate = Gate(where / "gate.sock")
+        self._name = ""
+        self._engine: Engine | None = None
+        self._models: dict[str, Path] = {}
+
+    def model(self, name: str) -> Path:
+        """*name* is tiny or mid; written when first asked for."""
+        if name not in self._models:
+            self._models[name] = self.write_model(name, seed=0)
+        return self._models[name]
+
+    def write_model(self, name: str, *, seed: int) -> Path:
+        return write_llama(self.where / "models" / name, SHAPES[name], seed=seed)
+
+    def engine(self, name: str, *, fresh: bool = False) -> Engine:
+        """The engine of kind *name*, started if need be. *fresh*: started anew in any case."""
+        if fresh or name != self._name or self._engine is None or self._engine.process.poll() is not None:
+            self.stop_engine()
+            self._engine, self._name = self._start(name), name
+        self.gate.action = None
+        self.gate.reached.clear()
+        return self._engine
+
+    def stop_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.stop()
+        self._engine, self._name = None, ""
+
+    def _start(self, name: str) -> Engine:
+        kind = KINDS[name]
+        shape = SHAPES[kind.model]
+        arguments = {**ARGUMENTS, "dtype": shape.dtype, "model": str(self.model(kind.model)), **kind.arguments}
+        if kind.environment is ONE_PROCESS or kind.environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+            arguments["distributed_executor_backend"] = "uni"
+        if kind.extra is not None:
+            if self.server.process is None or self.server.process.poll() is not None:
+                self.server.start()
+            arguments["kv_transfer_config"] = {
+                "kv_connector": "FaultyConnector" if kind.faulty else "LMCacheTrioConnector",
+                "kv_connector_module_path": "e2e_faulty" if kind.faulty else "lmcache_trio.adapters.vllm",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"address": self.server.address, **kind.extra},
+            }
+        log = self.where / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+        return Engine(log, arguments, environment=kind.environment, gate=self.gate if kind.faulty else None)
+
+    def close(self) -> None:
+        self.stop_engine()
+        self.server.stop()
+        self.gate.close()

@@ -1,0 +1,235 @@
+"""Engines and servers as processes of their own, and the gate at which a test stops one to break the other.
+
+A fault is placed, not raced: the engine's worker reaches a named point, says so over the gate's socket and waits; the
+test does what it wants (kills or restarts the server, ends the worker) and lets it go on.
+"""
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+__all__ = ["Engine", "Gate", "Generated", "Server"]
+
+HERE = Path(__file__).parent
+ENGINE_SECONDS = 180.0
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin starve everything else on two cores
+}
+
+
+@attrs.frozen
+class Generated:
+    """*ids* of each prompt's continuation; *cached*: leading tokens that were not computed."""
+
+    ids: list[list[int]]
+    cached: list[int]
+    seconds: float
+
+
+class Gate:
+    """Where an engine's workers report the points that they reach. Each waits there until it was answered."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self.action: Callable[[dict[str, Any]], None] | None = None
+        self.reached: list[dict[str, Any]] = []
+
+    def fileno(self) -> int:
+        return self._listener.fileno()
+
+    def answer(self) -> None:
+        """Take one report, carry out what is placed there, and let the worker go on."""
+        connection, _ = self._listener.accept()
+        with connection, connection.makefile("rw") as lines:
+            point = json.loads(lines.readline())
+            self.reached.append(point)
+            if self.action is not None:
+                self.action(point)
+            try:
+                lines.write("go on\n")
+                lines.flush()
+            except BrokenPipeError:
+                pass  # the worker was what the action ended
+
+    def close(self) -> None:
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
+
+
+class Engine:
+    """One vLLM engine. *gate* names the socket of a `Gate` to its workers."""
+
+    def __init__(
+        self,
+        log: Path,
+        arguments: Mapping[str, Any],
+        *,
+        environment: Mapping[str, str] | None = None,
+        gate: Gate | None = None,
+    ) -> None:
+        self.log = log
+        self._gate = gate
+        ours, theirs = socket.socketpair()
+        self._channel = ours
+        self._lines = ours.makefile("rw")
+        variables = {**os.environ, **OFFLINE, "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}
+        variables |= environment or {}
+        if gate is not None:
+            variables["LMCACHE_TRIO_E2E_GATE"] = str(gate.path)
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / "engine_process.py"), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=variables,
+                start_new_session=True,
+            )
+        theirs.close()
+        self.seconds_to_start = float(self._say(dict(arguments))["ready"])
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, tokens: int = 16, batch: bool = False) -> Generated:
+        """Continue *prompts* greedily: together when *batch*, else one after another."""
+        said = self._ask("generate", prompts=[list(prompt) for prompt in prompts], tokens=tokens, batch=batch)
+        return Generated(**said)
+
+    def forget(self, *, connector: bool = False) -> None:
+        """Drop vLLM's own prefix cache (and, with *connector*, ours). It returns when every store has ended."""
+        assert self._ask("forget", connector=connector)["forgotten"], (
+            f"vLLM's blocks were not let go of: see {self.log}"
+        )
+
+    def preemptions(self) -> int:
+        return int(self._ask("preemptions")["preemptions"])
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            try:
+                self._ask("stop")
+                self.process.wait(30)
+            except (AssertionError, OSError, subprocess.TimeoutExpired):
+                self.kill()
+        self._close()
+
+    def kill(self) -> None:
+        """End the engine and its workers at once."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        self._lines.close()
+        self._channel.close()
+
+    def _ask(self, command: str, **values: Any) -> dict[str, Any]:
+        return self._say({"command": command, **values})
+
+    def _say(self, message: dict[str, Any]) -> dict[str, Any]:
+        self._lines.write(json.dumps(message) + "\n")
+        self._lines.flush()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._channel, selectors.EVENT_READ)
+            if self._gate is not None:
+                selector.register(self._gate, selectors.EVENT_READ)
+            while True:
+                ready = selector.select(ENGINE_SECONDS)
+                assert ready, f"the engine said nothing for {ENGINE_SECONDS:g} s: see {self.log}"
+                if any(key.fileobj is self._channel for key, _ in ready):
+                    line = self._lines.readline()
+                    assert line, f"the engine ended: see {self.log}\n{_tail(self.log)}"
+                    said: dict[str, Any] = json.loads(line)
+                    return said
+                if self._gate is not None:
+                    self._gate.answer()
+
+
+class Server:
+    """One `lmcache-trio serve`, at an address that outlives it."""
+
+    def __init__(
+        self, where: Path, *, chunk_tokens: int = 256, size: str = "256MiB", settings: Sequence[str] = ()
+    ) -> None:
+        self.where = where
+        where.mkdir(parents=True, exist_ok=True)
+        self.address = f"ipc://{where}/server.ipc"
+        self._settings = [f"address={self.address}", f"chunk_tokens={chunk_tokens}", f"memory.size={size}", *settings]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it takes connections."""
+        log = (self.where / "server.log").open("ab")
+        sets = [part for setting in self._settings for part in ("--set", setting)]
+        with log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lmcache_trio", "serve", *sets],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the server ended: see {self.where}/server.log\n{_tail(self.where / 'server.log')}"
+
+    def kill(self) -> None:
+        """SIGKILL, and gone when this returns."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self.process is not None and self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def status(self) -> dict[str, Any]:
+        """What `lmcache-trio status --json` prints."""
+        done = subprocess.run(
+            [sys.executable, "-m", "lmcache_trio", "status", "--json", "--address", self.address],
+            capture_output=True,
+            timeout=30,
+            check=True,
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-40:])

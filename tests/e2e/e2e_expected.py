@@ -1,0 +1,79 @@
+"""What an engine without a connector generates: the only thing that the rows of the table are compared with.
+
+Sums differ a little with the number of rows that are computed together, and a random model may stand right between two
+tokens. So prompts are chosen of which the engine without a connector says the same alone, in a batch, and with its own
+prefix cache: what differs then is wrong KV, and nothing else.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import attrs
+from e2e_engine import Engine
+
+__all__ = ["Expected", "Prompt", "ask_mid", "ask_tiny", "ask_two_ranks"]
+
+CANDIDATES = 12
+
+
+@attrs.frozen
+class Prompt:
+    """*tokens* and the greedy *ids* that follow them."""
+
+    tokens: list[int]
+    ids: list[int]
+
+
+Expected = Mapping[str, Prompt]
+
+
+def tokens_of(seed: int, count: int) -> list[int]:
+    """*count* token ids that *seed* decides."""
+    source = random.Random(seed)
+    return [source.randrange(3, 32_000) for _ in range(count)]
+
+
+def ask_tiny(engine: Engine) -> Expected:
+    """Every prompt that the rows on the tiny model use."""
+    long = _stable(engine, lambda seed: tokens_of(seed, 1000), 4)
+    short = _stable(engine, lambda seed: tokens_of(1000 + seed, 505), 2)
+    (exact,) = _stable(engine, lambda seed: tokens_of(2000 + seed, 1024), 1)
+    (branch,) = _stable(engine, lambda seed: long[0].tokens[:600] + tokens_of(3000 + seed, 200), 1)
+    one = tokens_of(4000, 300)
+    said = engine.generate([one], tokens=300).ids[0]
+    (two,) = _stable(engine, lambda seed: one + said + tokens_of(5000 + seed, 50), 1)
+    found = {f"long {i}": prompt for i, prompt in enumerate(long)}
+    found |= {f"short {i}": prompt for i, prompt in enumerate(short)}
+    return {**found, "exact": exact, "branch": branch, "turn one": Prompt(one, said), "turn two": two}
+
+
+def ask_two_ranks(engine: Engine) -> Expected:
+    return {f"long {i}": prompt for i, prompt in enumerate(_stable(engine, lambda seed: tokens_of(seed, 1000), 2))}
+
+
+def ask_mid(engine: Engine) -> Expected:
+    (found,) = _stable(engine, lambda seed: tokens_of(seed, 4100), 1)
+    return {"4,100 tokens": found}
+
+
+def _stable(engine: Engine, make: Callable[[int], list[int]], count: int) -> list[Prompt]:
+    """*count* prompts of which the engine says the same in every way of computing them, and the same together."""
+    chosen: list[Prompt] = []
+    for seed in range(CANDIDATES):
+        tokens = make(seed)
+        engine.forget()
+        (cold,) = engine.generate([tokens]).ids
+        (again,) = engine.generate([tokens]).ids
+        if cold == again and _same_together(engine, [*chosen, Prompt(tokens, cold)]):
+            chosen.append(Prompt(tokens, cold))
+        if len(chosen) == count:
+            return chosen
+    raise AssertionError(f"only {len(chosen)} of {CANDIDATES} prompts have one answer without a connector")
+
+
+def _same_together(engine: Engine, prompts: Sequence[Prompt]) -> bool:
+    if len(prompts) == 1:
+        return True
+    engine.forget()
+    together = engine.generate([prompt.tokens for prompt in prompts], batch=True).ids
+    return together == [prompt.ids for prompt in prompts]

@@ -1,0 +1,199 @@
+"""The situations of the table. Each gets a bench and a kind of engine, and asserts the ids of an engine without us."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from e2e_bench import CHUNK, Bench
+from e2e_engine import Engine, Server
+from e2e_expected import Expected, Prompt
+
+__all__ = ["Situation", "fault"]
+
+Situation = Callable[[Bench, str, Expected], None]
+
+
+def check(engine: Engine, prompt: Prompt, *, cached: int | None = None) -> None:
+    """*prompt* has its ids, and *cached* of its tokens were not computed."""
+    made = engine.generate([prompt.tokens], tokens=len(prompt.ids))
+    assert made.ids == [prompt.ids]
+    if cached is not None:
+        assert made.cached == [cached]
+
+
+def stored(prompt: Prompt) -> int:
+    """Tokens of *prompt* that a hit gives: whole chunks, and one token is left to compute."""
+    return (len(prompt.tokens) - 1) // CHUNK * CHUNK
+
+
+def cold(bench: Bench, kind: str, expected: Expected) -> None:
+    check(bench.engine(kind), expected["long 0"], cached=0)
+
+
+def hit_after_reset_prefix_cache(bench: Bench, kind: str, expected: Expected) -> None:
+    engine = bench.engine(kind)
+    check(engine, expected["long 0"])
+    engine.forget()
+    check(engine, expected["long 0"], cached=stored(expected["long 0"]))
+
+
+def hit_after_the_engine_was_restarted(bench: Bench, kind: str, expected: Expected) -> None:
+    """What another engine stored, perhaps with other processes, another hash seed and another way to load."""
+    check(bench.engine(kind, fresh=True), expected["long 0"], cached=stored(expected["long 0"]))
+
+
+def partial_prefix(bench: Bench, kind: str, expected: Expected) -> None:
+    engine = bench.engine(kind)
+    check(engine, expected["long 0"])
+    engine.forget()
+    check(engine, expected["branch"], cached=600 // CHUNK * CHUNK)
+
+
+def local_hit_that_ends_inside_a_chunk(bench: Bench, kind: str, expected: Expected) -> None:
+    engine = bench.engine(kind)
+    check(engine, expected["long 1"])
+    engine.forget()
+    engine.generate([expected["long 1"].tokens[:400]], tokens=1)  # blocks up to 384 are the engine's own then
+    made = engine.generate([expected["long 1"].tokens, expected["long 1"].tokens[:400]], batch=True)
+    assert made.ids[0] == expected["long 1"].ids
+    assert made.cached[0] == stored(expected["long 1"])
+
+
+def two_turn_chat(bench: Bench, kind: str, expected: Expected) -> None:
+    """The second turn's prompt holds the first one's answer, whose KV was computed by decoding."""
+    engine = bench.engine(kind)
+    check(engine, expected["turn one"])
+    engine.forget()
+    check(engine, expected["turn two"], cached=600 // CHUNK * CHUNK)
+
+
+def two_requests_in_a_batch(bench: Bench, kind: str, expected: Expected) -> None:
+    engine = bench.engine(kind)
+    pair = [expected["long 0"], expected["long 1"]]
+    for cached in (None, [stored(prompt) for prompt in pair]):
+        made = engine.generate([prompt.tokens for prompt in pair], batch=True)
+        assert made.ids == [prompt.ids for prompt in pair]
+        assert cached is None or made.cached == cached
+        engine.forget()
+
+
+def exact_multiple_of_the_chunk(bench: Bench, kind: str, expected: Expected) -> None:
+    engine = bench.engine(kind)
+    assert len(expected["exact"].tokens) % CHUNK == 0
+    check(engine, expected["exact"])
+    engine.forget()
+    check(engine, expected["exact"], cached=stored(expected["exact"]))
+
+
+def preempted_after_a_hit(bench: Bench, kind: str, expected: Expected) -> None:
+    """33 blocks of 32 tokens hold two prompts of 505 and the first to need one more block; the other has to wait."""
+    engine = bench.engine(kind)
+    pair = [expected["short 0"], expected["short 1"]]
+    for prompt in pair:
+        check(engine, prompt)
+    engine.forget()
+    before = engine.preemptions()
+    made = engine.generate([prompt.tokens for prompt in pair], batch=True)
+    assert made.cached == [CHUNK, CHUNK]
+    assert engine.preemptions() > before
+    assert made.ids == [prompt.ids for prompt in pair]
+
+
+def reset_cache(bench: Bench, kind: str, expected: Expected) -> None:
+    engine = bench.engine(kind)
+    check(engine, expected["long 2"])
+    engine.forget(connector=True)
+    check(engine, expected["long 2"], cached=0)
+    engine.forget()
+    check(engine, expected["long 2"], cached=stored(expected["long 2"]))
+
+
+def corrupted_bytes(bench: Bench, kind: str, expected: Expected) -> None:
+    """The check can fail: with every sign in the arena turned, a hit says something else."""
+    engine = bench.engine(kind)
+    check(engine, expected["long 3"])
+    engine.forget()
+    _turn_signs(bench.server)
+    made = engine.generate([expected["long 3"].tokens])
+    assert made.cached == [stored(expected["long 3"])]
+    assert made.ids != [expected["long 3"].ids]
+    engine.forget(connector=True)
+    check(engine, expected["long 3"], cached=0)
+
+
+def fault(copy: str, point: str, action: str) -> Situation:
+    """The server is killed, or killed and started again, while a worker stands at *point* of a load or a store."""
+
+    def situation(bench: Bench, kind: str, expected: Expected) -> None:
+        prompt = expected["long 0"]
+        engine = _with_a_server(bench, kind, prompt)
+        if copy == "store":
+            engine.forget(connector=True)
+
+        def break_it(where: Mapping[str, Any]) -> None:
+            if (where["copy"], where["point"]) == (copy, point):
+                bench.gate.action = None
+                bench.server.kill()
+                if action == "restart":
+                    bench.server.start()
+
+        bench.gate.action = break_it
+        check(engine, prompt)
+        engine.forget()
+        assert bench.gate.action is None, f"no {copy} came to {point!r}: {bench.gate.reached}"
+        check(engine, prompt)
+
+    situation.__name__ = f"{action} at {point} of a {copy}"
+    return situation
+
+
+def one_rank_ends_in_the_middle_of_a_store(bench: Bench, kind: str, expected: Expected) -> None:
+    """The engine goes with it. What the other rank wrote is no chunk: the next engine computes and stores it whole."""
+    engine = bench.engine(kind)
+    engine.forget(connector=True)
+
+    def end_it(where: Mapping[str, Any]) -> None:
+        if (where["copy"], where["point"], where["rank"]) == ("store", "half copied", 1):
+            bench.gate.action = None
+            os.kill(where["pid"], 9)
+
+    bench.gate.action = end_it
+    try:
+        engine.generate([expected["long 1"].tokens])
+        engine.forget()
+    except AssertionError:
+        pass  # vLLM ends an engine that lost a worker
+    assert bench.gate.action is None
+    engine = bench.engine(kind, fresh=True)
+    check(engine, expected["long 1"], cached=0)
+    engine.forget()
+    check(engine, expected["long 1"], cached=stored(expected["long 1"]))
+
+
+def _with_a_server(bench: Bench, kind: str, prompt: Prompt) -> Engine:
+    """The engine, joined to a live server that has *prompt*; however often that has to be stored."""
+    engine = bench.engine(kind)
+    if bench.server.process is None or bench.server.process.poll() is not None:
+        bench.server.start()
+    for _ in range(50):
+        made = engine.generate([prompt.tokens])
+        assert made.ids == [prompt.ids]
+        engine.forget()
+        if made.cached == [stored(prompt)]:
+            return engine
+    raise AssertionError(f"the engine did not find back to a restarted server: see {engine.log}")
+
+
+def _turn_signs(server: Server) -> None:
+    """Flip the sign of every float32 behind the arena's first page."""
+    links = {int(name): os.readlink(f"/proc/{server.pid}/fd/{name}") for name in os.listdir(f"/proc/{server.pid}/fd")}
+    (arena,) = {number for number, target in links.items() if target.startswith(("/dev/shm/", "/memfd:"))}
+    file = os.open(f"/proc/{server.pid}/fd/{arena}", os.O_RDWR)
+    try:
+        for at in range(4096, 1 << 26, 1 << 20):
+            piece = bytearray(os.pread(file, 1 << 20, at))
+            if any(piece):
+                piece[3::4] = bytes(byte ^ 0x80 for byte in piece[3::4])
+                os.pwrite(file, piece, at)
+    finally:
+        os.close(file)

@@ -1,0 +1,84 @@
+"""A vLLM engine in a process of its own, told what to do in JSON lines over a socket that it inherits.
+
+usage: engine_process.py FD. Run by `e2e_engine.Engine`; vLLM's own output goes to the standard streams, a log.
+"""
+
+import json
+import select
+import socket
+import sys
+import time
+from typing import Any
+
+
+def main() -> None:
+    channel = socket.socket(fileno=int(sys.argv[1])).makefile("rw")
+    started: dict[str, Any] = json.loads(channel.readline())
+    begun = time.monotonic()
+    from vllm import LLM
+
+    engine = LLM(**started)
+    reply(channel, ready=time.monotonic() - begun)
+    for line in channel:
+        command = json.loads(line)
+        name = command.pop("command")
+        if name == "stop":
+            break
+        reply(channel, **COMMANDS[name](engine, **command))
+    shutdown = getattr(engine.llm_engine.engine_core, "shutdown", None)
+    if shutdown is not None:
+        shutdown()
+    reply(channel, stopped=True)
+
+
+def reply(channel: Any, **values: Any) -> None:
+    channel.write(json.dumps(values) + "\n")
+    channel.flush()
+
+
+def generate(engine: Any, prompts: list[list[int]], tokens: int, batch: bool) -> dict[str, Any]:
+    """Greedy ids of each prompt, the tokens that no one computed, and the seconds until all were there."""
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    begun = time.monotonic()
+    given: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = []
+    for part in [given] if batch else [[each] for each in given]:
+        outputs += engine.generate(part, wanted, use_tqdm=False)
+    return {
+        "ids": [list(output.outputs[0].token_ids) for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
+        "seconds": time.monotonic() - begun,
+    }
+
+
+def forget(engine: Any, seconds: float = 60.0, connector: bool = False) -> dict[str, Any]:
+    """Drop vLLM's own prefix cache: possible once the connector has let go of every block."""
+    deadline = time.monotonic() + seconds
+    while not engine.llm_engine.reset_prefix_cache(reset_connector=connector):
+        if time.monotonic() > deadline:
+            return {"forgotten": False}
+        step(engine)
+    return {"forgotten": True}
+
+
+def step(engine: Any) -> None:
+    """In one process nobody but us turns the crank; a core in a process of its own does so itself, and says nothing."""
+    core = engine.llm_engine.engine_core
+    if hasattr(core, "engine_core"):
+        core.get_output()
+    else:
+        select.select([], [], [], 0.01)
+
+
+def preemptions(engine: Any) -> dict[str, Any]:
+    """How many times requests were preempted since the engine started."""
+    found = [metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions"]
+    return {"preemptions": sum(found)}
+
+
+COMMANDS = {"generate": generate, "forget": forget, "preemptions": preemptions}
+
+if __name__ == "__main__":
+    main()
