@@ -1,7 +1,9 @@
 """What people need who test against lmcache-trio, or write a plugin for it. Public, and kept as stable as the rest.
 
-- `lmcache_trio.testing.engine`: a small real engine (transformer, paged KV cache, scheduler) for a job without vLLM.
-- `lmcache_trio.testing.demo`: the job behind `lmcache-trio demo`.
+- `engine`, `connected`: a small real engine (transformer, paged KV cache, scheduler), alone and connected to a server.
+- `demo`: the job behind `lmcache-trio demo`.
+- `memory_contract`, `tier_contract`: the suites that every backend passes; subclass one to test yours.
+- `faults`, `faulty_tier`: any tier, failing in the ways that tiers fail.
 
 Nothing is imported here, because half of it needs torch and half must not: import the module that you want.
 """
