@@ -9,32 +9,25 @@ Every change of a lookup's state happens under the latch; each is decided by `_c
 
 import math
 import os
-import time
 from collections.abc import Sequence
-
-import trio
 
 from lmcache_trio._core.keys import join_digests
 from lmcache_trio._core.lookup import LookupState
 from lmcache_trio._transport.conversation import Reply
 from lmcache_trio._wire.messages import (
     PROTOCOL_VERSION,
-    Answer,
-    AnswerState,
     Ended,
     Hello,
     Lookup,
-    Message,
-    Ping,
     Release,
     Role,
     Taken,
 )
-from lmcache_trio.adapters.link import Link, logger
-from lmcache_trio.adapters.prompts import Extras, Prompts
+from lmcache_trio.adapters.link import logger
+from lmcache_trio.adapters.lookups import Lookups
+from lmcache_trio.adapters.prompts import Extras
 from lmcache_trio.adapters.request import Pending, Request
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
-from lmcache_trio.client import Client
 from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
 from lmcache_trio.threads import Handoff
 
@@ -42,11 +35,9 @@ __all__ = ["SchedulerAdapter"]
 
 _OPENING = 0.1
 """Seconds to wait for a session to be opened, before a store; 500 round trips."""
-_LEASE_MARGIN = 0.1
-"""Share of a lease that is left unused: a load must begin before the server's clock ends, which began earlier."""
 
 
-class SchedulerAdapter(Prompts):
+class SchedulerAdapter(Lookups):
     """Lookups for one engine. Its workers, joined by *engine_id*, move the bytes.
 
     *identity* names the model and all else that changes what a token's KV is; it seeds every digest. *lookup_timeout*:
@@ -73,16 +64,12 @@ class SchedulerAdapter(Prompts):
             raise Misuse(f"poll_interval ({poll_interval} s) is longer than lookup_timeout ({lookup_timeout} s)")
         if lease_timeout is not None:
             _check("lease_timeout", lease_timeout)
-        super().__init__(identity, block_tokens, chunk_tokens)
-        self._lookup_timeout = lookup_timeout
+        super().__init__(identity, block_tokens, chunk_tokens, lookup_timeout)
         self._poll_interval = poll_interval
-        self._lease_timeout = math.inf if lease_timeout is None else lease_timeout
-        self._clock = time.monotonic
-        self._silent: tuple[Client, int] | None = None
-        self._warned = False
+        if lease_timeout is not None:
+            self._lease_timeout = lease_timeout
         hello = Hello(PROTOCOL_VERSION, f"scheduler {os.getpid()}", os.urandom(16), Role.SCHEDULER, engine_id)
-        self._link = Link(address, hello, connected=self._on_connected, lost=self._on_lost)
-        self._link.start(connect_timeout)
+        self._connect(address, hello, connect_timeout)
 
     # --- the two steps ----------------------------------------------------------------------------------------------
 
@@ -253,55 +240,6 @@ class SchedulerAdapter(Prompts):
         """Leave the server, which forgets every session of this engine. Idempotent."""
         self._link.stop(5.0)
 
-    # --- for subclasses ---------------------------------------------------------------------------------------------
-
-    def _pending(self, request: Request) -> Pending | None:
-        """The lookup of *request* that is awaited now, if one is."""
-        with self._latch:
-            return request.pending if request.machine.state is LookupState.PENDING else None
-
-    def _take_answer(self, pending: Pending, answer: Answer) -> None:
-        """What the server says of a lookup. In the loop."""
-        if answer.state is AnswerState.PENDING:
-            self._watch(pending)
-            return
-        with self._latch:
-            if not pending.is_current():
-                return
-            machine = pending.request.machine
-            if answer.state is AnswerState.UNKNOWN:
-                machine.late()
-            else:
-                lease = min(answer.ttl_ms / 1000, self._lease_timeout) if answer.chunks else self._lease_timeout
-                expires = self._clock() + (lease if lease is math.inf else lease * (1 - _LEASE_MARGIN))
-                if machine.answer(answer.asked, answer.chunks, answer.lease, expires):
-                    self._warned = False
-            self._settle(pending)
-
-    def _too_late(self, pending: Pending) -> None:
-        """Give *pending* up: 0 tokens, one warning, and nothing left behind. Any thread."""
-        with self._latch:
-            if not pending.is_current():
-                return
-            pending.request.machine.late()
-            pending.request.given_up = pending.request.upto
-            pending.client.forget(pending.asked)
-            pending.client.notice_nowait(Release(pending.request.session))
-            if pending.client.heard == pending.heard:  # not a word since it was asked: do not stall on it again
-                self._silent = (pending.client, pending.heard)
-                pending.client.request_unheard(Ping(pending.client.new_id()))  # whose answer ends the silence
-            warn, self._warned = not self._warned, True
-            self._settle(pending)
-        if warn:
-            logger.warning("a lookup was not answered within %g s: going on without the cache", self._lookup_timeout)
-
-    async def _until_late(self, pending: Pending) -> None:
-        """In the loop: give *pending* up at its deadline."""
-        with trio.move_on_after(max(0.0, pending.deadline - self._clock())):
-            await pending.wait_settled()
-            return
-        self._too_late(pending)
-
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _same_prompt(
@@ -333,76 +271,6 @@ class SchedulerAdapter(Prompts):
             return  # the store will be dropped and counted
         request.client, request.sent = client, 0
         opened.wait(min(self._lookup_timeout, _OPENING))
-
-    def _known(self, request: Request, client: Client) -> int:
-        return request.sent if request.client is client else 0
-
-    def _usable(self) -> Client | None:
-        client = self._link.client
-        if client is not None and self._silent == (client, client.heard):
-            return None
-        return client
-
-    def _expire(self, request: Request) -> None:
-        if request.machine.expired(self._clock()):
-            self._notify(request, Release(request.session))
-
-    def _let_go(self, request: Request) -> None:
-        with self._latch:
-            if request.machine.state in (LookupState.PENDING, LookupState.ANSWERED):
-                if request.pending is not None:
-                    request.pending.client.forget(request.pending.asked)
-                    self._settle(request.pending)
-                request.machine.release()
-                self._notify(request, Release(request.session))
-
-    def _notify(self, request: Request, notice: Message) -> None:
-        """Tell the server, if it is still the one that knows the request."""
-        if request.client is not None and request.client is self._link.client:
-            request.client.notice_nowait(notice)
-
-    def _settle(self, pending: Pending) -> None:
-        if pending.request.pending is pending:
-            pending.request.pending = None
-        pending.answered.set(True)
-        if pending.watched:
-            self._link.post(pending.settled)
-
-    def _watch_soon(self, pending: Pending) -> None:
-        if not pending.watched:
-            self._link.post(self._watch, pending)
-
-    def _watch(self, pending: Pending) -> None:
-        if pending.begin_watch():
-            self._link.spawn(lambda client: self._until_late(pending))
-
-    def _on_reply(self, pending: Pending, reply: Reply) -> None:
-        if isinstance(reply, Answer):
-            self._take_answer(pending, reply)
-            return
-        with self._latch:
-            if pending.is_current():
-                pending.request.machine.late()
-            self._settle(pending)
-
-    def _on_push(self, message: Message) -> None:
-        if isinstance(message, Answer):
-            request = self._sessions.get(message.session)
-            pending = request.pending if request is not None else None
-            if pending is not None and pending.asked == message.asked:
-                self._take_answer(pending, message)
-
-    async def _on_connected(self, client: Client) -> None:
-        self._adopt_chunk_tokens(client.chunk_tokens)
-        client.on_push = self._on_push
-
-    def _on_lost(self) -> None:
-        with self._latch:
-            for request in self._requests.values():
-                if request.machine.state in (LookupState.PENDING, LookupState.ANSWERED):
-                    request.machine.release()
-                if request.pending is not None:
-                    self._settle(request.pending)
 
 
 def _check(name: str, seconds: float) -> None:
