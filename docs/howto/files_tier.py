@@ -1,10 +1,9 @@
 """A tier that keeps each chunk in a file of its own. Simple, and whole: it passes `TierContract`."""
 
-import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import attrs
 import trio
@@ -13,6 +12,8 @@ import xxhash
 from lmcache_trio.abc import ChunkKey, Load, Record, Tier
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.threads import offload
+
+T = TypeVar("T")
 
 
 @attrs.frozen
@@ -33,7 +34,7 @@ class FilesTier(Tier):
     async def open(self) -> AsyncIterator[None]:
         self._opened = True
         try:
-            await self._in_thread(self._scan)
+            await self._in_thread(lambda: self._remove("*/*.tmp"))  # half written
             yield
         finally:
             self._opened = False
@@ -48,13 +49,12 @@ class FilesTier(Tier):
         return await self._in_thread(lambda: [self._write(record) for record in records])
 
     async def delete(self, namespace: bytes) -> None:
-        await self._in_thread(lambda: (shutil.rmtree(self._root / namespace.hex(), ignore_errors=True), self._scan()))
+        await self._in_thread(lambda: self._remove(f"{namespace.hex()}/*"))
 
     def statistics(self) -> dict[str, int | str]:
-        used = sum(self._sizes.values())
-        return {"chunks": len(self._sizes), "bytes_used": used, "bytes_capacity": self.config.size}
+        return {"chunks": len(self._sizes), "bytes_used": sum(self._sizes.values()), "bytes_capacity": self.config.size}
 
-    async def _in_thread(self, fn: Callable[[], Any]) -> Any:
+    async def _in_thread(self, fn: Callable[[], T]) -> T:
         if not self._opened:
             raise Unavailable("the tier is not open")
         try:
@@ -65,9 +65,9 @@ class FilesTier(Tier):
     def _file(self, key: ChunkKey) -> Path:
         return self._root / key.namespace.hex() / key.digest.hex()
 
-    def _scan(self) -> None:
-        for half_written in self._root.glob("*/*.tmp"):
-            half_written.unlink()
+    def _remove(self, pattern: str) -> None:
+        for path in self._root.glob(pattern):
+            path.unlink()
         self._sizes = {path: path.stat().st_size for path in self._root.glob("*/*")}
 
     def _read(self, load: Load) -> bool:
