@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ class World:
 
     name = b"n" * 32
 
-    def __init__(self, pages: int, shards: int = 1, **settings: float) -> None:
+    def __init__(self, pages: int, shards: int = 1, **settings: Any) -> None:
         ids = itertools.count(1)
         self.arena = Arena()
         self.index = Index(self.arena, new_id=lambda: next(ids).to_bytes(16, "big"), **settings)

@@ -107,7 +107,8 @@ def test_taken_never_falls_and_bad_settings_are_misuse() -> None:
 
 def test_two_chunk_sizes_alternating_never_deadlock_by_fragmentation() -> None:
     """Evicting at random what is there until a hole is large enough always ends in a hole that is."""
-    arena, held, draw = arena_of(64), [], random.Random(7)
+    arena, draw = arena_of(64), random.Random(7)
+    held: list[tuple[int, int]] = []
     for turn in range(4000):
         length = (3 if turn // 50 % 2 else 7) * PAGE
         while (offset := arena.allocate(length)) is None:

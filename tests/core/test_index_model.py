@@ -5,6 +5,7 @@ which chunks are gone after a reserve, and checks that each of them was free to 
 """
 
 from itertools import count
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -57,9 +58,9 @@ class IndexMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.seen: dict[ChunkKey, Chunk] = {}  # in the directory
         self.alive: set[Chunk] = set()  # their bytes are in use
-        self.leases: dict[bytes, dict] = {}
-        self.pins: dict[bytes, dict] = {}
-        self.writes: dict[bytes, dict] = {}
+        self.leases: dict[bytes, dict[str, Any]] = {}
+        self.pins: dict[bytes, dict[str, Any]] = {}
+        self.writes: dict[bytes, dict[str, Any]] = {}
         self.holds: list[tuple[Hold, Chunk]] = []
 
     # what the model says
@@ -80,7 +81,7 @@ class IndexMachine(RuleBasedStateMachine):
         chunk.users.discard(user)
         self.settle(chunk)
 
-    def abort_write(self, write: dict) -> None:
+    def abort_write(self, write: dict[str, Any]) -> None:
         if write["live"]:
             write["live"] = False
             for chunk in write["chunks"]:
@@ -121,7 +122,9 @@ class IndexMachine(RuleBasedStateMachine):
     number = st.integers(1, 2)
 
     @rule(chain=chain, namespace=namespace, engine=engine, number=number, shard=st.integers(0, 2))
-    def reserve(self, chain: tuple[str, int, int], namespace: bytes, engine: str, number: int, shard: int) -> None:
+    def reserve(  # noqa: PLR0915 one walk over the digests, as the rule itself is
+        self, chain: tuple[str, int, int], namespace: bytes, engine: str, number: int, shard: int
+    ) -> None:
         path, upto, start = chain
         shard %= self.shards
         chains = [path[: i + 1] for i in range(min(upto, len(path)))]
@@ -134,9 +137,14 @@ class IndexMachine(RuleBasedStateMachine):
         )
         worker = self.worker(engine, shard)
         got = self.index.reserve(
-            (engine, number), worker, shard, namespace, parent_key.digest if parent_key else b"",
-            [k.digest for k in keys], self.now,
-        )  # fmt: skip
+            (engine, number),
+            worker,
+            shard,
+            namespace,
+            parent_key.digest if parent_key else b"",
+            [k.digest for k in keys],
+            self.now,
+        )
         gone = self.find_gone() | {
             k for k, c in self.seen.items() if c.state == "ready" and k in {keys[s.position] for s in got.slots}
         }
@@ -174,10 +182,15 @@ class IndexMachine(RuleBasedStateMachine):
                 chunks.append(chunk)
             above = chunk if chunk is not None else before.get(key)
         if got.id:
-            self.writes[got.id] = dict(
-                worker=worker, session=(engine, number), shards={shard}, chunks=chunks, live=True,
-                deadline=self.now + WRITE, namespace=namespace,
-            )  # fmt: skip
+            self.writes[got.id] = {
+                "worker": worker,
+                "session": (engine, number),
+                "shards": {shard},
+                "chunks": chunks,
+                "live": True,
+                "deadline": self.now + WRITE,
+                "namespace": namespace,
+            }
         for key in gone:
             old = before[key]
             assert not any(c.parent is old for c in self.seen.values()), "evicted before its children"
@@ -213,10 +226,15 @@ class IndexMachine(RuleBasedStateMachine):
         chunk.deadline = self.now + WRITE
         self.seen[key] = chunk
         self.alive.add(chunk)
-        self.writes[got.id] = dict(
-            worker=SERVER, session=("", 0), shards=set(range(self.shards)), chunks=[chunk], live=True,
-            deadline=self.now + WRITE, namespace=namespace,
-        )  # fmt: skip
+        self.writes[got.id] = {
+            "worker": SERVER,
+            "session": ("", 0),
+            "shards": set(range(self.shards)),
+            "chunks": [chunk],
+            "live": True,
+            "deadline": self.now + WRITE,
+            "namespace": namespace,
+        }
 
     @precondition(lambda self: self.writes)
     @rule(pick=st.integers(0, 99), well=st.booleans())
@@ -266,13 +284,22 @@ class IndexMachine(RuleBasedStateMachine):
             assert got.expires == self.now + LEASE
             for chunk in run:
                 chunk.users.add(got.id)
-            self.leases[got.id] = dict(
-                session=(engine, number), chunks=run, taken=False, expires=got.expires, stale=False,
-                namespace=namespace,
-            )  # fmt: skip
+            self.leases[got.id] = {
+                "session": (engine, number),
+                "chunks": run,
+                "taken": False,
+                "expires": got.expires,
+                "stale": False,
+                "namespace": namespace,
+            }
 
     @precondition(lambda self: self.leases)
-    @rule(pick=st.integers(0, 99), how=st.sampled_from(["take", "release", "pin", "pin", "steal"]), shard=st.integers(0, 2), start=st.integers(0, 3))  # fmt: skip
+    @rule(
+        pick=st.integers(0, 99),
+        how=st.sampled_from(["take", "release", "pin", "pin", "steal"]),
+        shard=st.integers(0, 2),
+        start=st.integers(0, 3),
+    )
     def use_lease(self, pick: int, how: str, shard: int, start: int) -> None:
         ident = list(self.leases)[pick % len(self.leases)]
         lease = self.leases[ident]
@@ -287,7 +314,9 @@ class IndexMachine(RuleBasedStateMachine):
             return
         chunks = lease["chunks"][start:]
         try:
-            pin = self.index.pin(ident, "thief" if how == "steal" else engine, self.worker(engine, shard), shard, start, len(chunks))  # fmt: skip
+            pin = self.index.pin(
+                ident, "thief" if how == "steal" else engine, self.worker(engine, shard), shard, start, len(chunks)
+            )
         except Gone:
             assert how == "steal" or lease["stale"]
             return
@@ -297,7 +326,12 @@ class IndexMachine(RuleBasedStateMachine):
         assert list(pin.offsets) == [c.base + first for c in chunks]
         for chunk in chunks:
             chunk.users.add(pin.id)
-        self.pins[pin.id] = dict(worker=self.worker(engine, shard), chunks=chunks, stale=False, namespace=lease["namespace"])  # fmt: skip
+        self.pins[pin.id] = {
+            "worker": self.worker(engine, shard),
+            "chunks": chunks,
+            "stale": False,
+            "namespace": lease["namespace"],
+        }
 
     @precondition(lambda self: self.pins)
     @rule(pick=st.integers(0, 99))
@@ -449,5 +483,5 @@ class IndexMachine(RuleBasedStateMachine):
 
 TestIndexAgainstItsModel = IndexMachine.TestCase
 TestIndexAgainstItsModel.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
