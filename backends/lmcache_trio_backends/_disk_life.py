@@ -22,9 +22,9 @@ from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_policy import Admission
-from lmcache_trio_backends._disk_rows import Read, Write, extent_of
+from lmcache_trio_backends._disk_rows import Read, Write, extent_of, name_of
 from lmcache_trio_backends._disk_slabs import ByteIO
-from lmcache_trio_backends._disk_transfer import Transfer
+from lmcache_trio_backends._disk_transfer import Transfer, flat
 from lmcache_trio_backends._disk_worker import Worker
 
 __all__ = ["FLUSH_SECONDS", "DiskLife"]
@@ -33,8 +33,10 @@ log = logging.getLogger("lmcache_trio.disk")
 
 FLUSH_SECONDS = 5.0
 """How long recency, and with `periodic` the bytes themselves, may wait for the disk; ext4 commits as often."""
-PAGE_ROWS = 1000
+PAGE_ROWS = 400
 """Rows read at a time while rebuilding: some 2 ms, so a query never waits longer behind one."""
+SMALL_PAGES = 50
+"""An index of up to 20,000 rows is read before the tier is open (0.3 s); of a larger one the rest in the background."""
 GROUP_BYTES = 64 << 20
 """Bytes written before their rows are published: what a cancelled or killed store loses at most."""
 CLOSE_SECONDS = 5.0
@@ -64,6 +66,7 @@ class DiskLife:
         self._unflushed = False
         self._suspects: list[Read] = []
         self.ready = trio.Event()
+        self.under_way = trio.Event()
 
     @property
     def corrupt(self) -> bool:
@@ -77,12 +80,12 @@ class DiskLife:
         if self.ready.is_set():
             await trio.lowlevel.checkpoint()
             return [self._directory.contains(key) for key in keys]
-        found = {row[0] for row in await self._worker.ask(self._files.index.find, [_name(key) for key in keys])}
-        return [_name(key) in found for key in keys]
+        found = {row[0] for row in await self._worker.ask(self._files.index.find, [name_of(key) for key in keys])}
+        return [name_of(key) in found for key in keys]
 
     async def load(self, loads: Sequence[Load]) -> list[bool]:
         self._worker.check()
-        views = [[_flat(view) for view in load.shards] for load in loads]
+        views = [[flat(view) for view in load.shards] for load in loads]
         lengths = [tuple(len(view) for view in some) for some in views]
         reads = await self._begin(loads, lengths)
         held = [(i, read) for i, read in enumerate(reads) if read is not None]
@@ -147,9 +150,9 @@ class DiskLife:
     async def _begin(self, loads: Sequence[Load], lengths: Sequence[tuple[int, ...]]) -> list[Read | None]:
         if self.ready.is_set():
             return [self._directory.begin_read(w.key, n) for w, n in zip(loads, lengths, strict=True)]
-        rows = await self._worker.ask(self._files.index.find, [_name(load.key) for load in loads])
+        rows = await self._worker.ask(self._files.index.find, [name_of(load.key) for load in loads])
         by_key = {row[0]: Read.of_row(row) for row in rows}
-        found = [by_key.get(_name(load.key)) for load in loads]
+        found = [by_key.get(name_of(load.key)) for load in loads]
         return [r if r is not None and r.lengths == n else None for r, n in zip(found, lengths, strict=True)]
 
     def _transfer(self, chunks: Sequence[tuple[int, Sequence[memoryview]]]) -> Transfer:
@@ -175,7 +178,7 @@ class DiskLife:
 
     async def _store_group(self, records: Sequence[Record], group: Sequence[int], taken: list[bool]) -> None:
         writes: dict[int, Write] = {}
-        views = {i: [_flat(view) for view in records[i].shards] for i in group}
+        views = {i: [flat(view) for view in records[i].shards] for i in group}
         try:
             for i in group:
                 if self._directory.contains(records[i].key):
@@ -259,20 +262,29 @@ class DiskLife:
     async def rebuild(self) -> None:
         """Read the index file into the directory, in small steps, and be ready."""
         after = b""
+        pages = 0
         try:
             while page := await self._worker.ask(self._files.index.page, after, PAGE_ROWS):
                 self._directory.restore(page)
                 after = page[-1][0]
+                pages += 1
+                if pages == SMALL_PAGES:
+                    self.under_way.set()
         except Unavailable as exc:
             log.warning("%s", exc)
-            self.ready.set()  # whoever waits for it is told the same
+            self._set_ready()  # whoever waits for it is told the same
             return
-        for _ in self._directory.rebuild(self._files.slabs.taken):
+        order = await self._worker.run(self._directory.order)
+        for _ in self._directory.rebuild(self._files.slabs.taken, order):
             await trio.lowlevel.checkpoint()
         for read in self._suspects:
             self._directory.quarantine(read)
-        self.ready.set()
+        self._set_ready()
         self._wake.set()
+
+    def _set_ready(self) -> None:
+        self.ready.set()
+        self.under_way.set()
 
     async def keep_house(self) -> None:
         """Erase what is doomed as it comes; write recency, and flush, when it is due."""
@@ -341,12 +353,3 @@ class DiskLife:
         if scope.cancelled_caught:
             log.warning("closing %s has not ended after %g s: its disk hangs", self._config.path, CLOSE_SECONDS)
         self._worker.index_thread.close()
-
-
-def _name(key: ChunkKey) -> bytes:
-    return key.namespace + key.digest
-
-
-def _flat(view: memoryview) -> memoryview:
-    """*view* as bytes."""
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")

@@ -22,6 +22,7 @@ __all__ = [
     "Write",
     "extent_of",
     "index_cost",
+    "name_of",
     "pack",
     "round_up",
     "unpack",
@@ -36,6 +37,11 @@ _TABLES = 64
 
 Row = tuple[bytes, bytes, int, int, int, bytes]
 """A row of the index file: key (namespace + digest), parent, offset, generation, recency, packed shards."""
+
+
+def name_of(key: ChunkKey) -> bytes:
+    """*key* as the index file has it."""
+    return key.namespace + key.digest
 
 
 def round_up(length: int) -> int:
@@ -78,8 +84,7 @@ class Write:
 
     def as_row(self, sums: Sequence[int]) -> Row:
         """What the index file is to keep; *sums* are the shards' checksums."""
-        key = self.key.namespace + self.key.digest
-        return key, self.parent, self.offset, self.generation, self.recency, pack(self.lengths, sums)
+        return name_of(self.key), self.parent, self.offset, self.generation, self.recency, pack(self.lengths, sums)
 
 
 @attrs.frozen

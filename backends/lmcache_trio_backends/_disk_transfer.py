@@ -16,11 +16,16 @@ import xxhash
 from lmcache_trio_backends._disk_rows import round_up
 from lmcache_trio_backends._disk_slabs import ByteIO
 
-__all__ = ["PIECE", "Transfer"]
+__all__ = ["PIECE", "Transfer", "flat"]
 
 PIECE = 1 << 20
 DIRECT_PIECES = 8
 """Pieces that one O_DIRECT call moves: nothing reads ahead there, so the device must be asked for more at a time."""
+
+
+def flat(view: memoryview) -> memoryview:
+    """*view* as bytes."""
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
 @attrs.frozen

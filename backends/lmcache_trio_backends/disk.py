@@ -22,8 +22,6 @@ from lmcache_trio_backends._disk_slabs import ByteIO
 __all__ = ["DiskConfig", "DiskTier"]
 
 DROP_REASONS = ("admission", "no_space", "not_ready", "size", "writing")
-READY_SECONDS = 0.3
-"""How long `open` waits for the index to be read: enough for 100,000 chunks. Beyond it lookups answer by query."""
 
 
 def _as_it_is(io: ByteIO) -> ByteIO:
@@ -69,8 +67,7 @@ class DiskTier(Tier):
             async with trio.open_nursery() as house:
                 house.start_soon(life.rebuild)
                 house.start_soon(life.keep_house)
-                with trio.move_on_after(READY_SECONDS):
-                    await life.ready.wait()
+                await life.under_way.wait()
                 self._life = life
                 try:
                     yield

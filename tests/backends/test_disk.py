@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import trio
-from lmcache_trio_backends import _disk_life, disk
+from lmcache_trio_backends import _disk_life
 from lmcache_trio_backends._disk_policy import SecondHit
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
@@ -157,11 +157,11 @@ async def test_lookups_are_answered_by_query_while_the_index_is_read(
     rebuild = _disk_life.DiskLife.rebuild
 
     async def held_back(self: _disk_life.DiskLife) -> None:
+        self.under_way.set()
         await gate.wait()
         await rebuild(self)
 
     monkeypatch.setattr(_disk_life.DiskLife, "rebuild", held_back)
-    monkeypatch.setattr(disk, "READY_SECONDS", 0.01)
     flip_a_bit(tmp_path, content(key_of(5))[0])
     async with tier.open():
         assert tier.statistics()["ready"] == 0

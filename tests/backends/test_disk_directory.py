@@ -38,7 +38,7 @@ class DiskMachine(RuleBasedStateMachine):
     def boot(self) -> None:
         self.directory = Directory(Arena(), ROWS * index_cost(1))
         self.directory.restore(self.file[key] for key in sorted(self.file))
-        for _ in self.directory.rebuild(TAKEN):
+        for _ in self.directory.rebuild(TAKEN, self.directory.order()):
             pass
         self.writes: list[Write] = []
         self.written: list[Write] = []  # bytes and row stand, the directory does not know it yet
@@ -231,7 +231,7 @@ def _store(directory: Directory, number: int, parent: int | None = None) -> Row:
 
 def _directory() -> Directory:
     directory = Directory(Arena(), 1 << 20)
-    for _ in directory.rebuild(TAKEN):
+    for _ in directory.rebuild(TAKEN, directory.order()):
         pass
     return directory
 
@@ -277,7 +277,7 @@ def test_rows_that_lie_over_each_other_or_outside_are_dropped_and_their_bytes_gi
     rows[2] = (*rows[2][:2], TAKEN, *rows[2][3:])  # behind the end
     directory = Directory(Arena(), 1 << 20)
     directory.restore(rows)
-    for _ in directory.rebuild(TAKEN):
+    for _ in directory.rebuild(TAKEN, directory.order()):
         pass
     assert directory.statistics()["chunks"] == 1
     directory.erased(directory.take_doomed(10))
