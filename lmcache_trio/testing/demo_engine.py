@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     blocks = -(-(settings.longest + settings.new_tokens) // 16)
     _warm_up(model)
     with connect(address, EngineConfig(model=model, num_blocks=blocks), engine_id=uuid.uuid4().hex) as connected:
-        _say(healthy=connected.scheduler.is_healthy() and connected.worker.is_healthy())
+        _say(healthy=connected.worker.is_healthy())  # the scheduler hears of the namespace a little later
         for i, prompt in enumerate(_prompts(settings, model.vocabulary)):
             connected.engine.submit(f"prompt {i}", prompt, settings.new_tokens)
             (completion,) = connected.engine.run().values()
