@@ -13,9 +13,9 @@ from lmcache_trio.errors import Misuse
 
 __all__ = ["Arena"]
 
-_TABLES = 61
-"""Tables that the handed-out ranges are spread over: growing one dict of a million entries would stop the loop for
-over 10 ms. A prime, because offsets are multiples of powers of two."""
+_TABLES = 64
+"""Tables that the handed-out ranges are spread over, at random: growing one dict of a million entries would stop the
+loop for over 10 ms, and so would growing all of an even spread in the same breath."""
 
 
 class Arena:
@@ -29,7 +29,6 @@ class Arena:
         if alignment < 1 or alignment & (alignment - 1):
             raise Misuse(f"alignment is {alignment}: it must be a power of two")
         self._mask = alignment - 1
-        self._shift = alignment.bit_length() - 1
         self._taken = 0
         self._head = 0
         self._used = 0
@@ -113,13 +112,13 @@ class Arena:
         if hole > need:
             self._add_hole(offset + need, hole - need)
         self._used += need
-        self._given[(offset >> self._shift) % _TABLES][offset] = need
+        self._given[hash((offset,)) % _TABLES][offset] = need
         return offset
 
     def free(self, offset: int, length: int) -> None:
         """Take back what `allocate` gave for *length*. Misuse on a double free or a range that was not handed out."""
         need = (length + self._mask) & ~self._mask
-        table = self._given[(offset >> self._shift) % _TABLES]
+        table = self._given[hash((offset,)) % _TABLES]
         if table.get(offset) != need:
             raise Misuse(f"the range of {length} bytes at {offset} is not handed out")
         del table[offset]

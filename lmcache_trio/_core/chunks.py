@@ -301,6 +301,7 @@ class Chunks:
     def clear(self, namespace: Namespace) -> int:
         """Doom every chunk of *namespace*. Returns how many there were."""
         rows = [row for table in namespace.tables for row in table.values()]
+        rows.sort(key=self.rows.offset.__getitem__)  # one hole grows, instead of many
         for row in rows:
             self.doom(row)
         return len(rows)

@@ -196,6 +196,18 @@ def test_a_chunk_whose_other_shard_never_came_is_dropped_in_time(world: Make) ->
     assert w.arena.used == 0
 
 
+def test_a_late_shards_claim_gives_its_chunk_time_and_no_other(world: Make) -> None:
+    w = world(8, shards=2)
+    w.index.commit(w.reserve("a").id, 1)
+    w.now = 1.0
+    w.index.commit(w.reserve("x").id, 1)
+    w.now = 50.0
+    late = w.reserve("a", worker=2, shard=1)
+    assert w.index.expire(61.0) == 110.0
+    assert w.held["chunks_writing"] == 1
+    assert w.index.commit(late.id, 2) == [w.key("a")]
+
+
 def test_children_of_an_aborted_chunk_are_found_again_when_it_is_stored_anew(world: Make) -> None:
     w = world(8)
     parent = w.reserve("a")
