@@ -281,9 +281,10 @@ async def test_closing_gives_back_every_descriptor(near: str) -> None:
     with trio.fail_after(20):
         await once()
         before = len(os.listdir("/proc/self/fd"))
-        for _ in range(10):
+        for _ in range(20):
             await once()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    # NNG closes on a thread of its own, so the last round's may still be open; one leaked a round would be 20.
+    assert len(os.listdir("/proc/self/fd")) < before + 10
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
