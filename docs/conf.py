@@ -21,7 +21,7 @@ myst_enable_extensions = ["deflist"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "imported-members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "imported-members": True}
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!lmcache_trio).*"),  # not ours
     (r"py:.*", r".*\.T"),  # a type variable
