@@ -5,7 +5,7 @@ PATH/index[-wal]   SQLite: one row a chunk
 PATH/slab-00000…   the chunks' bytes
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
@@ -51,12 +51,12 @@ class Files:
         if self._lock is not None:
             self._lock.check()
 
-    def close(self, owed: Sequence[list[tuple[int, bytes, int]]] = (), *, flush: bool = False) -> None:
-        """Write the recency that is *owed*, *flush* the slabs, close. Idempotent; a failure leaves nothing open."""
+    def close(self, owed: Sequence[Callable[[], None]] = (), *, flush: bool = False) -> None:
+        """Do what is *owed* to the index, *flush* the slabs, close. Idempotent; a failure leaves nothing open."""
         lock, self._lock = self._lock, None
         try:
-            for touched in owed:
-                self.index.touch(touched)
+            for write in owed:
+                write()
             if flush:
                 self.slabs.flush()
         finally:

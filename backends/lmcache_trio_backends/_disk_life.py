@@ -242,6 +242,7 @@ class DiskLife:
             if not evicted and not directory.has_doomed and not self._settling.locked():
                 return "no_space"
             self._counts["evicted"] += evicted
+            self._wake.set()  # should this call be cancelled, the housekeeper goes on
             await self._settle()
         return "writing"
 
@@ -338,10 +339,13 @@ class DiskLife:
 
     async def end(self) -> None:
         """Write what is owed and close; a disk that hangs is left behind after 5 s, still locked by this process."""
-        owed = []
+        owed: list[Callable[[], None]] = []
+        index = self._files.index
         if self._worker.failed is None and self.ready.is_set():
-            while touched := self._directory.take_touched(self._files.index.batch):
-                owed.append(touched)
+            while doomed := self._directory.take_doomed(index.batch):
+                owed.append(functools.partial(index.erase, doomed))
+            while touched := self._directory.take_touched(index.batch):
+                owed.append(functools.partial(index.touch, touched))
         close = functools.partial(
             self._files.close, owed, flush=self._unflushed and self._config.durability == "periodic"
         )

@@ -120,6 +120,7 @@ class Slabs:
         length = min(self.slab_size, self._capacity - start)
         if index == len(self._fds):
             self._fds.append(os.open(self._path(index), self._flags | os.O_CREAT, 0o600))
+            _flush_directory(self._directory)  # or a power failure takes the file whose bytes were flushed
         have = self.taken - start
         try:
             os.posix_fallocate(self._fds[index], have, length - have)
@@ -173,6 +174,14 @@ class Slabs:
             size = min(len(view) - at, self.slab_size - place)
             yield self._fds[index], place, view[at : at + size]
             at += size
+
+
+def _flush_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def probe(directory: Path, *, direct: bool) -> None:

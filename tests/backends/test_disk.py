@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import trio
 from lmcache_trio_backends import _disk_life
+from lmcache_trio_backends._disk_index import IndexFile
 from lmcache_trio_backends._disk_policy import SecondHit
+from lmcache_trio_backends._disk_slabs import Slabs
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
 from lmcache_trio.abc import Record
 from lmcache_trio.config import structure
 from lmcache_trio.errors import ConfigError, Unavailable
+from lmcache_trio.testing.faulty_tier import Fault, FaultyTier
 from lmcache_trio.testing.tier_contract import (
     MakeTier,
     TierContract,
@@ -434,6 +437,65 @@ async def test_an_index_that_cannot_be_written_fails_the_tier_until_it_is_opened
         assert await loaded(tier, 1, 2) == [True, False]
         assert tier.statistics()["chunks"] == 1
         assert await stored(tier, 2) == [True]
+
+
+async def test_a_bad_sector_fences_once_and_its_record_is_gone(tmp_path: Path) -> None:
+    tier = FaultyTier.around(disk_tier(tmp_path), [Fault("error", on="load", at=(1,))])
+    async with tier.open():
+        assert all(await tier.store([record_of(key_of(n)) for n in range(3)]))
+        with pytest.raises(Unavailable, match="injected"):
+            await tier.load([load_of(key_of(1))])
+    async with tier.open():
+        assert list(await tier.load([load_of(key_of(n)) for n in range(3)])) == [True, False, True]
+
+
+async def test_a_disk_that_hangs_when_it_is_closed_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_disk_life, "CLOSE_SECONDS", 0.05)
+    tier = disk_tier(tmp_path)
+    blocked, release = os.pipe()
+    async with trio.open_nursery() as nursery:
+        async with tier.open():
+            assert tier._life is not None
+            nursery.start_soon(tier._life._worker.index_thread.run, os.read, blocked, 1)
+            await trio.testing.wait_all_tasks_blocked()
+        assert "its disk hangs" in caplog.text
+        with pytest.raises(Unavailable, match=f"in use by process {os.getpid()}"):
+            async with tier.open():
+                pass
+        os.write(release, b".")
+    os.close(blocked)
+    os.close(release)
+
+
+async def test_recency_and_periodic_flushes_come_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token, flushed = trio.lowlevel.current_trio_token(), trio.Event()
+    done: list[str] = []
+    really: dict[str, Any] = {"touch": IndexFile.touch, "checkpoint": IndexFile.checkpoint, "flush": Slabs.flush}
+
+    def spied(name: str) -> Any:
+        def call(self: Any, *args: Any) -> Any:
+            done.append(name)
+            result = really[name](self, *args)
+            if name == "checkpoint":
+                token.run_sync_soon(flushed.set)
+            return result
+
+        return call
+
+    monkeypatch.setattr(IndexFile, "touch", spied("touch"))
+    monkeypatch.setattr(IndexFile, "checkpoint", spied("checkpoint"))
+    monkeypatch.setattr(Slabs, "flush", spied("flush"))
+    monkeypatch.setattr(_disk_life, "FLUSH_SECONDS", 0.05)
+    tier = disk_tier(tmp_path, durability="periodic")
+    async with tier.open():
+        assert await stored(tier, 1) == [True]
+        assert await loaded(tier, 1) == [True]
+        with trio.fail_after(5):
+            await flushed.wait()
+    assert done[-2:] == ["flush", "checkpoint"]
+    assert "touch" in done
 
 
 # ---- a killed server
