@@ -22,6 +22,7 @@ from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_policy import Admission
+from lmcache_trio_backends._disk_room import Room
 from lmcache_trio_backends._disk_rows import Read, Write, extent_of, name_of
 from lmcache_trio_backends._disk_slabs import ByteIO
 from lmcache_trio_backends._disk_transfer import Transfer, flat
@@ -59,8 +60,7 @@ class DiskLife:
         self._files = Files(config, self.budget)
         self._io: ByteIO = self._files.slabs
         self._worker = Worker(Path(config.path), config.threads)
-        self._growing = trio.Lock()
-        self._settling = trio.Lock()
+        self._room = Room(self._directory, self._files, self._worker, counts)
         self._wake = trio.Event()
         self._due = math.inf
         self._unflushed = False
@@ -135,7 +135,7 @@ class DiskLife:
         self._worker.check()
         self._directory.forget(namespace)
         self._wake.set()  # should this call be cancelled, the housekeeper goes on
-        await self._settle()
+        await self._room.settle()
 
     def statistics(self) -> dict[str, int | str]:
         return {
@@ -198,6 +198,8 @@ class DiskLife:
         finally:
             for write in writes.values():
                 self._directory.abort(write)
+            if self._directory.has_doomed:
+                self._wake.set()
 
     async def _publish(self, writes: dict[int, Write], transfer: Transfer, taken: list[bool]) -> None:
         """Rows into the index file, then into the directory. What is published, or may be, leaves *writes*."""
@@ -217,7 +219,7 @@ class DiskLife:
     async def _reserve(self, record: Record, lengths: Sequence[int]) -> Write | None:
         """Room for *record*: in a hole, in a new slab, or in place of what was least recently used."""
         if (reason := self._refusal(record.key, extent_of(lengths))) is None:
-            found = await self._make_room(record, lengths)
+            found = await self._room.make(record.key, record.parent, lengths)
             if isinstance(found, Write):
                 return found
             reason = found
@@ -230,33 +232,6 @@ class DiskLife:
         if self._directory.knows(key):
             return "writing"
         return None if self._admit(key) else "admission"
-
-    async def _make_room(self, record: Record, lengths: Sequence[int]) -> Write | str:
-        directory = self._directory
-        while not directory.knows(record.key):
-            if (write := directory.reserve(record.key, record.parent, lengths)) is not None:
-                return write
-            if directory.has_index_room(len(lengths)) and await self._grow():
-                continue
-            evicted = directory.evict(extent_of(lengths))
-            if not evicted and not directory.has_doomed and not self._settling.locked():
-                return "no_space"
-            self._counts["evicted"] += evicted
-            self._wake.set()  # should this call be cancelled, the housekeeper goes on
-            await self._settle()
-        return "writing"
-
-    async def _grow(self) -> bool:
-        before = self._files.slabs.taken
-        async with self._growing:
-            if self._files.slabs.taken > before:
-                return True  # another did
-            if before >= self.budget.slabs:
-                return False
-            with trio.CancelScope(shield=True):
-                taken = await self._worker.run(self._files.slabs.grow)
-                self._directory.grow(taken)
-        return taken > before
 
     # ---- keeping house
 
@@ -295,7 +270,7 @@ class DiskLife:
                 with trio.move_on_at(self._due):
                     await self._wake.wait()
                 self._wake = trio.Event()
-                await self._settle()
+                await self._room.settle()
                 if trio.current_time() >= self._due:
                     self._due = math.inf
                     await self._flush()
@@ -314,14 +289,6 @@ class DiskLife:
             self._unflushed = False
             await self._worker.run(self._files.slabs.flush)
             await self._worker.ask(self._files.index.checkpoint)
-
-    async def _settle(self) -> None:
-        """Erase all that is doomed and held by nobody, so that its bytes are free."""
-        async with self._settling:
-            while doomed := self._directory.take_doomed(self._files.index.batch):
-                with trio.CancelScope(shield=True):
-                    await self._worker.ask(self._files.index.erase, doomed)
-                    self._directory.erased(doomed)
 
     # ---- files
 

@@ -77,7 +77,7 @@ class Slabs:
     def __init__(self, directory: Path, *, slab_size: int, capacity: int, direct: bool) -> None:
         self._directory = directory
         self.slab_size = slab_size
-        self._capacity = capacity
+        self.capacity = capacity
         self._flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         self._direct = direct
         self._fds: list[int] = []
@@ -88,7 +88,7 @@ class Slabs:
         kept = set()
         for index in itertools.count():
             path, start = self._path(index), index * self.slab_size
-            length = min(self.slab_size, self._capacity - start)
+            length = min(self.slab_size, self.capacity - start)
             if length <= 0 or not path.exists():
                 break
             fd = os.open(path, self._flags)
@@ -113,11 +113,11 @@ class Slabs:
 
     def grow(self) -> int:
         """Take the next slab, or the rest of the last. Returns the bytes taken; the same again: no more to come."""
-        if self.taken >= self._capacity:
+        if self.taken >= self.capacity:
             return self.taken
         index = self.taken // self.slab_size
         start = index * self.slab_size
-        length = min(self.slab_size, self._capacity - start)
+        length = min(self.slab_size, self.capacity - start)
         if index == len(self._fds):
             self._fds.append(os.open(self._path(index), self._flags | os.O_CREAT, 0o600))
             _flush_directory(self._directory)  # or a power failure takes the file whose bytes were flushed

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from lmcache_trio_backends import _disk_life
 from lmcache_trio_backends._disk_index import IndexFile
 from lmcache_trio_backends._disk_policy import SecondHit

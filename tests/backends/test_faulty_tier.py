@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+import trio.testing
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
 from lmcache_trio.abc import ChunkKey, Load, Record, Tier

@@ -1,0 +1,64 @@
+"""Where the disk tier finds room: growth slab by slab, eviction, and the end of what was evicted.
+
+It does what `_disk_directory` decided, in the order that survives a kill: a row is gone before its bytes are free.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import trio
+
+from lmcache_trio.abc import ChunkKey
+from lmcache_trio_backends._disk_directory import Directory
+from lmcache_trio_backends._disk_files import Files
+from lmcache_trio_backends._disk_rows import Write, extent_of
+from lmcache_trio_backends._disk_worker import Worker
+
+__all__ = ["Room"]
+
+
+class Room:
+    """Room in the slabs of one open tier. Evictions are counted in *counts*."""
+
+    def __init__(self, directory: Directory, files: Files, worker: Worker, counts: "Counter[str]") -> None:
+        self._directory = directory
+        self._files = files
+        self._worker = worker
+        self._counts = counts
+        self._growing = trio.Lock()
+        self._settling = trio.Lock()
+
+    async def make(self, key: ChunkKey, parent: bytes, lengths: Sequence[int]) -> Write | str:
+        """A range for *key*: in a hole, in a new slab, or in place of what was least recently used; else why not."""
+        directory = self._directory
+        while not directory.knows(key):
+            if (write := directory.reserve(key, parent, lengths)) is not None:
+                return write
+            if directory.has_index_room(len(lengths)) and await self._grow():
+                continue
+            evicted = directory.evict(extent_of(lengths))
+            if not evicted and not directory.has_doomed and not self._settling.locked():
+                return "no_space"
+            self._counts["evicted"] += evicted
+            await self.settle()
+        return "writing"
+
+    async def _grow(self) -> bool:
+        before = self._files.slabs.taken
+        async with self._growing:
+            if self._files.slabs.taken > before:
+                return True  # another did
+            if before >= self._files.slabs.capacity:
+                return False
+            with trio.CancelScope(shield=True):
+                taken = await self._worker.run(self._files.slabs.grow)
+                self._directory.grow(taken)
+        return taken > before
+
+    async def settle(self) -> None:
+        """Erase all that is doomed and held by nobody, so that its bytes are free."""
+        async with self._settling:
+            while doomed := self._directory.take_doomed(self._files.index.batch):
+                with trio.CancelScope(shield=True):
+                    await self._worker.ask(self._files.index.erase, doomed)
+                    self._directory.erased(doomed)
