@@ -17,7 +17,7 @@ from lmcache_trio._server.handlers import error_reply, handle
 from lmcache_trio._server.rendezvous import dismiss
 from lmcache_trio._server.state import Client, LostWriter, State
 from lmcache_trio._transport import Connection, PairListener
-from lmcache_trio._wire.codec import decode, peek_id
+from lmcache_trio._wire.codec import ECHO, decode, peek_id
 from lmcache_trio.errors import Gone, LMCacheTrioError, ProtocolError, Unavailable
 
 __all__ = ["TAKE_UP", "serve_client", "wait_exit"]
@@ -101,6 +101,9 @@ async def _read(state: State, client: Client, transport: Connection) -> None:
 
 
 def _carry_out(state: State, client: Client, frame: bytes) -> None:
+    if frame[:1] == ECHO:
+        client.send_frame(frame)
+        return
     try:
         reply = handle(state, client, decode(frame))
     except ProtocolError as exc:

@@ -54,9 +54,13 @@ class Client:
 
     def send(self, message: Message) -> None:
         """Send *message* now, or queue it behind what is queued, for the writer to send when there is room."""
+        if not self.lost:
+            self.send_frame(encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """As `send`, what is a frame already."""
         if self.lost:
             return
-        frame = encode(message)
         if self.transport is not None and not self.outbox:
             try:
                 return self.transport.send_nowait(frame)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import trio
 
 from lmcache_trio._transport import Connection
-from lmcache_trio._wire.codec import decode, encode
+from lmcache_trio._wire.codec import ECHO, decode, encode
 from lmcache_trio._wire.messages import Answer, ErrorKind, ErrorReply, Message
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 from lmcache_trio.threads import Latch
@@ -53,6 +53,8 @@ class Conversation:
     def __init__(self, connection: Connection) -> None:
         self.heard = 0
         """Messages that came so far: whoever sees it stand still knows a silent server."""
+        self.on_echo: Callable[[bytes], None] = lambda frame: None
+        """Called in the Trio thread with each frame that came back to `echo_nowait`."""
         self._connection = connection
         self._lost: Unavailable | None = None
         self._ids = itertools.count(1)
@@ -89,6 +91,10 @@ class Conversation:
             self._post(encode(message), refusable=False)
         except Unavailable:
             return
+
+    def echo_nowait(self, payload: bytes) -> None:
+        """Have the server send *payload* back, undecoded, in order with the rest: to `on_echo`. `Unavailable`: gone."""
+        self._post(ECHO + payload, refusable=True)
 
     def forget(self, request: int) -> None:
         """Drop the reply to *request*, when it comes."""
@@ -137,7 +143,12 @@ class Conversation:
         cause: BaseException | None = None
         try:
             while True:
-                self._handle(decode(await self._connection.receive()))
+                frame = await self._connection.receive()
+                if frame[:1] == ECHO:
+                    self.heard += 1
+                    self.on_echo(frame)
+                else:
+                    self._handle(decode(frame))
         except Gone as exc:
             cause = exc
         except ProtocolError as exc:

@@ -15,6 +15,7 @@ from lmcache_trio._wire.messages import MAX_DIGESTS, Message
 from lmcache_trio.errors import ProtocolError
 
 __all__ = [
+    "ECHO",
     "decode",
     "decode_expected",
     "encode",
@@ -24,6 +25,10 @@ __all__ = [
     "unpack_offsets",
     "unpack_positions",
 ]
+
+ECHO = b"\x00"
+"""A frame that begins with this is no sentence: the server sends it back as it is, undecoded. Only for measuring what
+a round trip costs before anything is said."""
 
 _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
