@@ -15,9 +15,26 @@ from typing import Any, ClassVar
 
 import attrs
 
+from lmcache_trio._core.exports import CudaMemory, Export, Piece, SharedMemory
 from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._core.transfers import Direction
 
-__all__ = ["ChunkKey", "Load", "Memory", "Record", "Tier"]
+__all__ = [
+    "Attached",
+    "ChunkKey",
+    "Copy",
+    "CudaMemory",
+    "Device",
+    "Direction",
+    "Export",
+    "Load",
+    "Memory",
+    "Piece",
+    "Record",
+    "SharedMemory",
+    "Ticket",
+    "Tier",
+]
 
 
 class Memory(ABC):
@@ -115,3 +132,80 @@ class Tier(ABC):
     @abstractmethod
     def statistics(self) -> dict[str, int | str]:
         """What is held and counted: at least `chunks`, `bytes_used` and `bytes_capacity`."""
+
+
+class Attached:
+    """An engine's KV, opened by a device. A device subclasses it; to everyone else it is only a name.
+
+    *export* says where the pieces lie.
+    """
+
+    def __init__(self, export: Export) -> None:
+        self.export = export
+
+
+@attrs.frozen(eq=False)
+class Copy:
+    """Chunks to be moved between an engine's blocks and slots of the arena, in the order of both.
+
+    *slots* are arena offsets, one a chunk, each of *chunk_blocks* blocks. *blocks* has one entry for each of a chunk's
+    blocks, chunk after chunk: the engine's block number, or -1 for one that is not to be touched (in a load alone).
+    *layers* (first, end) are those to be moved. *event* names what the copy must wait for (a CUDA IPC event of the
+    engine's), if anything.
+    """
+
+    attached: Attached
+    direction: Direction
+    slots: Sequence[int]
+    blocks: Sequence[int]
+    chunk_blocks: int
+    layers: tuple[int, int]
+    event: bytes = b""
+
+
+class Ticket:
+    """A copy that was started. A device subclasses it; to everyone else it is only a name."""
+
+
+class Device(ABC):
+    """Where an engine's KV lives, seen from the server: opens it, and moves blocks to slots and back.
+
+    Who owns what: from `start` until `wait_ended` has returned for its ticket, the slots and blocks of a copy belong to
+    the device, whoever gives up waiting: a copy is never cancelled. What was attached stays open until `detach`, which
+    is only called when no copy of it runs. The caller checked every block number and slot; the device need not.
+    """
+
+    Config: ClassVar[type[Any]]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def open(self, memory: Memory) -> AbstractAsyncContextManager[None]:
+        """Make ready to copy to and from slots of *memory*. Left when no copy runs any more."""
+
+    @abstractmethod
+    async def attach(self, export: Export, pid: int) -> Attached:
+        """Open what the engine process *pid* exported. Cancelled, nothing stays open.
+
+        `Unavailable`: this device cannot reach such memory. `Misuse`: it is not what *export* says.
+        """
+
+    @abstractmethod
+    def start(self, copy: Copy) -> Ticket:
+        """Begin *copy*, behind those that were started before it, and return at once."""
+
+    @abstractmethod
+    async def wait_ended(self, ticket: Ticket) -> None:
+        """Return when the copy has ended. `Unavailable`, then too, if it failed: what it wrote to holds anything.
+
+        Cancelled, only the wait ends; it may be waited for again.
+        """
+
+    @abstractmethod
+    def detach(self, attached: Attached) -> None:
+        """Let go of the engine's memory; its process may be gone by now. Idempotent."""
+
+    @abstractmethod
+    def statistics(self) -> dict[str, int | str]:
+        """What is held and counted: at least `attached`, `copies` and `bytes_copied`."""

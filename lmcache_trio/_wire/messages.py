@@ -26,6 +26,7 @@ __all__ = [
     "Answer",
     "AnswerState",
     "ArenaGrown",
+    "Attach",
     "Commit",
     "Committed",
     "CopiesEnded",
@@ -35,6 +36,8 @@ __all__ = [
     "ErrorReply",
     "Finished",
     "Hello",
+    "LayersDone",
+    "LetGo",
     "Lookup",
     "LookupStatus",
     "Message",
@@ -49,11 +52,16 @@ __all__ = [
     "Reserved",
     "Reset",
     "Retrieve",
+    "RetrieveBlocks",
+    "Retrieved",
     "Role",
     "Statistics",
     "StatisticsReply",
+    "StoreBlocks",
+    "Stored",
     "Taken",
     "Welcome",
+    "Withdraw",
 ]
 
 PROTOCOL_VERSION = 1
@@ -287,6 +295,69 @@ class Reset(Message):
     id: Number
 
 
+# --- requests of a worker whose KV the server moves itself ------------------------------------------------------------
+
+
+@attrs.frozen
+class Attach(Message):
+    """A worker exports its KV: *export* is what `_wire.handles` encodes. Follows a Register of the same layout.
+
+    Answered by Ack once the device has opened it; by an error when it can't, and the worker copies for itself then. A
+    new Register or Attach ends the former one.
+    """
+
+    opcode: ClassVar[int] = 28
+    id: Number
+    export: bytes = attrs.field(validator=max_len(1 << 20))
+
+
+@attrs.frozen
+class StoreBlocks(Message):
+    """Reserve, copy, commit: *digests* as in Reserve, and the blocks that hold them, whole chunks in order.
+
+    *blocks* are packed as positions. *event* is empty, or names what the copy must wait for: the pass that writes the
+    blocks. Answered by Stored when the copy has ended, or will not begin: the blocks are the engine's own again.
+    """
+
+    opcode: ClassVar[int] = 29
+    id: Number
+    session: Number
+    parent: bytes = attrs.field(validator=_ID)
+    digests: bytes = attrs.field(validator=_DIGESTS)
+    blocks: bytes = attrs.field(validator=_POSITIONS)
+    event: bytes = attrs.field(default=b"", validator=max_len(64))
+
+
+@attrs.frozen
+class RetrieveBlocks(Message):
+    """Pin, copy, done: *count* chunks from position *start* of a lease go into *blocks*, and into no other block.
+
+    *skip*: the leading blocks of the first chunk that are not to be written. *layered*: a LayersDone follows each
+    layer. Answered by Retrieved when the copy has ended, or will not begin.
+    """
+
+    opcode: ClassVar[int] = 30
+    id: Number
+    lease: bytes = attrs.field(validator=_ID)
+    start: int = attrs.field(validator=ge(0))
+    count: int = attrs.field(validator=ge(1))
+    skip: int = attrs.field(validator=ge(0))
+    blocks: bytes = attrs.field(validator=_POSITIONS)
+    layered: bool = False
+
+
+@attrs.frozen
+class LetGo(Message):
+    """Has every copy ended that the server began for the client with *token*? Acknowledged when it has.
+
+    Asked over another connection, after that client's own was lost: its blocks are its own again with the answer.
+    """
+
+    opcode: ClassVar[int] = 31
+    id: Number
+    token: bytes = attrs.field(validator=_ID)
+
+
 # --- notices, from the client ---------------------------------------------------------------------------------------
 
 
@@ -313,6 +384,17 @@ class Ended(Message):
 
     opcode: ClassVar[int] = 42
     session: Number
+
+
+@attrs.frozen
+class Withdraw(Message):
+    """The StoreBlocks or RetrieveBlocks with the id *request* is not wanted any more.
+
+    It is answered nevertheless, by a failure, as soon as no copy of it runs: what has begun ends by itself.
+    """
+
+    opcode: ClassVar[int] = 43
+    request: Number
 
 
 # --- replies and pushes, from the server ----------------------------------------------------------------------------
@@ -424,3 +506,35 @@ class ArenaGrown(Message):
 
     opcode: ClassVar[int] = 74
     taken: int = attrs.field(validator=ge(0))
+
+
+@attrs.frozen
+class Stored(Message):
+    """The copy has ended: *copied* chunks were written, *published* of them are in the cache now.
+
+    The rest was dropped, counted by reason in *dropped*.
+    """
+
+    opcode: ClassVar[int] = 75
+    id: Number
+    copied: int = attrs.field(validator=ge(0))
+    published: int = attrs.field(validator=ge(0))
+    dropped: dict[str, int] = attrs.field(factory=dict, validator=max_len(64))
+
+
+@attrs.frozen
+class Retrieved(Message):
+    """The copy has ended. Unless it is *valid*, the blocks hold anything."""
+
+    opcode: ClassVar[int] = 76
+    id: Number
+    valid: bool
+
+
+@attrs.frozen
+class LayersDone(Message):
+    """Push: the first *layers* layers of the RetrieveBlocks *request* are in their blocks."""
+
+    opcode: ClassVar[int] = 77
+    request: Number
+    layers: int = attrs.field(validator=ge(0))

@@ -30,17 +30,23 @@ REPLIES: Mapping[type[Message], type[Message]] = {
     m.Abort: m.Ack,
     m.CopiesEnded: m.Ack,
     m.Reset: m.Ack,
+    m.Attach: m.Ack,
+    m.StoreBlocks: m.Stored,
+    m.RetrieveBlocks: m.Retrieved,
+    m.LetGo: m.Ack,
 }
 """Each request and the one kind of reply that answers it; an ErrorReply answers any."""
 
-PUSHES = frozenset({m.NamespaceKnown, m.Answer, m.ArenaGrown, m.ErrorReply})
+PUSHES = frozenset({m.NamespaceKnown, m.Answer, m.ArenaGrown, m.LayersDone, m.ErrorReply})
 """What the server says unasked, with id 0. An ErrorReply of that kind is its last word on the connection."""
 
 _ANYONE = frozenset({m.Ping, m.Statistics})
 FROM_CLIENT: Mapping[Role, frozenset[type[Message]]] = {
-    Role.OBSERVER: _ANYONE,
+    Role.OBSERVER: _ANYONE | {m.LetGo},
     Role.SCHEDULER: _ANYONE | {m.Lookup, m.LookupStatus, m.Reset, m.Taken, m.Release, m.Ended},
-    Role.WORKER: _ANYONE | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort, m.CopiesEnded},
+    Role.WORKER: _ANYONE
+    | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort, m.CopiesEnded}
+    | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.Withdraw},
 }
 """What a client of each role may say on its own connection."""
 

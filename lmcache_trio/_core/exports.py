@@ -1,0 +1,192 @@
+"""What an engine exports so that a server's device can move its KV: memory, and one tensor a layer inside of it.
+
+Values only. An `Export` that exists is in bounds: its tensors lie inside its memory and its blocks inside its tensors,
+whoever sent the numbers. Whether the memory is there, and is the engine's, only a device can tell.
+
+A layer's tensor has one *piece* when its block dimension comes first, and two (K and V) when it comes second. A slot
+holds, layer after layer and piece after piece, the chunk's blocks in order, each block's bytes as they lie in the
+engine. Blocks are opaque.
+"""
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import attrs
+
+from lmcache_trio.errors import Misuse
+
+__all__ = ["CudaMemory", "DType", "Export", "Piece", "SharedMemory", "TensorView", "read_blocks"]
+
+MAX_PARTS = 4096
+"""Most layers, and most allocations, that one export may have."""
+MAX_RANK = 8
+MAX_SIZE = 1 << 48
+"""Bytes that nobody's memory has; a number beyond it is garbage, and no sum of ours overflows below it."""
+
+
+class DType(IntEnum):
+    """Item types by their code on the wire, under torch's names. Codes are never reused."""
+
+    uint8 = 1
+    int8 = 2
+    int16 = 3
+    int32 = 4
+    int64 = 5
+    float16 = 6
+    bfloat16 = 7
+    float32 = 8
+    float64 = 9
+    float8_e4m3fn = 10
+    float8_e5m2 = 11
+
+    @property
+    def itemsize(self) -> int:
+        return _ITEMSIZE[self]
+
+
+_ITEMSIZE = {
+    DType.uint8: 1,
+    DType.int8: 1,
+    DType.int16: 2,
+    DType.int32: 4,
+    DType.int64: 8,
+    DType.float16: 2,
+    DType.bfloat16: 2,
+    DType.float32: 4,
+    DType.float64: 8,
+    DType.float8_e4m3fn: 1,
+    DType.float8_e5m2: 1,
+}
+
+
+@attrs.frozen
+class SharedMemory:
+    """Host memory: an anonymous file (memfd) behind *descriptor* of the engine's own process, *size* bytes of it.
+
+    *inode* is the file's, and *nonce* stands in its first 16 bytes: a descriptor that was closed and used anew is told
+    apart.
+    """
+
+    size: int
+    descriptor: int
+    inode: int
+    nonce: bytes
+
+
+@attrs.frozen
+class CudaMemory:
+    """One allocation of a CUDA device, *size* bytes: the driver's 64-byte IPC handle, and the device's UUID."""
+
+    size: int
+    handle: bytes
+    uuid: bytes
+
+
+@attrs.frozen
+class TensorView:
+    """One layer's KV: *offset* in bytes into its *allocation*, *shape* and *strides* in items."""
+
+    allocation: int
+    offset: int
+    dtype: DType
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@attrs.frozen
+class Piece:
+    """Equal blocks at a constant stride, in bytes of one allocation: block b lies at ``offset + b * stride``."""
+
+    allocation: int
+    offset: int
+    stride: int
+    length: int
+
+
+@attrs.frozen
+class Export:
+    """An engine's paged KV: *num_blocks* blocks in each of *layers*. `Misuse` names what is out of bounds."""
+
+    memory: tuple[SharedMemory, ...] | tuple[CudaMemory, ...]
+    layers: tuple[TensorView, ...]
+    num_blocks: int
+    pieces: tuple[tuple[Piece, ...], ...] = attrs.field(init=False)
+    """The pieces of each layer, in the order of a slot."""
+    block_bytes: int = attrs.field(init=False)
+    """Bytes of one block over all layers."""
+
+    def __attrs_post_init__(self) -> None:
+        for what, parts in (("allocations", self.memory), ("layers", self.layers)):
+            if not 1 <= len(parts) <= MAX_PARTS:
+                raise Misuse(f"the export has {len(parts)} {what}: give 1 to {MAX_PARTS}")
+        if len({type(memory) for memory in self.memory}) != 1:
+            raise Misuse("the export's allocations are of two kinds: export either host or CUDA memory")
+        for memory in self.memory:
+            _check_memory(memory)
+        pieces = tuple(self._read(i, layer) for i, layer in enumerate(self.layers))
+        object.__setattr__(self, "pieces", pieces)
+        object.__setattr__(self, "block_bytes", sum(piece.length for layer in pieces for piece in layer))
+
+    def _read(self, number: int, layer: TensorView) -> tuple[Piece, ...]:
+        where = f"layer {number} (shape {layer.shape}, strides {layer.strides}, offset {layer.offset})"
+        if not 0 <= layer.allocation < len(self.memory):
+            raise Misuse(f"{where} is in allocation {layer.allocation}: there are {len(self.memory)}")
+        if len(layer.shape) != len(layer.strides) or not 2 <= len(layer.shape) <= MAX_RANK:
+            raise Misuse(f"{where}: give 2 to {MAX_RANK} dimensions, and a stride for each")
+        if not all(0 < n <= MAX_SIZE for n in layer.shape) or not all(0 <= n <= MAX_SIZE for n in layer.strides):
+            raise Misuse(f"{where}: sizes must be above 0 and strides 0 or more")
+        size, item = self.memory[layer.allocation].size, layer.dtype.itemsize
+        reach = sum((n - 1) * step for n, step in zip(layer.shape, layer.strides, strict=True)) * item + item
+        if layer.offset < 0 or layer.offset + reach > size:
+            raise Misuse(f"{where} ends at byte {layer.offset + reach}: its allocation has {size}")
+        return tuple(
+            Piece(layer.allocation, layer.offset + start, stride, length)
+            for start, stride, length in read_blocks(where, layer.shape, layer.strides, item, self.num_blocks)
+        )
+
+
+def read_blocks(
+    where: str, shape: Sequence[int], strides: Sequence[int], itemsize: int, num_blocks: int
+) -> list[tuple[int, int, int]]:
+    """(start, stride, length) in bytes of each piece of a tensor; *where* names it in messages.
+
+    `Misuse`: the block dimension is neither the first nor the second after K and V, or a block is not contiguous.
+    """
+    first = len(shape) > 1 and shape[0] == num_blocks
+    second = len(shape) > 2 and shape[0] == 2 and shape[1] == num_blocks
+    if first == second:
+        problem = "fits both" if first else "fits neither"
+        raise Misuse(
+            f"{where} {problem} ({num_blocks}, …) and (2, {num_blocks}, …):"
+            " pass tensors whose block dimension is the first, or the second after K and V, and is not 2"
+        )
+    inner = 1 if first else 2
+    if not _is_dense(shape[inner:], strides[inner:]):
+        raise Misuse(f"{where}: a block's bytes are not contiguous: pass a view in the order of memory")
+    length = math.prod(shape[inner:]) * itemsize
+    stride = strides[inner - 1] * itemsize
+    if num_blocks > 1 and stride < length:
+        raise Misuse(f"{where}: blocks overlap: pass a view whose blocks lie apart")
+    starts = [0] if first else [0, strides[0] * itemsize]
+    return [(start, stride, length) for start in starts]
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Do the dimensions, in whatever order, fill one contiguous range?"""
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(strides, shape, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _check_memory(memory: SharedMemory | CudaMemory) -> None:
+    if not 0 < memory.size <= MAX_SIZE:
+        raise Misuse(f"an allocation of {memory.size} bytes: give more than 0, and what a machine can have")
+    if isinstance(memory, SharedMemory):
+        if len(memory.nonce) != 16 or memory.descriptor < 0 or memory.inode < 0:
+            raise Misuse("shared memory is named by a descriptor, an inode and a nonce of 16 bytes")
+    elif len(memory.handle) != 64 or len(memory.uuid) != 16:
+        raise Misuse("CUDA memory is named by a handle of 64 bytes and a device UUID of 16")

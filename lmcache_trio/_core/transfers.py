@@ -1,0 +1,203 @@
+"""The queue of the device transfer worker: which copies are started next, and when a request's copies have all ended.
+
+    QUEUED --first copy started--> RUNNING --last copy ended--> ENDED
+       |                              `--abort, or a copy failed--> ENDING --copies that run have ended--> ENDED
+       `--abort--> ENDED
+
+A *transfer* is one request's way between an engine's blocks and slots: a list of *units* (chunks, or layers), started
+in order. A *batch* is what the device is given at once: units of one transfer, or of neighbours in the queue that move
+the same engine's memory.
+
+Rule 1: nobody but the device ends a copy. An abort keeps what has not begun from beginning, and no more; until ENDED,
+slots and blocks stay owned. Rule 2: loads go ahead of stores, because an engine waits for them; after *turns* batches of
+loads in a row one batch of stores goes, if there is one. So neither starves. Rule 3: no more than *in_flight* bytes are
+with the device, so that a load never queues behind more than that; a unit that is larger goes alone. Rule 4: no I/O and
+no clock here; a method that raises has changed nothing.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from enum import Enum
+
+import attrs
+
+from lmcache_trio.errors import Misuse
+
+__all__ = ["Batch", "Direction", "Part", "Transfer", "TransferState", "Transfers"]
+
+
+class Direction(Enum):
+    """Seen from the cache: a LOAD goes from slots to blocks, a STORE from blocks to slots."""
+
+    LOAD = "load"
+    STORE = "store"
+
+
+class TransferState(Enum):
+    """ENDING: it will not succeed, and copies of it still run."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDING = "ending"
+    ENDED = "ended"
+
+
+@attrs.define(eq=False)
+class Transfer:
+    """One request's copies. *units* are their sizes in bytes; *owner* is the memory that they move.
+
+    *layered*: its units are layers of the same chunks, and a batch holds one of them.
+    """
+
+    direction: Direction
+    owner: Hashable
+    units: Sequence[int] = attrs.field()
+    layered: bool = False
+    state: TransferState = attrs.field(default=TransferState.QUEUED, init=False)
+    started: int = attrs.field(default=0, init=False)
+    """Units that were given to the device."""
+    running: int = attrs.field(default=0, init=False)
+    """Batches with units of it that have not ended."""
+    succeeded: bool = attrs.field(default=False, init=False)
+
+    @units.validator
+    def _check(self, attribute: "attrs.Attribute[Sequence[int]]", value: Sequence[int]) -> None:
+        if not value or min(value) < 1:
+            raise Misuse("a transfer has one unit or more, each of one byte or more")
+
+
+@attrs.frozen
+class Part:
+    """Units [first, end) of a transfer."""
+
+    transfer: Transfer
+    first: int
+    end: int
+
+
+@attrs.frozen(eq=False)
+class Batch:
+    """What the device is given at once."""
+
+    direction: Direction
+    parts: tuple[Part, ...]
+    size: int
+
+
+class Transfers:
+    """All transfers that have not ended. Sizes in bytes: *in_flight* with the device, *batch* at once."""
+
+    def __init__(self, *, in_flight: int = 64 << 20, batch: int = 32 << 20, turns: int = 4) -> None:
+        if in_flight < 1 or batch < 1 or turns < 1:
+            raise Misuse("in_flight, batch and turns must be 1 or more")
+        self._in_flight = in_flight
+        self._batch = batch
+        self._turns = turns
+        self._queues: dict[Direction, deque[Transfer]] = {direction: deque() for direction in Direction}
+        self._running: set[Batch] = set()
+        self._bytes_running = 0
+        self._loads_in_a_row = 0
+
+    def submit(self, transfer: Transfer) -> None:
+        """Queue *transfer*, behind those of its direction."""
+        if transfer.state is not TransferState.QUEUED or transfer in self._queues[transfer.direction]:
+            raise Misuse("a transfer is submitted once")
+        self._queues[transfer.direction].append(transfer)
+
+    def next(self) -> Batch | None:
+        """What to start now, which is then running; None when there is nothing, or no room."""
+        direction = self._turn()
+        if direction is None:
+            return None
+        queue = self._queues[direction]
+        head = queue[0]
+        if self._running and self._bytes_running + head.units[head.started] > self._in_flight:
+            return None
+        parts: list[Part] = []
+        size = 0
+        while queue and not (parts and (head.layered or queue[0].layered or queue[0].owner != head.owner)):
+            part, more = self._cut(queue[0], size)
+            if part.end == part.first:
+                break
+            parts.append(part)
+            size += more
+            if part.end < len(part.transfer.units):
+                break
+            queue.popleft()
+        batch = Batch(direction, tuple(parts), size)
+        for part in parts:
+            part.transfer.started = part.end
+            part.transfer.running += 1
+            part.transfer.state = TransferState.RUNNING
+        self._running.add(batch)
+        self._bytes_running += size
+        self._loads_in_a_row = self._loads_in_a_row + 1 if direction is Direction.LOAD else 0
+        return batch
+
+    def ended(self, batch: Batch, *, failed: bool = False) -> list[Transfer]:
+        """The device is done with *batch*. Returns the transfers that have ended by it, in order."""
+        if batch not in self._running:
+            raise Misuse("this batch is not running")
+        self._running.remove(batch)
+        self._bytes_running -= batch.size
+        ended = []
+        for part in batch.parts:
+            transfer = part.transfer
+            transfer.running -= 1
+            if failed:
+                self._drop_rest(transfer)
+            whole = transfer.started == len(transfer.units)
+            if not transfer.running and (whole or transfer.state is TransferState.ENDING):
+                transfer.succeeded = transfer.state is TransferState.RUNNING
+                transfer.state = TransferState.ENDED
+                ended.append(transfer)
+        return ended
+
+    def abort(self, transfer: Transfer) -> bool:
+        """It is not wanted any more. True if it has ended by that; else `ended` will name it. Idempotent."""
+        if transfer.state is TransferState.QUEUED:
+            self._queues[transfer.direction].remove(transfer)
+            transfer.state = TransferState.ENDED
+            return True
+        if transfer.state is not TransferState.ENDED:
+            self._drop_rest(transfer)
+            if not transfer.running:  # between two of its batches
+                transfer.state = TransferState.ENDED
+                return True
+        return False
+
+    def statistics(self) -> dict[str, int]:
+        """What is held now."""
+        queued = sum(len(queue) for queue in self._queues.values())
+        return {
+            "transfers_queued": queued,
+            "copies_running": len(self._running),
+            "copy_bytes_running": self._bytes_running,
+        }
+
+    def _turn(self) -> Direction | None:
+        loads, stores = self._queues[Direction.LOAD], self._queues[Direction.STORE]
+        if loads and not (stores and self._loads_in_a_row >= self._turns):
+            return Direction.LOAD
+        return Direction.STORE if stores else None
+
+    def _cut(self, transfer: Transfer, size: int) -> tuple[Part, int]:
+        """The units of *transfer* that still fit into a batch that has *size* bytes, and their bytes."""
+        at, more = transfer.started, 0
+        while at < len(transfer.units):
+            unit = transfer.units[at]
+            alone = not size and not more
+            room = min(self._batch, self._in_flight - self._bytes_running)
+            if not alone and size + more + unit > room:
+                break
+            more += unit
+            at += 1
+            if transfer.layered:
+                break
+        return Part(transfer, transfer.started, at), more
+
+    def _drop_rest(self, transfer: Transfer) -> None:
+        transfer.state = TransferState.ENDING
+        queue = self._queues[transfer.direction]
+        if transfer in queue:
+            queue.remove(transfer)

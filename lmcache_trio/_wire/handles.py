@@ -1,0 +1,113 @@
+"""An `Export` as bytes: fixed, versioned, little-endian. No pickle, nothing that is run or imported.
+
+    magic "LTKV" | version u16 | kind u8 (1 host, 2 CUDA) | 0 u8 | allocations u16 | layers u16 | blocks u64
+    an allocation, 88 bytes:   size u64 | handle 64 | device UUID 16 (zeros on a host)
+        a host's handle:       descriptor u32 | inode u64 | nonce 16 | 36 zeros
+    a layer:                   allocation u16 | dtype u8 | rank u8 | offset u64 | shape rank × u64 | strides rank × u64
+
+Lengths are checked before anything is made of them. Whatever is off raises `ProtocolError`; what is well-formed and out
+of bounds too, so that one `except` covers everything that a peer may send.
+"""
+
+import struct
+from typing import Any
+
+from lmcache_trio._core.exports import MAX_PARTS, MAX_RANK, CudaMemory, DType, Export, SharedMemory, TensorView
+from lmcache_trio.errors import Misuse, ProtocolError
+
+__all__ = ["HANDLES_VERSION", "MAX_EXPORT", "decode_export", "encode_export"]
+
+HANDLES_VERSION = 1
+MAX_EXPORT = 1 << 20
+"""Bytes of the longest export."""
+
+_MAGIC = b"LTKV"
+_HEAD = struct.Struct("<4sHBBHHQ")
+_MEMORY = struct.Struct("<Q64s16s")
+_HOST = struct.Struct("<IQ16s36s")
+_LAYER = struct.Struct("<HBBQ")
+_KIND_HOST, _KIND_CUDA = 1, 2
+_NO_UUID, _NO_MORE = bytes(16), bytes(36)
+
+
+def encode_export(export: Export) -> bytes:
+    """The bytes that say *export*. `Misuse` if they would be too many."""
+    cuda = isinstance(export.memory[0], CudaMemory)
+    kind = _KIND_CUDA if cuda else _KIND_HOST
+    parts = [_HEAD.pack(_MAGIC, HANDLES_VERSION, kind, 0, len(export.memory), len(export.layers), export.num_blocks)]
+    for memory in export.memory:
+        if isinstance(memory, CudaMemory):
+            parts.append(_MEMORY.pack(memory.size, memory.handle, memory.uuid))
+        else:
+            handle = _HOST.pack(memory.descriptor, memory.inode, memory.nonce, _NO_MORE)
+            parts.append(_MEMORY.pack(memory.size, handle, _NO_UUID))
+    for layer in export.layers:
+        rank = len(layer.shape)
+        parts.append(_LAYER.pack(layer.allocation, layer.dtype, rank, layer.offset))
+        parts.append(struct.pack(f"<{2 * rank}Q", *layer.shape, *layer.strides))
+    packed = b"".join(parts)
+    if len(packed) > MAX_EXPORT:
+        raise Misuse(f"an export of {len(packed)} bytes is longer than {MAX_EXPORT}")
+    return packed
+
+
+def decode_export(packed: bytes) -> Export:
+    """The `Export` that *packed* says; `ProtocolError` for anything that is none."""
+    try:
+        return _Reader(packed).export()
+    except (struct.error, ValueError, Misuse) as exc:
+        raise ProtocolError(f"no export of KV memory: {exc}") from exc
+
+
+class _Reader:
+    def __init__(self, packed: bytes) -> None:
+        if len(packed) > MAX_EXPORT:
+            raise ValueError(f"{len(packed)} bytes are more than {MAX_EXPORT}")
+        self._packed = packed
+        self._at = 0
+
+    def export(self) -> Export:
+        magic, version, kind, reserved, allocations, layers, blocks = self._take(_HEAD)
+        if magic != _MAGIC or version != HANDLES_VERSION or reserved:
+            raise ValueError(f"it begins with {magic!r}, version {version}; this side reads version {HANDLES_VERSION}")
+        if kind not in (_KIND_HOST, _KIND_CUDA):
+            raise ValueError(f"memory of kind {kind} is not known")
+        if not 1 <= allocations <= MAX_PARTS or not 1 <= layers <= MAX_PARTS:
+            raise ValueError(f"{allocations} allocations and {layers} layers: give 1 to {MAX_PARTS} of each")
+        views: tuple[TensorView, ...]
+        if kind == _KIND_CUDA:
+            cuda = tuple(self._cuda() for _ in range(allocations))
+            views = tuple(self._layer() for _ in range(layers))
+            self._end()
+            return Export(cuda, views, blocks)
+        host = tuple(self._host() for _ in range(allocations))
+        views = tuple(self._layer() for _ in range(layers))
+        self._end()
+        return Export(host, views, blocks)
+
+    def _cuda(self) -> CudaMemory:
+        size, handle, uuid = self._take(_MEMORY)
+        return CudaMemory(size, handle, uuid)
+
+    def _host(self) -> SharedMemory:
+        size, handle, uuid = self._take(_MEMORY)
+        descriptor, inode, nonce, rest = _HOST.unpack(handle)
+        if uuid != _NO_UUID or rest != _NO_MORE:
+            raise ValueError("host memory has bytes where there must be zeros")
+        return SharedMemory(size, descriptor, inode, nonce)
+
+    def _layer(self) -> TensorView:
+        allocation, dtype, rank, offset = self._take(_LAYER)
+        if not 2 <= rank <= MAX_RANK:
+            raise ValueError(f"a tensor of rank {rank}: give 2 to {MAX_RANK}")
+        numbers = self._take(struct.Struct(f"<{2 * rank}Q"))
+        return TensorView(allocation, offset, DType(dtype), numbers[:rank], numbers[rank:])
+
+    def _take(self, form: struct.Struct) -> tuple[Any, ...]:
+        found = form.unpack_from(self._packed, self._at)
+        self._at += form.size
+        return found
+
+    def _end(self) -> None:
+        if self._at != len(self._packed):
+            raise ValueError(f"{len(self._packed) - self._at} bytes follow its end")
