@@ -93,6 +93,7 @@ class DiskLife:
         try:
             await self._worker.carry(transfer, transfer.read)
         finally:
+            transfer.release()
             alive = [self._directory.end_read(read) if self.ready.is_set() else True for _, read in held]
             if self._directory.has_doomed:
                 self._wake.set()
@@ -188,7 +189,10 @@ class DiskLife:
             if writes:
                 chunks = [(write.offset, views[i]) for i, write in writes.items()]
                 transfer = self._transfer(chunks)
-                await self._worker.carry(transfer, transfer.write)
+                try:
+                    await self._worker.carry(transfer, transfer.write)
+                finally:
+                    transfer.release()
                 if transfer.error is not None:
                     raise self._worker.unavailable(transfer.error) from transfer.error
                 with trio.CancelScope(shield=True):

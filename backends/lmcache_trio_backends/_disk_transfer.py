@@ -90,6 +90,12 @@ class Transfer:
         """Begin no more pieces."""
         self.stopped = True
 
+    def release(self) -> None:
+        """Let go of the buffers, though a traceback may keep this object. After every thread has returned."""
+        for piece in self._pieces:
+            piece.view.release()
+        self._pieces.clear()
+
     def sums_of(self, chunk: int) -> list[int] | None:
         """The checksums of a chunk's shards; None unless all its bytes were moved."""
         sums = []

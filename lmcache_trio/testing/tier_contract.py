@@ -8,7 +8,7 @@
 It refuses to look behind the interface, and promises a tier nothing about where buffers lie or how long they are.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 import pytest
@@ -16,6 +16,7 @@ import trio
 
 from lmcache_trio.abc import ChunkKey, Load, Record, Tier
 from lmcache_trio.errors import Unavailable
+from lmcache_trio.testing.cancelling import cancelled_at
 
 __all__ = ["MakeTier", "TierContract", "content", "key_of", "load_of", "record_of"]
 
@@ -153,6 +154,22 @@ class TierContract:
             assert all(await tier.load([load_of(key_of(2)), load_of(key_of(1))]))
             assert _is_scribbled(load)
 
+    async def test_after_a_call_nothing_keeps_the_buffer_from_being_resized(self, tier: Tier) -> None:
+        key = key_of(1)
+        buffers = [bytearray(shard) for shard in content(key)]
+        async with tier.open():
+            for step in range(MANY_STEPS):
+                views = [memoryview(buffer) for buffer in buffers]
+                stored = await cancelled_at(step, lambda views=views: tier.store([Record(key, b"", views)]))  # type: ignore[misc]
+                loaded = await cancelled_at(step, lambda views=views: tier.load([Load(key, views)]))  # type: ignore[misc]
+                for view, buffer in zip(views, buffers, strict=True):
+                    view.release()
+                    buffer.append(0)  # BufferError while anything else still looks into it
+                    buffer.pop()
+                if stored and loaded:
+                    return
+        raise AssertionError(f"a store and a load were still not done after {MANY_STEPS} steps")
+
     async def test_a_load_cancelled_at_any_point_leaves_the_tier_usable_and_owns_no_buffer(self, tier: Tier) -> None:
         keys = [key_of(i) for i in range(3)]
         big = (3 << 20, 70_000)
@@ -161,7 +178,7 @@ class TierContract:
             before = _held(tier)
             for step in range(MANY_STEPS):
                 loads = [load_of(key, big) for key in keys]
-                done = await _cancelled_at(step, lambda loads=loads: tier.load(loads))  # type: ignore[misc]
+                done = await cancelled_at(step, lambda loads=loads: tier.load(loads))  # type: ignore[misc]
                 for load in loads:
                     _scribble(load)
                 check = load_of(keys[0], big)
@@ -178,7 +195,7 @@ class TierContract:
             for step in range(MANY_STEPS):
                 keys = [key_of(100 * step + i) for i in range(3)]
                 records = [record_of(key) for key in keys]
-                done = await _cancelled_at(step, lambda records=records: tier.store(records))  # type: ignore[misc]
+                done = await cancelled_at(step, lambda records=records: tier.store(records))  # type: ignore[misc]
                 for key, there in zip(keys, await tier.contains(keys), strict=True):
                     load = load_of(key)
                     assert list(await tier.load([load])) == [there]
@@ -194,7 +211,7 @@ class TierContract:
         async with tier.open():
             for step in range(MANY_STEPS):
                 assert all(await tier.store([record_of(key_of(i)) for i in range(3)]))
-                done = await _cancelled_at(step, lambda: tier.delete(key_of(0).namespace))
+                done = await cancelled_at(step, lambda: tier.delete(key_of(0).namespace))
                 await tier.delete(key_of(0).namespace)
                 assert _held(tier) == (0, 0)
                 if done:
@@ -302,37 +319,3 @@ def _scribble(load: Load) -> None:
 
 def _is_scribbled(load: Load) -> bool:
     return all(bytes(view) == b"\xdd" * len(view) for view in load.shards)
-
-
-async def _cancelled_at(step: int, call: Callable[[], Awaitable[object]]) -> bool:
-    """Await *call*, cancelled when it has been resumed *step* times. Whether it was done before that."""
-    with trio.CancelScope() as scope:
-        canceller = _Canceller(scope, step)
-        trio.lowlevel.add_instrument(canceller)
-        try:
-            await call()
-        finally:
-            trio.lowlevel.remove_instrument(canceller)
-        return not canceller.fired
-    return False
-
-
-class _Canceller(trio.abc.Instrument):
-    """Cancels *scope* after *steps* more steps of this task or of tasks that it starts."""
-
-    def __init__(self, scope: trio.CancelScope, steps: int) -> None:
-        self._scope = scope
-        self._left = steps
-        self._task = trio.lowlevel.current_task()
-        self.fired = False
-        self._spend()
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        """One step is over."""
-        self._spend()
-
-    def _spend(self) -> None:
-        if self._left == 0 and not self.fired:
-            self.fired = True
-            self._scope.cancel()
-        self._left -= 1
