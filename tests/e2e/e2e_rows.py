@@ -8,7 +8,7 @@ from e2e_bench import CHUNK, Bench
 from e2e_engine import Engine, Server
 from e2e_expected import Expected, Prompt
 
-__all__ = ["Situation", "fault"]
+__all__ = ["Situation", "fault", "hit_after_the_engine_was_restarted"]
 
 Situation = Callable[[Bench, str, Expected], None]
 
@@ -37,9 +37,17 @@ def hit_after_reset_prefix_cache(bench: Bench, kind: str, expected: Expected) ->
     check(engine, expected["long 0"], cached=stored(expected["long 0"]))
 
 
-def hit_after_the_engine_was_restarted(bench: Bench, kind: str, expected: Expected) -> None:
-    """What another engine stored, perhaps with other processes, another hash seed and another way to load."""
-    check(bench.engine(kind, fresh=True), expected["long 0"], cached=stored(expected["long 0"]))
+def hit_after_the_engine_was_restarted(first: str) -> Situation:
+    """What an engine of kind *first* stored: with other processes, another hash seed, another way to load."""
+
+    def situation(bench: Bench, kind: str, expected: Expected) -> None:
+        engine = bench.engine(first)
+        check(engine, expected["long 0"])
+        engine.forget()
+        check(bench.engine(kind, fresh=True), expected["long 0"], cached=stored(expected["long 0"]))
+
+    situation.__name__ = f"hit after the engine was restarted, before it was {first}"
+    return situation
 
 
 def partial_prefix(bench: Bench, kind: str, expected: Expected) -> None:

@@ -10,7 +10,7 @@ import e2e_rows as rows
 import pytest
 from e2e_bench import Bench
 from e2e_expected import Expected
-from e2e_rows import Situation, fault
+from e2e_rows import Situation, fault, hit_after_the_engine_was_restarted
 
 pytestmark = pytest.mark.e2e
 
@@ -48,14 +48,14 @@ TABLE = [
     Row("async", rows.local_hit_that_ends_inside_a_chunk),
     Row("async", rows.reset_cache),
     Row("async", rows.corrupted_bytes),
-    Row("sync", rows.hit_after_the_engine_was_restarted),
+    Row("sync", hit_after_the_engine_was_restarted("async")),
     Row("sync", rows.partial_prefix),
     Row("sync", rows.two_turn_chat),
     Row("sync", rows.two_requests_in_a_batch),
     Row("sync", rows.exact_multiple_of_the_chunk),
     Row("sync", rows.local_hit_that_ends_inside_a_chunk),
     Row("sync", rows.corrupted_bytes),
-    Row("default processes", rows.hit_after_the_engine_was_restarted),
+    Row("default processes", hit_after_the_engine_was_restarted("sync")),
     Row("default processes", rows.two_turn_chat),
     Row("small blocks", rows.cold),
     Row("small blocks", rows.hit_after_reset_prefix_cache),

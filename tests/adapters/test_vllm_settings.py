@@ -1,0 +1,65 @@
+"""What `kv_connector_extra_config` may say, and what is refused by name before an engine starts."""
+
+import pytest
+
+from lmcache_trio import ConfigError
+from lmcache_trio.adapters.vllm.settings import (
+    ConnectorSettings,
+    LoadMode,
+    check_failure_policy,
+    check_load_mode,
+    parse_settings,
+)
+
+
+def test_every_setting_has_a_default() -> None:
+    assert parse_settings({}) == ConnectorSettings()
+
+
+def test_all_settings_are_taken_over() -> None:
+    extra = {
+        "address": "ipc:///run/x.ipc",
+        "sync_lookup": True,
+        "lookup_timeout": 2,
+        "poll_interval": 0.01,
+        "load": "sync",
+        "namespace": "mine",
+    }
+    assert parse_settings(extra) == ConnectorSettings("ipc:///run/x.ipc", True, 2.0, 0.01, LoadMode.SYNC, "mine")
+
+
+def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None:
+    with pytest.raises(ConfigError, match=r"kv_connector_extra_config\.adress: is not known; did you mean 'address'"):
+        parse_settings({"adress": "ipc:///run/x.ipc"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("address", 7),
+        ("address", "/run/x.ipc"),
+        ("sync_lookup", "yes"),
+        ("lookup_timeout", 0),
+        ("lookup_timeout", True),
+        ("lookup_timeout", float("nan")),
+        ("poll_interval", -1.0),
+        ("load", "lazy"),
+        ("namespace", None),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"kv_connector_extra_config\.{key}: "):
+        parse_settings({key: value})
+
+
+def test_a_failure_policy_that_ends_requests_is_refused_with_the_line_to_paste() -> None:
+    check_failure_policy("recompute")
+    with pytest.raises(ConfigError, match='"kv_load_failure_policy": "recompute"'):
+        check_failure_policy("fail")
+
+
+def test_synchronous_loads_are_refused_where_steps_overlap() -> None:
+    check_load_mode(LoadMode.SYNC, 1)
+    check_load_mode(LoadMode.ASYNC, 2)
+    with pytest.raises(ConfigError, match="overlaps 2 steps"):
+        check_load_mode(LoadMode.SYNC, 2)
