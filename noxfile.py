@@ -143,7 +143,7 @@ def _oldest() -> list[str]:
 
 
 def _scratch(session: nox.Session) -> Path:
-    """A folder for the session's files. Not nox's own, which becomes TMPDIR: sockets in it would have too long a path."""
+    """A folder for the session. Not nox's own, which becomes TMPDIR: sockets in it would have too long a path."""
     scratch = Path(session.virtualenv.location) / "scratch"
     scratch.mkdir(exist_ok=True)
     return scratch

@@ -13,7 +13,7 @@ import pytest
 from lmcache_trio import abc
 
 ROOT = Path(__file__).parent.parent
-INTERFACES = {"lmcache_trio.memory": abc.Memory, "lmcache_trio.tiers": abc.Tier}
+INTERFACES = {"lmcache_trio.memory": abc.Memory, "lmcache_trio.tiers": abc.Tier, "lmcache_trio.devices": abc.Device}
 
 
 @pytest.fixture(scope="module")
