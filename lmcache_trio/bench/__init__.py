@@ -1,0 +1,10 @@
+"""`lmcache-trio bench`: what the cache costs an engine, beside what a memcpy and a bare round trip cost in the same run.
+
+- `settings`, `rows`, `report`: what to measure, what came of it, how it is told. They import no torch.
+- `run`: the processes and the rounds. `machine`: whose CPU time it was.
+- `host`: an engine's process, with `copies`, `lookups` and `tiers` in it.
+- `grow`, `watched`, `plots`: the same by prompt length, index size and clients.
+
+It measures through the adapters and the protocol that engines use, and has no way in of its own but the echo that tells
+what a round trip costs. It refuses to guess: a copy that was dropped or a lookup that missed ends the run.
+"""

@@ -1,0 +1,82 @@
+"""What `lmcache-trio bench` does: run, with a progress bar on standard error; print; write."""
+
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from lmcache_trio.bench.machine import describe
+from lmcache_trio.bench.report import comparison, doubts, table
+from lmcache_trio.bench.rows import load_rows, save_rows, summarise
+from lmcache_trio.bench.run import measure
+from lmcache_trio.bench.settings import Settings
+
+__all__ = ["compare", "run"]
+
+T = TypeVar("T")
+Tell = Callable[[str, int, int], None]
+
+
+def run(settings: Settings, *, address: str | None, disk: Path | None, json: Path | None) -> int:
+    """Measure, print the table, write *json*. Returns the exit status."""
+    if json is not None:
+        save_rows(json, [])  # a path that cannot be written is told before the run, not after it
+    measured = _with_progress(lambda tell: measure(settings, address=address, disk=disk, tell=tell))
+    if measured is None:
+        return 128 + signal.SIGTERM
+    rows = summarise(measured.rounds)
+    if json is not None:
+        save_rows(json, rows)
+    out = _console()
+    out.print(table(rows, settings))
+    out.print(describe())
+    if measured.left_out:
+        out.print(f"left out, because they need a server of its own: {', '.join(measured.left_out)}")
+    for doubt in doubts(measured.rounds, measured.others):
+        out.print(doubt, style="red")
+    return 0
+
+
+def compare(before: Path, after: Path) -> int:
+    """Print two runs side by side."""
+    _console().print(comparison(load_rows(before), load_rows(after), (before.name, after.name)))
+    return 0
+
+
+def _with_progress(work: Callable[[Tell], Awaitable[T]]) -> T | None:
+    """What *work* returns, or None if SIGTERM ended it."""
+    columns = (TextColumn("{task.description:20}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=True) as progress:
+        bar = progress.add_task("", total=None)
+
+        def tell(what: str, done: int, whole: int) -> None:
+            progress.update(bar, description=what, completed=done, total=whole or None)
+
+        return trio.run(_until_terminated, work, tell)
+
+
+async def _until_terminated(work: Callable[[Tell], Awaitable[T]], tell: Tell) -> T | None:
+    """By default SIGTERM would end this process and leave the others."""
+    found: T | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def watch(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+            with trio.open_signal_receiver(signal.SIGTERM) as signals:
+                task_status.started()
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+        await nursery.start(watch)
+        found = await work(tell)
+        nursery.cancel_scope.cancel()
+    return found
+
+
+def _console() -> Console:
+    """Wide enough for the table where standard output is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 160)

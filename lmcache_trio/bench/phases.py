@@ -1,0 +1,178 @@
+"""Row by row: what a client prepares, what is timed, and what is checked afterwards. Disk rows are `tiers`'."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from lmcache_trio._core.keys import chain_digests
+from lmcache_trio._wire.codec import unpack_offsets
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.bench import lookups, tiers
+from lmcache_trio.bench.host import Host, Job
+from lmcache_trio.bench.settings import ROTATION
+from lmcache_trio.errors import Unavailable
+
+__all__ = ["PHASES"]
+
+_SECONDS = 60.0
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def memcpy(host: Host, n: int) -> Job:
+    """torch's copy_, one thread, private memory to private memory, all of it warm."""
+    pairs = [(host.buffers[ROTATION + i % ROTATION], host.buffers[i % ROTATION]) for i in range(n)]
+
+    def run() -> list[float]:
+        return [_timed(lambda target=target, source=source: target.copy_(source)) for target, source in pairs]
+
+    return Job(run, n * host.settings.operation_bytes)
+
+
+def memcpy_shm(host: Host, n: int) -> Job:
+    """The same into slots of the arena: a reservation that is aborted afterwards. Rotates over its source alone."""
+    client, worker = host.site.worker._link.client, host.site.worker
+    if client is None or client.arena is None:
+        raise Unavailable("the server is gone")
+    name, tokens = next(iter(host.fresh_prompts(1).items()))
+    digests = host.site.scheduler.extend(name, tokens)
+    host.site.scheduler.store_spec(name, 0, host.blocks(0))  # opens the session
+    session = host.site.scheduler.session_spec(name)
+    made = worker._link.call(client.reserve, session, b"", digests, timeout=_SECONDS)
+    size = host.settings.kv.chunk_bytes
+    views = [client.arena.view(offset, size) for offset in unpack_offsets(made.offsets)]
+    slots = [torch.frombuffer(view, dtype=torch.uint8) for view in views]
+    if len(slots) != len(digests):
+        raise Unavailable(f"the server gave {len(slots)} slots for {len(digests)} chunks: {dict(made.dropped)}")
+
+    def copy(source: torch.Tensor) -> None:
+        for i, slot in enumerate(slots):
+            slot.copy_(source[i * size : (i + 1) * size])
+
+    def finish() -> None:
+        worker._link.call(client.abort, made.reservation, timeout=_SECONDS)
+        host.site.end([name])
+
+    def run() -> list[float]:
+        return [_timed(lambda i=i: copy(host.buffers[i % ROTATION])) for i in range(n)]
+
+    return Job(run, n * host.settings.operation_bytes, finish)
+
+
+def store(host: Host, n: int) -> Job:
+    """Blocks to slots, from the call until the server has published them: prompts that are new to it."""
+    site = host.site
+    prompts = host.fresh_prompts(n)
+    specs = site.store_specs(prompts, host.blocks)
+    before = site.count_stored()
+
+    def finish() -> None:
+        stored = site.count_stored() - before
+        if stored != n * host.settings.operation_chunks:
+            raise Unavailable(f"only {stored} chunks were stored: {site.worker.statistics()}")
+        host.stored = prompts
+        host.stored_hash = host.hash_of(host.blocks(n - 1))
+        site.end(list(prompts))
+
+    return Job(_stores(host, specs), n * host.settings.operation_bytes, finish)
+
+
+def _stores(host: Host, specs: list[StoreSpec]) -> Callable[[], list[float]]:
+    worker = host.site.worker
+    return lambda: [_timed(lambda spec=spec: worker.store_now([spec])) for spec in specs]
+
+
+def retrieve(host: Host, n: int) -> Job:
+    """Slots to blocks, from the call until what was read is known to be valid: what the last `store` left."""
+    site = host.site
+    prompts = {host.name(): tokens for tokens in list(host.stored.values())[-n:]}
+    if len(prompts) != n:
+        raise Unavailable("retrieve needs what store left: measure store too")
+    specs: list[LoadSpec] = site.load_specs(prompts, lambda i: host.blocks(i + 1))
+
+    def finish() -> None:
+        if site.worker.take_failed_blocks():
+            raise Unavailable("a retrieve failed")
+        if host.hash_of(host.blocks(n)) != host.stored_hash:
+            raise Unavailable("what was retrieved is not what was stored")
+        site.end(list(prompts))
+
+    def run() -> list[float]:
+        return [_timed(lambda spec=spec: site.worker.retrieve_now([spec])) for spec in specs]
+
+    return Job(run, n * host.settings.operation_bytes, finish)
+
+
+# --- lookups ----------------------------------------------------------------------------------------------------------
+
+
+def bare_round_trip(host: Host, n: int) -> Job:
+    return Job(lambda: lookups.bare_round_trips(host.site.client, n))
+
+
+def ping(host: Host, n: int) -> Job:
+    return Job(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.pings(client, n)))
+
+
+def lookup_hit(host: Host, n: int) -> Job:
+    digests = hot_digests(host)
+    return Job(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.lookups(client, digests, n)))
+
+
+def lookup_miss(host: Host, n: int) -> Job:
+    chunks = host.settings.prompt_chunks
+    prompts = lookups.unknown_prompts(chunks, n)
+    return Job(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.misses(client, prompts)))
+
+
+def sync_lookup(host: Host, n: int) -> Job:
+    names = [host.name() for _ in range(n)]
+    return Job(lambda: lookups.sync_lookups(host.site.scheduler, names, host.hot))
+
+
+def lookup_extend(host: Host, n: int) -> Job:
+    digests = hot_digests(host)
+    sessions = _opened(host, digests[:-1], n)
+    return Job(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.extensions(client, digests, sessions)))
+
+
+def end_session(host: Host, n: int) -> Job:
+    sessions = _opened(host, hot_digests(host), n)
+    return Job(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.ends(client, sessions)))
+
+
+def hot_digests(host: Host) -> list[bytes]:
+    """Of the hot prompt, as the adapter hashes it."""
+    scheduler = host.site.scheduler
+    return chain_digests(scheduler._seed, host.hot, scheduler.chunk_tokens)
+
+
+def _opened(host: Host, digests: list[bytes], n: int) -> list[int]:
+    client = host.site.client
+    return host.site.scheduler._link.call(lookups.opened, client, digests, n, timeout=_SECONDS)
+
+
+def _timed(do: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    do()
+    return time.perf_counter() - began
+
+
+PHASES: dict[str, Callable[[Host, int], Job]] = {
+    "memcpy": memcpy,
+    "memcpy_shm": memcpy_shm,
+    "bare_round_trip": bare_round_trip,
+    "ping": ping,
+    "lookup_8k_hit": lookup_hit,
+    "lookup_8k_miss": lookup_miss,
+    "sync_lookup_8k_hit": sync_lookup,
+    "lookup_8k_extend": lookup_extend,
+    "end_session_8k": end_session,
+    "store": store,
+    "retrieve": retrieve,
+    "writeback_disk": tiers.writeback,
+    "load_disk_warm": tiers.load_warm,
+    "load_disk_cold": tiers.load_cold,
+}

@@ -1,0 +1,152 @@
+"""What was measured: one `Part` a client and round, one `Round` of all clients, one `Row` of all rounds.
+
+Every figure of a row is the median of its rounds', and so is its ratio: each round's figure is divided by the limit that
+the same round measured. Nothing here measures or prints.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import attrs
+
+from lmcache_trio.bench.settings import COPIES, DISK
+from lmcache_trio.errors import ConfigError
+
+__all__ = ["Part", "Round", "Row", "load_rows", "percentile", "save_rows", "spread", "summarise"]
+
+_COPYING = frozenset((*COPIES, *DISK))
+
+
+@attrs.frozen
+class Part:
+    """One client's share of a round: seconds of each operation, and when they were, on the machine's monotonic clock.
+
+    *cpu* is the client's own processor time, all threads; *moved* the bytes that were copied.
+    """
+
+    times: Sequence[float]
+    began: float
+    ended: float
+    cpu: float
+    moved: int = 0
+
+
+@attrs.frozen
+class Round:
+    """All clients together. *server_cpu* is None where the server's processor time cannot be read."""
+
+    parts: Sequence[Part]
+    server_cpu: float | None
+
+    @property
+    def times(self) -> list[float]:
+        return [t for part in self.parts for t in part.times]
+
+    @property
+    def seconds(self) -> float:
+        return max(part.ended for part in self.parts) - min(part.began for part in self.parts)
+
+    @property
+    def operations(self) -> int:
+        return sum(len(part.times) for part in self.parts)
+
+    @property
+    def p50(self) -> float:
+        return percentile(self.times, 0.5)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second: of one client while it copied, of several over the time from the first to the last."""
+        moved = sum(part.moved for part in self.parts)
+        return moved / (sum(self.times) if len(self.parts) == 1 else self.seconds)
+
+
+@attrs.frozen
+class Row:
+    """A line of the table. Microseconds are an operation's; *ratio* is told by docs/performance.md."""
+
+    name: str
+    clients: int
+    n: int
+    p50_us: float | None
+    p99_us: float | None
+    ops_s: float | None
+    gb_s: float | None
+    cpu_client_us: float | None
+    cpu_server_us: float | None
+    ratio: float | None
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest of *values* that *share* of them do not exceed."""
+    ranked = sorted(values)
+    return ranked[max(0, math.ceil(share * len(ranked)) - 1)]
+
+
+def summarise(measured: Mapping[str, Sequence[Round]]) -> list[Row]:
+    """One row a name, in order. `memcpy` and `bare_round_trip`, if there, are what the others are related to."""
+    return [_row(name, rounds, measured) for name, rounds in measured.items() if rounds]
+
+
+def _row(name: str, rounds: Sequence[Round], measured: Mapping[str, Sequence[Round]]) -> Row:
+    copying = name in _COPYING
+    servers = [r.server_cpu / r.operations for r in rounds if r.server_cpu is not None]
+    return Row(
+        name,
+        len(rounds[0].parts),
+        sum(r.operations for r in rounds),
+        _micro([r.p50 for r in rounds]),
+        _micro([percentile(r.times, 0.99) for r in rounds]),
+        median(r.operations / r.seconds for r in rounds),
+        median(r.bandwidth for r in rounds) / 1e9 if copying else None,
+        _micro([sum(part.cpu for part in r.parts) / r.operations for r in rounds]),
+        _micro(servers) if servers and not name.startswith("memcpy") else None,
+        _ratio(rounds, measured.get("memcpy" if copying else "bare_round_trip", ()), copying),
+    )
+
+
+def _ratio(rounds: Sequence[Round], limits: Sequence[Round], copying: bool) -> float | None:
+    pairs = list(zip(rounds, limits, strict=False))
+    if not pairs:
+        return None
+    if copying:
+        return median(r.bandwidth / limit.bandwidth for r, limit in pairs)
+    return median(r.p50 / limit.p50 for r, limit in pairs)
+
+
+def _micro(seconds: Sequence[float]) -> float:
+    return median(seconds) * 1e6
+
+
+def spread(values: Sequence[float]) -> float:
+    """How far apart *values* lie: the range of the middle four fifths of them, as a share of their median."""
+    ranked = sorted(values)
+    cut = len(ranked) // 10
+    inner = ranked[cut : len(ranked) - cut]
+    return (inner[-1] - inner[0]) / median(ranked)
+
+
+def save_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write *rows* as a JSON list of objects."""
+    try:
+        path.write_text(json.dumps([_rounded(row) for row in rows], indent=1) + "\n")
+    except OSError as exc:
+        raise ConfigError("--json", f"{path} cannot be written: {exc.strerror}") from exc
+
+
+def load_rows(path: Path) -> list[Row]:
+    """What `save_rows` wrote; `ConfigError` if it is something else."""
+    try:
+        found: Any = json.loads(path.read_text())
+        return [Row(**row) for row in found]
+    except (OSError, ValueError, TypeError) as exc:
+        raise ConfigError("--compare", f"{path} is no file that lmcache-trio bench --json wrote: {exc}") from exc
+
+
+def _rounded(row: Row) -> dict[str, Any]:
+    """Five digits: nothing here is known to more."""
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in attrs.asdict(row).items()}

@@ -1,0 +1,212 @@
+"""The processes of a benchmark, and its rounds: every row once a round, so that a machine that drifts drifts for all.
+
+    server, and one with a disk tier ------------------------------> ended by SIGTERM
+    hosts, one a client: prepare, go, prepare, go … ---------------> end when their input does
+
+It prints nothing and imports no torch. What a host could not do ends the run with its reason.
+"""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from lmcache_trio.bench.machine import Meter, cpu_seconds
+from lmcache_trio.bench.rows import Part, Round
+from lmcache_trio.bench.settings import COPIES, DISK, Settings
+from lmcache_trio.errors import Unavailable
+
+__all__ = ["Measured", "child", "measure", "scratch", "serving"]
+
+_READY_SECONDS = 60.0
+_PHASE_SECONDS = 300.0
+_MAX_PARENT = 50
+"""Longest path of a folder for sockets: a socket's path has 107 bytes at most."""
+
+
+@attrs.frozen
+class Measured:
+    """All rounds of all rows, and the share of the machine that others used meanwhile."""
+
+    rounds: dict[str, list[Round]]
+    others: float
+    left_out: tuple[str, ...] = ()
+
+
+class Child:
+    """A process that answers lines of JSON with lines of JSON."""
+
+    def __init__(self, process: trio.Process, log: Path) -> None:
+        self.process = process
+        self._log = log
+        self._rest = b""
+
+    async def hear(self) -> dict[str, Any]:
+        """The next object. `Unavailable`: it said why it cannot go on, or ended."""
+        said: dict[str, Any] = json.loads(await self.line())
+        if "error" in said:
+            raise Unavailable(str(said["error"]))
+        return said
+
+    async def line(self) -> bytes:
+        assert self.process.stdout is not None
+        with trio.move_on_after(_PHASE_SECONDS):
+            while b"\n" not in self._rest:
+                some = await self.process.stdout.receive_some()
+                if not some:
+                    raise Unavailable(f"process {self.process.pid} ended: {self._last_words()}")
+                self._rest += some
+            line, _, self._rest = self._rest.partition(b"\n")
+            return line
+        raise Unavailable(f"process {self.process.pid} said nothing for {_PHASE_SECONDS:g} s")
+
+    async def say(self, **what: object) -> None:
+        assert self.process.stdin is not None
+        try:
+            await self.process.stdin.send_all(json.dumps(what).encode() + b"\n")
+        except trio.BrokenResourceError as exc:
+            raise Unavailable(f"process {self.process.pid} ended: {self._last_words()}") from exc
+
+    def _last_words(self) -> str:
+        lines = [line for line in self._log.read_text(errors="replace").split("\n") if line.strip()]
+        return lines[-1] if lines else "it said nothing"
+
+
+@asynccontextmanager
+async def child(arguments: Sequence[str], log: Path) -> AsyncIterator[Child]:
+    """A Python process of our own; ended by SIGTERM with the block, killed 5 s later."""
+    with log.open("ab") as stderr:
+        async with trio.open_nursery() as nursery:
+
+            async def run(*, task_status: trio.TaskStatus[trio.Process]) -> None:
+                await trio.run_process(
+                    [sys.executable, *arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    check=False,
+                    start_new_session=True,  # Ctrl-C in a terminal is ours alone; the children are ended in order
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    task_status=task_status,
+                )
+
+            process: trio.Process = await nursery.start(run)
+            yield Child(process, log)
+            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def serving(
+    address: str, sets: Sequence[str], folder: Path, module: str = "lmcache_trio", verb: Sequence[str] = ("serve",)
+) -> AsyncIterator[Child]:
+    """A server at *address* with the settings *sets*, ready."""
+    arguments = ["-m", module, *verb, "--address", address]
+    for item in ("grace=0", *sets):
+        arguments += ["--set", item]
+    async with child(arguments, folder / "server.log") as server:
+        with trio.fail_after(_READY_SECONDS):
+            await server.line()
+        yield server
+
+
+@asynccontextmanager
+async def scratch(near: Path | None = None) -> AsyncIterator[Path]:
+    """A folder for sockets and logs, or for a disk tier *near* another; removed at the end."""
+    parent = str(near) if near is not None else tempfile.gettempdir()
+    if near is None and len(os.fsencode(parent)) > _MAX_PARENT:
+        parent = "/tmp"
+    with tempfile.TemporaryDirectory(prefix="lmcache-trio-bench-", dir=parent) as folder:
+        yield Path(folder)
+
+
+async def measure(
+    settings: Settings, *, address: str | None, disk: Path | None, tell: Callable[[str, int, int], None]
+) -> Measured:
+    """Run it all. *address*: of a server that runs already; the disk rows, which need one of our own, are then left out.
+
+    *disk* is where the tier's folder is made; *tell* is told what is done now, how much was done, and of how much.
+    """
+    wanted = settings.wanted if address is None else tuple(row for row in settings.wanted if row not in DISK)
+    left_out = tuple(row for row in settings.wanted if row not in wanted)
+    async with AsyncExitStack() as stack:
+        folder = await stack.enter_async_context(scratch())
+        tell("servers", 0, 0)
+        addresses, tier_folder = [address or f"ipc://{folder}/server.ipc"], ""
+        if address is None:
+            await stack.enter_async_context(serving(addresses[0], _main_sets(settings), folder))
+            if any(row in DISK for row in wanted):
+                tier_folder = str(await stack.enter_async_context(scratch(disk)))
+                addresses.append(f"ipc://{folder}/disk.ipc")
+                await stack.enter_async_context(serving(addresses[1], _disk_sets(settings, tier_folder), folder))
+        tell("clients", 0, 0)
+        run = secrets.token_hex(8)
+        hosts = []
+        for rank in range(settings.clients):
+            arguments = ["-m", "lmcache_trio.bench.host", settings.as_json(), str(rank), run, *addresses]
+            arguments += [tier_folder] if tier_folder else []
+            hosts.append(await stack.enter_async_context(child(arguments, folder / "host.log")))
+        pids = [(await host.hear())["pids"] for host in hosts][0]
+        rounds, others = await _rounds(settings, wanted, hosts, pids, tell)
+    return Measured(rounds, others, left_out)
+
+
+async def _rounds(
+    settings: Settings,
+    wanted: Sequence[str],
+    hosts: Sequence[Child],
+    servers: Sequence[int | None],
+    tell: Callable[[str, int, int], None],
+) -> tuple[dict[str, list[Round]], float]:
+    rounds: dict[str, list[Round]] = {name: [] for name in wanted}
+    everyone = [os.getpid(), *(host.process.pid for host in hosts), *(pid for pid in servers if pid)]
+    before = Meter.read(everyone)
+    for number in range(settings.rounds + 1):  # the first is a rehearsal
+        for i, name in enumerate(wanted):
+            tell(name, number * len(wanted) + i, (settings.rounds + 1) * len(wanted))
+            await _ask(hosts[:1], hot=True)
+            n = settings.disk_copies if name in DISK else settings.copies if name in COPIES else settings.lookups
+            measured = await _round(name, n, hosts, servers[1] if name in DISK else servers[0])
+            if number:
+                rounds[name].append(measured)
+            else:
+                before = Meter.read(everyone)
+    return rounds, Meter.read(everyone).others_since(before)
+
+
+async def _round(name: str, n: int, hosts: Sequence[Child], server: int | None) -> Round:
+    await _ask(hosts, prepare=name, n=n)
+    before = cpu_seconds(server) if server else None
+    parts = [Part(**said) for said in await _ask(hosts, go=True)]
+    after = cpu_seconds(server) if server else None
+    return Round(parts, None if before is None or after is None else after - before)
+
+
+async def _ask(hosts: Sequence[Child], **what: object) -> list[dict[str, Any]]:
+    for host in hosts:
+        await host.say(**what)
+    return [await host.hear() for host in hosts]
+
+
+def _main_sets(settings: Settings) -> list[str]:
+    return [f"memory.size={settings.arena_bytes}", f"chunk_tokens={settings.kv.chunk_tokens}"]
+
+
+def _disk_sets(settings: Settings, folder: str) -> list[str]:
+    """A load is to be waited for: this measures it, and does not bound it."""
+    table = {"backend": "disk", "path": f"{folder}/tier", "size": settings.disk_bytes}
+    return [
+        f"memory.size={settings.disk_arena_bytes}",
+        f"chunk_tokens={settings.kv.chunk_tokens}",
+        *(f"tiers.0.{key}={json.dumps(value)}" for key, value in table.items()),
+        "prefetch_budget=25",
+        "tier_timeout=30",
+    ]
