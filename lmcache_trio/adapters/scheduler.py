@@ -40,8 +40,9 @@ _OPENING = 0.1
 class SchedulerAdapter(Lookups):
     """Lookups for one engine. Its workers, joined by *engine_id*, move the bytes.
 
-    *identity* names the model and all else that changes what a token's KV is; it seeds every digest. *lookup_timeout*:
-    seconds until a lookup without an answer counts as 0 tokens. *lease_timeout*: no answer is offered for longer.
+    *identity* names the model and all else that changes what a token's KV is; it seeds every digest. *shards*: the
+    workers that hold different bytes. *lookup_timeout*: seconds until a lookup without an answer counts
+    as 0 tokens. *lease_timeout*: no answer is offered for longer.
     `Misuse` names a setting that is wrong, or that the server refuses.
     """
 
@@ -52,6 +53,7 @@ class SchedulerAdapter(Lookups):
         engine_id: str,
         identity: Sequence[str | bytes],
         block_tokens: int,
+        shards: int = 1,
         chunk_tokens: int | None = None,
         lookup_timeout: float = 5.0,
         poll_interval: float = 0.005,
@@ -68,7 +70,10 @@ class SchedulerAdapter(Lookups):
         self._poll_interval = poll_interval
         if lease_timeout is not None:
             self._lease_timeout = lease_timeout
-        hello = Hello(PROTOCOL_VERSION, f"scheduler {os.getpid()}", os.urandom(16), Role.SCHEDULER, engine_id)
+        if shards < 1:
+            raise Misuse(f"shards is {shards}: an engine has 1 worker or more")
+        name, token = f"scheduler {os.getpid()}", os.urandom(16)
+        hello = Hello(PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, shards=shards)
         self._connect(address, hello, connect_timeout)
 
     # --- the two steps ----------------------------------------------------------------------------------------------

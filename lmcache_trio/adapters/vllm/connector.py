@@ -100,6 +100,8 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             engine_id=transfer.engine_id,
             identity=model_identity(vllm_config, self._settings.namespace),
             block_tokens=self._block_tokens,
+            shards=vllm_config.parallel_config.tensor_parallel_size
+            * vllm_config.parallel_config.pipeline_parallel_size,
             lookup_timeout=self._settings.lookup_timeout,
             poll_interval=self._settings.poll_interval,
         )
