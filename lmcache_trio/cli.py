@@ -84,7 +84,7 @@ def status(
     address
         The server's address.
     json
-        Print one JSON object with the keys "held" and "counted".
+        Print one JSON object with the keys "held", "counted" and "tiers".
     timeout
         Seconds to wait for the server at most.
     """

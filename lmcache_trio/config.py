@@ -162,6 +162,33 @@ class Config:
         validator=_all_have_backends,
         metadata={"help": "Slower places below memory, nearest first: each a table with `backend` and its settings."},
     )
+    tier_timeout: float = attrs.field(
+        default=5.0,
+        validator=_between(0.0, 3600.0, above=True),
+        metadata={"help": "Seconds after which a call into a tier hangs: the tier is then not used until it is back."},
+    )
+    prefetch_budget: float = attrs.field(
+        default=2.0,
+        validator=_between(0.0, 3600.0),
+        metadata={
+            "help": "Seconds that a lookup may wait for tiers; then what is in memory by then is the answer. 0: never."
+            " Well below an adapter's `lookup_timeout`, and about what computing 20,000 tokens takes."
+        },
+    )
+    prefetch_bytes: int = attrs.field(
+        default=256 << 20,
+        validator=_between(1, 1 << 50),
+        metadata={"unit": "bytes", "help": "Bytes that may be on their way from one tier into memory at one time."},
+    )
+    writeback_bytes: int = attrs.field(
+        default=256 << 20,
+        validator=_between(1, 1 << 50),
+        metadata={
+            "unit": "bytes",
+            "help": "Bytes that may wait to be written to one tier, at most half of the arena; beyond it, the oldest"
+            " chunks that no other extends are dropped.",
+        },
+    )
     device: Mapping[str, Any] | None = attrs.field(
         default=None,
         validator=attrs.validators.optional(_has_backend),

@@ -69,11 +69,11 @@ def test_one_line_says_that_it_is_ready_with_address_arena_and_pid(server: Serve
     assert re.search(rf"\b{server.process.pid}\b", server.ready)
 
 
-def test_status_as_json_has_what_is_held_and_what_was_counted(server: Server) -> None:
+def test_status_as_json_has_what_is_held_what_was_counted_and_each_tier(server: Server) -> None:
     done = status(server.address, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     statistics = json.loads(done.stdout)
-    assert set(statistics) == {"held", "counted"}
+    assert set(statistics) == {"held", "counted", "tiers"}
     assert statistics["held"]["connections"] == 1  # the question's own
     assert statistics["held"]["bytes_size"] == 16 << 20
 

@@ -81,6 +81,21 @@ class Index:
         """Make *namespace* known, with the bytes of each shard's slot. Idempotent; Misuse if lengths differ."""
         self._chunks.attach(namespace, shard_bytes)
 
+    def shard_bytes(self, namespace: bytes) -> Sequence[int]:
+        """The bytes of each shard's slot, as attached; none for a namespace that is not."""
+        known = self._chunks.namespaces.get(namespace)
+        return () if known is None else known.lengths
+
+    @property
+    def bytes_taken(self) -> int:
+        """Bytes that are backed by memory."""
+        return self._arena.taken
+
+    @property
+    def room_to_offer(self) -> int:
+        """Bytes that leases may still be given; what is beyond it, a lookup would not be offered."""
+        return int(self._lease_share * self._arena.taken) - self._chunks.bytes_offered
+
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def match(self, namespace: bytes, digests: Sequence[bytes]) -> int:

@@ -7,8 +7,6 @@ word.
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 
 import trio
 
@@ -16,6 +14,7 @@ from lmcache_trio._server.address import socket_path
 from lmcache_trio._server.handlers import error_reply, handle
 from lmcache_trio._server.rendezvous import dismiss
 from lmcache_trio._server.state import Client, LostWriter, State
+from lmcache_trio._server.tier import Branch
 from lmcache_trio._transport import Connection, PairListener
 from lmcache_trio._wire.codec import ECHO, decode, peek_id
 from lmcache_trio.errors import Gone, LMCacheTrioError, ProtocolError, Unavailable
@@ -32,11 +31,7 @@ BURST = 32
 """Messages of one client that are carried out in a row before others get their turn (about 1 ms)."""
 
 
-Alongside = Callable[..., AbstractAsyncContextManager[None]]
-"""`async with alongside(fn, *args)`: *fn* runs as a task for as long as the block does. Given by `supervise`."""
-
-
-async def serve_client(state: State, client: Client, listener: PairListener, alongside: Alongside) -> None:
+async def serve_client(state: State, client: Client, listener: PairListener, branch: Branch) -> None:
     """Wait for *client* to take up its address, then serve it until either side ends it, and all that it owned."""
     path = socket_path(listener.address)
     try:
@@ -53,7 +48,9 @@ async def serve_client(state: State, client: Client, listener: PairListener, alo
                 state.counted["refused"] += 1
                 log.warning("a process other than the one that said HELLO took up the connection of %s: ended", client)
                 return
-            async with alongside(_write, client, client.transport):
+            async with branch() as start:
+                client.start = start
+                start(_write, client, client.transport)
                 await _read_guarded(state, client, client.transport)
     finally:
         listener.close()

@@ -8,7 +8,7 @@ answered, and ends nothing else.
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
@@ -17,6 +17,7 @@ from lmcache_trio._core.keys import split_digests
 from lmcache_trio._core.session import LookupState, Session
 from lmcache_trio._server.state import Client, Engine, State
 from lmcache_trio._server.statistics import statistics_of
+from lmcache_trio._server.tier_writes import Deletion
 from lmcache_trio._wire.codec import pack_offsets, pack_positions
 from lmcache_trio._wire.messages import (
     Abort,
@@ -51,7 +52,7 @@ from lmcache_trio._wire.messages import (
 )
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
-__all__ = ["answer_of", "error_reply", "handle"]
+__all__ = ["answer_now", "answer_of", "error_reply", "handle"]
 
 log = logging.getLogger("lmcache_trio.server")
 
@@ -141,17 +142,25 @@ def _match(
     state: State, client: Client, engine: Engine, session: Session, message: Lookup, wanted: list[bytes]
 ) -> None:
     """Answer from memory; where that is not all that is wanted and tiers are there, leave it pending for them."""
-    lease = None
     if wanted and engine.namespace and not state.stopping:
         short = state.prefetch is not None and state.index.match(engine.namespace, wanted) < len(wanted)
         if short and state.prefetch is not None and state.prefetch(client, engine, session, message, wanted):
             return
-        key = (engine.name, session.number)
-        lease = state.index.lease(key, engine.namespace, wanted, trio.current_time())
+    answer_now(state, engine, session, message.id, wanted, engine.namespace)
+
+
+def answer_now(
+    state: State, engine: Engine, session: Session, asked: int, wanted: Sequence[bytes], namespace: bytes
+) -> None:
+    """Lease what memory has of *wanted* in *namespace* (b"": nothing), and make that the answer to *asked*."""
+    key = (engine.name, session.number)
+    lease = None
+    if wanted and namespace and not state.stopping:
+        lease = state.index.lease(key, namespace, wanted, trio.current_time())
     if lease is None:
-        session.answer(message.id, 0)
+        session.answer(asked, 0)
     else:
-        session.answer(message.id, lease.chunks, lease.id, lease.expires)
+        session.answer(asked, lease.chunks, lease.id, lease.expires)
         state.clock.not_later_than(lease.expires)
     state.counted["lookups"] += bool(wanted)
     state.counted["hits"] += session.chunks
@@ -194,7 +203,7 @@ def _ended(state: State, client: Client, message: Ended) -> None:
     state.end_session(_engine(state, client), message.session)
 
 
-def _reset(state: State, client: Client, message: Reset) -> Message:
+def _reset(state: State, client: Client, message: Reset) -> Message | None:
     namespace = _engine(state, client).namespace
     if namespace:
         state.index.reset(namespace)
@@ -205,7 +214,27 @@ def _reset(state: State, client: Client, message: Reset) -> Message:
                     if session.lease:
                         state.index.release(session.lease)  # what it kept is stale: the extents come free
                         session.lose_lease()
+        deletions = state.tiers.forget(namespace)
+        if deletions:
+            client.start(_acknowledge_reset, state, client, message, deletions)
+            return None
     return Ack(message.id)
+
+
+async def _acknowledge_reset(state: State, client: Client, message: Reset, deletions: Sequence[Deletion]) -> None:
+    """A task of the client's: reply when the tiers have deleted, or it is known that one can't."""
+    with trio.move_on_after(state.config.tier_timeout):
+        for deletion in deletions:
+            await deletion.known.wait()
+    if all(deletion.done for deletion in deletions):
+        client.send(Ack(message.id))
+        return
+    failure = Unavailable(
+        "nothing of the namespace is served any more, but a tier could not delete it yet; it will before it is used "
+        "again, unless the server ends first: reset again to be sure"
+    )
+    if (reply := error_reply(message, failure)) is not None:
+        client.send(reply)
 
 
 # --- a worker's -------------------------------------------------------------------------------------------------------
@@ -284,7 +313,9 @@ def _commit(state: State, client: Client, message: Commit) -> Message:
     ours = message.reservation in client.copies
     client.copies.discard(message.reservation)  # whatever the index says of it: the copy has ended
     try:
-        published = len(state.index.commit(message.reservation, client.number))
+        keys = state.index.commit(message.reservation, client.number)
+        published = len(keys)
+        state.tiers.stored(keys)
     except Gone:
         if not ours:
             raise

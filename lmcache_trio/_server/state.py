@@ -15,12 +15,14 @@ from lmcache_trio._core.index import Index
 from lmcache_trio._core.keys import namespace_of
 from lmcache_trio._core.session import Session
 from lmcache_trio._server.clock import Clock
+from lmcache_trio._server.tier_loads import Start
+from lmcache_trio._server.tiers import Tiers
 from lmcache_trio._transport import Connection
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import Hello, Lookup, Message, NamespaceKnown, Register, Role
 from lmcache_trio.abc import Memory
 from lmcache_trio.config import Config
-from lmcache_trio.errors import Gone
+from lmcache_trio.errors import Gone, Unavailable
 
 __all__ = ["Client", "Engine", "LostWriter", "State"]
 
@@ -28,6 +30,10 @@ COUNTERS = (
     *("lookups", "hits", "misses", "resets", "refused", "withdrawn", "exits_seen"),
     *("protocol_errors", "handler_bugs", "connection_bugs"),
 )
+
+
+def _not_connected(fn: Callable[..., object], *args: object) -> None:
+    raise Unavailable("the client has not taken up its connection")
 
 
 @attrs.define(eq=False)
@@ -46,6 +52,7 @@ class Client:
     queued: trio.Event = attrs.field(factory=trio.Event)
     drained: trio.Event = attrs.field(factory=trio.Event)
     lost: bool = False
+    start: Start = _not_connected  # a task of its connection's, which ends with it
 
     def __str__(self) -> str:
         what = f"shard {self.hello.shard} of {self.hello.shards}" if self.hello.role is Role.WORKER else "scheduler"
@@ -125,7 +132,9 @@ class State:
     clock: Clock
     memory: Memory
     watch_exit: Callable[[LostWriter], None]
+    tiers: Tiers
     count_tasks: Callable[[], int] = lambda: 0
+    count_prefetches: Callable[[], int] = lambda: 0
     prefetch: Prefetch | None = None
     cancel_prefetch: Callable[[Engine, Session], None] | None = None
     engines: dict[str, Engine] = attrs.field(factory=dict)

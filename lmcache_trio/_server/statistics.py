@@ -12,7 +12,7 @@ _COUNTED_HERE = ("chunks_hit", "chunks_missed", "dropped")
 
 
 def statistics_of(state: State) -> dict[str, Any]:
-    """`held`: what is there now, and goes back to what it was. `counted`: monotonic since the start."""
+    """`held`: what is there now, and goes back to what it was. `counted`: monotonic since the start. `tiers`: each."""
     index = state.index.statistics()
     engines = list(state.engines.values())
     held: dict[str, Any] = {
@@ -22,6 +22,7 @@ def statistics_of(state: State) -> dict[str, Any]:
         "sessions": sum(len(engine.sessions) for engine in engines),
         "tasks": state.count_tasks(),
         "lost_writers": len(state.lost_writers),
+        "prefetches": state.count_prefetches(),
         "queued_messages": sum(len(client.outbox) for client in state.clients.values()),
         **index["held"],
     }
@@ -29,4 +30,6 @@ def statistics_of(state: State) -> dict[str, Any]:
     held["bytes_taken"], held["bytes_size"] = memory["bytes_taken"], memory["bytes_size"]
     counted = {name: count for name, count in index["counted"].items() if name not in _COUNTED_HERE}
     drops = Counter(index["counted"]["dropped"]) + state.dropped
-    return {"held": held, "counted": {**counted, **state.counted, "drops": dict(drops)}}
+    found: dict[str, Any] = {"held": held, "counted": {**counted, **state.counted, "drops": dict(drops)}}
+    found["tiers"] = state.tiers.statistics()
+    return found

@@ -2,12 +2,13 @@
 
     serve
     |- memory        grows the arena, pushes ArenaGrown
+    |- tiers         one task a tier: its questions, its loads (a task each), its writes
     |- exits         one task a process that may still be copying after its connection was lost
     |- clock         sleeps until something in the index falls due
-    `- connections   the front door, and one nursery a client; dies first
+    `- connections   the front door, and one nursery a client: reader, writer, prefetches; dies first
 
 Shutdown order is nesting order. Leaving `open_server` drains: nothing more is given out, copies under way have `grace`
-seconds to end, then connections end, then the rest.
+seconds to end, then connections end; what is left of the grace, tiers have to write what is queued; then the rest ends.
 """
 
 import gc
@@ -15,7 +16,7 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -29,12 +30,15 @@ from lmcache_trio._server.address import prepare_directory, socket_path
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.connection import serve_client, wait_exit
 from lmcache_trio._server.plugins import make_memory
+from lmcache_trio._server.prefetch import Prefetches
 from lmcache_trio._server.state import LostWriter, State
 from lmcache_trio._server.statistics import statistics_of
+from lmcache_trio._server.tier_loads import Start
+from lmcache_trio._server.tiers import Tiers, make_tiers
 from lmcache_trio._transport import Rendezvous, listen, listen_pair
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused
-from lmcache_trio.abc import Memory
+from lmcache_trio.abc import Memory, Tier
 from lmcache_trio.config import Config
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError
 
@@ -72,34 +76,47 @@ class Server:
 
 
 @asynccontextmanager
-async def open_server(config: Config | None = None, *, memory: Memory | None = None) -> AsyncIterator[Server]:
+async def open_server(
+    config: Config | None = None, *, memory: Memory | None = None, tiers: Sequence[Tier] | None = None
+) -> AsyncIterator[Server]:
     """Serve until the block is left. ConfigError names the setting at fault.
 
-    *memory* is for programs that bring their own; by default the one that `config.memory` names is made.
+    *memory* and *tiers* are for programs that bring their own; by default those that `config` names are made.
     """
     config = Config() if config is None else config
     memory = make_memory(config.memory) if memory is None else memory
+    tiers = make_tiers(config) if tiers is None else tiers
     prepare_directory(config.address)
     front = listen(config.address)
+    state: State | None = None
     try:
         async with memory.open(), trio.open_nursery() as upkeep:
-            state = _make_state(config, memory, upkeep)
+            state = _make_state(config, memory, tiers, upkeep)
             upkeep.start_soon(_grow, state, name="memory")
             upkeep.start_soon(state.clock.run, name="clock")
-            async with trio.open_nursery() as connections:
-                state.count_tasks = lambda: _count_tasks(upkeep) + _count_tasks(connections)
-                connections.start_soon(_admit, state, front, connections, name="rendezvous")
-                yield Server(front.address, state.boot, state)
-                state.stop()
-                with trio.move_on_after(config.grace):
-                    await state.idle.wait()
-                connections.cancel_scope.cancel()
+            async with _branch() as start_tier:
+                await state.tiers.open(start_tier, _branch)
+                async with trio.open_nursery() as connections:
+                    state.count_tasks = lambda: _count_tasks(upkeep) + _count_tasks(connections)
+                    connections.start_soon(_admit, state, front, connections, name="rendezvous")
+                    yield Server(front.address, state.boot, state)
+                    state.stop()
+                    end = trio.current_time() + config.grace
+                    with trio.move_on_at(end):
+                        await state.idle.wait()
+                    connections.cancel_scope.cancel()
+                with trio.move_on_at(end):
+                    await state.tiers.wait_idle()
             upkeep.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        if state is not None and state.tiers.refusal is not None:
+            raise state.tiers.refusal from group
+        raise
     finally:
         front.close()
 
 
-def _make_state(config: Config, memory: Memory, upkeep: trio.Nursery) -> State:
+def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: trio.Nursery) -> State:
     arena = Arena()
     arena.reserve_head(NONCE_PAGE)
     index = Index(
@@ -113,7 +130,16 @@ def _make_state(config: Config, memory: Memory, upkeep: trio.Nursery) -> State:
     def watch_exit(writer: LostWriter) -> None:
         upkeep.start_soon(wait_exit, state, writer, name=f"exit of client {writer.number}")
 
-    state = State(config, rendezvous.new_boot(), index, Clock(index.expire), memory, watch_exit)
+    def load_reserved() -> None:
+        clock.not_later_than(trio.current_time() + config.reservation_timeout)
+
+    clock = Clock(index.expire)
+    kept = Tiers(tiers, index, memory, config, load_reserved)
+    state = State(config, rendezvous.new_boot(), index, clock, memory, watch_exit, kept)
+    if len(kept):
+        prefetches = Prefetches(state)
+        state.prefetch, state.cancel_prefetch = prefetches.begin, prefetches.cancel
+        state.count_prefetches = lambda: len(prefetches)
     if (path := socket_path(config.address)) is not None:
         state.sockets.add(str(path))
     return state
@@ -151,15 +177,14 @@ async def _admit(state: State, front: Rendezvous, connections: trio.Nursery) -> 
             introduction.reply(encode(Refused(ErrorKind.UNAVAILABLE, f"no connection could be made: {exc}")))
             continue
         introduction.reply(encode(rendezvous.welcome(state, client, listener.address)))
-        connections.start_soon(serve_client, state, client, listener, _alongside, name=str(client))
+        connections.start_soon(serve_client, state, client, listener, _branch, name=str(client))
 
 
 @asynccontextmanager
-async def _alongside(fn: Callable[..., Awaitable[None]], *args: object) -> AsyncIterator[None]:
-    """Run *fn* as a task while the block runs, and cancel it at the block's end."""
+async def _branch() -> AsyncIterator[Start]:
+    """A way to start tasks, which are cancelled at the block's end."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(fn, *args)
-        yield
+        yield nursery.start_soon
         nursery.cancel_scope.cancel()
 
 

@@ -307,12 +307,12 @@ async def test_reset_drops_the_namespace_and_answers_given_under_it_read_as_zero
     assert set(held.values()) == {0}
 
 
-async def test_statistics_over_the_wire_are_one_json_object_of_two_parts(rig: Any) -> None:
+async def test_statistics_over_the_wire_are_one_json_object_of_three_parts(rig: Any) -> None:
     import json
 
     observer = await rig.observer()
     found = json.loads((await observer.get(StatisticsReply, Statistics)).json)
-    assert set(found) == {"held", "counted"}
+    assert set(found) == {"held", "counted", "tiers"}
     assert found == json.loads(json.dumps(rig.server.statistics()))
     assert found["held"]["connections"] == 1
     assert found["held"]["tasks"] == 4  # the clock, the front door, a connection's reader and its writer

@@ -1,0 +1,108 @@
+"""When a tier may be used.
+
+    PROBING --works--> OPEN --failed, or a call is overdue--> FENCED(until) --probe, from then on--> PROBING
+       `-----------------failed-------------------------------^
+
+A tier begins as PROBING: it has yet to show that it works. Each failure in a row doubles the time until the next probe;
+a tier that stayed OPEN for longer than it was fenced before begins anew, so one that works for a moment after each
+probe is not asked more and more often.
+
+Rule 1: every transition of a fence lives in this file. Rule 2: no I/O and no clock here. Rule 3: an event that the
+state does not know raises `Misuse` and changes nothing; only a failure may come at any time, because calls that were
+under way when the first one failed fail as well: `failed` then says False.
+"""
+
+from enum import Enum
+from math import inf
+
+from lmcache_trio.errors import Misuse
+
+__all__ = ["Fence", "FenceState"]
+
+
+class FenceState(Enum):
+    """Only an OPEN tier is asked anything."""
+
+    PROBING = "probing"
+    OPEN = "open"
+    FENCED = "fenced"
+
+
+class Fence:
+    """One tier's. *first* and *most* are seconds between a failure and the next probe; calls may take *patience*."""
+
+    def __init__(self, *, patience: float, first: float = 1.0, most: float = 60.0) -> None:
+        if not 0 < first <= most:
+            raise Misuse(f"first is {first} and most is {most}: they must be above 0, and in order")
+        if not patience > 0:
+            raise Misuse(f"patience is {patience}: it must be above 0")
+        self._patience = patience
+        self._first = first
+        self._most = most
+        self._wait = 0.0
+        self._opened = 0.0
+        self._calls: dict[int, float] = {}
+        self._numbers = 0
+        self.state = FenceState.PROBING
+        self.reason = ""
+        """Why it is, or was last, fenced."""
+        self.until = -inf
+        self.failures = 0
+        """Times that it was fenced, ever."""
+
+    def works(self, now: float) -> None:
+        """The probe ended well."""
+        self._expect("opened", FenceState.PROBING)
+        self.state = FenceState.OPEN
+        self._opened = now
+
+    def failed(self, reason: str, now: float) -> bool:
+        """A call failed. False: it was fenced already. Calls under way are not watched any more."""
+        if self.state is FenceState.FENCED:
+            return False
+        if self.state is FenceState.OPEN and now - self._opened > self._wait:
+            self._wait = 0.0
+        self._wait = min(self._most, max(self._first, 2 * self._wait))
+        self.state, self.reason, self.until = FenceState.FENCED, reason, now + self._wait
+        self.failures += 1
+        self._calls.clear()
+        return True
+
+    def probe(self, now: float) -> None:
+        """It is tried again."""
+        self._expect("probed", FenceState.FENCED)
+        if now < self.until:
+            raise Misuse(f"it is {now}, and the next probe is at {self.until}")
+        self.state = FenceState.PROBING
+
+    # --- calls under way --------------------------------------------------------------------------------------------
+
+    def began(self, now: float, patience: float | None = None) -> int:
+        """A call into the OPEN tier began, and may take *patience* seconds. Returns its number, for `ended`."""
+        self._expect("called", FenceState.OPEN)
+        self._numbers += 1
+        self._calls[self._numbers] = now + (self._patience if patience is None else patience)
+        return self._numbers
+
+    def ended(self, call: int) -> None:
+        """It returned, however. Idempotent."""
+        self._calls.pop(call, None)
+
+    @property
+    def under_way(self) -> int:
+        """Calls that are watched."""
+        return len(self._calls)
+
+    def due(self) -> float:
+        """When the first call under way becomes overdue (inf: none is)."""
+        return min(self._calls.values(), default=inf)
+
+    def check(self, now: float) -> bool:
+        """Fence the tier if a call is overdue. True if that was so."""
+        if self.due() > now:
+            return False
+        return self.failed("a call has not returned in time", now)
+
+    def _expect(self, event: str, state: FenceState) -> None:
+        if self.state is not state:
+            raise Misuse(f"a tier that is {self.state.value} cannot be {event}")

@@ -1,0 +1,204 @@
+"""Which chunks are being loaded from one tier, who wants them, and which comes next.
+
+    WANTED --next--> LOADING --landed--> LANDED --nobody wants it--> (gone)
+      |                 |-----missed---> MISSED                             (gone)
+      |                 `--nobody wants it, given up--> UNWANTED --missed: its call returned--> (gone)
+      |--nobody wants it--> UNWANTED                                        (gone)
+      `--given up, missed--> MISSED                                         (gone)
+
+Equal loads are one load, and it is counted by its wishers. An UNWANTED load whose call still runs keeps its bytes in
+flight until that returned; if it is wanted anew meanwhile, the new load waits for it. A load also waits while the load
+of the chunk that it extends has not begun: a chunk gets no slot before the one before it.
+
+The nearest deadline comes first (of equal ones the first that was wanted), as long as the bytes and the number of loads
+in flight allow; one alone is always allowed. Nothing overtakes the first that does not fit, so that none starves.
+
+Rule 1: every transition of a load lives in this file. Rule 2: no I/O and no clock here.
+"""
+
+from collections.abc import Callable, Iterator
+from enum import Enum
+from heapq import heappop, heappush
+
+import attrs
+
+from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio.errors import Misuse
+
+__all__ = ["Load", "LoadState", "Loads"]
+
+
+class LoadState(Enum):
+    """WANTED and LOADING are still to be waited for."""
+
+    WANTED = "wanted"
+    LOADING = "loading"
+    LANDED = "landed"
+    MISSED = "missed"
+    UNWANTED = "unwanted"
+
+
+Wisher = Callable[[], None]
+"""Who wants a load: called when it has LANDED, MISSED, or was given up. A wisher counts once, however often it asks."""
+
+
+@attrs.define(eq=False)
+class Load:
+    """One chunk on its way from a tier, *size* bytes in memory; *parent* is the digest before it (b"": it is first)."""
+
+    key: ChunkKey
+    parent: bytes
+    size: int
+    number: int
+    state: LoadState = LoadState.WANTED
+    deadline: float = 0.0
+    wishers: dict[Wisher, float] = attrs.field(factory=dict)
+
+    @property
+    def settled(self) -> bool:
+        """There is nothing more to wait for."""
+        return self.state is not LoadState.WANTED and self.state is not LoadState.LOADING
+
+
+class Loads:
+    """One tier's. *most_bytes* and *most* bound the loads in flight: those whose call has not returned."""
+
+    def __init__(self, *, most_bytes: int, most: int) -> None:
+        self._most_bytes = most_bytes
+        self._most = most
+        self._numbers = 0
+        self._current: dict[ChunkKey, Load] = {}  # WANTED, LOADING, LANDED
+        self._ending: dict[ChunkKey, Load] = {}  # UNWANTED, its call has not returned
+        self._queue: list[tuple[float, int, Load]] = []  # a heap; some have another deadline or state by now
+        self._parked: dict[ChunkKey, list[Load]] = {}  # by the load that they wait for
+        self.in_flight = 0
+        self.bytes_in_flight = 0
+        self.bytes_landed = 0
+        """Of loads that are LANDED and still wanted."""
+
+    def __len__(self) -> int:
+        return len(self._current) + len(self._ending)
+
+    def want(self, key: ChunkKey, parent: bytes, size: int, deadline: float, wisher: Wisher) -> Load:
+        """*wisher* wants *key* until *deadline*. The load may be another's, and LANDED already."""
+        load = self._current.get(key)
+        if load is None:
+            self._numbers += 1
+            load = self._current[key] = Load(key, parent, size, self._numbers)
+        load.wishers[wisher] = min(deadline, load.wishers.get(wisher, deadline))
+        self._set_deadline(load)
+        return load
+
+    def unwant(self, load: Load, wisher: Wisher) -> bool:
+        """*wisher* does not want it any more. True if nobody does, by this: a call that runs is then to be ended."""
+        if load.wishers.pop(wisher, None) is None:
+            return False
+        if load.wishers:
+            self._set_deadline(load)
+            return False
+        if load.state is LoadState.WANTED:
+            self._leave(load, LoadState.UNWANTED)
+        elif load.state is LoadState.LANDED:
+            self.bytes_landed -= load.size
+            del self._current[load.key]
+        elif load.state is LoadState.LOADING:
+            self._give_up(load)
+        return True
+
+    def next(self) -> Load | None:
+        """The load whose call begins now; None: none is wanted, or those in flight must return first."""
+        while self._queue:
+            deadline, _, load = self._queue[0]
+            if load.state is not LoadState.WANTED or load.deadline != deadline:
+                heappop(self._queue)
+            elif (wait_for := self._waits_for(load)) is not None:
+                heappop(self._queue)
+                self._parked.setdefault(wait_for, []).append(load)
+            elif self.in_flight and (
+                self.in_flight >= self._most or self.bytes_in_flight + load.size > self._most_bytes
+            ):
+                return None
+            else:
+                heappop(self._queue)
+                load.state = LoadState.LOADING
+                self.in_flight += 1
+                self.bytes_in_flight += load.size
+                self._unpark(load.key)
+                return load
+        return None
+
+    def landed(self, load: Load) -> None:
+        """Its bytes are in memory, and its call has returned."""
+        if load.state is not LoadState.LOADING:
+            raise Misuse(f"a load that is {load.state.value} cannot land")
+        self._returned(load)
+        load.state = LoadState.LANDED
+        self.bytes_landed += load.size
+
+    def missed(self, load: Load) -> None:
+        """Its call has returned without; or, of an UNWANTED one, has returned."""
+        if load.state is LoadState.LOADING:
+            self._returned(load)
+            self._leave(load, LoadState.MISSED)
+        elif self._ending.get(load.key) is load:
+            del self._ending[load.key]
+            self._returned(load)
+            self._unpark(load.key)
+        else:
+            raise Misuse(f"a load that is {load.state.value} cannot miss")
+
+    def give_up(self, namespace: bytes | None = None) -> list[Load]:
+        """Expect nothing more, of *namespace* or at all. Returns what its wishers waited for; running calls are to end.
+
+        What has LANDED stays so.
+        """
+        given_up = [
+            load
+            for load in self._current.values()
+            if not load.settled and (namespace is None or load.key.namespace == namespace)
+        ]
+        for load in given_up:
+            if load.state is LoadState.WANTED:
+                self._leave(load, LoadState.MISSED)
+            else:
+                self._give_up(load)
+        return given_up
+
+    def _set_deadline(self, load: Load) -> None:
+        deadline = min(load.wishers.values())
+        if load.state is LoadState.WANTED and (deadline != load.deadline or len(load.wishers) == 1):
+            load.deadline = deadline
+            heappush(self._queue, (deadline, load.number, load))
+
+    def _waits_for(self, load: Load) -> ChunkKey | None:
+        if load.key in self._ending:
+            return load.key
+        if load.parent:
+            above = ChunkKey(load.key.namespace, load.parent)
+            before = self._current.get(above)
+            if before is not None and before.state is LoadState.WANTED:
+                return above
+        return None
+
+    def _give_up(self, load: Load) -> None:
+        load.state = LoadState.UNWANTED
+        del self._current[load.key]
+        self._ending[load.key] = load
+
+    def _leave(self, load: Load, state: LoadState) -> None:
+        load.state = state
+        del self._current[load.key]
+        self._unpark(load.key)
+
+    def _returned(self, load: Load) -> None:
+        self.in_flight -= 1
+        self.bytes_in_flight -= load.size
+
+    def _unpark(self, key: ChunkKey) -> None:
+        for load in self._parked.pop(key, ()):
+            if load.state is LoadState.WANTED:
+                heappush(self._queue, (load.deadline, load.number, load))
+
+    def waiting(self) -> Iterator[Load]:
+        """The loads that are WANTED, in no order: for statistics and tests."""
+        return (load for load in self._current.values() if load.state is LoadState.WANTED)

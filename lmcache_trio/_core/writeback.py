@@ -1,0 +1,147 @@
+"""Which chunks are still to be written to one tier: a queue that is bounded in bytes, and drops what is too much.
+
+    offered --take--> being written --written--> (done)
+       `--too much, forget, clear--> dropped
+
+Nobody waits for room: when a chunk does not fit, the oldest queued chunk that no queued chunk extends goes (the oldest
+prefix-leaf), and that may be the new one itself. So what is written of a prompt is its beginning, which is what a later
+prompt shares. A chunk is taken after those that it extends.
+
+Every chunk is under a hold, whose end is the caller's to carry out: `offer`, `forget` and `clear` return what was
+dropped. Rule: no I/O and no clock here.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from heapq import heapify, heappop, heappush
+
+import attrs
+
+from lmcache_trio._core.grants import Hold
+from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio.errors import Misuse
+
+__all__ = ["Writeback"]
+
+
+@attrs.define(eq=False)
+class _Queued:
+    hold: Hold
+    number: int
+    size: int
+    parent: ChunkKey | None
+    children: int = 0  # of those queued
+    gone: bool = False
+
+
+class Writeback:
+    """One tier's queue. A chunk larger than the bound is let through alone: else it could never be written."""
+
+    def __init__(self) -> None:
+        self._queued: dict[ChunkKey, _Queued] = {}
+        self._order: deque[_Queued] = deque()  # by number; some are gone
+        self._leaves: list[tuple[int, _Queued]] = []  # a heap; some are gone, or no leaves any more
+        self._children: Counter[ChunkKey] = Counter()
+        self._numbers = 0
+        self._writing: dict[int, int] = {}
+        self.bytes_queued = 0
+        self.bytes_writing = 0
+        self.dropped = 0
+        """Chunks that were not written because there were too many, ever."""
+
+    def __len__(self) -> int:
+        return len(self._queued)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is queued, and nothing being written."""
+        return not self._queued and not self._writing
+
+    def offer(self, hold: Hold, limit: int) -> list[Hold]:
+        """Queue what *hold* keeps; queued and being written may be *limit* bytes. Returns what was dropped for it."""
+        if hold.key in self._queued:
+            return [hold]  # it is on its way already: that is not lost
+        parent = ChunkKey(hold.key.namespace, hold.parent) if hold.parent else None
+        self._numbers += 1
+        entry = _Queued(hold, self._numbers, sum(hold.lengths), parent, self._children[hold.key])
+        self._queued[hold.key] = entry
+        self._order.append(entry)
+        self.bytes_queued += entry.size
+        if not entry.children:
+            heappush(self._leaves, (entry.number, entry))
+        self._tidy()
+        if parent is not None:
+            self._children[parent] += 1
+            if (above := self._queued.get(parent)) is not None:
+                above.children += 1
+        return list(self._shrink(limit))
+
+    def take(self, most_bytes: int) -> list[Hold]:
+        """The oldest chunks, up to *most_bytes* but at least one, to be written now: `written` follows for each."""
+        taken: list[Hold] = []
+        size = 0
+        while self._order:
+            entry = self._order[0]
+            if not entry.gone:
+                if taken and size + entry.size > most_bytes:
+                    break
+                self._remove(entry)
+                size += entry.size
+                self._writing[entry.hold.number] = entry.size
+                self.bytes_writing += entry.size
+                taken.append(entry.hold)
+            self._order.popleft()
+        return taken
+
+    def written(self, hold: Hold) -> None:
+        """The attempt to write it has ended, however."""
+        size = self._writing.pop(hold.number, None)
+        if size is None:
+            raise Misuse("written was said of a chunk that is not being written")
+        self.bytes_writing -= size
+
+    def forget(self, namespace: bytes) -> list[Hold]:
+        """Drop what is queued of *namespace*, uncounted: it is not wanted any more."""
+        return self._take_out([entry for key, entry in self._queued.items() if key.namespace == namespace])
+
+    def clear(self) -> list[Hold]:
+        """Drop all that is queued: the tier does not take it."""
+        self.dropped += len(self._queued)
+        return self._take_out(list(self._queued.values()))
+
+    def _shrink(self, limit: int) -> Iterable[Hold]:
+        while self.bytes_queued + self.bytes_writing > limit and self._leaves:
+            if len(self._queued) == 1 and not self._writing:
+                return
+            _, entry = heappop(self._leaves)
+            if not entry.gone and not entry.children:
+                self._remove(entry)
+                self.dropped += 1
+                yield entry.hold
+
+    def _tidy(self) -> None:
+        """What is gone leaves the two orders when it is met; when it is not met for long, here: O(1) amortised."""
+        if len(self._order) > 2 * len(self._queued) + 64:
+            self._order = deque(entry for entry in self._order if not entry.gone)
+        if len(self._leaves) > 2 * len(self._queued) + 64:
+            self._leaves = [leaf for leaf in self._leaves if not leaf[1].gone and not leaf[1].children]
+            heapify(self._leaves)
+
+    def _take_out(self, entries: list[_Queued]) -> list[Hold]:
+        for entry in entries:
+            self._remove(entry)
+        return [entry.hold for entry in entries]
+
+    def _remove(self, entry: _Queued) -> None:
+        entry.gone = True
+        del self._queued[entry.hold.key]
+        self.bytes_queued -= entry.size
+        if entry.parent is not None:
+            self._children[entry.parent] -= 1
+            if not self._children[entry.parent]:
+                del self._children[entry.parent]
+            above = self._queued.get(entry.parent)
+            if above is not None:
+                above.children -= 1
+                if not above.children:
+                    heappush(self._leaves, (above.number, above))

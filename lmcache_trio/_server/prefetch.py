@@ -1,0 +1,211 @@
+"""A lookup that memory does not cover: ask the tiers, load what they have, answer when that is known.
+
+One task each, a child of the connection; it waits for what the tiers' own tasks tell it and never for a call into one,
+so its budget is kept whatever hangs. When the budget is used up, the answer is what is resident by then. What it
+wanted, held and leased goes with it at once, in synchronous code: at the answer, and when the lookup is released,
+replaced or ended, or its connection lost.
+"""
+
+import logging
+from collections.abc import Sequence
+from math import inf
+
+import trio
+
+from lmcache_trio._core.index import Hold
+from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._core.loads import Load, LoadState
+from lmcache_trio._core.plan import Plan
+from lmcache_trio._core.session import Session
+from lmcache_trio._server.handlers import answer_now, answer_of
+from lmcache_trio._server.state import Client, Engine, State
+from lmcache_trio._server.tier import Keeper
+from lmcache_trio._server.tier_questions import Question
+from lmcache_trio._wire.messages import Lookup
+
+__all__ = ["Prefetches"]
+
+log = logging.getLogger("lmcache_trio.server")
+
+NEXT_TIER = 0.25
+"""Share of the budget after which the next tier is asked too, although the one before it has not answered."""
+HELD_AT_ONCE = 512
+"""Chunks looked for in memory before others get their turn: about 1 ms."""
+
+
+class Prefetches:
+    """All prefetches that run, by session. Its two verbs are what `State` asks for."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._running: dict[Session, Prefetch] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def begin(self, client: Client, engine: Engine, session: Session, message: Lookup, wanted: list[bytes]) -> bool:
+        """Take the lookup on, if a tier may be asked and there is time for it."""
+        budget = self._state.config.prefetch_budget if message.budget_ms < 0 else message.budget_ms / 1000
+        if not budget or not self._state.tiers.any_open:
+            return False
+        made = Prefetch(self._state, client, engine, session)
+        self._running[session] = made
+        client.start(self._run, made, message.id, wanted, trio.current_time() + budget)
+        return True
+
+    def cancel(self, engine: Engine, session: Session) -> None:
+        """The session's lookup is not wanted any more. Idempotent."""
+        running = self._running.pop(session, None)
+        if running is not None:
+            running.close()
+
+    async def _run(self, prefetch: "Prefetch", asked: int, wanted: list[bytes], deadline: float) -> None:
+        try:
+            await prefetch.run(asked, wanted, deadline)
+        except Exception:  # a bug of ours: it costs this one lookup, which is answered
+            self._state.counted["handler_bugs"] += 1
+            log.exception("bug in a prefetch for %s", prefetch.client)
+            prefetch.answer(asked, wanted)
+        finally:
+            prefetch.close()
+            if self._running.get(prefetch.session) is prefetch:
+                del self._running[prefetch.session]
+
+
+class Prefetch:
+    """One of them. `close` may come at any time, and is the end of all that it holds."""
+
+    def __init__(self, state: State, client: Client, engine: Engine, session: Session) -> None:
+        self.client = client
+        self.session = session
+        self._state = state
+        self._keepers = state.tiers.keepers
+        self._engine = engine
+        self._namespace = engine.namespace
+        self._scope = trio.CancelScope()
+        self._changed = trio.Event()
+        self._lease = b""
+        self._holds: list[Hold] = []
+        self._questions: dict[int, Question] = {}
+        self._coming: dict[int, tuple[Keeper, Load]] = {}
+        self._landed: list[tuple[Keeper, Load]] = []
+        self._closed = False
+
+    def wake(self) -> None:
+        """Something that it waits for is known."""
+        self._changed.set()
+
+    def close(self) -> None:
+        """Let go of everything, and end the task. Idempotent."""
+        self._closed = True
+        self._scope.cancel()
+        for tier, question in self._questions.items():
+            self._keepers[tier].questions.withdraw(question)
+        for keeper, load in (*self._coming.values(), *self._landed):
+            keeper.loading.unwant(load, self.wake)
+        for hold in self._holds:
+            self._state.index.unhold(hold)
+        if self._lease:
+            self._state.index.release(self._lease)
+        self._questions.clear()
+        self._coming.clear()
+        self._landed.clear()
+        self._holds.clear()
+        self._lease = b""
+
+    def answer(self, asked: int, wanted: Sequence[bytes]) -> None:
+        """Lease what is there by now, and push it."""
+        if not self._closed:
+            usable = self._engine.namespace if self._engine.namespace == self._namespace else b""
+            answer_now(self._state, self._engine, self.session, asked, wanted, usable)
+            self._lease = b""  # the session's new lease took its place
+            self.close()
+            self.client.send(answer_of(self.session, 0))
+
+    async def run(self, asked: int, wanted: Sequence[bytes], deadline: float) -> None:
+        """Gather until it is known or *deadline* has come; then answer."""
+        if self._closed:
+            return  # before its first step: the session may have another lookup by now
+        with self._scope:
+            with trio.move_on_at(deadline):
+                await self._gather(wanted, deadline)
+            self.answer(asked, wanted)
+
+    async def _gather(self, wanted: Sequence[bytes], deadline: float) -> None:
+        plan = Plan(len(wanted), len(self._keepers))
+        if not self._lease_what_leads(plan, wanted):
+            return  # no more could be leased than is here already
+        await self._hold_the_rest(plan, wanted)
+        asked, ask_next = 0, -inf
+        while True:
+            self._changed = trio.Event()
+            self._collect(plan)
+            for position, tier in plan.to_want():
+                keeper = self._keepers[tier]
+                parent = wanted[position - 1] if position else b""
+                key = ChunkKey(self._namespace, wanted[position])
+                self._coming[position] = (keeper, keeper.loading.want(key, parent, deadline, self.wake))
+            if any(load.settled for _, load in self._coming.values()):
+                continue
+            if plan.done:
+                return
+            now = trio.current_time()
+            if asked < len(self._keepers) and (not self._questions or now >= ask_next):
+                self._ask(asked, plan, wanted)
+                asked, ask_next = asked + 1, now + NEXT_TIER * (deadline - now)
+                continue
+            with trio.move_on_at(ask_next if asked < len(self._keepers) else inf):
+                await self._changed.wait()
+
+    def _lease_what_leads(self, plan: Plan, wanted: Sequence[bytes]) -> bool:
+        """Keep the leading run in place, by the lease that the answer will replace. False: lease_share is used up."""
+        index = self._state.index
+        run = index.match(self._namespace, wanted)
+        lease = index.lease(
+            (self._engine.name, self.session.number), self._namespace, wanted[:run], trio.current_time()
+        )
+        leased = 0
+        if lease is not None:
+            self._state.clock.not_later_than(lease.expires)
+            self._lease, leased = lease.id, lease.chunks
+        for position in range(leased):
+            plan.here(position)
+        return leased == run
+
+    async def _hold_the_rest(self, plan: Plan, wanted: Sequence[bytes]) -> None:
+        for position in range(plan.run, len(wanted)):
+            hold = self._state.index.hold(ChunkKey(self._namespace, wanted[position]))
+            if hold is not None:
+                self._holds.append(hold)
+                plan.here(position)
+            if position % HELD_AT_ONCE == HELD_AT_ONCE - 1:
+                await trio.lowlevel.checkpoint()
+
+    def _ask(self, tier: int, plan: Plan, wanted: Sequence[bytes]) -> None:
+        positions = plan.ask(tier)
+        question = Question(self._namespace, [wanted[position] for position in positions], self.wake)
+        keeper = self._keepers[tier]
+        self._questions[tier] = question
+        if not positions or keeper.writing.is_deleting(self._namespace):
+            question.answer([False] * len(positions))
+        else:
+            keeper.questions.ask(question)
+
+    def _collect(self, plan: Plan) -> None:
+        """Take note of what is known by now, and let go of what is not needed for it."""
+        for tier, question in list(self._questions.items()):
+            if question.found is not None:
+                del self._questions[tier]
+                plan.answered(tier, question.found)
+        for position, (keeper, load) in list(self._coming.items()):
+            if load.settled:
+                del self._coming[position]
+                if load.state is LoadState.LANDED:
+                    plan.landed(position)
+                    self._landed.append((keeper, load))
+                else:
+                    plan.missed(position)
+                    keeper.loading.unwant(load, self.wake)
+        for position in [position for position in self._coming if position >= plan.cut]:
+            keeper, load = self._coming.pop(position)
+            keeper.loading.unwant(load, self.wake)

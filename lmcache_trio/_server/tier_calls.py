@@ -1,0 +1,85 @@
+"""The calls into one tier, all of them: each is watched, and a failure, a bug or a hang fences the tier.
+
+What the fence decides stands in `_core.fence`; here is its clock. Nothing here starts a task, and nobody who must be
+answered in time waits for a call: they wait for what a task of the tier's will tell them.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from math import inf
+from typing import TypeVar
+
+import trio
+
+from lmcache_trio._core.fence import Fence, FenceState
+from lmcache_trio.errors import Unavailable
+
+__all__ = ["Calls"]
+
+log = logging.getLogger("lmcache_trio.server")
+
+T = TypeVar("T")
+
+
+class Calls:
+    """*on_fenced* is called at once when the tier is fenced, and must not wait."""
+
+    def __init__(self, name: str, fence: Fence, on_fenced: Callable[[], None]) -> None:
+        self.name = name
+        self.fence = fence
+        self.bugs = 0
+        self._on_fenced = on_fenced
+        self._stirred = trio.Event()
+        self._next = inf
+
+    @property
+    def open(self) -> bool:
+        """Whether the tier may be asked."""
+        return self.fence.state is FenceState.OPEN
+
+    async def make(self, fn: Callable[..., Awaitable[T]], *args: object, patience: float | None = None) -> T:
+        """``await fn(*args)``. Unavailable: it failed, and the tier is fenced; or it was already."""
+        if not self.open:
+            raise Unavailable(f"the tier {self.name} is fenced: {self.fence.reason}")
+        call = self.fence.began(trio.current_time(), patience)
+        if (due := self.fence.due()) < self._next:
+            self._next = due
+            self._stirred.set()
+        try:
+            return await fn(*args)
+        except Exception as exc:
+            raise self.failed(exc) from exc
+        finally:
+            self.fence.ended(call)
+
+    def failed(self, exc: Exception) -> Unavailable:
+        """A call into the tier raised *exc*: fence it. Returns what to tell who waits for the call."""
+        if isinstance(exc, Unavailable):
+            reason = str(exc)
+        else:
+            self.bugs += 1
+            reason = f"bug: {exc!r}"
+            log.error("bug in the tier %s, which is fenced", self.name, exc_info=exc)
+        if self.fence.failed(reason, trio.current_time()):
+            self._fenced()
+        return Unavailable(reason)
+
+    async def watch(self) -> None:
+        """Return once the tier is fenced; notice calls that hang."""
+        while self.open:
+            self._stirred = trio.Event()
+            self._next = self.fence.due()
+            with trio.move_on_at(self._next):
+                await self._stirred.wait()
+            if self.open and self.fence.check(trio.current_time()):
+                self._fenced()
+
+    def _fenced(self) -> None:
+        log.warning(
+            "the tier %s is fenced: %s (tried again in %.1f s)",
+            self.name,
+            self.fence.reason,
+            self.fence.until - trio.current_time(),
+        )
+        self._stirred.set()
+        self._on_fenced()

@@ -1,0 +1,101 @@
+"""Asks one tier which chunks it has: one `contains` at a time, for all who asked meanwhile.
+
+So a tier that is slow is asked fewer and larger questions, and one that hangs holds up one call, however many wait.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import attrs
+import trio
+
+from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._server.tier_calls import Calls
+from lmcache_trio.abc import Tier
+from lmcache_trio.errors import Unavailable
+
+__all__ = ["Question", "Questions"]
+
+MOST_KEYS = 16_384
+"""Keys in one call, or those of one question if it has more."""
+
+
+@attrs.define(eq=False)
+class Question:
+    """*found* is None until it is known; *wake* is called then."""
+
+    namespace: bytes
+    digests: Sequence[bytes]
+    wake: Callable[[], None]
+    found: Sequence[bool] | None = None
+
+    def answer(self, found: Sequence[bool]) -> None:
+        if self.found is None:
+            self.found = found
+            self.wake()
+
+
+class Questions:
+    """One tier's."""
+
+    def __init__(self, calls: Calls, tier: Tier) -> None:
+        self._calls = calls
+        self._tier = tier
+        self._pending: list[Question] = []
+        self._under_way: list[Question] = []
+        self._asked = trio.Event()
+
+    def __len__(self) -> int:
+        return len(self._pending) + len(self._under_way)
+
+    def ask(self, question: Question) -> None:
+        """Have it answered; at once, with no, when the tier may not be asked."""
+        if not self._calls.open:
+            question.answer([False] * len(question.digests))
+            return
+        self._pending.append(question)
+        self._asked.set()
+
+    def withdraw(self, question: Question) -> None:
+        """Nobody waits for it any more. Idempotent."""
+        for waiting in (self._pending, self._under_way):
+            if question in waiting:
+                waiting.remove(question)
+
+    def give_up(self, namespace: bytes | None = None) -> None:
+        """Answer all that wait with no: of *namespace*, or all of them."""
+        for question in [*self._pending, *self._under_way]:
+            if namespace is None or question.namespace == namespace:
+                self.withdraw(question)
+                question.answer([False] * len(question.digests))
+
+    async def run(self) -> None:
+        """Ask, until the tier is fenced."""
+        while True:
+            await self._asked.wait()
+            self._asked = trio.Event()
+            try:
+                while self._pending:
+                    await self._ask_some()
+            except Unavailable:
+                return
+
+    async def _ask_some(self) -> None:
+        self._under_way = list(self._next_batch())
+        keys = dict.fromkeys(ChunkKey(q.namespace, digest) for q in self._under_way for digest in q.digests)
+        said = await self._calls.make(self._contains, list(keys))
+        found = dict(zip(keys, said, strict=True))
+        answered, self._under_way = self._under_way, []
+        for question in answered:
+            question.answer([found[ChunkKey(question.namespace, digest)] for digest in question.digests])
+
+    def _next_batch(self) -> Iterator[Question]:
+        room = MOST_KEYS
+        while self._pending and (room >= len(self._pending[0].digests) or room == MOST_KEYS):
+            room -= len(self._pending[0].digests)
+            yield self._pending.pop(0)
+
+    async def _contains(self, keys: Sequence[ChunkKey]) -> Sequence[bool]:
+        said = await self._tier.contains(keys)
+        if len(said) != len(keys):
+            raise ValueError(f"contains answered {len(said)} times for {len(keys)} keys")
+        return said
