@@ -37,7 +37,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """mypy (strict) and pyright over everything, then the types that users of the installed wheel see."""
-    _install_wheel(session, *_group("typing"), "nox")
+    _install_wheel(session, *_group("typing"), *_group("docs"), "nox")
     session.run("mypy")
     session.run("pyright", "--pythonpath", _python(session))
     with session.chdir(_scratch(session)):  # away from the checkout, so that the wheel is what is found

@@ -8,6 +8,7 @@ import select
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -78,7 +79,7 @@ def preemptions(engine: Any) -> dict[str, Any]:
     return {"preemptions": sum(found)}
 
 
-COMMANDS = {"generate": generate, "forget": forget, "preemptions": preemptions}
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {"generate": generate, "forget": forget, "preemptions": preemptions}
 
 if __name__ == "__main__":
     main()
