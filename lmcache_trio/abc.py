@@ -65,11 +65,11 @@ class Memory(ABC):
 
     @abstractmethod
     def open(self) -> AbstractAsyncContextManager[None]:
-        """Make the file, private to the user, and remove it at the end. Files that a dead server left are removed first."""
+        """Make the file, private to the user, and remove it at the end. What a dead server left is removed first."""
 
     @abstractmethod
     async def grow(self) -> int:
-        """Take the next piece, in a thread. Returns the bytes taken so far; the same number again means: no more to come."""
+        """Take the next piece, in a thread. Returns the bytes taken so far; the same number again: no more to come."""
 
     @abstractmethod
     def view(self, offset: int, length: int) -> memoryview:
@@ -150,7 +150,7 @@ class Copy:
 
     *slots* are arena offsets, one a chunk, each of *chunk_blocks* blocks. *blocks* has one entry for each of a chunk's
     blocks, chunk after chunk: the engine's block number, or -1 for one that is not to be touched (in a load alone).
-    *layers* (first, end) are those to be moved. *event* names what the copy must wait for (a CUDA IPC event of the
+    *layers* (first, end) are those to be moved. *events* name what the copy must wait for (CUDA IPC events of the
     engine's), if anything.
     """
 
@@ -160,7 +160,7 @@ class Copy:
     blocks: Sequence[int]
     chunk_blocks: int
     layers: tuple[int, int]
-    event: bytes = b""
+    events: Sequence[bytes] = ()
 
 
 class Ticket:

@@ -1,4 +1,4 @@
-"""The command line: `lmcache-trio serve | status | demo`.
+"""The command line: `lmcache-trio serve | status | demo | bench`.
 
 It reads flags, calls what does the work, and turns what that raises into one line on standard error and an exit status:
 0; 1, it did not work out; 2, the flags or the settings are wrong; 128 + n, ended by signal n. Each command imports
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -107,7 +107,13 @@ def status(
 
 @app.command
 def demo(
-    *, prompts: int = 4, longest: int = 2000, new_tokens: int = 16, threads: int | None = None, seed: int = 0
+    *,
+    prompts: int = 4,
+    longest: int = 2000,
+    new_tokens: int = 16,
+    threads: int | None = None,
+    seed: int = 0,
+    path: Literal["auto", "device", "shm"] = "auto",
 ) -> None:
     """Store the KV of one engine, end it, start another and get it back. Takes less than a minute.
 
@@ -123,11 +129,67 @@ def demo(
         Threads that the engine computes with; by default one for two cores, 4 at most.
     seed
         Of the model's weights and of the prompts.
+    path
+        Who copies the KV: the server (device), the engine (shm), or the server where it can (auto).
     """
     from lmcache_trio.testing import demo as job
 
     given = {} if threads is None else {"threads": threads}
-    code = job.main(job.Settings(prompts=prompts, longest=longest, new_tokens=new_tokens, seed=seed, **given))
+    sizes = {"prompts": prompts, "longest": longest, "new_tokens": new_tokens}
+    code = job.main(job.Settings(**sizes, seed=seed, path=path, **given))
+    if code:
+        raise SystemExit(code)
+
+
+@app.command
+def bench(  # noqa: PLR0913  (flags)
+    *,
+    address: str | None = None,
+    clients: int = 1,
+    kv: str = "llama3-8b",
+    operation: str = "128MiB",
+    rounds: int = 7,
+    lookups: int = 200,
+    rows: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
+    disk: Path | None = None,
+    json: Path | None = None,
+    compare: tuple[Path, Path] | None = None,
+) -> None:
+    """Measure lookups and copies beside the limits of this machine: one memcpy, one bare round trip.
+
+    Parameters
+    ----------
+    address
+        Of a server that runs already; by default the benchmark starts its own.
+    clients
+        Engines, each a process, that do the same at the same time.
+    kv
+        The KV's shape: a name (llama3-8b, llama3-70b, qwen2.5-7b, qwen2.5-0.5b), or numbers, as in
+        layers=32,kv_heads=8,head_dim=128,dtype=bfloat16,block_tokens=16,chunk_tokens=256.
+    operation
+        Bytes of one store or retrieve.
+    rounds
+        How often every row is measured; the medians are told.
+    lookups
+        Lookups of one client in one round.
+    rows
+        Only these rows, and the two limits.
+    disk
+        A folder on the disk to be measured; by default where temporary files lie.
+    json
+        Write the rows to this file, as a list of objects.
+    compare
+        Measure nothing: print two such files side by side.
+    """
+    from lmcache_trio.bench import command
+    from lmcache_trio.bench.settings import ROWS, KVShape, Settings, size_of
+
+    if compare is not None:
+        code = command.compare(*compare)
+    else:
+        shape, size = KVShape.parse(kv), size_of("--operation", operation)
+        settings = Settings(shape, clients, rounds, size, lookups=lookups, rows=rows or ROWS)
+        code = command.run(settings, address=address, disk=disk, json=json)
     if code:
         raise SystemExit(code)
 
@@ -185,7 +247,7 @@ def _check_backends(settings: "Config") -> None:
 
     for i, table in enumerate(settings.tiers):
         make_backend("tiers", f"tiers.{i}", table, Tier)  # type: ignore[type-abstract]
-    if settings.device is not None:
+    if settings.device["backend"] != "none":
         find_backend("devices", "device", settings.device["backend"])
 
 

@@ -189,10 +189,12 @@ class Config:
             " chunks that no other extends are dropped.",
         },
     )
-    device: Mapping[str, Any] | None = attrs.field(
-        default=None,
-        validator=attrs.validators.optional(_has_backend),
-        metadata={"help": "Who moves an engine's KV on the server's side, if anyone: `backend` and its settings."},
+    device: Mapping[str, Any] = attrs.field(
+        factory=lambda: MappingProxyType({"backend": "auto"}),
+        validator=_has_backend,
+        metadata={
+            "help": "Who moves an engine's KV on the server's side: `backend` (auto, host, cuda, none) and its settings."
+        },
     )
 
 

@@ -9,10 +9,10 @@ in order. A *batch* is what the device is given at once: units of one transfer, 
 the same engine's memory.
 
 Rule 1: nobody but the device ends a copy. An abort keeps what has not begun from beginning, and no more; until ENDED,
-slots and blocks stay owned. Rule 2: loads go ahead of stores, because an engine waits for them; after *turns* batches of
-loads in a row one batch of stores goes, if there is one. So neither starves. Rule 3: no more than *in_flight* bytes are
-with the device, so that a load never queues behind more than that; a unit that is larger goes alone. Rule 4: no I/O and
-no clock here; a method that raises has changed nothing.
+slots and blocks stay owned. Rule 2: loads go ahead of stores, because an engine waits for them; after *turns* batches
+of loads in a row one batch of stores goes, if there is one. So neither starves. Rule 3: no more than *in_flight* bytes
+are with the device, so that a load never queues behind more than that; a unit that is larger goes alone. Rule 4: no I/O
+and no clock here; a method that raises has changed nothing.
 """
 
 from collections import deque

@@ -18,6 +18,7 @@ from lmcache_trio._core.session import LookupState, Session
 from lmcache_trio._server.state import Client, Engine, State
 from lmcache_trio._server.statistics import statistics_of
 from lmcache_trio._server.tier_writes import Deletion
+from lmcache_trio._server.transfer_requests import HANDLERS as TRANSFER_HANDLERS
 from lmcache_trio._wire.codec import pack_offsets, pack_positions
 from lmcache_trio._wire.messages import (
     Abort,
@@ -251,6 +252,8 @@ def _register(state: State, client: Client, message: Register) -> Message:
             f"({message.block_tokens} tokens); set chunk_tokens to a multiple of {message.block_tokens}"
         )
     former = engine.layouts.get(client.hello.shard)
+    if state.transfer is not None:
+        state.transfer.lose(client)  # what it attached had the former layout
     engine.layouts[client.hello.shard] = message
     try:
         state.settle_namespace(engine)
@@ -283,7 +286,7 @@ def _done(state: State, client: Client, message: Done) -> Message:
 def _reserve(state: State, client: Client, message: Reserve) -> Message:
     engine = _engine(state, client)
     digests = split_digests(message.digests)
-    reason = _why_no_slots(state, client, engine, message.session)
+    reason = state.why_no_slots(client, engine, message.session)
     if reason:
         state.dropped[reason] += len(digests)
         return Reserved(message.id, b"", b"", b"", {reason: len(digests)} if digests else {})
@@ -297,16 +300,6 @@ def _reserve(state: State, client: Client, message: Reserve) -> Message:
     positions = pack_positions([slot.position for slot in made.slots])
     offsets = pack_offsets([slot.offset for slot in made.slots])
     return Reserved(message.id, made.id, positions, offsets, dict(made.dropped))
-
-
-def _why_no_slots(state: State, client: Client, engine: Engine, session: int) -> str:
-    if state.stopping:
-        return "stopping"
-    if client.pidfd is None:
-        return "no_arena"
-    if not engine.namespace:
-        return "no_namespace"
-    return "" if session in engine.sessions else "no_session"
 
 
 def _commit(state: State, client: Client, message: Commit) -> Message:
@@ -360,4 +353,5 @@ _HANDLERS: dict[type[Message], tuple[Handler, tuple[Role, ...]]] = {
     Reserve: (_reserve, _WORKER),
     Commit: (_commit, _WORKER),
     Abort: (_abort, _WORKER),
+    **TRANSFER_HANDLERS,
 }

@@ -8,18 +8,25 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-from lmcache_trio.abc import Memory, Tier
+from lmcache_trio.abc import Device, Memory, Tier
 from lmcache_trio.config import structure
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["find_backend", "make_backend", "make_memory"]
+__all__ = ["find_backend", "make_backend", "make_device", "make_memory"]
 
-P = TypeVar("P", bound=Memory | Tier)
+P = TypeVar("P", bound=Memory | Tier | Device)
 
 
 def make_memory(table: Mapping[str, Any]) -> Memory:
     """The memory that the `[memory]` table names, made with the rest of that table."""
     return make_backend("memory", "memory", table, Memory)  # type: ignore[type-abstract]
+
+
+def make_device(table: Mapping[str, Any]) -> Device | None:
+    """The device that the `[device]` table names; None for the name "none"."""
+    if table["backend"] == "none":
+        return None
+    return make_backend("devices", "device", table, Device)  # type: ignore[type-abstract]
 
 
 def make_backend(kind: str, key: str, table: Mapping[str, Any], interface: type[P]) -> P:

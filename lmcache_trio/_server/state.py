@@ -7,6 +7,7 @@ for nothing; what must wait is asked of `supervise` through the callables that i
 import select
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
@@ -24,11 +25,14 @@ from lmcache_trio.abc import Memory
 from lmcache_trio.config import Config
 from lmcache_trio.errors import Gone, Unavailable
 
+if TYPE_CHECKING:
+    from lmcache_trio._server.transfer import TransferWorker
+
 __all__ = ["Client", "Engine", "LostWriter", "State"]
 
 COUNTERS = (
     *("lookups", "hits", "misses", "resets", "refused", "withdrawn", "exits_seen"),
-    *("protocol_errors", "handler_bugs", "connection_bugs"),
+    *("protocol_errors", "handler_bugs", "connection_bugs", "device_bugs"),
 )
 
 
@@ -137,6 +141,7 @@ class State:
     count_prefetches: Callable[[], int] = lambda: 0
     prefetch: Prefetch | None = None
     cancel_prefetch: Callable[[Engine, Session], None] | None = None
+    transfer: "TransferWorker | None" = None
     engines: dict[str, Engine] = attrs.field(factory=dict)
     clients: dict[int, Client] = attrs.field(factory=dict)
     sockets: set[str] = attrs.field(factory=set)  # files that an end in a hurry must remove
@@ -152,8 +157,7 @@ class State:
 
     def admit(self, hello: Hello, peer_pid: int | None, pidfd: int | None) -> Client:
         """Make room for a client that `rendezvous` found in order, in place of those that it replaces."""
-        self._numbers += 1
-        client = Client(self._numbers, hello, peer_pid, pidfd)
+        client = Client(self.new_number(), hello, peer_pid, pidfd)
         self.clients[client.number] = client
         if hello.role is not Role.OBSERVER:
             engine = self.engines.setdefault(hello.engine, Engine(hello.engine, hello.shards))
@@ -164,6 +168,11 @@ class State:
             if engine.namespace:
                 client.send(NamespaceKnown(0, engine.namespace))  # waits in the outbox until the client is there
         return client
+
+    def new_number(self) -> int:
+        """A name in the index that nothing else has, or had."""
+        self._numbers += 1
+        return self._numbers
 
     def engine_of(self, client: Client) -> Engine | None:
         return self.engines.get(client.hello.engine) if client.hello.role is not Role.OBSERVER else None
@@ -181,6 +190,8 @@ class State:
         if engine is not None:
             self._leave(engine, client)
         self.index.lose_worker(client.number)
+        if self.transfer is not None:
+            self.transfer.lose(client)
         client.pins.clear()
         client.outbox.clear()
         keep = bool(client.copies) and client.pidfd is not None
@@ -234,6 +245,16 @@ class State:
                 self.cancel_prefetch(engine, session)
             self.index.end_session((engine.name, number))
 
+    def why_no_slots(self, client: Client, engine: Engine, session: int) -> str:
+        """Why a store of *client* gets none, whatever room there is; "" when there is no such reason."""
+        if self.stopping:
+            return "stopping"
+        if client.pidfd is None:
+            return "no_arena"
+        if not engine.namespace:
+            return "no_namespace"
+        return "" if session in engine.sessions else "no_session"
+
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
@@ -242,5 +263,6 @@ class State:
         self.note_progress()
 
     def note_progress(self) -> None:
-        if self.stopping and not any(client.copies or client.pins for client in self.clients.values()):
+        moving = self.transfer is not None and self.transfer.busy
+        if self.stopping and not moving and not any(c.copies or c.pins for c in self.clients.values()):
             self.idle.set()

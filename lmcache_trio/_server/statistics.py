@@ -24,6 +24,7 @@ def statistics_of(state: State) -> dict[str, Any]:
         "lost_writers": len(state.lost_writers),
         "prefetches": state.count_prefetches(),
         "queued_messages": sum(len(client.outbox) for client in state.clients.values()),
+        **(state.transfer.statistics() if state.transfer is not None else {}),
         **index["held"],
     }
     memory = state.memory.statistics()

@@ -5,6 +5,7 @@
     |- tiers         one task a tier: its questions, its loads (a task each), its writes
     |- exits         one task a process that may still be copying after its connection was lost
     |- clock         sleeps until something in the index falls due
+    |- transfer      the device transfer worker, and one task a copy that waits for its end
     `- connections   the front door, and one nursery a client: reader, writer, prefetches; dies first
 
 Shutdown order is nesting order. Leaving `open_server` drains: nothing more is given out, copies under way have `grace`
@@ -29,16 +30,17 @@ from lmcache_trio._server import rendezvous
 from lmcache_trio._server.address import prepare_directory, socket_path
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.connection import serve_client, wait_exit
-from lmcache_trio._server.plugins import make_memory
+from lmcache_trio._server.plugins import make_device, make_memory
 from lmcache_trio._server.prefetch import Prefetches
 from lmcache_trio._server.state import LostWriter, State
 from lmcache_trio._server.statistics import statistics_of
 from lmcache_trio._server.tier_loads import Start
 from lmcache_trio._server.tiers import Tiers, make_tiers
+from lmcache_trio._server.transfer import TransferWorker
 from lmcache_trio._transport import Rendezvous, listen, listen_pair
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused
-from lmcache_trio.abc import Memory, Tier
+from lmcache_trio.abc import Device, Memory, Tier
 from lmcache_trio.config import Config
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError
 
@@ -77,15 +79,20 @@ class Server:
 
 @asynccontextmanager
 async def open_server(
-    config: Config | None = None, *, memory: Memory | None = None, tiers: Sequence[Tier] | None = None
+    config: Config | None = None,
+    *,
+    memory: Memory | None = None,
+    tiers: Sequence[Tier] | None = None,
+    device: Device | None = None,
 ) -> AsyncIterator[Server]:
     """Serve until the block is left. ConfigError names the setting at fault.
 
-    *memory* and *tiers* are for programs that bring their own; by default those that `config` names are made.
+    *memory*, *tiers* and *device* are for programs that bring their own; by default those that `config` names are made.
     """
     config = Config() if config is None else config
     memory = make_memory(config.memory) if memory is None else memory
     tiers = make_tiers(config) if tiers is None else tiers
+    device = make_device(config.device) if device is None else device
     prepare_directory(config.address)
     front = listen(config.address)
     state: State | None = None
@@ -96,7 +103,7 @@ async def open_server(
             upkeep.start_soon(state.clock.run, name="clock")
             async with _branch() as start_tier:
                 await state.tiers.open(start_tier, _branch)
-                async with trio.open_nursery() as connections:
+                async with _transfer(state, device), trio.open_nursery() as connections:
                     state.count_tasks = lambda: _count_tasks(upkeep) + _count_tasks(connections)
                     connections.start_soon(_admit, state, front, connections, name="rendezvous")
                     yield Server(front.address, state.boot, state)
@@ -186,6 +193,18 @@ async def _branch() -> AsyncIterator[Start]:
     async with trio.open_nursery() as nursery:
         yield nursery.start_soon
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _transfer(state: State, device: Device | None) -> AsyncIterator[None]:
+    """The device's branch. It ends when no copy runs any more: a copy's wait is shielded."""
+    if device is None:
+        yield
+        return
+    async with device.open(state.memory), _branch() as start:
+        state.transfer = TransferWorker(state, device, start)
+        start(state.transfer.run, name="transfer")
+        yield
 
 
 def _count_tasks(nursery: trio.Nursery) -> int:

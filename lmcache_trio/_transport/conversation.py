@@ -65,6 +65,16 @@ class Conversation:
         self._outbox_filled = trio.Event()
         self._loop = trio.lowlevel.current_trio_token()
 
+    @property
+    def lost(self) -> bool:
+        """Is the connection over? Whoever waited for a reply was told before."""
+        return self._lost is not None
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The process at the other end; None where it can't be seen."""
+        return self._connection.peer_pid
+
     def new_id(self) -> int:
         """An id for the next request; never 0, never given twice."""
         return next(self._ids)

@@ -17,6 +17,7 @@ from lmcache_trio._core.keys import seed_of, split_digests
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Pinned, Reserved, Role
+from lmcache_trio.adapters.device_path import ATTACH_TIMEOUT, DevicePath, Path
 from lmcache_trio.adapters.jobs import Job, Jobs, wait_for
 from lmcache_trio.adapters.link import Link, logger
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
@@ -53,6 +54,7 @@ class WorkerAdapter:
         fingerprint_extra: Sequence[str | bytes] = (),
         reply_timeout: float = 5.0,
         connect_timeout: float = 5.0,
+        path: Path = "auto",
     ) -> None:
         if block_tokens < 1:
             raise Misuse(f"block_tokens is {block_tokens}: it must be 1 or more")
@@ -65,6 +67,7 @@ class WorkerAdapter:
         self._extra = tuple(fingerprint_extra)
         self._reply_timeout = reply_timeout
         self._kv: PagedKV | None = None
+        self._tensors: Mapping[str, torch.Tensor] = {}
         self._jobs = Jobs()
         self._limiter = trio.CapacityLimiter(max(1, len(os.sched_getaffinity(0)) - 1))  # more starve the event loop
         self._token = os.urandom(16)
@@ -73,6 +76,7 @@ class WorkerAdapter:
         hello = Hello(
             PROTOCOL_VERSION, f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards
         )
+        self._device = DevicePath(path, address, hello, reply_timeout)
         self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None)
         self._link.start(connect_timeout)
 
@@ -83,11 +87,11 @@ class WorkerAdapter:
         """
         from lmcache_trio.adapters.paged import PagedKV  # the only import of torch
 
-        self._kv = PagedKV(kv_caches, num_blocks=num_blocks)
+        self._kv, self._tensors = PagedKV(kv_caches, num_blocks=num_blocks), kv_caches
         client = self._link.client
         if client is not None:
             try:
-                self._link.call(self._register, client, timeout=self._reply_timeout)
+                self._link.call(self._register, client, timeout=self._reply_timeout + ATTACH_TIMEOUT)
             except Unavailable as exc:
                 logger.warning("the layout was not registered, and will be when the server is there again: %s", exc)
 
@@ -130,6 +134,16 @@ class WorkerAdapter:
         client = self._link.client
         return client is not None and client.arena is not None
 
+    @property
+    def path(self) -> str:
+        """Who moves the KV now: "device", the server; "shm", this process."""
+        return self._device.taken
+
+    @property
+    def path_reason(self) -> str:
+        """Why `path` is what it is."""
+        return self._device.reason
+
     def statistics(self) -> dict[str, int]:
         """`running` jobs; chunks: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`."""
         return self._jobs.statistics()
@@ -138,7 +152,8 @@ class WorkerAdapter:
         """Finish what is under way, each reply bounded, and leave the server. Idempotent."""
         if self._link.alive:
             self._wait(self._jobs.running())
-        self._link.stop(2 * self._reply_timeout)
+        if self._link.stop(2 * self._reply_timeout):
+            self._device.close()
 
     # --- where a test places a fault: called in the copying thread --------------------------------------------------
 
@@ -183,7 +198,11 @@ class WorkerAdapter:
         try:
             if client is None or client.arena is None or not client.shard_bytes or self._kv is None:
                 return
-            if isinstance(job.spec, StoreSpec):
+            if not self._device.usable:
+                return
+            if self.path == "device":
+                await self._move(client, job)
+            elif isinstance(job.spec, StoreSpec):
                 await self._store(client, client.arena, self._kv, job)
             else:
                 await self._retrieve(client, client.arena, self._kv, job)
@@ -192,6 +211,19 @@ class WorkerAdapter:
         finally:
             job.asked.set()
             self._fail(job, "unavailable")  # nothing, if it ended well
+
+    async def _move(self, client: Client, job: Job) -> None:
+        """Have the server do it."""
+        spec = job.spec
+        if isinstance(spec, StoreSpec):
+            stored = await self._device.store(client, job)
+            for reason, number in stored.dropped.items():
+                self._jobs.count(f"dropped_{reason}", number)
+            self._jobs.count("stored_chunks", stored.copied)
+            self._jobs.end(job, failed=False)
+        elif spec.lease and await self._device.retrieve(client, spec):
+            self._jobs.count("retrieved_chunks", spec.count)
+            self._jobs.end(job, failed=False)
 
     async def _store(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:
         spec = job.spec
@@ -299,3 +331,4 @@ class WorkerAdapter:
         parts = ("fingerprint 1", self._kv.layout, str(self._block_tokens), str(client.chunk_tokens), *self._extra)
         shard_bytes = self._kv.block_bytes * (client.chunk_tokens // self._block_tokens)
         await self._reply(client.register, seed_of(*parts), shard_bytes, self._block_tokens)
+        await self._device.settle(client, self._tensors, self._kv.num_blocks)

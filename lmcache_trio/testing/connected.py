@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import attrs
+import torch
 
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
+from lmcache_trio.adapters.device_path import Path
+from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.testing.engine import Engine, EngineConfig
 
 __all__ = ["ConnectedEngine", "connect"]
@@ -30,10 +33,12 @@ def connect(
     *,
     engine_id: str,
     scheduler_class: type[SchedulerAdapter] = PollingSchedulerAdapter,
+    path: Path = "shm",
 ) -> Iterator[ConnectedEngine]:
     """An engine with one worker, both sides at *address*. *engine_id* must be new for each engine that ever connects.
 
-    The adapters are shut down at the end, whatever happened in between.
+    The adapters are shut down at the end, whatever happened in between. Its KV is in shared memory unless *path*, the
+    worker's, is "shm".
     """
     with ExitStack() as stack:
         scheduler = scheduler_class(
@@ -45,6 +50,15 @@ def connect(
             engine_id=engine_id,
             block_tokens=config.block_tokens,
             fingerprint_extra=("lmcache-trio testing engine",),
+            path=path,
         )
         stack.callback(worker.shutdown)
-        yield ConnectedEngine(Engine(config, scheduler=scheduler, worker=worker), scheduler, worker)
+        storage = None if path == "shm" else shared_storage(config)
+        yield ConnectedEngine(Engine(config, scheduler=scheduler, worker=worker, storage=storage), scheduler, worker)
+
+
+def shared_storage(config: EngineConfig) -> torch.Tensor:
+    """Room for the KV of such an engine, which the server can open."""
+    shape = config.model.kv_shape(num_blocks=config.num_blocks, block_tokens=config.block_tokens)
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    return shared_tensor(shape.numel * dtype.itemsize).view(dtype)

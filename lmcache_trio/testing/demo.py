@@ -43,6 +43,14 @@ def _at_least(low: int) -> Callable[[object, "attrs.Attribute[int]", int], None]
     return check
 
 
+def _one_of(*names: str) -> Callable[[object, "attrs.Attribute[str]", str], None]:
+    def check(instance: object, attribute: "attrs.Attribute[str]", value: str) -> None:
+        if value not in names:
+            raise ConfigError(f"--{attribute.name}", f"is {value!r}; give {' or '.join(names)}")
+
+    return check
+
+
 def _default_threads() -> int:
     """Half the cores, 4 at most: torch's threads spin while they wait for each other, and others need a core too."""
     return max(1, min(4, len(os.sched_getaffinity(0)) // 2))
@@ -57,6 +65,7 @@ class Settings:
     new_tokens: int = attrs.field(default=16, validator=_at_least(1))
     threads: int = attrs.field(factory=_default_threads, validator=_at_least(1))
     seed: int = 0
+    path: str = attrs.field(default="auto", validator=_one_of("auto", "device", "shm"))
 
     @property
     def lengths(self) -> list[int]:
@@ -168,6 +177,8 @@ async def _serve_prompts(
                     progress.advance(bar)
                 elif not said["healthy"]:
                     raise Unavailable("the engine did not get through to the server")
+                else:
+                    progress.console.print(f"path {said['path']}: {said['reason']}")
     if deadline.cancelled_caught:
         raise Unavailable(f"the engine did not finish within {_ENGINE_SECONDS:g} s; give fewer --prompts")
     if len(served) != settings.prompts:

@@ -8,10 +8,13 @@ import json
 import sys
 import uuid
 from collections.abc import Sequence
+from typing import cast
 
 import attrs
 import torch
 
+from lmcache_trio.adapters.device_path import Path
+from lmcache_trio.errors import Unavailable
 from lmcache_trio.testing.connected import connect
 from lmcache_trio.testing.demo import Settings
 from lmcache_trio.testing.engine import EngineConfig
@@ -27,8 +30,13 @@ def main(arguments: Sequence[str]) -> None:
     model = ModelConfig(seed=settings.seed)
     blocks = -(-(settings.longest + settings.new_tokens) // 16)
     _warm_up(model)
-    with connect(address, EngineConfig(model=model, num_blocks=blocks), engine_id=uuid.uuid4().hex) as connected:
-        _say(healthy=connected.worker.is_healthy())  # the scheduler hears of the namespace a little later
+    config, path = EngineConfig(model=model, num_blocks=blocks), cast("Path", settings.path)
+    with connect(address, config, engine_id=uuid.uuid4().hex, path=path) as connected:
+        worker = connected.worker
+        if path == "device" and worker.path != path:
+            raise Unavailable(f"the device path is not to be had: {worker.path_reason}")
+        # The scheduler hears of the namespace a little later
+        _say(healthy=worker.is_healthy(), path=worker.path, reason=worker.path_reason)
         for i, prompt in enumerate(_prompts(settings, model.vocabulary)):
             connected.engine.submit(f"prompt {i}", prompt, settings.new_tokens)
             (completion,) = connected.engine.run().values()

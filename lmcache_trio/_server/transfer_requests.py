@@ -1,0 +1,127 @@
+"""What a worker asks of the device transfer worker, sentence by sentence: checked here, before anything is granted.
+
+Like the other handlers these are plain functions that never wait. What they return is the reply; None means that it
+comes later, from the transfer worker.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from lmcache_trio._core.keys import split_digests
+from lmcache_trio._server.rendezvous import dismiss
+from lmcache_trio._server.state import Client, Engine, State
+from lmcache_trio._server.transfer import TransferWorker, Work
+from lmcache_trio._wire.codec import unpack_positions
+from lmcache_trio._wire.handles import decode_export
+from lmcache_trio._wire.messages import Attach, LetGo, Message, RetrieveBlocks, Role, StoreBlocks, Stored, Withdraw
+from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
+
+__all__ = ["HANDLERS"]
+
+
+def _attach(state: State, client: Client, message: Attach) -> Message | None:
+    transfer = _transfer(state)
+    engine = _engine(state, client)
+    layout = engine.layouts.get(client.hello.shard)
+    if layout is None or engine.workers.get(client.hello.shard) is not client:
+        raise Misuse("register the layout before its memory is attached")
+    try:
+        export = decode_export(message.export)
+    except ProtocolError as exc:  # a wrong handle costs its sender the device, not its connection
+        raise Misuse(str(exc)) from exc
+    chunk_blocks = state.config.chunk_tokens // layout.block_tokens
+    if export.block_bytes * chunk_blocks != layout.shard_bytes:
+        raise Misuse(
+            f"the export's chunks have {export.block_bytes * chunk_blocks} bytes, the registered ones "
+            f"{layout.shard_bytes}: register and export the same tensors"
+        )
+    if state.stopping:
+        raise Unavailable("the server is stopping")
+    transfer.attach(client, message.id, export, chunk_blocks)
+    return None
+
+
+def _store_blocks(state: State, client: Client, message: StoreBlocks) -> Message | None:
+    transfer, engine = _transfer(state), _engine(state, client)
+    attachment = transfer.of(client)
+    digests, blocks = split_digests(message.digests), unpack_positions(message.blocks)
+    count = attachment.chunk_blocks
+    if not digests or len(blocks) != len(digests) * count:
+        raise Misuse(f"{len(blocks)} blocks for {len(digests)} chunks: give {count} a chunk, one chunk or more")
+    _check_blocks(blocks, attachment.attached.export.num_blocks)
+    if message.id in attachment.works:
+        raise Misuse(f"request {message.id} is under way")
+    reason = state.why_no_slots(client, engine, message.session)
+    if reason:
+        state.dropped[reason] += len(digests)
+        return Stored(message.id, 0, 0, {reason: len(digests)})
+    now, key, shard = trio.current_time(), (engine.name, message.session), client.hello.shard
+    made = state.index.reserve(key, attachment.writer, shard, engine.namespace, message.parent, digests, now)
+    if not made.id:
+        return Stored(message.id, 0, 0, dict(made.dropped))
+    state.clock.not_later_than(now + state.config.reservation_timeout)
+    chosen = [block for slot in made.slots for block in blocks[slot.position * count : (slot.position + 1) * count]]
+    offsets = [slot.offset for slot in made.slots]
+    transfer.store(attachment, Work(message.id, made.id, offsets, chosen, message.event, dict(made.dropped)))
+    return None
+
+
+def _retrieve_blocks(state: State, client: Client, message: RetrieveBlocks) -> Message | None:
+    transfer = _transfer(state)
+    attachment = transfer.of(client)
+    blocks, count = unpack_positions(message.blocks), attachment.chunk_blocks
+    rest = message.count * count - message.skip - len(blocks)
+    if message.skip >= count or rest < 0 or not blocks:
+        raise Misuse(f"{len(blocks)} blocks after {message.skip} do not lie within {message.count} chunks of {count}")
+    _check_blocks(blocks, attachment.attached.export.num_blocks)
+    if message.id in attachment.works:
+        raise Misuse(f"request {message.id} is under way")
+    if state.stopping:
+        raise Unavailable("the server is stopping")
+    hello = client.hello
+    pin = state.index.pin(message.lease, hello.engine, attachment.reader, hello.shard, message.start, message.count)
+    every = [-1] * message.skip + list(blocks) + [-1] * rest
+    transfer.load(attachment, Work(message.id, pin.id, pin.offsets, every), layered=message.layered)
+    return None
+
+
+def _withdraw(state: State, client: Client, message: Withdraw) -> None:
+    _transfer(state).withdraw(client, message.request)
+
+
+def _let_go(state: State, client: Client, message: LetGo) -> Message | None:
+    """End what is left of that client's connection first: what it still had to say is not listened to any more."""
+    for other in [c for c in state.clients.values() if c.hello.token == message.token and c is not client]:
+        if other.peer_pid != client.peer_pid:
+            raise Misuse("LetGo speaks for another process' client")
+        dismiss(state, other)
+    return _transfer(state).let_go(client, message.id, message.token)
+
+
+def _transfer(state: State) -> TransferWorker:
+    if state.transfer is None:
+        raise Unavailable("this server has no device: its setting device.backend is none")
+    return state.transfer
+
+
+def _engine(state: State, client: Client) -> Engine:
+    engine = state.engine_of(client)
+    if engine is None or client.lost:
+        raise Gone(f"the engine of {client} is not there any more")
+    return engine
+
+
+def _check_blocks(blocks: tuple[int, ...], num_blocks: int) -> None:
+    if max(blocks) >= num_blocks:
+        raise Misuse(f"block {max(blocks)} is asked for: there are {num_blocks}")
+
+
+HANDLERS: dict[type[Message], tuple[Callable[[State, Client, Any], Message | None], tuple[Role, ...]]] = {
+    Attach: (_attach, (Role.WORKER,)),
+    StoreBlocks: (_store_blocks, (Role.WORKER,)),
+    RetrieveBlocks: (_retrieve_blocks, (Role.WORKER,)),
+    Withdraw: (_withdraw, (Role.WORKER,)),
+    LetGo: (_let_go, (Role.OBSERVER,)),
+}

@@ -1,0 +1,105 @@
+"""KV in memory that a server on the same machine can open, and what there is to export of an engine's tensors.
+
+An engine that allocates its KV cache with `shared_tensor` lets the server's `host` device move its blocks; CUDA tensors
+are exported by the driver. Whatever can't be exported raises `Unavailable` and says why: the engine then copies for
+itself.
+"""
+
+import fcntl
+import mmap
+import os
+import secrets
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmcache_trio._core.exports import CudaMemory, DType, Export, SharedMemory, TensorView
+from lmcache_trio.errors import Misuse, Unavailable
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["SharedRegion", "export_of", "shared_tensor"]
+
+_HEAD = 4096
+"""The nonce's page; the KV begins behind it."""
+
+
+class SharedRegion:
+    """*size* bytes of zeros in an anonymous file that cannot shrink. It lives as long as `array`, or a view of it."""
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise Misuse(f"size is {size}: it must be 1 or more")
+        self.nonce = secrets.token_bytes(16)
+        self.file_size = _HEAD + size
+        self.descriptor = os.memfd_create("lmcache-trio kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        weakref.finalize(self, os.close, self.descriptor)
+        try:
+            os.posix_fallocate(self.descriptor, 0, self.file_size)
+        except OSError as exc:
+            raise Unavailable(f"there is no memory for {size} bytes of shared KV: {exc.strerror}") from exc
+        os.pwrite(self.descriptor, self.nonce, 0)
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        mapped = np.frombuffer(mmap.mmap(self.descriptor, self.file_size), dtype=np.uint8)
+        self.start = mapped.ctypes.data
+        _regions.add(self)
+        self._whole = weakref.ref(mapped)
+        self._array: _Array = mapped[_HEAD:].view(_Array)
+
+    def take_array(self) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+        """The memory, once: whoever holds it, or a view of it, keeps the region alive."""
+        array, array.region = self._array, self
+        del self._array
+        return array
+
+    def memory(self) -> SharedMemory:
+        """What it is called in an export. The server opens it from the process that says so, so after any fork."""
+        return SharedMemory(self.file_size, self.descriptor, os.fstat(self.descriptor).st_ino, self.nonce)
+
+
+class _Array(np.ndarray[tuple[int], np.dtype[np.uint8]]):
+    region: SharedRegion
+
+
+_regions: "weakref.WeakSet[SharedRegion]" = weakref.WeakSet()
+
+
+def shared_tensor(size: int) -> "torch.Tensor":
+    """A flat uint8 tensor of *size* bytes, zeros, that the server can open: views of it are exported by themselves."""
+    import torch
+
+    return torch.from_numpy(SharedRegion(size).take_array())
+
+
+def export_of(kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int) -> Export:
+    """What the server needs to open *kv_caches*. `Unavailable` says why it can't; `Misuse`: no layout of blocks."""
+    memory: list[SharedMemory] | list[CudaMemory] = []
+    places: dict[int, int] = {}  # by address: number in memory
+    layers = []
+    for name, tensor in kv_caches.items():
+        found, start = _memory_of(name, tensor)
+        if start not in places:
+            places[start] = len(memory)
+            memory.append(found)  # type: ignore[arg-type]  (Export refuses a mixture)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in DType.__members__:
+            raise Unavailable(f"layer {name!r} is of {dtype}, which has no code on the wire")
+        offset = tensor.data_ptr() - start
+        layers.append(TensorView(places[start], offset, DType[dtype], tuple(tensor.shape), tuple(tensor.stride())))
+    return Export(tuple(memory), tuple(layers), num_blocks)  # type: ignore[arg-type]
+
+
+def _memory_of(name: str, tensor: "torch.Tensor") -> tuple[SharedMemory | CudaMemory, int]:
+    """The allocation that *tensor* lies in, and its address."""
+    address = tensor.data_ptr()
+    if tensor.device.type == "cuda":
+        from lmcache_trio.adapters.cuda_kv import cuda_memory_of
+
+        return cuda_memory_of(tensor)
+    for region in _regions:
+        if tensor.device.type == "cpu" and region.start <= address < region.start + region.file_size:
+            return region.memory(), region.start
+    raise Unavailable(f"layer {name!r} lies in private {tensor.device} memory, which no other process can open")
