@@ -79,7 +79,11 @@ def preemptions(engine: Any) -> dict[str, Any]:
     return {"preemptions": sum(found)}
 
 
-COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {"generate": generate, "forget": forget, "preemptions": preemptions}
+COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "generate": generate,
+    "forget": forget,
+    "preemptions": preemptions,
+}
 
 if __name__ == "__main__":
     main()
