@@ -106,7 +106,11 @@ class Engine:
                 start_new_session=True,
             )
         theirs.close()
-        self.seconds_to_start = float(self._say(dict(arguments))["ready"])
+        try:
+            self.seconds_to_start = float(self._say(dict(arguments))["ready"])
+        except BaseException:
+            self.kill()
+            raise
 
     def generate(self, prompts: Sequence[Sequence[int]], *, tokens: int = 16, batch: bool = False) -> Generated:
         """Continue *prompts* greedily: together when *batch*, else one after another."""
@@ -189,6 +193,8 @@ class Server:
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
+        if not line:
+            self.kill()
         assert line, f"the server ended: see {self.where}/server.log\n{_tail(self.where / 'server.log')}"
 
     def kill(self) -> None:

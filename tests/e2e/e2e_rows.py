@@ -16,9 +16,8 @@ Situation = Callable[[Bench, str, Expected], None]
 def check(engine: Engine, prompt: Prompt, *, cached: int | None = None) -> None:
     """*prompt* has its ids, and *cached* of its tokens were not computed."""
     made = engine.generate([prompt.tokens], tokens=len(prompt.ids))
-    assert made.ids == [prompt.ids]
-    if cached is not None:
-        assert made.cached == [cached]
+    assert cached is None or made.cached == [cached]
+    assert made.ids == [prompt.ids], f"{made.cached} of {len(prompt.tokens)} tokens came from the cache"
 
 
 def stored(prompt: Prompt) -> int:
@@ -72,7 +71,7 @@ def two_turn_chat(bench: Bench, kind: str, expected: Expected) -> None:
     engine = bench.engine(kind)
     check(engine, expected["turn one"])
     engine.forget()
-    check(engine, expected["turn two"], cached=600 // CHUNK * CHUNK)
+    check(engine, expected["turn two"], cached=2 * CHUNK)
 
 
 def two_requests_in_a_batch(bench: Bench, kind: str, expected: Expected) -> None:
