@@ -1,0 +1,294 @@
+"""The suite that every `Device` passes. Subclass it, say how one and an engine's memory are made, and run it.
+
+    class TestMine(DeviceContract):
+        @pytest.fixture
+        def make_device(self) -> MakeDevice:
+            return lambda: MyDevice(MyConfig())
+
+        @pytest.fixture
+        def engine_memory(self) -> MakeEngineMemory:
+            return MyEngineMemory       # size -> EngineMemory
+
+It refuses to look behind the interface, and knows the layout of slots from `lmcache_trio.abc.Export` alone.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from random import Random
+
+import attrs
+import pytest
+import trio
+
+from lmcache_trio._core.exports import DType, TensorView
+from lmcache_trio.abc import Attached, Copy, CudaMemory, Device, Direction, Export, Memory, SharedMemory
+from lmcache_trio.errors import Misuse, Unavailable
+
+__all__ = ["DeviceContract", "EngineMemory", "MakeDevice", "MakeEngineMemory"]
+
+BLOCKS, CHUNK_BLOCKS = 13, 4
+ARENA = 8 << 20
+
+
+class EngineMemory(ABC):
+    """One allocation of an engine's, as the test sees it."""
+
+    @abstractmethod
+    def memory(self) -> SharedMemory | CudaMemory:
+        """What it is called in an export."""
+
+    @abstractmethod
+    def start(self) -> int:
+        """Where in the allocation, in bytes, the engine's own bytes begin."""
+
+    @abstractmethod
+    def read(self, offset: int, length: int) -> bytes:
+        """The engine's bytes, from `start`."""
+
+    @abstractmethod
+    def write(self, offset: int, data: bytes) -> None:
+        """Change them."""
+
+
+MakeDevice = Callable[[], Device]
+MakeEngineMemory = Callable[[Device, int], EngineMemory]
+
+
+@attrs.frozen
+class Layout:
+    """Layers of an export: *kv_first* ones have K and V apart; *gap* bytes lie between two blocks."""
+
+    layers: int = 3
+    item: DType = DType.bfloat16
+    inner: tuple[int, ...] = (4, 2, 8)
+    kv_first: bool = True
+    gap: int = 0
+
+    @property
+    def block_items(self) -> int:
+        items = 1
+        for n in self.inner:
+            items *= n
+        return items
+
+    @property
+    def stride(self) -> int:
+        return self.block_items + self.gap // self.item.itemsize
+
+    @property
+    def layer_bytes(self) -> int:
+        return (2 if self.kv_first else 1) * BLOCKS * self.stride * self.item.itemsize
+
+    def export(self, memory: EngineMemory) -> Export:
+        inner_strides: list[int] = []
+        step = 1
+        for n in reversed(self.inner):
+            inner_strides.insert(0, step)
+            step *= n
+        views = []
+        for i in range(self.layers):
+            shape, strides = (BLOCKS, *self.inner), (self.stride, *inner_strides)
+            if self.kv_first:
+                shape, strides = (2, *shape), (BLOCKS * self.stride, *strides)
+            views.append(TensorView(0, memory.start() + i * self.layer_bytes, self.item, shape, strides))
+        one = memory.memory()
+        return Export((one,) if isinstance(one, SharedMemory) else (one,), tuple(views), BLOCKS)
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(kv_first=False),
+    Layout(layers=1, item=DType.uint8, inner=(7,), kv_first=False),
+    Layout(layers=2, item=DType.float32, gap=64),
+    Layout(layers=2, kv_first=False, gap=32),
+]
+
+
+@attrs.frozen(eq=False)
+class Rig:
+    """An open device, an open memory, and one engine that is attached."""
+
+    device: Device
+    memory: Memory
+    engine: EngineMemory
+    export: Export
+    attached: Attached
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.export.block_bytes * CHUNK_BLOCKS
+
+    def block(self, block: int) -> bytes:
+        """All bytes of one block, in a slot's order of pieces."""
+        return b"".join(self.piece(block))
+
+    def piece(self, block: int) -> list[bytes]:
+        start = self.engine.start()
+        return [
+            self.engine.read(piece.offset - start + block * piece.stride, piece.length)
+            for layer in self.export.pieces
+            for piece in layer
+        ]
+
+    def slot(self, blocks: list[int]) -> bytes:
+        """What a slot with these blocks holds."""
+        pieces = [self.piece(block) for block in blocks]
+        return b"".join(pieces[i][p] for p in range(len(pieces[0])) for i in range(len(blocks)))
+
+    def copy(self, direction: Direction, slots: list[int], blocks: list[int], layers: range | None = None) -> Copy:
+        part = (0, len(self.export.layers)) if layers is None else (layers.start, layers.stop)
+        return Copy(self.attached, direction, slots, blocks, CHUNK_BLOCKS, part)
+
+    async def run(self, copy: Copy) -> None:
+        with trio.fail_after(20):
+            await self.device.wait_ended(self.device.start(copy))
+
+
+class DeviceContract:
+    """What any device promises."""
+
+    @pytest.fixture
+    def make_device(self) -> MakeDevice:
+        """Override it."""
+        raise NotImplementedError("a subclass of DeviceContract overrides the fixture make_device")
+
+    @pytest.fixture
+    def engine_memory(self) -> MakeEngineMemory:
+        """Override it."""
+        raise NotImplementedError("a subclass of DeviceContract overrides the fixture engine_memory")
+
+    @pytest.fixture
+    def make_memory(self) -> Callable[[int], Memory]:
+        """The arena. Override it if yours needs one of its own."""
+        from importlib.metadata import entry_points
+
+        (found,) = entry_points(group="lmcache_trio.memory", name="cpu")
+        cls = found.load()
+        return lambda size: cls(cls.Config(size=size))  # type: ignore[no-any-return]
+
+    @pytest.fixture
+    def rig(
+        self, make_device: MakeDevice, engine_memory: MakeEngineMemory, make_memory: Callable[[int], Memory]
+    ) -> "OpenRig":
+        @asynccontextmanager
+        async def opened(layout: Layout) -> AsyncIterator[Rig]:
+            device, memory = make_device(), make_memory(ARENA)
+            async with memory.open():
+                while await memory.grow() < ARENA:
+                    pass
+                async with device.open(memory):
+                    engine = engine_memory(device, layout.layers * layout.layer_bytes)
+                    engine.write(0, Random(1).randbytes(layout.layers * layout.layer_bytes))
+                    export = layout.export(engine)
+                    attached = await device.attach(export, _own_pid())
+                    yield Rig(device, memory, engine, export, attached)
+                    device.detach(attached)
+
+        return opened
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    async def test_stored_blocks_stand_in_the_slot_in_the_layout_of_slots(self, rig: "OpenRig", layout: Layout) -> None:
+        async with rig(layout) as it:
+            blocks = [7, 0, 12, 3, 5, 1, 2, 4]
+            slots = [4096, 4096 + 2 * it.slot_bytes]
+            await it.run(it.copy(Direction.STORE, slots, blocks))
+            assert bytes(it.memory.view(slots[0], it.slot_bytes)) == it.slot(blocks[:4])
+            assert bytes(it.memory.view(slots[1], it.slot_bytes)) == it.slot(blocks[4:])
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    async def test_a_load_fills_its_blocks_and_touches_no_other_byte(self, rig: "OpenRig", layout: Layout) -> None:
+        async with rig(layout) as it:
+            await it.run(it.copy(Direction.STORE, [4096, 4096 + it.slot_bytes], [7, 0, 12, 3, 5, 1, 2, 4]))
+            stored = {block: it.block(block) for block in range(BLOCKS)}
+            size = layout.layers * layout.layer_bytes
+            engine = Random(2).randbytes(size)
+            it.engine.write(0, engine)
+            before = {block: it.block(block) for block in range(BLOCKS)}
+            await it.run(it.copy(Direction.LOAD, [4096, 4096 + it.slot_bytes], [-1, 9, 8, 11, 10, 6, -1, -1]))
+            expected = {9: stored[0], 8: stored[12], 11: stored[3], 10: stored[5], 6: stored[1]}
+            assert {block: it.block(block) for block in range(BLOCKS)} == before | expected
+            changed = sum(a != b for a, b in zip(engine, it.engine.read(0, size), strict=True))
+            assert changed <= 5 * it.export.block_bytes
+
+    async def test_layers_may_be_moved_apart_and_make_up_the_whole(self, rig: "OpenRig") -> None:
+        async with rig(Layout()) as it:
+            blocks = [7, 0, 12, 3]
+            await it.run(it.copy(Direction.STORE, [4096], blocks, range(1, 3)))
+            whole, first = it.slot(blocks), 2 * CHUNK_BLOCKS * it.export.pieces[0][0].length
+            found = bytes(it.memory.view(4096, it.slot_bytes))
+            assert found[first:] == whole[first:]
+            assert found[:first] == bytes(first)
+            await it.run(it.copy(Direction.STORE, [4096], blocks, range(1)))
+            assert bytes(it.memory.view(4096, it.slot_bytes)) == whole
+
+    async def test_copies_of_one_engine_run_in_the_order_in_which_they_were_started(self, rig: "OpenRig") -> None:
+        async with rig(Layout()) as it:
+            tickets = [it.device.start(it.copy(Direction.STORE, [4096], [0, 1, 2, 3]))]
+            tickets.append(it.device.start(it.copy(Direction.LOAD, [4096], [4, 5, 6, 7])))
+            tickets.append(it.device.start(it.copy(Direction.STORE, [4096 + it.slot_bytes], [4, 5, 6, 7])))
+            with trio.fail_after(20):
+                for ticket in reversed(tickets):
+                    await it.device.wait_ended(ticket)
+            assert bytes(it.memory.view(4096 + it.slot_bytes, it.slot_bytes)) == it.slot([0, 1, 2, 3])
+
+    async def test_a_wait_that_is_cancelled_ends_no_copy_and_may_be_taken_up_again(self, rig: "OpenRig") -> None:
+        async with rig(Layout()) as it:
+            ticket = it.device.start(it.copy(Direction.STORE, [4096], [0, 1, 2, 3]))
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await it.device.wait_ended(ticket)
+            with trio.fail_after(20):
+                await it.device.wait_ended(ticket)
+                await it.device.wait_ended(ticket)
+            assert bytes(it.memory.view(4096, it.slot_bytes)) == it.slot([0, 1, 2, 3])
+
+    async def test_memory_that_is_not_what_the_export_says_is_refused(self, rig: "OpenRig") -> None:
+        async with rig(Layout()) as it:
+            before = it.device.statistics()["attached"]
+            wrong = it.export.memory[0]
+            if isinstance(wrong, SharedMemory):
+                wrong = attrs.evolve(wrong, nonce=b"another's nonce!")
+                export = Export((wrong,), it.export.layers, BLOCKS)
+            else:
+                export = Export((attrs.evolve(wrong, handle=bytes(64)),), it.export.layers, BLOCKS)
+            with pytest.raises((Misuse, Unavailable)):
+                await it.device.attach(export, _own_pid())
+            assert it.device.statistics()["attached"] == before
+
+    async def test_an_attach_that_is_cancelled_leaves_nothing_open(self, rig: "OpenRig") -> None:
+        async with rig(Layout()) as it:
+            before = it.device.statistics()["attached"]
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await it.device.attach(it.export, _own_pid())
+            assert it.device.statistics()["attached"] == before
+
+    async def test_detaching_twice_is_the_same_as_once(self, rig: "OpenRig") -> None:
+        async with rig(Layout()) as it:
+            it.device.detach(it.attached)
+            it.device.detach(it.attached)
+            assert it.device.statistics()["attached"] == 0
+
+    async def test_it_counts_what_it_copied(self, rig: "OpenRig") -> None:
+        async with rig(Layout()) as it:
+            await it.run(it.copy(Direction.STORE, [4096], [0, 1, 2, 3]))
+            found = it.device.statistics()
+            assert (found["copies"], found["bytes_copied"], found["attached"]) == (1, it.slot_bytes, 1)
+
+    async def test_outside_of_open_it_is_unavailable(
+        self, make_device: MakeDevice, engine_memory: MakeEngineMemory
+    ) -> None:
+        device = make_device()
+        layout = Layout()
+        export = layout.export(engine_memory(device, layout.layers * layout.layer_bytes))
+        with pytest.raises(Unavailable):
+            await device.attach(export, _own_pid())
+
+
+OpenRig = Callable[[Layout], AbstractAsyncContextManager[Rig]]
+
+
+def _own_pid() -> int:
+    return os.getpid()
