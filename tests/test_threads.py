@@ -14,7 +14,7 @@ from lmcache_trio.threads import DedicatedThread, Handoff, Latch, Portal, offloa
 
 
 async def until(event: threading.Event) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         assert await trio.to_thread.run_sync(event.wait, 5)
 
 
@@ -44,7 +44,7 @@ async def test_an_offloaded_call_is_never_left_while_it_runs() -> None:
 
     def work() -> None:
         begun.set()
-        release.wait(5)
+        release.wait(60)
         ended.append(True)
 
     async with trio.open_nursery() as nursery:
@@ -65,7 +65,7 @@ async def test_the_wait_for_an_owned_call_may_be_left_and_its_buffers_come_back_
 
     def work() -> None:
         begun.set()
-        release.wait(5)
+        release.wait(60)
 
     async with trio.open_nursery() as nursery:
 
@@ -78,7 +78,7 @@ async def test_the_wait_for_an_owned_call_may_be_left_and_its_buffers_come_back_
     assert not returned.is_set()
     assert limiter.borrowed_tokens == 1, "a call that hangs must count"
     release.set()
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         await returned.wait()
     assert limiter.borrowed_tokens == 0
 
@@ -129,7 +129,7 @@ async def test_a_call_that_waits_in_the_queue_can_be_withdrawn_and_one_that_runs
 
     def work() -> None:
         begun.set()
-        release.wait(5)
+        release.wait(60)
         ran.append("running")
 
     async with trio.open_nursery() as nursery:
@@ -152,7 +152,7 @@ async def test_an_owned_call_in_a_dedicated_thread_hands_back_when_it_truly_ende
 
     def work() -> None:
         begun.set()
-        release.wait(5)
+        release.wait(60)
 
     async with trio.open_nursery() as nursery:
 
@@ -164,7 +164,7 @@ async def test_an_owned_call_in_a_dedicated_thread_hands_back_when_it_truly_ende
         nursery.cancel_scope.cancel()
     assert not returned.is_set()
     release.set()
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         await returned.wait()
     thread.close()
 
@@ -192,7 +192,7 @@ def test_a_handoff_gives_its_one_value_to_everyone_as_often_as_they_ask() -> Non
     assert handoff.wait(0.01) is None
     assert not handoff.done
     seen: list[int | None] = []
-    waiters = [threading.Thread(target=lambda: seen.append(handoff.wait(5))) for _ in range(5)]
+    waiters = [threading.Thread(target=lambda: seen.append(handoff.wait(60))) for _ in range(5)]
     for waiter in waiters:
         waiter.start()
     assert handoff.set(7)
@@ -227,14 +227,14 @@ def test_a_latch_lets_one_thread_in_at_a_time() -> None:
 
 def test_a_portal_returns_what_main_was_started_with_and_ends_on_stop(portal: Portal) -> None:
     assert not portal.alive
-    assert portal.start(idle, timeout=5) == "ready"
+    assert portal.start(idle, timeout=60) == "ready"
     assert portal.alive
     assert portal.stop(5)
     assert not portal.alive
     assert portal.stop(5)
     assert not portal.post(print)
     with pytest.raises(Unavailable, match="has ended"):
-        portal.call(trio.sleep, 0, timeout=5)
+        portal.call(trio.sleep, 0, timeout=60)
 
 
 def test_what_main_raises_before_it_is_ready_is_raised_by_start(portal: Portal) -> None:
@@ -242,7 +242,7 @@ def test_what_main_raises_before_it_is_ready_is_raised_by_start(portal: Portal) 
         raise ValueError("no such server")
 
     with pytest.raises(ValueError, match="no such server"):
-        portal.start(main, timeout=5)
+        portal.start(main, timeout=60)
     assert not portal.alive
 
 
@@ -251,7 +251,7 @@ def test_a_main_that_ends_before_it_is_ready_is_unavailable(portal: Portal) -> N
         pass
 
     with pytest.raises(Unavailable, match="ended before it was ready"):
-        portal.start(main, timeout=5)
+        portal.start(main, timeout=60)
 
 
 def test_a_main_that_is_late_is_cancelled(portal: Portal) -> None:
@@ -265,39 +265,39 @@ def test_a_main_that_is_late_is_cancelled(portal: Portal) -> None:
 
     with pytest.raises(Unavailable, match=r"not ready after 0\.05 s"):
         portal.start(main, timeout=0.05)
-    assert cancelled.wait(5)
+    assert cancelled.wait(60)
 
 
 def test_a_portal_starts_once(portal: Portal) -> None:
-    portal.start(idle, timeout=5)
+    portal.start(idle, timeout=60)
     with pytest.raises(Misuse, match="started already"):
-        portal.start(idle, timeout=5)
+        portal.start(idle, timeout=60)
 
 
 def test_posts_run_in_order_in_the_loop(portal: Portal) -> None:
-    portal.start(idle, timeout=5)
+    portal.start(idle, timeout=60)
     seen: list[int] = []
     for i in range(100):
         assert portal.post(seen.append, i)
-    portal.call(trio.sleep, 0, timeout=5)
+    portal.call(trio.sleep, 0, timeout=60)
     assert seen == list(range(100))
 
 
 def test_a_call_returns_or_raises_as_it_does(portal: Portal) -> None:
-    portal.start(idle, timeout=5)
+    portal.start(idle, timeout=60)
 
     async def divide(a: int, b: int) -> int:
         await trio.lowlevel.checkpoint()
         return a // b
 
-    assert portal.call(divide, 7, 2, timeout=5) == 3
+    assert portal.call(divide, 7, 2, timeout=60) == 3
     with pytest.raises(ZeroDivisionError):
-        portal.call(divide, 1, 0, timeout=5)
+        portal.call(divide, 1, 0, timeout=60)
     assert portal.alive
 
 
 def test_a_call_that_is_late_is_cancelled_and_the_loop_goes_on(portal: Portal) -> None:
-    portal.start(idle, timeout=5)
+    portal.start(idle, timeout=60)
     cancelled = threading.Event()
 
     async def late() -> None:
@@ -308,8 +308,8 @@ def test_a_call_that_is_late_is_cancelled_and_the_loop_goes_on(portal: Portal) -
 
     with pytest.raises(Unavailable, match=r"did not answer within 0\.05 s"):
         portal.call(late, timeout=0.05)
-    assert cancelled.wait(5)
-    assert portal.call(trio.sleep, 0, timeout=5) is None
+    assert cancelled.wait(60)
+    assert portal.call(trio.sleep, 0, timeout=60) is None
 
 
 def test_a_loop_that_ends_fails_the_calls_in_flight_at_once(portal: Portal) -> None:
@@ -323,19 +323,19 @@ def test_a_loop_that_ends_fails_the_calls_in_flight_at_once(portal: Portal) -> N
         end.set()
         await trio.sleep_forever()
 
-    portal.start(main, timeout=5)
+    portal.start(main, timeout=60)
     with pytest.raises(Unavailable, match="has ended"):
         portal.call(never, timeout=30)
 
 
 def test_calls_from_many_host_threads_do_not_wait_for_each_other(portal: Portal) -> None:
-    portal.start(idle, timeout=5)
+    portal.start(idle, timeout=60)
     meeting: list[trio.Event] = []
-    portal.call(_make_event, meeting, timeout=5)
+    portal.call(_make_event, meeting, timeout=60)
     results: list[object] = []
-    waiting = threading.Thread(target=lambda: results.append(portal.call(meeting[0].wait, timeout=5)))
+    waiting = threading.Thread(target=lambda: results.append(portal.call(meeting[0].wait, timeout=60)))
     waiting.start()
-    assert portal.call(trio.sleep, 0, timeout=5) is None
+    assert portal.call(trio.sleep, 0, timeout=60) is None
     portal.post(meeting[0].set)
     waiting.join(5)
     assert results == [None]
@@ -346,7 +346,7 @@ async def _make_event(into: list[trio.Event]) -> None:
 
 
 def test_waiting_for_the_loop_in_the_loop_is_misuse(portal: Portal) -> None:
-    portal.start(idle, timeout=5)
+    portal.start(idle, timeout=60)
 
     async def inside() -> None:
         with pytest.raises(Misuse, match="wait for itself"):
@@ -354,7 +354,7 @@ def test_waiting_for_the_loop_in_the_loop_is_misuse(portal: Portal) -> None:
         with pytest.raises(Misuse, match="wait for itself"):
             portal.stop(1)
 
-    portal.call(inside, timeout=5)
+    portal.call(inside, timeout=60)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -374,8 +374,8 @@ def test_what_main_raises_later_ends_the_portal_and_is_not_swallowed(
         task_status.started()
         raise ValueError("a bug")
 
-    portal.start(main, timeout=5)
-    assert told.wait(5)
+    portal.start(main, timeout=60)
+    assert told.wait(60)
     assert str(heard[0]) == "a bug"
     assert not portal.alive
 
@@ -389,7 +389,7 @@ async def main(*, task_status):
         await trio.sleep_forever()
     finally:
         print("cleaned up", flush=True)
-Portal("forgotten").start(main, timeout=10)
+Portal("forgotten").start(main, timeout=60)
 """
 HUNG = """
 import threading, trio
@@ -402,8 +402,8 @@ def hang():
 async def main(*, task_status):
     task_status.started()
     await thread.run(hang)
-Portal("hung").start(main, timeout=10)
-assert begun.wait(10)
+Portal("hung").start(main, timeout=60)
+assert begun.wait(60)
 """
 INTERRUPTED = """
 import os, signal, threading, trio
@@ -412,20 +412,20 @@ async def main(*, task_status):
     task_status.started()
     await trio.sleep_forever()
 portal = Portal("loop")
-portal.start(main, timeout=10)
+portal.start(main, timeout=60)
 async def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
     await trio.sleep_forever()
 for _ in range(3):
     try:
-        portal.call(interrupt, timeout=10)
+        portal.call(interrupt, timeout=60)
     except KeyboardInterrupt:
         pass
     else:
         raise SystemExit("not interrupted")
 async def fine():
     return 7
-assert portal.call(fine, timeout=10) == 7
+assert portal.call(fine, timeout=60) == 7
 assert portal.stop(10)
 """
 FORKED = """
@@ -436,7 +436,7 @@ async def main(*, task_status):
     task_status.started()
     await trio.sleep_forever()
 portal = Portal("loop")
-portal.start(main, timeout=10)
+portal.start(main, timeout=60)
 async def fine():
     return 7
 pid = os.fork()
@@ -448,7 +448,7 @@ if pid == 0:
         raise SystemExit(0 if ok else 3)
     raise SystemExit(4)
 assert os.waitpid(pid, 0)[1] == 0
-assert portal.alive and portal.call(fine, timeout=10) == 7
+assert portal.alive and portal.call(fine, timeout=60) == 7
 assert portal.stop(10)
 """
 

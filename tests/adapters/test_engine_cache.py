@@ -45,7 +45,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
             yield Server(address, process)
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(60)
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +214,7 @@ def test_an_engine_goes_on_when_its_server_is_killed(server: Server) -> None:
     with connect(server.address, CONFIG, engine_id=next(engine_ids)) as connected:
         assert generate(connected.engine, tokens).reused_tokens == 3 * CHUNK
         server.process.kill()
-        server.process.wait(10)
+        server.process.wait(60)
         after = generate(connected.engine, tokens)
         assert connected.engine.pool.free_blocks == CONFIG.num_blocks
     assert after.reused_tokens == 0
@@ -239,7 +239,7 @@ def kill_before_the_load(connected: ConnectedEngine, server: Server) -> None:
     def kill(*args: object, **kwargs: object) -> object:
         spec = answered(*args, **kwargs)  # type: ignore[arg-type]
         server.process.kill()
-        server.process.wait(10)
+        server.process.wait(60)
         return spec
 
     connected.scheduler.update_after_alloc = kill  # type: ignore[method-assign,assignment]

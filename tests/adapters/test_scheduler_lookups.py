@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Callable
-from time import monotonic
 
 import pytest
 
@@ -122,12 +121,11 @@ def test_a_silent_server_gives_zero_in_time_and_nothing_is_left_behind(
 ) -> None:
     other = sides(live_server.address, make_kv(), lookup_timeout=0.1, poll_interval=0.01)
     live_server.pause()
-    began = monotonic()
-    assert other.lookup("r", TOKENS) == 0
-    assert 0.1 <= monotonic() - began < 0.34
+    assert other.lookup("r", TOKENS) == 0  # it would say nothing for ever
     assert not other.scheduler.is_healthy()
-    assert other.lookup("next", TOKENS) == 0  # at once: not a word since
-    assert monotonic() - began < 0.4
+    other.scheduler.maybe_submit_lookup_request("next", TOKENS)
+    assert other.scheduler._requests["next"].pending is None  # not asked, so not waited for: not a word since
+    assert other.scheduler.check_lookup_result("next") == 0
     assert sum("not answered within" in line for line in caplog.messages) == 1
     live_server.go_on()
     wait_until(lambda: other.scheduler.is_healthy())
@@ -141,14 +139,12 @@ def test_a_silent_server_gives_zero_in_time_and_nothing_is_left_behind(
 def test_a_server_that_dies_during_the_wait_gives_zero_by_notification(
     live_server: ServerProcess, sides: MakeSide, adapter: type[SchedulerAdapter]
 ) -> None:
-    one = sides(live_server.address, make_kv(), lookup_timeout=60.0, scheduler=adapter)
+    one = sides(live_server.address, make_kv(), lookup_timeout=600.0, scheduler=adapter)
     live_server.pause()
     one.scheduler.maybe_submit_lookup_request("r", TOKENS)
     assert one.scheduler._link.post(live_server.kill)
-    began = monotonic()
     wait_until(lambda: one.scheduler.check_lookup_result("r") is not None)
     assert one.scheduler.check_lookup_result("r") == 0
-    assert monotonic() - began < 5
 
 
 def test_a_thousand_lookups_aborted_at_random_points_leave_nothing(live_server: ServerProcess, one: Side) -> None:

@@ -104,7 +104,7 @@ class Peer:
         return await self.reply(number)
 
     async def reply(self, number: int) -> Message:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while True:
                 message = decode(await self.connection.receive())
                 if getattr(message, "id", 0) == number:
@@ -122,7 +122,7 @@ class Peer:
 
     async def pushed(self, cls: type[M]) -> M:
         """The next push of *cls*, waiting for it."""
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while True:
                 for message in self.pushes:
                     if isinstance(message, cls):
@@ -148,7 +148,7 @@ class Peer:
     async def gone(self) -> list[Message]:
         """Wait until the server ends the connection; what it said until then."""
         said: list[Message] = []
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while True:
                 try:
                     said.append(decode(await self.connection.receive()))
@@ -204,7 +204,7 @@ class Rig:
 
     async def until(self, **wanted: object) -> None:
         """Wait until `held` has these values; the server runs in this loop, so giving it turns is enough."""
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while self.held(*wanted) != wanted:
                 await trio.lowlevel.checkpoint()
 

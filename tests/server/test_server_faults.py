@@ -1,5 +1,6 @@
 """Bad input, bugs, deaf clients, and the end of a server: what is contained where."""
 
+import contextlib
 import struct
 from typing import Any
 
@@ -31,7 +32,7 @@ from lmcache_trio._wire.messages import (
     "frame",
     [
         b"",
-        b"\x00",
+        b"\x7f",
         b"\xff" * 9,
         encode(Ping(1))[:-1],
         encode(Ping(1)) + b"more",
@@ -77,10 +78,12 @@ async def test_a_bug_in_one_handler_is_answered_counted_and_logged_and_ends_noth
 async def test_a_client_that_reads_nothing_is_read_no_further_and_slows_nobody(rig: Any) -> None:
     deaf, other = await rig.observer(), await rig.observer()
     sent = 0
-    with trio.move_on_after(0.2):
-        while True:
-            await deaf.tell(Ping(sent + 1))
-            sent += 1
+    for _ in range(2):  # until there is no room, and it is not made either
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                deaf.connection.send_nowait(encode(Ping(sent + 1)))
+                sent += 1
+        await trio.testing.wait_all_tasks_blocked()
     assert 200 < sent < 2000
     assert rig.held("queued_messages")["queued_messages"] <= 2
     await other.get(Pong, Ping)
@@ -111,7 +114,7 @@ async def test_leaving_waits_for_copies_under_way_and_gives_out_nothing_more(rig
         assert not stopped.is_set()
         assert (await worker.reserve(1, digests(2, "more"))).dropped == {"stopping": 2}
         assert (await worker.get(Committed, Commit, made.reservation)).published == 2
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await stopped.wait()
         await worker.gone()
 
