@@ -13,12 +13,11 @@ import trio
 import trio.testing
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
+from lmcache_trio._server.plugins import make_backend
 from lmcache_trio.abc import ChunkKey, Load, Record, Tier
-from lmcache_trio.config import structure
 from lmcache_trio.errors import ConfigError, Unavailable
-from lmcache_trio.testing import faulty_tier
 from lmcache_trio.testing.faults import KINDS
-from lmcache_trio.testing.faulty_tier import Fault, FaultyConfig, FaultyTier
+from lmcache_trio.testing.faulty_tier import Fault, FaultyTier
 from lmcache_trio.testing.tier_contract import MakeTier, TierContract, is_right, key_of, load_of, record_of
 
 MIB = 1 << 20
@@ -311,19 +310,14 @@ async def test_a_disk_that_failed_at_its_opening_opens_later(tmp_path: Path) -> 
         assert await ask(tier, "store") == [True]
 
 
-def _find(kind: str, key: str, table: Any, interface: Any) -> Any:
-    assert (kind, key, table["backend"]) == ("tiers", "inner", "disk")
-    return DiskTier(structure(DiskConfig, {k: v for k, v in table.items() if k != "backend"}, key))
-
-
-async def test_it_is_made_from_a_servers_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faulty_tier, "make_backend", _find)
+async def test_it_is_made_from_a_servers_configuration_by_its_entry_point(tmp_path: Path) -> None:
     table = {
+        "backend": "faulty",
         "inner": {"backend": "disk", "path": str(tmp_path), "size": "8MiB"},
         "faults": [{"kind": "drop", "on": "load", "at": [1]}, {"kind": "delay", "rate": 0.0}],
         "seed": 3,
     }
-    tier = FaultyTier(structure(FaultyConfig, table, "tiers.0"))
+    tier = make_backend("tiers", "tiers.0", table, Tier)  # type: ignore[type-abstract]
     async with tier.open():
         await tier.store([record_of(key_of(1))])
         assert await ask(tier, "load") == [False]
@@ -333,19 +327,17 @@ async def test_it_is_made_from_a_servers_configuration(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("table", "key"),
     [
-        ({"inner": {}}, "inner.backend"),
-        ({"inner": {"backend": "disk", "size": "1KiB", "path": "/x"}}, "inner.size"),
-        ({"faults": [{"kind": "flood"}]}, "faults.0.kind"),
-        ({"faults": [{"kind": "drop"}, {"kind": "drop", "on": "close"}]}, "faults.1.on"),
-        ({"faults": [{"kind": "drop", "rate": 1.5}]}, "faults.0.rate"),
-        ({"faults": [{"kind": "drop", "rat": 1.0}]}, "faults.0.rat"),
+        ({"inner": {}}, "tiers.0.inner.backend"),
+        ({"inner": {"backend": "dusk"}}, "tiers.0.inner.backend"),
+        ({"inner": {"backend": "disk", "size": "1KiB", "path": "/x"}}, "tiers.0.inner.size"),
+        ({"faults": [{"kind": "flood"}]}, "tiers.0.faults.0.kind"),
+        ({"faults": [{"kind": "drop"}, {"kind": "drop", "on": "close"}]}, "tiers.0.faults.1.on"),
+        ({"faults": [{"kind": "drop", "rate": 1.5}]}, "tiers.0.faults.0.rate"),
+        ({"faults": [{"kind": "drop", "rat": 1.0}]}, "tiers.0.faults.0.rat"),
     ],
 )
-def test_a_wrong_setting_is_refused_by_its_name(
-    table: dict[str, Any], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(faulty_tier, "make_backend", _find)
-    table = {"inner": {"backend": "disk", "path": str(tmp_path), "size": "8MiB"}} | table
+def test_a_wrong_setting_is_refused_by_its_name(table: dict[str, Any], key: str, tmp_path: Path) -> None:
+    table = {"backend": "faulty", "inner": {"backend": "disk", "path": str(tmp_path), "size": "8MiB"}} | table
     with pytest.raises(ConfigError) as caught:
-        FaultyTier(structure(FaultyConfig, table))
+        make_backend("tiers", "tiers.0", table, Tier)  # type: ignore[type-abstract]
     assert caught.value.key == key
