@@ -108,7 +108,8 @@ class Piece:
 class Export:
     """An engine's paged KV: *num_blocks* blocks in each of *layers*. `Misuse` names what is out of bounds."""
 
-    memory: tuple[SharedMemory, ...] | tuple[CudaMemory, ...]
+    memory: tuple[SharedMemory | CudaMemory, ...]
+    """All of one kind."""
     layers: tuple[TensorView, ...]
     num_blocks: int
     pieces: tuple[tuple[Piece, ...], ...] = attrs.field(init=False)

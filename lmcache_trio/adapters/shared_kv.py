@@ -76,20 +76,20 @@ def shared_tensor(size: int) -> "torch.Tensor":
 
 def export_of(kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int) -> Export:
     """What the server needs to open *kv_caches*. `Unavailable` says why it can't; `Misuse`: no layout of blocks."""
-    memory: list[SharedMemory] | list[CudaMemory] = []
+    memory: list[SharedMemory | CudaMemory] = []
     places: dict[int, int] = {}  # by address: number in memory
     layers = []
     for name, tensor in kv_caches.items():
         found, start = _memory_of(name, tensor)
         if start not in places:
             places[start] = len(memory)
-            memory.append(found)  # type: ignore[arg-type]  (Export refuses a mixture)
+            memory.append(found)
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in DType.__members__:
             raise Unavailable(f"layer {name!r} is of {dtype}, which has no code on the wire")
         offset = tensor.data_ptr() - start
         layers.append(TensorView(places[start], offset, DType[dtype], tuple(tensor.shape), tuple(tensor.stride())))
-    return Export(tuple(memory), tuple(layers), num_blocks)  # type: ignore[arg-type]
+    return Export(tuple(memory), tuple(layers), num_blocks)
 
 
 def _memory_of(name: str, tensor: "torch.Tensor") -> tuple[SharedMemory | CudaMemory, int]:

@@ -93,8 +93,7 @@ class Layout:
             if self.kv_first:
                 shape, strides = (2, *shape), (BLOCKS * self.stride, *strides)
             views.append(TensorView(0, memory.start() + i * self.layer_bytes, self.item, shape, strides))
-        one = memory.memory()
-        return Export((one,) if isinstance(one, SharedMemory) else (one,), tuple(views), BLOCKS)
+        return Export((memory.memory(),), tuple(views), BLOCKS)
 
 
 LAYOUTS = [
@@ -166,7 +165,7 @@ class DeviceContract:
 
         (found,) = entry_points(group="lmcache_trio.memory", name="cpu")
         cls = found.load()
-        return lambda size: cls(cls.Config(size=size))  # type: ignore[no-any-return]
+        return lambda size: cls(cls.Config(size=size))
 
     @pytest.fixture
     def rig(
@@ -250,9 +249,9 @@ class DeviceContract:
             wrong = it.export.memory[0]
             if isinstance(wrong, SharedMemory):
                 wrong = attrs.evolve(wrong, nonce=b"another's nonce!")
-                export = Export((wrong,), it.export.layers, BLOCKS)
             else:
-                export = Export((attrs.evolve(wrong, handle=bytes(64)),), it.export.layers, BLOCKS)
+                wrong = attrs.evolve(wrong, handle=bytes(64))
+            export = Export((wrong,), it.export.layers, BLOCKS)
             with pytest.raises((Misuse, Unavailable)):
                 await it.device.attach(export, _own_pid())
             assert it.device.statistics()["attached"] == before

@@ -4,8 +4,12 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import trio
+from lmcache_trio_backends.auto_device import AutoConfig, AutoDevice
+from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
+from lmcache_trio_backends.host_device import HostConfig, HostDevice
 
 from lmcache_trio._core.exports import DType, TensorView
 from lmcache_trio.abc import Copy, CudaMemory, Device, Direction, Export, Memory, SharedMemory
@@ -13,9 +17,6 @@ from lmcache_trio.adapters.shared_kv import SharedRegion
 from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.testing.device_contract import DeviceContract, EngineMemory, MakeDevice, MakeEngineMemory
 from lmcache_trio.testing.fake_device import FakeConfig, FakeDevice
-from lmcache_trio_backends.auto_device import AutoConfig, AutoDevice
-from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
-from lmcache_trio_backends.host_device import HostConfig, HostDevice
 
 
 class RegionMemory(EngineMemory):
@@ -35,7 +36,7 @@ class RegionMemory(EngineMemory):
         return self.array[offset : offset + length].tobytes()
 
     def write(self, offset: int, data: bytes) -> None:
-        memoryview(self.array)[offset : offset + len(data)] = data
+        self.array[offset : offset + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
 
 class FakeMemory(EngineMemory):
@@ -88,7 +89,7 @@ class TestFakeDevice(DeviceContract):
 
 def export(memory: SharedMemory | CudaMemory) -> Export:
     view = TensorView(0, 4096, DType.uint8, (4, 4096), (4096, 1))
-    return Export((memory,) if isinstance(memory, SharedMemory) else (memory,), (view,), 4)
+    return Export((memory,), (view,), 4)
 
 
 @pytest.fixture
