@@ -31,7 +31,7 @@ from lmcache_trio._wire.messages import (
     Role,
     Welcome,
 )
-from lmcache_trio.abc import Memory
+from lmcache_trio.abc import Memory, Tier
 from lmcache_trio.errors import Gone
 
 M = TypeVar("M", bound=Message)
@@ -52,6 +52,7 @@ class HeapMemory(Memory):
     def __init__(self, config: HeapConfig) -> None:
         super().__init__(config)
         self.taken = 0
+        self.bytes = bytearray()
         self.go_on = trio.Semaphore(1, max_value=1_000_000)
 
     @property
@@ -78,7 +79,9 @@ class HeapMemory(Memory):
         return self.taken
 
     def view(self, offset: int, length: int) -> memoryview:
-        raise NotImplementedError
+        if not self.bytes:
+            self.bytes = bytearray(self.size)
+        return memoryview(self.bytes)[offset : offset + length]
 
     def statistics(self) -> dict[str, int | str]:
         return {"bytes_taken": self.taken, "bytes_size": self.size}
@@ -217,10 +220,12 @@ Opener = Callable[..., AbstractAsyncContextManager[Rig]]
 
 
 @asynccontextmanager
-async def open_rig(memory: HeapConfig | None = None, **settings: Any) -> AsyncIterator[Rig]:
+async def open_rig(
+    memory: HeapConfig | None = None, tiers: Sequence[Tier] | None = None, **settings: Any
+) -> AsyncIterator[Rig]:
     config = Config(**{"address": "memory://server", "grace": 0.05, **settings})
     heap = HeapMemory(memory or HeapConfig())
-    async with open_server(config, memory=heap) as server:
+    async with open_server(config, memory=heap, tiers=tiers) as server:
         yield Rig(server, heap)
 
 
