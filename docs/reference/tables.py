@@ -29,6 +29,8 @@ def render(page: str) -> str:
 def _table(kind: str, *args: str) -> str:
     rows = _settings(*args) if kind == "settings" else _sentences()
     head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    if not body:
+        return "It has no settings.\n"
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body))
 
 
