@@ -90,7 +90,7 @@ class Engine:
         self._gate = gate
         ours, theirs = socket.socketpair()
         self._channel = ours
-        self._lines = ours.makefile("rw")
+        self._lines = ours.makefile("r")
         variables = {**os.environ, **OFFLINE, "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}
         variables |= environment or {}
         if gate is not None:
@@ -150,8 +150,7 @@ class Engine:
         return self._say({"command": command, **values})
 
     def _say(self, message: dict[str, Any]) -> dict[str, Any]:
-        self._lines.write(json.dumps(message) + "\n")
-        self._lines.flush()
+        self._channel.sendall(json.dumps(message).encode() + b"\n")
         with selectors.DefaultSelector() as selector:
             selector.register(self._channel, selectors.EVENT_READ)
             if self._gate is not None:

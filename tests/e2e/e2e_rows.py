@@ -144,10 +144,13 @@ def fault(copy: str, point: str, action: str) -> Situation:
                 if action == "restart":
                     bench.server.start()
 
+        bench.gate.reached.clear()
         bench.gate.action = break_it
         check(engine, prompt)
         engine.forget()
         assert bench.gate.action is None, f"no {copy} came to {point!r}: {bench.gate.reached}"
+        attempts = [where for where in bench.gate.reached if (where["copy"], where["point"]) == ("load", "slots known")]
+        assert len(attempts) == (copy == "load"), "what failed was tried again"
         check(engine, prompt)
 
     situation.__name__ = f"{action} at {point} of a {copy}"
