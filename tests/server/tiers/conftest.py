@@ -33,6 +33,7 @@ class LoopTier(Tier):
         self.now: Counter[str] = Counter()  # calls that have not returned
         self.most: Counter[str] = Counter()
         self.log: list[tuple[str, Any]] = []
+        self.began: list[tuple[str, float]] = []
         self.cancelled: Counter[str] = Counter()
         self.failing: dict[str, Exception] = {}
         self.opened = 0
@@ -50,6 +51,7 @@ class LoopTier(Tier):
     async def _meet(self, operation: str, what: Any) -> None:
         self.calls[operation] += 1
         self.log.append((operation, what))
+        self.began.append((operation, trio.current_time()))
         self.now[operation] += 1
         self.most[operation] = max(self.most[operation], self.now[operation])
         try:
