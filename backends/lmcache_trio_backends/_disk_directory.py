@@ -9,11 +9,10 @@ bytes are given to another. So whenever a kill comes, each row of the file names
 Rule 2: a DOOMED chunk is out of the directory at once; its extent stays taken until its last holder let go of it and
 its row is erased. Rule 3: no I/O and no clock here.
 
-Eviction is leaf-first LRU: only chunks without children on this disk stand in the heap, and a parent inherits the
-recency of the last child that left it. So touching a chunk is O(1), an eviction O(log n), and nothing walks a prefix.
+A namespace that is forgotten is absent at once; its rows are doomed a batch at a time,
+as `take_doomed` is asked for them.
 """
 
-import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 from lmcache_trio._core.arena import Arena
 from lmcache_trio.abc import ChunkKey
 from lmcache_trio.errors import Misuse
+from lmcache_trio_backends._disk_leaves import Leaves
 from lmcache_trio_backends._disk_rows import (
     ALIGNMENT,
     FREE,
@@ -29,18 +29,15 @@ from lmcache_trio_backends._disk_rows import (
     Read,
     Row,
     Rows,
+    Space,
     Write,
     extent_of,
     index_cost,
-    pack,
-    unpack,
 )
 
 __all__ = ["Directory"]
 
 _WRITING, _PUBLISHED, _DOOMED = range(FREE + 1, FREE + 4)
-_ROW_BITS = 32
-_ROW_MASK = (1 << _ROW_BITS) - 1
 _SLICE = 400
 """Rows that one step of `rebuild` handles: about 2 ms of the loop."""
 
@@ -52,9 +49,9 @@ class Directory:
         self._arena = arena
         self._index_room = index_room
         self._rows = Rows()
-        self._orphans: dict[bytes, int] = {}  # key of a parent that is not published -> its children that are
-        self._leaves: list[int] = []  # heap of recency << 32 | row; an entry of another recency is late, and put right
+        self._leaves = Leaves(self._rows, _PUBLISHED)
         self._doomed: list[int] = []
+        self._forgotten: list[Space] = []  # their rows that go by a name are to be doomed
         self._touched: set[int] = set()
         self._clock = 0
         self._last_generation = 0
@@ -77,11 +74,15 @@ class Directory:
         row = rows.find(key.namespace, key.digest)
         if row < 0 or rows.state[row] != _PUBLISHED:
             return None
-        kept, sums = unpack(rows.shards[row])
-        if kept != tuple(lengths):
+        if rows.lengths(row) != tuple(lengths):
             return None
         rows.holders[row] += 1
-        return Read(key, row, rows.offset[row], rows.generation[row], kept, sums)
+        return self._read(key, row, row)
+
+    def glance(self, key: ChunkKey, lengths: Sequence[int]) -> Read | None:
+        """As `begin_read` before the end of `rebuild`, when nothing can be evicted: nothing is held."""
+        row = self._rows.find(key.namespace, key.digest)
+        return self._read(key, row, -1) if row >= 0 and self._rows.lengths(row) == tuple(lengths) else None
 
     def end_read(self, read: Read) -> bool:
         """Let go of it. Whether the chunk was there the whole time: False, and its bytes must not be served."""
@@ -123,18 +124,22 @@ class Directory:
         self._last_generation += 1
         self._clock += 1
         write = Write(-1, key, parent, tuple(lengths), offset, self._last_generation, self._clock)
-        row = self._rows.add(write.as_row([0] * len(lengths)), extent, _WRITING)
+        row = self._rows.add(write.as_row([0] * len(lengths)), _WRITING)
         self._rows.holders[row] = 1
         return Write(row, key, parent, write.lengths, offset, write.generation, write.recency)
 
     def publish(self, write: Write, sums: Sequence[int]) -> bool:
         """Its row stands in the index file now. False when it was forgotten meanwhile: it is to be erased again."""
-        row = write.row
-        published = self._rows.state[row] == _WRITING
+        rows, row = self._rows, write.row
+        published = rows.state[row] == _WRITING and not rows.space(row).gone
         if published:
-            self._rows.shards[row] = pack(write.lengths, sums)
-            self._rows.state[row] = _PUBLISHED
-            self._link(row)
+            rows.set_sums(row, sums)
+            rows.state[row] = _PUBLISHED
+            self._chunks += 1
+            self._leaves.link(row)
+            self._leaves.offer(row)
+        elif rows.state[row] == _WRITING:
+            self._doom(row)
         self._let_go(row)
         return published
 
@@ -147,13 +152,18 @@ class Directory:
     # ---- leaving
 
     def evict(self, length: int) -> int:
-        """Doom the least recent leaves until *length* bytes of slabs go with them. How many; 0: nothing can go."""
+        """Doom the least recent leaves until *length* bytes of slabs go with them. How many; 0: see `searching`."""
         count = 0
-        while length > 0 and (row := self._victim()) >= 0:
+        while length > 0 and (row := self._leaves.victim()) >= 0:
             length -= self._rows.extent[row]
             self._doom(row)
             count += 1
         return count
+
+    @property
+    def searching(self) -> bool:
+        """`evict` stopped early, after about 1 ms: call it again. Else, when it gave 0, nothing can go."""
+        return self._leaves.searching
 
     def quarantine(self, read: Read) -> bool:
         """Doom what failed verification, unless another goes by its name now."""
@@ -163,16 +173,18 @@ class Directory:
         return True
 
     def forget(self, namespace: bytes) -> int:
-        """Doom all of *namespace*: from now on it is absent. Returns how many."""
-        rows = self._rows.of_namespace(namespace)
-        for row in reversed(rows):  # `take_doomed` takes from the end, and the index file likes its own order
-            self._doom(row)
-        return len(rows)
+        """All of *namespace* is absent from now on. Returns how many were published; `take_doomed` gives them."""
+        space = self._rows.forget(namespace)
+        if space is None:
+            return 0
+        self._forgotten.append(space)
+        self._chunks -= space.chunks
+        return space.chunks
 
     @property
     def has_doomed(self) -> bool:
-        """Whether `take_doomed` would give something."""
-        return bool(self._doomed)
+        """Whether `take_doomed` has something to look at."""
+        return bool(self._doomed or self._forgotten)
 
     @property
     def has_touched(self) -> bool:
@@ -181,6 +193,12 @@ class Directory:
 
     def take_doomed(self, limit: int) -> list[Doomed]:
         """Up to *limit* records to be erased from the index file; then call `erased`."""
+        while self._forgotten and len(self._doomed) < limit:
+            row = self._forgotten[-1].pop()
+            if row < 0:
+                self._forgotten.pop()
+            else:
+                self._doom(row)
         taken = [self._doomed.pop() for _ in range(min(limit, len(self._doomed)))]
         return [Doomed(row, self._rows.key(row), self._rows.generation[row]) for row in taken]
 
@@ -194,14 +212,14 @@ class Directory:
     def restore(self, found: Iterable[Row]) -> None:
         """Add rows of the index file, before anything else; `rebuild` ends it."""
         for row in found:
-            self._rows.add(row, extent_of(unpack(row[5])[0]), _PUBLISHED)
+            self._rows.add(row, _PUBLISHED)
             self._last_generation = max(self._last_generation, row[3])
             self._clock = max(self._clock, row[4])
 
     def order(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """All rows by their place on the disk, for `rebuild`. May run in a thread: nothing else changes before that."""
         offsets = self._rows.offset
-        return np.argsort(np.frombuffer(offsets, np.int64)) if len(offsets) else np.empty(0, np.int64)
+        return np.argsort(np.frombuffer(offsets, np.int64)[: self._rows.count]) if offsets else np.empty(0, np.int64)
 
     def rebuild(self, taken: int, order: "np.ndarray[Any, np.dtype[np.int64]]") -> Iterator[None]:
         """Find the holes in the *taken* bytes of slabs, the parents and the leaves; in steps of about 2 ms.
@@ -211,6 +229,7 @@ class Directory:
         """
         rows, strays, gaps, end = self._rows, list[int](), list[tuple[int, int]](), 0
         self._arena.grow(taken)
+        self._chunks = len(order)
         for i in range(0, len(order), _SLICE):
             for row in order[i : i + _SLICE].tolist():
                 start, extent = rows.offset[row], rows.extent[row]
@@ -229,7 +248,11 @@ class Directory:
                 yield
         for i in range(0, len(order), _SLICE):
             for row in order[i : i + _SLICE].tolist():
-                self._link(row)
+                self._leaves.link(row)
+            yield
+        for i in range(0, len(order), _SLICE):
+            for row in range(i, min(i + _SLICE, len(order))):
+                self._leaves.offer(row)
             yield
         for row in strays:
             rows.extent[row] = 0  # it has no bytes to give back
@@ -249,7 +272,11 @@ class Directory:
         """What is held."""
         return {"chunks": self._chunks, "bytes_used": self._arena.used, "bytes_index_planned": self._rows.index_used}
 
-    # ---- the tree
+    # ---- inside
+
+    def _read(self, key: ChunkKey, row: int, held: int) -> Read:
+        rows = self._rows
+        return Read(key, held, rows.offset[row], rows.generation[row], rows.lengths(row), rows.sums(row))
 
     def _is_current(self, read: Read) -> bool:
         row = self._rows.find(read.key.namespace, read.key.digest)
@@ -257,75 +284,14 @@ class Directory:
             return False
         return self._rows.generation[row] == read.generation
 
-    def _parent(self, row: int) -> int:
-        """The published parent of *row*, or -1."""
-        above = self._rows.find(self._rows.namespace[row], self._rows.parent[row])
-        return above if above >= 0 and self._rows.state[above] == _PUBLISHED else -1
-
-    def _link(self, row: int) -> None:
-        """It is published: its parent is no leaf any more, and it is one itself unless its children came first."""
-        rows = self._rows
-        self._chunks += 1
-        rows.children[row] += self._orphans.pop(rows.key(row), 0)
-        if rows.parent[row]:
-            above = self._parent(row)
-            if above >= 0 and above != row:
-                rows.children[above] += 1
-            else:
-                name = rows.namespace[row] + rows.parent[row]
-                self._orphans[name] = self._orphans.get(name, 0) + 1
-        self._offer(row)
-
-    def _unlink(self, row: int) -> None:
-        rows = self._rows
-        self._chunks -= 1
-        if rows.children[row]:
-            self._orphans[rows.key(row)] = rows.children[row]
-        if not rows.parent[row]:
-            return
-        above = self._parent(row)
-        if above >= 0:
-            rows.children[above] -= 1
-            rows.recency[above] = max(rows.recency[above], rows.recency[row])
-            self._offer(above)
-            return
-        name = rows.namespace[row] + rows.parent[row]
-        left = self._orphans.pop(name, 0) - 1
-        if left > 0:
-            self._orphans[name] = left
-
-    def _offer(self, row: int) -> None:
-        """Put it into the heap if it is a leaf."""
-        rows = self._rows
-        if not rows.children[row] and not rows.queued[row]:
-            rows.queued[row] = 1
-            heapq.heappush(self._leaves, rows.recency[row] << _ROW_BITS | row)
-
-    def _victim(self) -> int:
-        rows, aside, victim = self._rows, [], -1
-        while self._leaves and victim < 0:
-            entry = heapq.heappop(self._leaves)
-            row = entry & _ROW_MASK
-            rows.queued[row] = 0
-            if rows.state[row] != _PUBLISHED or rows.children[row]:
-                continue
-            if entry >> _ROW_BITS != rows.recency[row]:
-                self._offer(row)
-            elif rows.holders[row]:
-                aside.append(row)
-            else:
-                victim = row
-        for row in aside:
-            self._offer(row)
-        return victim
-
     def _doom(self, row: int) -> None:
         rows = self._rows
         published = rows.state[row] == _PUBLISHED
         rows.remove_name(row)
         rows.state[row] = _DOOMED
         if published:
-            self._unlink(row)
+            self._chunks -= not rows.space(row).gone  # else they were all subtracted at once
+            self._leaves.unlink(row)
         if not rows.holders[row]:
             self._doomed.append(row)
 

@@ -23,7 +23,7 @@ from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_policy import Admission
 from lmcache_trio_backends._disk_room import Room
-from lmcache_trio_backends._disk_rows import Read, Write, extent_of, name_of
+from lmcache_trio_backends._disk_rows import Read, Row, Write, extent_of, name_of
 from lmcache_trio_backends._disk_slabs import ByteIO
 from lmcache_trio_backends._disk_transfer import Transfer, flat
 from lmcache_trio_backends._disk_worker import Worker
@@ -38,6 +38,8 @@ PAGE_ROWS = 400
 """Rows read at a time while rebuilding: some 2 ms, so a query never waits longer behind one."""
 SMALL_PAGES = 50
 """An index of up to 20,000 rows is read before the tier is open (0.3 s); of a larger one the rest in the background."""
+CONTAINS_KEYS = 2000
+"""Keys looked up between two turns of the loop: about 1 ms."""
 GROUP_BYTES = 64 << 20
 """Bytes written before their rows are published: what a cancelled or killed store loses at most."""
 CLOSE_SECONDS = 5.0
@@ -65,6 +67,8 @@ class DiskLife:
         self._due = math.inf
         self._unflushed = False
         self._suspects: list[Read] = []
+        self._read_to = b""  # names up to this one are in the directory
+        self._all_read = False
         self.ready = trio.Event()
         self.under_way = trio.Event()
 
@@ -77,11 +81,12 @@ class DiskLife:
 
     async def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         self._worker.check()
-        if self.ready.is_set():
-            await trio.lowlevel.checkpoint()
-            return [self._directory.contains(key) for key in keys]
-        found = {row[0] for row in await self._worker.ask(self._files.index.find, [name_of(key) for key in keys])}
-        return [name_of(key) in found for key in keys]
+        there: list[bool] = []
+        for i in range(0, len(keys), CONTAINS_KEYS):
+            some = keys[i : i + CONTAINS_KEYS]
+            found = await self._query(some)
+            there += [self._directory.contains(key) or name_of(key) in found for key in some]
+        return there
 
     async def load(self, loads: Sequence[Load]) -> list[bool]:
         self._worker.check()
@@ -149,12 +154,26 @@ class DiskLife:
     # ---- loading
 
     async def _begin(self, loads: Sequence[Load], lengths: Sequence[tuple[int, ...]]) -> list[Read | None]:
-        if self.ready.is_set():
-            return [self._directory.begin_read(w.key, n) for w, n in zip(loads, lengths, strict=True)]
-        rows = await self._worker.ask(self._files.index.find, [name_of(load.key) for load in loads])
-        by_key = {row[0]: Read.of_row(row) for row in rows}
-        found = [by_key.get(name_of(load.key)) for load in loads]
-        return [r if r is not None and r.lengths == n else None for r, n in zip(found, lengths, strict=True)]
+        rows = {} if self.ready.is_set() else await self._query([load.key for load in loads])
+        reads: list[Read | None] = []
+        for load, n in zip(loads, lengths, strict=True):
+            row = rows.get(name_of(load.key))
+            if self.ready.is_set():
+                reads.append(self._directory.begin_read(load.key, n))
+            elif row is None:
+                reads.append(self._directory.glance(load.key, n))
+            else:
+                read = Read.of_row(row)
+                reads.append(read if read.lengths == n else None)
+        return reads
+
+    async def _query(self, keys: Sequence[ChunkKey]) -> dict[bytes, Row]:
+        """The index file's rows of those *keys* that were not read into the directory yet, by name."""
+        names = [] if self._all_read else [name for name in map(name_of, keys) if name > self._read_to]
+        if not names:
+            await trio.lowlevel.checkpoint()
+            return {}
+        return {row[0]: row for row in await self._worker.ask(self._files.index.find, names)}
 
     def _transfer(self, chunks: Sequence[tuple[int, Sequence[memoryview]]]) -> Transfer:
         return Transfer(self._io, chunks, direct=self._config.direct, check=self._files.check)
@@ -241,12 +260,11 @@ class DiskLife:
 
     async def rebuild(self) -> None:
         """Read the index file into the directory, in small steps, and be ready."""
-        after = b""
         pages = 0
         try:
-            while page := await self._worker.ask(self._files.index.page, after, PAGE_ROWS):
+            while page := await self._worker.ask(self._files.index.page, self._read_to, PAGE_ROWS):
                 self._directory.restore(page)
-                after = page[-1][0]
+                self._read_to = page[-1][0]
                 pages += 1
                 if pages == SMALL_PAGES:
                     self.under_way.set()
@@ -254,6 +272,7 @@ class DiskLife:
             log.warning("%s", exc)
             self._set_ready()  # whoever waits for it is told the same
             return
+        self._all_read = True
         order = await self._worker.run(self._directory.order)
         for _ in self._directory.rebuild(self._files.slabs.taken, order):
             await trio.lowlevel.checkpoint()

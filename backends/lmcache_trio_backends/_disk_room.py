@@ -37,10 +37,13 @@ class Room:
             if directory.has_index_room(len(lengths)) and await self._grow():
                 continue
             evicted = directory.evict(extent_of(lengths))
+            if not evicted and directory.searching:
+                await trio.lowlevel.checkpoint()
+                continue
             if not evicted and not directory.has_doomed and not self._settling.locked():
                 return "no_space"
             self._counts["evicted"] += evicted
-            await self.settle()
+            await self._settle_some()
         return "writing"
 
     async def _grow(self) -> bool:
@@ -57,8 +60,15 @@ class Room:
 
     async def settle(self) -> None:
         """Erase all that is doomed and held by nobody, so that its bytes are free."""
+        while await self._settle_some():
+            pass
+
+    async def _settle_some(self) -> bool:
+        """One batch, so that who needs room for one chunk does not wait for the end of a whole namespace."""
         async with self._settling:
-            while doomed := self._directory.take_doomed(self._files.index.batch):
+            doomed = self._directory.take_doomed(self._files.index.batch)
+            if doomed:
                 with trio.CancelScope(shield=True):
                     await self._worker.ask(self._files.index.erase, doomed)
                     self._directory.erased(doomed)
+            return bool(doomed)

@@ -1,0 +1,199 @@
+"""The disk tier with many chunks: nothing that concerns them all stops the loop, or makes others wait for its end.
+
+What is counted is steps, rows and calls, never milliseconds: those are the machine's.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from lmcache_trio_backends import _disk_life
+from lmcache_trio_backends._disk_config import Budget
+from lmcache_trio_backends._disk_directory import Directory
+from lmcache_trio_backends._disk_files import Files
+from lmcache_trio_backends._disk_index import IndexFile
+from lmcache_trio_backends._disk_leaves import _GLANCES
+from lmcache_trio_backends._disk_rows import Row, pack
+from lmcache_trio_backends.disk import DiskConfig, DiskTier
+
+from lmcache_trio._core.arena import Arena
+from lmcache_trio.abc import ChunkKey
+from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
+
+LENGTH = 64 << 10
+NAMESPACE = b"\7" * 32
+MANY = 5000
+FULL = next(size for size in itertools.count(MANY * LENGTH, 4096) if Budget.of(size).slabs == MANY * LENGTH)
+"""A tier of which so many chunks take every byte."""
+
+
+def rows(count: int) -> list[Row]:
+    """Chunks in chains of 8, in the index file's order, scattered over the slabs."""
+    random = Random(0)
+    places = random.sample(range(count), count)
+    found, parent = [], b""
+    for i in range(count):
+        digest = random.randbytes(32)
+        parent = parent if i % 8 else b""
+        found.append((NAMESPACE + digest, parent, places[i] * LENGTH, i + 1, i + 1, pack([LENGTH], [i])))
+        parent = digest
+    return sorted(found)
+
+
+def key(row: Row) -> ChunkKey:
+    return ChunkKey(row[0][:32], row[0][32:])
+
+
+def disk_tier(path: Path, size: int = 512 << 20) -> DiskTier:
+    return DiskTier(DiskConfig(path=str(path), size=size, slab_size=512 << 20))
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> list[Row]:
+    """What the directory `tmp_path` holds: as a killed server would leave it, without its bytes."""
+    config = disk_tier(tmp_path).config
+    files = Files(config, Budget.of(config.size))
+    files.open(False)
+    found = rows(MANY)
+    for i in range(0, MANY, files.index.batch):
+        files.index.publish(found[i : i + files.index.batch])
+    files.close()
+    with open(tmp_path / "slab-00000", "wb") as slab:
+        slab.truncate(512 << 20)
+    return found
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Each question to the index file, and how many rows it gave or names it asked for."""
+    done: list[tuple[str, int]] = []
+    page, find, erase = IndexFile.page, IndexFile.find, IndexFile.erase
+
+    def spy(name: str, size: int) -> None:
+        done.append((name, size))
+
+    monkeypatch.setattr(IndexFile, "page", lambda s, a, n: _noted(page(s, a, n), lambda r: spy("page", len(r))))
+    monkeypatch.setattr(IndexFile, "find", lambda s, k: _noted(find(s, k), lambda r: spy("find", len(k))))
+    monkeypatch.setattr(IndexFile, "erase", lambda s, d: _noted(erase(s, d), lambda r: spy("erase", len(d))))
+    return done
+
+
+def _noted(value: Any, note: Any) -> Any:
+    note(value)
+    return value
+
+
+async def test_a_question_waits_for_one_page_of_the_reading_and_not_for_its_end(
+    tmp_path: Path, many: list[Row], asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_disk_life, "SMALL_PAGES", 1)
+    tier = disk_tier(tmp_path)
+    async with tier.open():
+        before = len(asked)
+        assert list(await tier.contains([key(many[-1]), key_of(1)])) == [True, False]
+        assert [what for what, _ in asked[before:]].count("page") <= 2
+        assert tier.statistics()["ready"] == 0
+        await tier.delete(key_of(1).namespace)  # waits until all is read
+        assert tier.statistics()["chunks"] == MANY
+
+
+async def test_what_was_read_already_is_answered_without_the_index_file(
+    tmp_path: Path, many: list[Row], asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_disk_life, "SMALL_PAGES", 1)
+    tier = disk_tier(tmp_path)
+    async with tier.open():
+        first = [key(row) for row in many[:100]]
+        assert list(await tier.contains(first)) == [True] * 100
+        assert list(await tier.load([load_of(one, (LENGTH,)) for one in first])) == [False] * 100  # those are holes
+        assert not [size for what, size in asked if what == "find"]
+        assert tier.statistics()["corrupt"] == 100
+        await tier.delete(key_of(1).namespace)
+        assert tier.statistics()["chunks"] == MANY - 100
+
+
+async def test_a_namespace_is_absent_at_once_and_erased_in_pieces(
+    tmp_path: Path, many: list[Row], asked: list[tuple[str, int]]
+) -> None:
+    tier = disk_tier(tmp_path)
+    async with tier.open():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tier.delete, NAMESPACE)
+            await trio.testing.wait_all_tasks_blocked()
+            assert list(await tier.contains([key(row) for row in many])) == [False] * MANY
+            assert tier.statistics()["chunks"] == 0
+        erased = [size for what, size in asked if what == "erase"]
+        assert sum(erased) == MANY
+        assert max(erased) < 300
+        assert tier.statistics()["bytes_used"] == 0
+    async with tier.open():
+        assert list(await tier.contains([key(row) for row in many[:50]])) == [False] * 50
+
+
+async def test_who_needs_room_waits_for_one_piece_of_a_deletion_and_not_for_its_end(
+    tmp_path: Path, many: list[Row]
+) -> None:
+    assert Budget.of(FULL).slabs == MANY * LENGTH
+    tier = disk_tier(tmp_path, FULL)
+    async with tier.open():
+        assert tier.statistics()["bytes_used"] == tier.statistics()["bytes_capacity"] == MANY * LENGTH
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tier.delete, NAMESPACE)
+            await trio.testing.wait_all_tasks_blocked()
+            assert list(await tier.store([record_of(key_of(1), (LENGTH,))])) == [True]
+            assert int(tier.statistics()["bytes_used"]) > MANY * LENGTH // 2
+        assert tier.statistics()["bytes_used"] == LENGTH
+        load = load_of(key_of(1), (LENGTH,))
+        assert list(await tier.load([load])) == [True]
+        assert is_right(load)
+
+
+def full_directory(count: int) -> Directory:
+    directory = Directory(Arena(), 1 << 30)
+    directory.restore(rows(count))
+    for _ in directory.rebuild(count * LENGTH, directory.order()):
+        pass
+    return directory
+
+
+def test_a_million_late_entries_are_put_right_a_few_at_a_time() -> None:
+    directory = full_directory(MANY)
+    found = sorted(rows(MANY), key=lambda row: row[4])
+    for row in found:
+        directory.touch(key(row))
+    calls = 0
+    while not directory.evict(1):
+        calls += 1
+        assert directory.searching
+    assert calls == MANY // 8 // _GLANCES  # a leaf a chain
+    assert not directory.searching
+    assert not directory.contains(key(found[7]))  # the end of the chain that was touched first
+
+
+def test_every_step_of_the_rebuilding_is_small() -> None:
+    directory = Directory(Arena(), 1 << 30)
+    directory.restore(rows(MANY))
+    steps: Iterator[None] = directory.rebuild(MANY * LENGTH, directory.order())
+    assert sum(1 for _ in steps) > 2 * MANY // _disk_life.PAGE_ROWS
+
+
+def test_what_is_read_of_a_page_is_what_was_written(tmp_path: Path) -> None:
+    index = IndexFile(tmp_path / "index", room=1 << 20, wal_room=1 << 20, flush=False)
+    index.open()
+    assert index.page(b"", 10) == []
+    assert index.find([b"x" * 64]) == []
+    odd: list[Row] = [
+        (b"\0" * 64, b"", 0, 1, 0, b""),
+        (b"\xff" * 64, b"\0" * 32, (1 << 62), (1 << 62) + 1, 5, pack([1, (1 << 63)], [(1 << 64) - 1, 0])),
+    ]
+    index.publish(odd)
+    assert index.page(b"", 10) == odd
+    assert index.page(odd[0][0], 10) == odd[1:]
+    assert index.page(b"", 1) == odd[:1]
+    assert sorted(index.find([row[0] for row in odd])) == odd
+    index.close()
