@@ -6,9 +6,9 @@ Present and claimed chunks are passed over; once any other gets no slot, those b
 same reason.
 """
 
-from lmcache_trio._core.chunks import Chunks, State, Writing
+from lmcache_trio._core.chunks import Chunks, Writing
+from lmcache_trio._core.generations import Namespace, State
 from lmcache_trio._core.grants import SessionKey, Slot
-from lmcache_trio._core.rows import Namespace
 
 __all__ = ["REASONS", "Asking"]
 

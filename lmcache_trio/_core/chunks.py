@@ -2,47 +2,35 @@
 
     ABSENT --begin--> WRITING --publish (all shards committed)--> READY --evict--> ABSENT
                          |                                          |
-                         `--doom--> DOOMED <--doom, while retained--'--doom, not retained--> ABSENT
+                         |                                          `--replace--> stale --sweep, not retained--> ABSENT
+                         `--doom--> DOOMED <--sweep, while retained-----------------'
                                        |
                                        `--last copy into it and last reader of it ended--> ABSENT
 
 Rule 1: every transition of a chunk lives in this file. Rule 2: no I/O and no clock here; *who* may write or read, and
-until when, is the business of `index`.
+until when, is the business of `index`, and which goes first that of `order`.
 
 A row's `refs` counts the copies into it that have not ended (WRITING), its leases, pins and holds (READY), or what is
 left of either (DOOMED): its extent goes back to the arena at 0, so a DOOMED chunk's bytes stay in quarantine while any
 process may still read or write them. A DOOMED chunk is out of the directory and out of the tree; its children are
 roots from then on, valid by content, and a lookup reaches them again when their parent is stored anew.
 
-Eviction is leaf first. The order holds READY chunks that nobody has retained, ancestors nearer the recent end than
-their descendants. An oldest chunk that still has children can only have children outside the order (retained, or being
-written): it is *parked*, which is to be READY, not retained, and not in the order; it comes back when a child
-of its own comes back or goes. So each step of the search for a victim is paid for by an earlier event: O(1) amortised.
+A reset replaces a namespace's whole generation at once. *Stale* is what READY is called in a replaced generation: in no
+directory, linked in a tree that nobody follows, and given back piece by piece before anything else is evicted. A stale
+chunk that is retained becomes DOOMED when the sweep meets it, or goes with its last reader if that is sooner.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from enum import IntEnum
 
 from lmcache_trio._core.arena import Arena
+from lmcache_trio._core.generations import DOOMED, READY, TABLES, WRITING, Generations, Namespace
 from lmcache_trio._core.grants import SessionKey
+from lmcache_trio._core.order import Order
 from lmcache_trio._core.policy import EvictionPolicy
-from lmcache_trio._core.rows import TABLES, Namespace, Rows
-from lmcache_trio.errors import Misuse
+from lmcache_trio._core.rows import Rows
 
-__all__ = ["Chunks", "State", "Writing"]
-
-
-class State(IntEnum):
-    """FREE is a row that is nobody's: an absent chunk has no row."""
-
-    FREE = 0
-    WRITING = 1
-    READY = 2
-    DOOMED = 3
-
-
-_WRITING, _READY, _DOOMED = int(State.WRITING), int(State.READY), int(State.DOOMED)
+__all__ = ["Chunks", "Writing"]
 
 
 class Writing:
@@ -65,35 +53,19 @@ class Chunks:
         self.arena = arena
         self.policy = policy
         self.rows = Rows()
-        self.namespaces: dict[bytes, Namespace] = {}
-        self._numbered: list[Namespace] = []
+        self.order = Order(self.rows, policy)
+        self._generations = Generations()
+        self.namespaces = self._generations.present
         self.writing: OrderedDict[int, Writing] = OrderedDict()  # by deadline, the nearest first
-        self.chunks = [0, 0, 0, 0]  # by state
-        self.slots = [0, 0, 0, 0]
-        self.bytes = [0, 0, 0, 0]
-        self.bytes_retained = 0  # of READY chunks
         self.bytes_offered = 0
         self.evictions = 0
+        self._bytes_idle = 0  # of READY and stale chunks that are not retained: what room can be made of
 
     def attach(self, name: bytes, shard_bytes: Sequence[int]) -> None:
-        lengths = tuple(shard_bytes)
-        known = self.namespaces.get(name)
-        if known is not None:
-            if known.lengths != lengths:
-                raise Misuse(f"shard_bytes is {lengths}: this namespace was attached with {known.lengths}")
-            return
-        if not lengths or min(lengths) < 1:
-            raise Misuse(f"shard_bytes is {lengths}: give one length of 1 or more a shard")
-        starts, extent = [], 0
-        for length in lengths:
-            starts.append(extent)
-            extent += self.arena.rounded(length)
-        namespace = Namespace(len(self._numbered), name, lengths, tuple(starts), extent)
-        self.namespaces[name] = namespace
-        self._numbered.append(namespace)
+        self._generations.attach(name, shard_bytes, self.arena.rounded)
 
     def namespace_of(self, row: int) -> Namespace:
-        return self._numbered[self.rows.namespace[row]]
+        return self._generations[self.rows.namespace[row]]
 
     # --- ABSENT to WRITING ------------------------------------------------------------------------------------------
 
@@ -110,31 +82,32 @@ class Chunks:
         if offset is None:
             offset = self._make_room(namespace.extent)
             if offset is None:
-                self._unhang(row)
+                self.order.unhang(row)
                 self.rows.spare(row)
                 return 0
         self.rows.offset[row] = offset
-        self.rows.state[row] = _WRITING
+        self.rows.state[row] = WRITING
         namespace.enter(digest, row)
         self.writing[row] = writing
         writing.begun.add(row)
-        self._count(_WRITING, namespace, 1)
+        namespace.counts[WRITING] += 1
         return row
 
     def _make_room(self, extent: int) -> int | None:
-        arena, policy, first_child = self.arena, self.policy, self.rows.first_child
-        if self.bytes[_READY] - self.bytes_retained + arena.free_bytes < extent:
+        arena = self.arena
+        if self._bytes_idle + arena.free_bytes < extent:
             return None  # all that could go would not do: let it stay
-        while row := policy.oldest():
-            policy.remove((row,))
-            if first_child[row]:
-                continue  # parked
+        outdated = self._generations.outdated
+        while outdated:
+            self._sweep_one(outdated[0])
+            if arena.largest_hole >= extent:
+                return arena.allocate(extent)
+        for row in self.order.victims():
             namespace = self.namespace_of(row)
             namespace.leave(self.rows.digest(row))
-            self._count(_READY, namespace, -1)
+            self.order.unhang(row)
+            self._drop(row, namespace)
             self.evictions += 1
-            self._unhang(row)
-            self._give_back(row, namespace)
             if arena.largest_hole >= extent:
                 return arena.allocate(extent)
         return None
@@ -159,21 +132,22 @@ class Chunks:
         state, refs, details = self.rows.state, self.rows.refs, self.writing
         published = []
         for row in rows:
-            if state[row] == _WRITING:
+            if state[row] == WRITING:
                 refs[row] -= shards
                 writing = details[row]
                 writing.missing -= shards
                 if not writing.missing:
                     del details[row]
                     writing.begun.remove(row)
-                    state[row] = _READY
+                    state[row] = READY
                     published.append(row)
             else:
                 self.let_go_doomed(row, shards)
         if published:
-            self._count(_WRITING, namespace, -len(published))
-            self._count(_READY, namespace, len(published))
-            self._touch_upwards(published)
+            namespace.counts[WRITING] -= len(published)
+            namespace.counts[READY] += len(published)
+            self._bytes_idle += len(published) * namespace.extent
+            self.order.touch_upwards(published)
         return published
 
     # --- READY: readers ---------------------------------------------------------------------------------------------
@@ -182,7 +156,7 @@ class Chunks:
         state, find = self.rows.state, namespace.find
         count = 0
         for digest in digests:
-            if state[find(digest)] != _READY:
+            if state[find(digest)] != READY:
                 break
             count += 1
         return count
@@ -209,8 +183,7 @@ class Chunks:
             refs[row] = count + 1
             run.append(row)
         self.bytes_offered = limit - room
-        self.bytes_retained += extent * len(fresh)
-        self.policy.remove(fresh)
+        self._retained(fresh, namespace)
         return run
 
     def unoffer(self, rows: Sequence[int]) -> None:
@@ -234,54 +207,60 @@ class Chunks:
                 fresh.append(row)
             refs[row] += 1
         if fresh:
-            self.policy.remove(fresh)
-            self.bytes_retained += len(fresh) * self.namespace_of(fresh[0]).extent
+            self._retained(fresh, self.namespace_of(fresh[0]))
+
+    def _retained(self, rows: list[int], namespace: Namespace) -> None:
+        self.policy.remove(rows)
+        namespace.retained += len(rows)
+        self._bytes_idle -= len(rows) * namespace.extent
 
     def release(self, rows: Sequence[int], *, touch: bool) -> None:
         """One reader less of each of *rows*, ancestors first in it. *touch*: they were used just now."""
-        idle = self._let_go(rows)
-        if not idle:
+        namespace, refs = self.namespace_of(rows[0]), self.rows.refs
+        if namespace.replaced:
+            self._release_stale(rows, namespace)
             return
-        if touch:
-            self._touch_upwards(idle)
-        else:
-            for row in idle:
-                self._put_back(row)
-
-    def _let_go(self, rows: Sequence[int]) -> list[int]:
-        state, refs = self.rows.state, self.rows.refs
         idle = []
         for row in rows:
-            if state[row] == _READY:
-                count = refs[row] - 1
-                refs[row] = count
-                if not count:
-                    idle.append(row)
-            else:
+            count = refs[row] - 1
+            refs[row] = count
+            if not count:
+                idle.append(row)
+        if not idle:
+            return
+        namespace.retained -= len(idle)
+        self._bytes_idle += len(idle) * namespace.extent
+        if touch:
+            self.order.touch_upwards(idle)
+        else:
+            for row in idle:
+                self.order.put_back(row)
+
+    def _release_stale(self, rows: Sequence[int], namespace: Namespace) -> None:
+        state, refs = self.rows.state, self.rows.refs
+        for row in rows:
+            if state[row] == DOOMED:
                 self.let_go_doomed(row)
-        if idle:
-            self.bytes_retained -= len(idle) * self.namespace_of(idle[0]).extent
-        return idle
+                continue
+            refs[row] -= 1
+            if not refs[row]:
+                namespace.retained -= 1
+                self._bytes_idle += namespace.extent
+                self.rows.unlink(row)
+                self._drop(row, namespace)
 
     # --- DOOMED, and back to ABSENT ---------------------------------------------------------------------------------
 
     def doom(self, row: int) -> None:
-        """Take a WRITING or READY chunk out of sight at once; its bytes stay while anyone may touch them."""
+        """Take a WRITING chunk out of sight at once; its bytes stay while anyone may write or read them."""
         namespace = self.namespace_of(row)
-        state = self.rows.state[row]
         namespace.leave(self.rows.digest(row))
-        self._count(state, namespace, -1)
-        retained = self.rows.refs[row]
-        if state == _WRITING:
-            self.writing.pop(row).begun.remove(row)
-        elif retained:
-            self.bytes_retained -= namespace.extent
-        else:
-            self.policy.remove((row,))
-        self._unhang(row)
-        if retained:
-            self.rows.state[row] = _DOOMED
-            self._count(_DOOMED, namespace, 1)
+        namespace.counts[WRITING] -= 1
+        self.writing.pop(row).begun.remove(row)
+        self.order.unhang(row)
+        if self.rows.refs[row]:
+            self.rows.state[row] = DOOMED
+            namespace.counts[DOOMED] += 1
         else:
             self._give_back(row, namespace)
 
@@ -291,60 +270,62 @@ class Chunks:
         refs[row] -= count
         if not refs[row]:
             namespace = self.namespace_of(row)
-            self._count(_DOOMED, namespace, -1)
+            namespace.counts[DOOMED] -= 1
             self._give_back(row, namespace)
+            self._generations.leave(namespace)
+
+    def _drop(self, row: int, namespace: Namespace) -> None:
+        """Give back a READY or stale chunk, which nobody retains and which is out of tree and order."""
+        namespace.counts[READY] -= 1
+        self._bytes_idle -= namespace.extent
+        self._give_back(row, namespace)
 
     def _give_back(self, row: int, namespace: Namespace) -> None:
         self.arena.free(self.rows.offset[row], namespace.extent)
         self.rows.spare(row)
 
-    def clear(self, namespace: Namespace) -> int:
-        """Doom every chunk of *namespace*. Returns how many there were."""
-        rows = [row for table in namespace.tables for row in table.values()]
-        rows.sort(key=self.rows.offset.__getitem__)  # one hole grows, instead of many
-        for row in rows:
-            self.doom(row)
-        return len(rows)
+    # --- a generation's end -----------------------------------------------------------------------------------------
 
-    # --- order ------------------------------------------------------------------------------------------------------
+    def replace(self, namespace: Namespace) -> int:
+        """Put an empty generation in the place of *namespace*, of which nothing is WRITING: all of it is stale.
 
-    def _touch_upwards(self, rows: list[int]) -> None:
-        """Bring *rows* (ancestors first) and all their ancestors to the recent end, deepest first."""
-        parent, state, refs = self.rows.parent, self.rows.state, self.rows.refs
-        order = []
-        at = len(rows)
-        while at:
-            at -= 1
-            row = rows[at]
-            order.append(row)
-            above, stop = parent[row], rows[at - 1] if at else 0
-            while above != stop and above:
-                if state[above] == _READY and not refs[above]:
-                    order.append(above)
-                above = parent[above]
-        self.policy.touch(order)
+        Returns how many chunks that are. Costs the same however many; `sweep` gives them back.
+        """
+        count = namespace.counts[READY]
+        if count:
+            self._generations.replace(namespace)
+        return count
 
-    def _put_back(self, row: int) -> None:
-        """Put *row* just below its nearest ancestor in order, and before it the parked ancestors that it kept out."""
-        policy, parent, state, refs = self.policy, self.rows.parent, self.rows.state, self.rows.refs
-        chain = []
-        while row and row not in policy and state[row] == _READY and not refs[row]:
-            chain.append(row)
-            row = parent[row]
-        if not chain:
-            return
-        while row and row not in policy:
-            row = parent[row]
-        for row_below in reversed(chain):
-            policy.insert(row_below, row)
-            row = row_below
+    def sweep(self, limit: int) -> bool:
+        """Deal with up to *limit* chunks of replaced generations. Is there more to do?"""
+        outdated = self._generations.outdated
+        while outdated and limit > 0:
+            self._sweep_one(outdated[0])
+            limit -= 1
+        return bool(outdated)
 
-    def _unhang(self, row: int) -> None:
-        above = self.rows.detach(row)
-        if above:
-            self._put_back(above)
+    def _sweep_one(self, namespace: Namespace) -> None:
+        # Each table gives its youngest chunk in turn, so places come back about in order and few holes are made; the
+        # directory itself is taken apart by it: freeing that in one go would take as long as all tables' entries do.
+        rows, table = self.rows, namespace.tables.pop()
+        if table:
+            namespace.tables.insert(0, table)
+            _, row = table.popitem()
+            # what was retained may be gone already, and its row another chunk's
+            if rows.state[row] == READY and rows.namespace[row] == namespace.number:
+                rows.unlink(row)
+                if rows.refs[row]:
+                    rows.state[row] = DOOMED
+                    namespace.retained -= 1
+                    namespace.counts[READY] -= 1
+                    namespace.counts[DOOMED] += 1
+                else:
+                    self.policy.remove((row,))
+                    self._drop(row, namespace)
+        elif not namespace.tables:
+            self._generations.outdated.popleft()
+            self._generations.leave(namespace)
 
-    def _count(self, state: int, namespace: Namespace, more: int) -> None:
-        self.chunks[state] += more
-        self.slots[state] += more * namespace.shards
-        self.bytes[state] += more * namespace.extent
+    def held(self) -> dict[str, int]:
+        """What `statistics` says of chunks."""
+        return self._generations.held() | {"bytes_offered": self.bytes_offered}

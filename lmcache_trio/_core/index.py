@@ -3,7 +3,8 @@
     ABSENT --reserve--> WRITING --all shards committed--> READY --evict--> ABSENT
                            |                                |
                            `--abort / timeout / session ended / owner lost / reset--> DOOMED --last copy ended--> ABSENT
-                                                            `--reset while pinned or leased---^
+                                                            |--reset while pinned or leased---^
+                                                            `--reset--> stale --swept--> ABSENT
 
 This is the door. Behind it: `chunks` (every transition of a chunk, and eviction), `readers` (leases, pins, holds) and
 `writers` (reservations), over `rows` (flat arrays), `arena` (byte ranges) and `policy` (the order of eviction).
@@ -18,12 +19,12 @@ from typing import Any
 
 from lmcache_trio._core.arena import Arena
 from lmcache_trio._core.asking import REASONS
-from lmcache_trio._core.chunks import Chunks, State
+from lmcache_trio._core.chunks import Chunks
+from lmcache_trio._core.generations import Namespace
 from lmcache_trio._core.grants import SERVER, Hold, Lease, Pin, Reservation, SessionKey, Slot
 from lmcache_trio._core.keys import DIGEST_BYTES, ChunkKey
 from lmcache_trio._core.policy import EvictionPolicy, LeastRecentlyUsed
 from lmcache_trio._core.readers import Readers
-from lmcache_trio._core.rows import Namespace
 from lmcache_trio._core.writers import Writers
 from lmcache_trio.errors import Misuse
 
@@ -204,12 +205,22 @@ class Index:
         self._writers.copies_ended(worker)
 
     def reset(self, namespace: bytes) -> None:
-        """Drop every chunk of *namespace*: nothing of it is served, nor committed by what began before. Idempotent."""
+        """Drop every chunk of *namespace*: nothing of it is served, nor committed by what began before. Idempotent.
+
+        Costs as much as the copies in progress, however many chunks there are: those are given back by `sweep`.
+        """
         known = self._chunks.namespaces.get(namespace)
         if known is not None:
-            self._readers.reset(known)
             self._writers.reset(known)
-            self._counted["reset_chunks"] += self._chunks.clear(known)
+            self._counted["reset_chunks"] += self._chunks.replace(known)
+
+    def sweep(self, limit: int) -> bool:
+        """Give back up to *limit* chunks that a `reset` dropped. Is there more to do?
+
+        Then call again, between other work. Without a call they wait until a reserve needs room, and go before
+        anything is evicted.
+        """
+        return self._chunks.sweep(limit)
 
     def expire(self, now: float) -> float:
         """End the leases and reservations that are overdue. Returns when to call next (inf: never, as things are)."""
@@ -220,17 +231,13 @@ class Index:
     def statistics(self) -> dict[str, dict[str, Any]]:
         """Two parts: `held` goes up and down, `counted` only up. Costs the same whatever is held."""
         chunks, arena = self._chunks, self._arena
-        held = self._readers.held() | self._writers.held()
+        held = self._readers.held() | self._writers.held() | chunks.held()
         held |= {
             "namespaces": len(chunks.namespaces),
             "bytes_taken": arena.taken,
             "bytes_free": arena.free_bytes,
             "largest_hole": arena.largest_hole,
         }
-        for state, name in ((State.READY, "ready"), (State.WRITING, "writing"), (State.DOOMED, "quarantined")):
-            held[f"chunks_{name}"] = chunks.chunks[state]
-            held[f"slots_{name}"] = chunks.slots[state]
-            held[f"bytes_{name}"] = chunks.bytes[state]
         counted: dict[str, Any] = {name: self._counted[name] for name in _COUNTERS}
         counted["evictions"] = chunks.evictions
         counted["dropped"] = {reason: self._writers.dropped[reason] for reason in REASONS}

@@ -12,9 +12,9 @@ from math import inf
 import attrs
 
 from lmcache_trio._core.chunks import Chunks
+from lmcache_trio._core.generations import Namespace
 from lmcache_trio._core.grants import Hold, HoldNumber, Lease, Pin, SessionKey
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.rows import Namespace
 from lmcache_trio.errors import Gone, Misuse
 
 __all__ = ["Readers"]
@@ -22,7 +22,7 @@ __all__ = ["Readers"]
 
 @attrs.define(eq=False)
 class _Leased:
-    """*offered*: not taken yet. *stale*: its namespace was reset."""
+    """*offered*: not taken yet. A lease is stale when its namespace was replaced, by a reset; so is a pin."""
 
     id: bytes
     session: SessionKey
@@ -30,7 +30,6 @@ class _Leased:
     rows: "array[int]"
     expires: float
     offered: bool = True
-    stale: bool = False
 
 
 @attrs.define(eq=False)
@@ -38,7 +37,6 @@ class _Pinned:
     worker: int
     namespace: Namespace
     rows: "array[int]"
-    stale: bool = False
 
 
 class Readers:
@@ -88,7 +86,7 @@ class Readers:
         leased = self._leases.get(lease_id)
         if leased is None or leased.session[0] != engine:
             raise Gone("no such lease")
-        if leased.stale:
+        if leased.namespace.replaced:
             raise Gone("the lease's namespace was reset")
         if not 0 <= shard < leased.namespace.shards:
             raise Misuse(f"shard is {shard}: the namespace has {leased.namespace.shards}")
@@ -112,7 +110,7 @@ class Readers:
         if not mine:
             del self._pins_of[worker]
         self._chunks.release(pinned.rows, touch=False)
-        return not pinned.stale
+        return not pinned.namespace.replaced
 
     def hold(self, key: ChunkKey) -> Hold | None:
         chunks, namespace = self._chunks, self._chunks.namespaces.get(key.namespace)
@@ -144,13 +142,6 @@ class Readers:
         for pin_id in list(self._pins_of.get(worker, ())):
             self.unpin(pin_id, worker)
 
-    def reset(self, namespace: Namespace) -> None:
-        """Leases and pins of *namespace* are stale from now on; they end as they would have."""
-        for leased in self._leases.values():
-            leased.stale = leased.stale or leased.namespace is namespace
-        for pinned in self._pins.values():
-            pinned.stale = pinned.stale or pinned.namespace is namespace
-
     def expire(self, now: float) -> float:
         while self._leases:
             leased = next(iter(self._leases.values()))
@@ -166,8 +157,6 @@ class Readers:
             "leases_offered": self._offered,
             "pins": len(self._pins),
             "holds": len(self._holds),
-            "bytes_offered": self._chunks.bytes_offered,
-            "bytes_retained": self._chunks.bytes_retained,
         }
 
     def _unoffer(self, leased: _Leased) -> None:

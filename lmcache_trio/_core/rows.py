@@ -8,45 +8,11 @@ It keeps links in order and decides nothing: what a state means and when it chan
 
 from array import array
 
-__all__ = ["DIGEST_ROOM", "TABLES", "Namespace", "Rows"]
+__all__ = ["DIGEST_ROOM", "Rows"]
 
 DIGEST_ROOM = 32
-TABLES = 64
-"""Directory tables a namespace: growing one dict of a million entries would stop the loop for over 10 ms."""
-
 _BLOCK = 1024
 """Rows made at a time: a dozen appends a chunk would be a tenth of what storing it costs."""
-
-
-class Namespace:
-    """One byte layout: where each shard's slot begins in a chunk's extent, and the directory from digest to row.
-
-    A directory is several dicts from bytes to int, told apart by the digest's first byte: the garbage collector does
-    not track such dicts.
-    """
-
-    __slots__ = ("extent", "lengths", "name", "number", "shards", "starts", "tables")
-
-    def __init__(
-        self, number: int, name: bytes, lengths: tuple[int, ...], starts: tuple[int, ...], extent: int
-    ) -> None:
-        self.number = number
-        self.name = name
-        self.lengths = lengths
-        self.starts = starts
-        self.extent = extent
-        self.shards = len(lengths)
-        self.tables: list[dict[bytes, int]] = [{} for _ in range(TABLES)]
-
-    def find(self, digest: bytes) -> int:
-        """The row of *digest*, 0 when it has none."""
-        return self.tables[digest[0] % TABLES].get(digest, 0)
-
-    def enter(self, digest: bytes, row: int) -> None:
-        self.tables[digest[0] % TABLES][digest] = row
-
-    def leave(self, digest: bytes) -> None:
-        del self.tables[digest[0] % TABLES][digest]
 
 
 class Rows:
@@ -128,6 +94,10 @@ class Rows:
             parent[child] = after[child] = self.previous_sibling[child] = 0
             child = following
         return above
+
+    def unlink(self, row: int) -> None:
+        """Forget the links of *row* and leave those of its relatives be, which nobody will follow any more."""
+        self.parent[row] = self.first_child[row] = self.next_sibling[row] = self.previous_sibling[row] = 0
 
     def spare(self, row: int) -> None:
         """Put a detached *row* on the free list."""

@@ -15,10 +15,10 @@ from math import inf
 import attrs
 
 from lmcache_trio._core.asking import Asking
-from lmcache_trio._core.chunks import Chunks, State
+from lmcache_trio._core.chunks import Chunks
+from lmcache_trio._core.generations import Namespace, State
 from lmcache_trio._core.grants import SERVER, SessionKey
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.rows import Namespace
 from lmcache_trio.errors import Gone
 
 __all__ = ["Writers"]
@@ -122,8 +122,11 @@ class Writers:
             self.abort(reservation_id, worker)
 
     def reset(self, namespace: Namespace) -> None:
+        """Abort what is being written in *namespace*: nothing of it is WRITING any more."""
         for reserved in [reserved for reserved in self._live.values() if reserved.namespace is namespace]:
             self._abort(reserved)
+        if namespace.counts[State.WRITING]:  # what is left has a shard that nobody claimed
+            self._doom([row for row in self._chunks.writing if self._chunks.namespace_of(row) is namespace])
 
     def expire(self, now: float) -> float:
         due, writing = inf, self._chunks.writing

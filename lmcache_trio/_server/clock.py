@@ -1,4 +1,4 @@
-"""The clock branch: calls `Index.expire` when something is due, and only then."""
+"""The clock branch: calls `Index.expire` when something is due, and `Index.sweep` while something was reset."""
 
 import math
 from collections.abc import Callable
@@ -7,12 +7,20 @@ import trio
 
 __all__ = ["Clock"]
 
+PIECE = 256
+"""Chunks that are swept in one go, which takes about 1 ms; then all others get their turn."""
+
 
 class Clock:
-    """Sleeps until the next deadline. Whoever makes an earlier one says so with `not_later_than`."""
+    """Sleeps until the next deadline. Whoever makes an earlier one says so with `not_later_than`.
 
-    def __init__(self, expire: Callable[[float], float]) -> None:
+    *expire* is given the time, and returns when it is to be called again. *sweep* is told how much to do, and returns
+    whether there is more: that is due at once.
+    """
+
+    def __init__(self, expire: Callable[[float], float], sweep: Callable[[int], bool]) -> None:
         self._expire = expire
+        self._sweep = sweep
         self._next = math.inf
         self._earlier = trio.Event()
 
@@ -24,7 +32,10 @@ class Clock:
 
     async def run(self) -> None:
         while True:
-            self._next = self._expire(trio.current_time())
+            now = trio.current_time()
+            self._next = self._expire(now)
+            if self._sweep(PIECE):
+                self._next = now
             self._earlier = trio.Event()
             with trio.move_on_at(self._next):
                 await self._earlier.wait()

@@ -209,6 +209,7 @@ def _reset(state: State, client: Client, message: Reset) -> Message | None:
     if namespace:
         state.index.reset(namespace)
         state.counted["resets"] += 1
+        state.clock.not_later_than(trio.current_time())  # it sweeps, piece by piece
         for engine in state.engines.values():
             if engine.namespace == namespace:
                 for session in engine.sessions.values():

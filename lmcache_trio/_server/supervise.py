@@ -4,7 +4,7 @@
     |- memory        grows the arena, pushes ArenaGrown
     |- tiers         one task a tier: its questions, its loads (a task each), its writes
     |- exits         one task a process that may still be copying after its connection was lost
-    |- clock         sleeps until something in the index falls due
+    |- clock         sleeps until something in the index falls due; sweeps after a reset
     |- transfer      the device transfer worker, and one task a copy that waits for its end
     `- connections   the front door, and one nursery a client: reader, writer, prefetches; dies first
 
@@ -140,7 +140,7 @@ def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: t
     def load_reserved() -> None:
         clock.not_later_than(trio.current_time() + config.reservation_timeout)
 
-    clock = Clock(index.expire)
+    clock = Clock(index.expire, index.sweep)
     kept = Tiers(tiers, index, memory, config, load_reserved)
     state = State(config, rendezvous.new_boot(), index, clock, memory, watch_exit, kept)
     if len(kept):

@@ -2,7 +2,9 @@
 
 import hashlib
 import itertools
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from lmcache_trio._core.arena import Arena
 from lmcache_trio._core.index import Index, Lease, Reservation
 from lmcache_trio._core.keys import ChunkKey
+
+sys.path.insert(0, str(Path(__file__).parent / "model"))
 
 PAGE = 4096
 

@@ -92,22 +92,6 @@ def test_a_lost_worker_loses_its_pins(world: Make) -> None:
     assert w.index.unpin(kept.id, 2)
 
 
-def test_a_reset_frees_idle_chunks_at_once_and_read_ones_when_read(world: Make) -> None:
-    w = world(8)
-    w.store("ab")
-    w.store("x")
-    lease = w.lease("ab")
-    pin = w.index.pin(lease.id, "e", 1, 0, 0, 2)
-    w.index.reset(w.name)
-    assert (w.hits("ab"), w.hits("x"), w.held["bytes_quarantined"]) == (0, 0, 2 * 4096)
-    with pytest.raises(Gone):
-        w.index.pin(lease.id, "e", 1, 0, 0, 2)
-    w.index.release(lease.id)
-    assert w.held["bytes_quarantined"] == 2 * 4096
-    assert w.index.unpin(pin.id, 1) is False
-    assert w.arena.used == 0
-
-
 def test_a_reservation_begun_before_a_reset_never_commits(world: Make) -> None:
     w = world(8)
     reservation = w.reserve("ab")

@@ -1,121 +1,16 @@
-"""The index against a model too simple to be wrong: any interleaving of engines, workers, sessions, resets and time.
+"""The index against a model too simple to be wrong: any interleaving of engines, workers, sessions, resets and time."""
 
-The model knows each chunk as one object and who still touches it. It does not foretell evictions: it asks the index
-which chunks are gone after a reserve, and checks that each of them was free to go.
-"""
-
-from itertools import count
-from typing import Any
-
+from core_index_model import LEASE, PAGES, PATHS, SHARE, WRITE, Chunk, IndexModel, name
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import precondition, rule
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.index import SERVER, Hold, Index
+from lmcache_trio._core.index import SERVER
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio.errors import Gone
 
-PATHS = ["abcd", "abce", "afg", "hij"]
-PAGES = 10
-LEASE, WRITE = 10, 17
-SHARE = 0.5
 
-
-def name(chain: str) -> bytes:
-    return chain.encode().ljust(32, b".")
-
-
-class Chunk:
-    def __init__(self, key: ChunkKey, base: int, length: int, parent: "Chunk | None") -> None:
-        self.key, self.base, self.length, self.parent = key, base, length, parent
-        self.state = "writing"
-        self.engine, self.session = "", ("", 0)
-        self.claimed: set[int] = set()
-        self.committed: set[int] = set()
-        self.users: set[object] = set()  # copies into it and readers of it that have not ended
-        self.deadline = 0.0
-
-
-class IndexMachine(RuleBasedStateMachine):
-    @initialize(shards=st.integers(1, 3), big=st.integers(1, 3))
-    def make(self, shards: int, big: int) -> None:
-        ids = count(1)
-        self.arena = Arena()
-        self.arena.reserve_head(4096)
-        self.index = Index(
-            self.arena,
-            new_id=lambda: next(ids).to_bytes(16, "big"),
-            lease_share=SHARE,
-            lease_timeout=LEASE,
-            reservation_timeout=WRITE,
-        )
-        self.index.grow((PAGES + 1) * 4096)
-        self.pages = {b"A" * 32: [1] * shards, b"B" * 32: [big] + [1] * (shards - 1)}
-        for namespace, pages in self.pages.items():
-            self.index.attach(namespace, [4096 * n - 5 for n in pages])
-        self.shards = shards
-        self.now = 0.0
-        self.seen: dict[ChunkKey, Chunk] = {}  # in the directory
-        self.alive: set[Chunk] = set()  # their bytes are in use
-        self.leases: dict[bytes, dict[str, Any]] = {}
-        self.pins: dict[bytes, dict[str, Any]] = {}
-        self.writes: dict[bytes, dict[str, Any]] = {}
-        self.holds: list[tuple[Hold, Chunk]] = []
-
-    # what the model says
-
-    def settle(self, chunk: Chunk) -> None:
-        if chunk.state == "doomed" and not chunk.users:
-            self.alive.discard(chunk)
-
-    def doom(self, chunk: Chunk) -> None:
-        del self.seen[chunk.key]
-        chunk.state = "doomed"
-        for other in self.alive:
-            if other.parent is chunk:
-                other.parent = None
-        self.settle(chunk)
-
-    def leave(self, chunk: Chunk, user: object) -> None:
-        chunk.users.discard(user)
-        self.settle(chunk)
-
-    def abort_write(self, write: dict[str, Any]) -> None:
-        if write["live"]:
-            write["live"] = False
-            for chunk in write["chunks"]:
-                if chunk.state == "writing":
-                    self.doom(chunk)
-
-    def end_write(self, ident: bytes) -> None:
-        write = self.writes.pop(ident)
-        for chunk in write["chunks"]:
-            self.leave(chunk, ident)
-
-    def end_lease(self, ident: bytes) -> None:
-        for chunk in self.leases.pop(ident)["chunks"]:
-            self.leave(chunk, ident)
-
-    def end_pin(self, ident: bytes) -> None:
-        for chunk in self.pins.pop(ident)["chunks"]:
-            self.leave(chunk, ident)
-
-    def find_gone(self) -> set[ChunkKey]:
-        """Chunks that were evicted just now; each was free to go, and no child of it is left."""
-        gone = {k for k, c in self.seen.items() if c.state == "ready" and not self.index.match(k.namespace, [k.digest])}
-        return gone
-
-    def drop_gone(self, gone: set[ChunkKey]) -> None:
-        for key in gone:
-            chunk = self.seen.pop(key)
-            assert chunk.state == "ready"
-            assert not chunk.users, "evicted under a reader"
-            chunk.state = "evicted"
-            self.alive.discard(chunk)
-
-    # rules
-
+class IndexMachine(IndexModel):
     chain = st.tuples(st.sampled_from(PATHS), st.integers(1, 4), st.integers(0, 3))
     namespace = st.sampled_from([b"A" * 32, b"B" * 32])
     engine = st.sampled_from(["x", "y"])
@@ -148,13 +43,15 @@ class IndexMachine(RuleBasedStateMachine):
         gone = self.find_gone() | {
             k for k, c in self.seen.items() if c.state == "ready" and k in {keys[s.position] for s in got.slots}
         }
-        idle_before = not any(c.users or c.state != "ready" for c in self.alive)
+        idle_before = not any(c.users or c.state not in ("ready", "stale") for c in self.alive)
         before = dict(self.seen)
-        self.drop_gone(gone)
         slots = {s.position: s.offset for s in got.slots}
+        starts = [sum(self.pages[namespace][:i]) * 4096 for i in range(self.shards)]
+        extent = 4096 * sum(self.pages[namespace])
+        self.drop_swept(*[(at - starts[shard], extent) for p, at in slots.items() if keys[p] not in set(before) - gone])
+        self.drop_gone(gone)
         assert len(slots) + sum(got.dropped.values()) == len(keys)
         assert bool(got.id) == bool(slots)
-        starts = [sum(self.pages[namespace][:i]) * 4096 for i in range(self.shards)]
         stopped, above, chunks = orphaned, parent, []
         for position, key in enumerate(keys):
             offset, chunk = slots.get(position), self.seen.get(key)
@@ -167,7 +64,7 @@ class IndexMachine(RuleBasedStateMachine):
                     assert offset == chunk.base + starts[shard]
             elif offset is not None:
                 assert not stopped
-                chunk = Chunk(key, offset - starts[shard], 4096 * sum(self.pages[namespace]), above)
+                chunk = Chunk(key, offset - starts[shard], extent, above)
                 chunk.engine, chunk.session = engine, (engine, number)
                 self.seen[key] = chunk
                 self.alive.add(chunk)
@@ -214,13 +111,15 @@ class IndexMachine(RuleBasedStateMachine):
         parent_key = ChunkKey(namespace, name(path[: depth - 1])) if depth > 1 else None
         parent = self.seen.get(parent_key) if parent_key else None
         got = self.index.reserve_load(namespace, parent_key.digest if parent_key else b"", key.digest, self.now)
+        extent = 4096 * sum(self.pages[namespace])
+        self.drop_swept(*[(got.slots[0].offset, extent)] if got else [])
         self.drop_gone(self.find_gone())
         if got is None:
             return
         assert key not in self.seen
         assert parent_key is None or (parent and (parent.state == "ready" or parent.engine == ""))
         assert [s.position for s in got.slots] == list(range(self.shards))
-        chunk = Chunk(key, got.slots[0].offset, 4096 * sum(self.pages[namespace]), parent)
+        chunk = Chunk(key, got.slots[0].offset, extent, parent)
         chunk.claimed = set(range(self.shards))
         chunk.users.add(got.id)
         chunk.deadline = self.now + WRITE
@@ -397,10 +296,19 @@ class IndexMachine(RuleBasedStateMachine):
         for write in self.writes.values():
             if write["namespace"] == namespace:
                 self.abort_write(write)
-        for chunk in [c for k, c in self.seen.items() if k.namespace == namespace]:
+        for chunk in [c for k, c in self.seen.items() if k.namespace == namespace and c.state == "writing"]:
             self.doom(chunk)
+        self.replace(namespace)
         for reader in [*self.leases.values(), *self.pins.values()]:
             reader["stale"] = reader["stale"] or reader["namespace"] == namespace
+
+    @rule(limit=st.sampled_from([1, 10, 70, 1000]))
+    def sweep(self, limit: int) -> None:
+        more = self.index.sweep(limit)
+        self.drop_swept()
+        if not more:
+            assert not self.stale_and_idle()
+            assert self.index.statistics()["held"]["chunks_stale"] == 0
 
     @rule(step=st.sampled_from([1, 4, 9]))
     def expire(self, step: int) -> None:
@@ -420,41 +328,6 @@ class IndexMachine(RuleBasedStateMachine):
 
     # what always holds
 
-    @invariant()
-    def the_directory_is_as_the_model_says(self) -> None:
-        for namespace in self.pages:
-            for chain in {path[: i + 1] for path in PATHS for i in range(len(path))}:
-                chunk = self.seen.get(ChunkKey(namespace, name(chain)))
-                assert self.index.match(namespace, [name(chain)]) == (chunk is not None and chunk.state == "ready")
-
-    @invariant()
-    def no_two_extents_overlap_and_every_other_byte_is_free(self) -> None:
-        end = 4096
-        for chunk in sorted(self.alive, key=lambda c: c.base):
-            assert chunk.base >= end
-            end = chunk.base + chunk.length
-        assert end <= self.arena.taken
-        assert self.arena.used == sum(c.length for c in self.alive)
-        assert self.arena.free_bytes == PAGES * 4096 - self.arena.used
-
-    @invariant()
-    def held_is_as_the_model_says(self) -> None:
-        held = self.index.statistics()["held"]
-        assert held["leases"] == len(self.leases)
-        assert held["leases_offered"] == sum(not lease["taken"] for lease in self.leases.values())
-        assert held["pins"] == len(self.pins)
-        assert held["holds"] == len(self.holds)
-        assert held["reservations"] == sum(write["live"] for write in self.writes.values())
-        assert held["reservations_ending"] == sum(not write["live"] for write in self.writes.values())
-        for state, word in (("ready", "ready"), ("writing", "writing"), ("doomed", "quarantined")):
-            chunks = [c for c in self.alive if c.state == state]
-            assert held[f"chunks_{word}"] == len(chunks)
-            assert held[f"slots_{word}"] == len(chunks) * self.shards
-            assert held[f"bytes_{word}"] == sum(c.length for c in chunks)
-        offered = {c for lease in self.leases.values() if not lease["taken"] for c in lease["chunks"]}
-        assert held["bytes_offered"] == sum(c.length for c in offered)
-        assert held["bytes_retained"] == sum(c.length for c in self.alive if c.state == "ready" and c.users)
-
     def teardown(self) -> None:
         if not hasattr(self, "index"):
             return
@@ -468,11 +341,15 @@ class IndexMachine(RuleBasedStateMachine):
             self.unhold(0)
         while self.writes:
             self.finish_write(0, False)
+        while self.index.sweep(7):
+            pass
+        self.drop_swept()
         self.held_is_as_the_model_says()
         held = self.index.statistics()["held"]
         for what in ("leases", "pins", "holds", "reservations", "reservations_ending", "bytes_offered"):
             assert held[what] == 0
-        assert held["bytes_retained"] == held["bytes_writing"] == held["bytes_quarantined"] == 0
+        for state in ("retained", "writing", "quarantined", "stale"):
+            assert held[f"bytes_{state}"] == 0
         self.index.attach(b"C" * 32, [PAGES * 4096])  # the whole arena in one chunk: all others must go for it
         got = self.index.reserve(("z", 1), 99, 0, b"C" * 32, b"", [name("z")], self.now)
         assert len(got.slots) == 1

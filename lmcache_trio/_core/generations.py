@@ -1,0 +1,142 @@
+"""Namespaces as generations of chunks: a reset replaces a generation, whatever it holds, by an empty one.
+
+A generation has a number, which stands in each of its rows, and counts of them by state; so what a whole server holds
+is a sum over generations, and a reset changes no row. The number is used again once nothing of the generation is left.
+
+It counts and finds; what becomes of a replaced generation's chunks is the business of `chunks`.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+from lmcache_trio.errors import Misuse
+
+__all__ = ["DOOMED", "READY", "TABLES", "WRITING", "Generations", "Namespace", "State"]
+
+TABLES = 64
+"""Directory tables a namespace: growing one dict of a million entries would stop the loop for over 10 ms."""
+
+
+class State(IntEnum):
+    """FREE is a row that is nobody's: an absent chunk has no row."""
+
+    FREE = 0
+    WRITING = 1
+    READY = 2
+    DOOMED = 3
+
+
+WRITING, READY, DOOMED = int(State.WRITING), int(State.READY), int(State.DOOMED)
+"""For loops that are run a million times."""
+
+
+class Namespace:
+    """One generation of a namespace: its byte layout, its directory from digest to row, and counts of its rows.
+
+    A reset puts a new generation in the place of this one, which is *replaced* from then on: no name leads to its rows
+    any more. A directory is several dicts from bytes to int, told apart by the digest's first byte: the garbage
+    collector does not track such dicts.
+    """
+
+    __slots__ = (
+        *("extent", "lengths", "name", "number", "shards", "starts", "tables"),
+        *("counts", "replaced", "retained"),
+    )
+
+    def __init__(
+        self, number: int, name: bytes, lengths: tuple[int, ...], starts: tuple[int, ...], extent: int
+    ) -> None:
+        self.number = number  # which no other generation has while a row of this one is left
+        self.name = name
+        self.lengths = lengths
+        self.starts = starts  # where each shard's slot begins in a chunk's extent
+        self.extent = extent
+        self.shards = len(lengths)
+        self.tables: list[dict[bytes, int]] = [{} for _ in range(TABLES)]
+        self.counts = [0, 0, 0, 0]  # rows, by state
+        self.retained = 0  # of those that are READY
+        self.replaced = False
+
+    def find(self, digest: bytes) -> int:
+        """The row of *digest*, 0 when it has none."""
+        return self.tables[digest[0] % TABLES].get(digest, 0)
+
+    def enter(self, digest: bytes, row: int) -> None:
+        self.tables[digest[0] % TABLES][digest] = row
+
+    def leave(self, digest: bytes) -> None:
+        del self.tables[digest[0] % TABLES][digest]
+
+
+class Generations:
+    """All generations that are not over; *present* has the one that each namespace's name leads to.
+
+    An empty namespace costs 6 KB, and is not forgotten: nobody tells the index that no engine will use it again.
+    """
+
+    def __init__(self) -> None:
+        self.present: dict[bytes, Namespace] = {}
+        self.outdated: deque[Namespace] = deque()  # replaced, the first one is being swept
+        self._numbered: list[Namespace] = []  # some are over
+        self._spare: list[int] = []
+
+    def attach(self, name: bytes, shard_bytes: Sequence[int], rounded: Callable[[int], int]) -> None:
+        """Make *name* known. Idempotent; Misuse if lengths differ."""
+        lengths = tuple(shard_bytes)
+        known = self.present.get(name)
+        if known is not None:
+            if known.lengths != lengths:
+                raise Misuse(f"shard_bytes is {lengths}: this namespace was attached with {known.lengths}")
+            return
+        if not lengths or min(lengths) < 1:
+            raise Misuse(f"shard_bytes is {lengths}: give one length of 1 or more a shard")
+        starts, extent = [], 0
+        for length in lengths:
+            starts.append(extent)
+            extent += rounded(length)
+        self._enter(Namespace(self._number(), name, lengths, tuple(starts), extent))
+
+    def __getitem__(self, number: int) -> Namespace:
+        return self._numbered[number]
+
+    def replace(self, namespace: Namespace) -> None:
+        """Put an empty generation in the place of *namespace*, which is outdated from then on."""
+        namespace.replaced = True
+        self.outdated.append(namespace)
+        self._enter(Namespace(self._number(), namespace.name, namespace.lengths, namespace.starts, namespace.extent))
+
+    def leave(self, namespace: Namespace) -> None:
+        """A row of *namespace*, or its directory, is gone: maybe it is over."""
+        if namespace.replaced and not namespace.tables and not any(namespace.counts):
+            self._spare.append(namespace.number)
+
+    def held(self) -> dict[str, int]:
+        """Chunks, slots and bytes by state, and the bytes that readers retain."""
+        held = {f"{what}_{state}": 0 for state in _STATES for what in ("chunks", "slots", "bytes")}
+        held["bytes_retained"] = 0
+        for namespace in self._numbered:
+            for name, state in _STATES.items():
+                if state == READY and namespace.replaced != (name == "stale"):
+                    continue
+                chunks = namespace.counts[state]
+                held[f"chunks_{name}"] += chunks
+                held[f"slots_{name}"] += chunks * namespace.shards
+                held[f"bytes_{name}"] += chunks * namespace.extent
+            if not namespace.replaced:
+                held["bytes_retained"] += namespace.retained * namespace.extent
+        return held
+
+    def _number(self) -> int:
+        return self._spare.pop() if self._spare else len(self._numbered)
+
+    def _enter(self, namespace: Namespace) -> None:
+        self.present[namespace.name] = namespace
+        if namespace.number == len(self._numbered):
+            self._numbered.append(namespace)
+        else:
+            self._numbered[namespace.number] = namespace
+
+
+_STATES = {"ready": READY, "writing": WRITING, "quarantined": DOOMED, "stale": READY}
+"""Words for users. What is READY in a replaced generation is stale."""

@@ -1,0 +1,172 @@
+"""What the index's model knows: each chunk as one object, and who still touches it. Too simple to be wrong.
+
+It does not foretell evictions, nor when chunks of a reset namespace are given back: it looks which ones are gone, and
+checks that each of them was free to go. The rules are in `test_index_model`.
+"""
+
+from itertools import count
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
+
+from lmcache_trio._core.arena import Arena
+from lmcache_trio._core.index import Hold, Index
+from lmcache_trio._core.keys import ChunkKey
+
+PATHS = ["abcd", "abce", "afg", "hij"]
+PAGES = 10
+LEASE, WRITE = 10, 17
+SHARE = 0.5
+
+
+def name(chain: str) -> bytes:
+    return chain.encode().ljust(32, b".")
+
+
+class Chunk:
+    def __init__(self, key: ChunkKey, base: int, length: int, parent: "Chunk | None") -> None:
+        self.key, self.base, self.length, self.parent = key, base, length, parent
+        self.state = "writing"
+        self.engine, self.session = "", ("", 0)
+        self.claimed: set[int] = set()
+        self.committed: set[int] = set()
+        self.users: set[object] = set()  # copies into it and readers of it that have not ended
+        self.deadline = 0.0
+
+
+class IndexModel(RuleBasedStateMachine):
+    """The model, and what must hold between any two rules."""
+
+    @initialize(shards=st.integers(1, 3), big=st.integers(1, 3))
+    def make(self, shards: int, big: int) -> None:
+        ids = count(1)
+        self.arena = Arena()
+        self.arena.reserve_head(4096)
+        self.index = Index(
+            self.arena,
+            new_id=lambda: next(ids).to_bytes(16, "big"),
+            lease_share=SHARE,
+            lease_timeout=LEASE,
+            reservation_timeout=WRITE,
+        )
+        self.index.grow((PAGES + 1) * 4096)
+        self.pages = {b"A" * 32: [1] * shards, b"B" * 32: [big] + [1] * (shards - 1)}
+        for namespace, pages in self.pages.items():
+            self.index.attach(namespace, [4096 * n - 5 for n in pages])
+        self.shards = shards
+        self.now = 0.0
+        self.seen: dict[ChunkKey, Chunk] = {}  # in the directory
+        self.alive: set[Chunk] = set()  # their bytes are in use
+        self.leases: dict[bytes, dict[str, Any]] = {}
+        self.pins: dict[bytes, dict[str, Any]] = {}
+        self.writes: dict[bytes, dict[str, Any]] = {}
+        self.holds: list[tuple[Hold, Chunk]] = []
+
+    # what the model says
+
+    def settle(self, chunk: Chunk) -> None:
+        if chunk.state in ("doomed", "stale") and not chunk.users:
+            self.alive.discard(chunk)
+
+    def doom(self, chunk: Chunk) -> None:
+        del self.seen[chunk.key]
+        chunk.state = "doomed"
+        for other in self.alive:
+            if other.parent is chunk:
+                other.parent = None
+        self.settle(chunk)
+
+    def leave(self, chunk: Chunk, user: object) -> None:
+        chunk.users.discard(user)
+        self.settle(chunk)
+
+    def abort_write(self, write: dict[str, Any]) -> None:
+        if write["live"]:
+            write["live"] = False
+            for chunk in write["chunks"]:
+                if chunk.state == "writing":
+                    self.doom(chunk)
+
+    def end_write(self, ident: bytes) -> None:
+        write = self.writes.pop(ident)
+        for chunk in write["chunks"]:
+            self.leave(chunk, ident)
+
+    def end_lease(self, ident: bytes) -> None:
+        for chunk in self.leases.pop(ident)["chunks"]:
+            self.leave(chunk, ident)
+
+    def end_pin(self, ident: bytes) -> None:
+        for chunk in self.pins.pop(ident)["chunks"]:
+            self.leave(chunk, ident)
+
+    def find_gone(self) -> set[ChunkKey]:
+        """Chunks that were evicted just now."""
+        return {k for k, c in self.seen.items() if c.state == "ready" and not self.index.match(k.namespace, [k.digest])}
+
+    def drop_gone(self, gone: set[ChunkKey]) -> None:
+        for key in gone:
+            chunk = self.seen.pop(key)
+            assert chunk.state == "ready"
+            assert not chunk.users, "evicted under a reader"
+            chunk.state = "evicted"
+            self.alive.discard(chunk)
+        if gone:
+            assert not self.stale_and_idle(), "evicted while there was something stale to give back"
+
+    def replace(self, namespace: bytes) -> None:
+        """A reset: what was READY is stale. It leaves sight now, and its bytes some time later."""
+        for key in [key for key in self.seen if key.namespace == namespace]:
+            self.seen.pop(key).state = "stale"
+
+    def stale_and_idle(self) -> list[Chunk]:
+        return [chunk for chunk in self.alive if chunk.state == "stale" and not chunk.users]
+
+    def drop_swept(self, *taken: tuple[int, int]) -> None:
+        """Stale chunks whose bytes are free, or among those *taken* just now, have been given back."""
+        free = [*self.arena.holes(), *taken]
+        for chunk in self.stale_and_idle():
+            end = chunk.base + chunk.length
+            # a hole or a new chunk may cover a part: bytes of different stale chunks come back in any order
+            if any(first < end and chunk.base < first + length for first, length in free):
+                self.alive.discard(chunk)
+
+    @invariant()
+    def the_directory_is_as_the_model_says(self) -> None:
+        for namespace in self.pages:
+            for chain in {path[: i + 1] for path in PATHS for i in range(len(path))}:
+                chunk = self.seen.get(ChunkKey(namespace, name(chain)))
+                assert self.index.match(namespace, [name(chain)]) == (chunk is not None and chunk.state == "ready")
+
+    @invariant()
+    def no_two_extents_overlap_and_every_other_byte_is_free(self) -> None:
+        end = 4096
+        for chunk in sorted(self.alive, key=lambda c: c.base):
+            assert chunk.base >= end
+            end = chunk.base + chunk.length
+        assert end <= self.arena.taken
+        assert self.arena.used == sum(c.length for c in self.alive)
+        assert self.arena.free_bytes == PAGES * 4096 - self.arena.used
+
+    @invariant()
+    def held_is_as_the_model_says(self) -> None:
+        held = self.index.statistics()["held"]
+        assert held["leases"] == len(self.leases)
+        assert held["leases_offered"] == sum(not lease["taken"] for lease in self.leases.values())
+        assert held["pins"] == len(self.pins)
+        assert held["holds"] == len(self.holds)
+        assert held["reservations"] == sum(write["live"] for write in self.writes.values())
+        assert held["reservations_ending"] == sum(not write["live"] for write in self.writes.values())
+        last = [c for c in self.alive if c.state in ("doomed", "stale")]
+        assert held["chunks_stale"] + held["chunks_quarantined"] == len(last)
+        assert held["bytes_stale"] + held["bytes_quarantined"] == sum(c.length for c in last)
+        assert held["chunks_stale"] >= len(self.stale_and_idle())
+        for state, word in (("ready", "ready"), ("writing", "writing")):
+            chunks = [c for c in self.alive if c.state == state]
+            assert held[f"chunks_{word}"] == len(chunks)
+            assert held[f"slots_{word}"] == len(chunks) * self.shards
+            assert held[f"bytes_{word}"] == sum(c.length for c in chunks)
+        offered = {c for lease in self.leases.values() if not lease["taken"] for c in lease["chunks"]}
+        assert held["bytes_offered"] == sum(c.length for c in offered)
+        assert held["bytes_retained"] == sum(c.length for c in self.alive if c.state == "ready" and c.users)
