@@ -153,7 +153,8 @@ def bench(  # noqa: PLR0913  (flags)
     rows: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     disk: Path | None = None,
     json: Path | None = None,
-    compare: tuple[Path, Path] | None = None,
+    compare: Annotated[tuple[Path, Path] | None, Parameter(negative=())] = None,
+    grow: Path | None = None,
 ) -> None:
     """Measure lookups and copies beside the limits of this machine: one memcpy, one bare round trip.
 
@@ -180,12 +181,16 @@ def bench(  # noqa: PLR0913  (flags)
         Write the rows to this file, as a list of objects.
     compare
         Measure nothing: print two such files side by side.
+    grow
+        Instead, measure how lookups grow with prompts, index and clients, and draw plots into this folder.
     """
     from lmcache_trio.bench import command
     from lmcache_trio.bench.settings import ROWS, KVShape, Settings, size_of
 
     if compare is not None:
         code = command.compare(*compare)
+    elif grow is not None:
+        code = command.grow(grow)
     else:
         shape, size = KVShape.parse(kv), size_of("--operation", operation)
         settings = Settings(shape, clients, rounds, size, lookups=lookups, rows=rows or ROWS)

@@ -1,4 +1,4 @@
-"""`lmcache-trio bench`: what the cache costs an engine, beside what a memcpy and a bare round trip cost in the same run.
+"""`lmcache-trio bench`: what the cache costs an engine, beside what a memcpy and a bare round trip cost just then.
 
 - `settings`, `rows`, `report`: what to measure, what came of it, how it is told. They import no torch.
 - `run`: the processes and the rounds. `machine`: whose CPU time it was.

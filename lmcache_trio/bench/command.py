@@ -10,13 +10,16 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from lmcache_trio.bench import grow as growth
+from lmcache_trio.bench import plots
 from lmcache_trio.bench.machine import describe
 from lmcache_trio.bench.report import comparison, doubts, table
 from lmcache_trio.bench.rows import load_rows, save_rows, summarise
 from lmcache_trio.bench.run import measure
 from lmcache_trio.bench.settings import Settings
+from lmcache_trio.errors import ConfigError
 
-__all__ = ["compare", "run"]
+__all__ = ["compare", "grow", "run"]
 
 T = TypeVar("T")
 Tell = Callable[[str, int, int], None]
@@ -45,6 +48,25 @@ def run(settings: Settings, *, address: str | None, disk: Path | None, json: Pat
 def compare(before: Path, after: Path) -> int:
     """Print two runs side by side."""
     _console().print(comparison(load_rows(before), load_rows(after), (before.name, after.name)))
+    return 0
+
+
+def grow(folder: Path, plan: growth.Plan | None = None) -> int:
+    """Measure how it grows; write the figures and their plots into *folder*."""
+    plots.check()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError("--grow", f"{folder} cannot be made: {exc.strerror}") from exc
+    grown = _with_progress(lambda tell: growth.grow(plan or growth.Plan(), tell))
+    if grown is None:
+        return 128 + signal.SIGTERM
+    (folder / "grow.json").write_text(grown.as_json())
+    plots.draw(grown, folder, describe())
+    out = _console()
+    for name, value in grown.figures.items():
+        out.print(f"{name}: {value:.4g}")
+    out.print(f"figures and plots are in {folder}")
     return 0
 
 

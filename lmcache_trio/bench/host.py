@@ -1,7 +1,7 @@
 """One client of the benchmark: an engine's process, with a scheduler's and a worker's side, but no model.
 
-Run as `python -m lmcache_trio.bench.host SETTINGS RANK RUN ADDRESS [DISK_ADDRESS DIRECTORY]`. It reads one JSON object a
-line, and writes one for each: `{"prepare": row, "n": n}` is answered when all is ready, so that several hosts begin
+Run as `python -m lmcache_trio.bench.host SETTINGS RANK RUN ADDRESS [DISK_ADDRESS DIRECTORY]`. It reads one JSON object
+a line, and writes one for each: `{"prepare": row, "n": n}` is answered when all is ready, so that several hosts begin
 together; `{"go": true}` by what was measured. A line that names an `error` is its last.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import xxhash
 
+from lmcache_trio._wire.messages import Message
 from lmcache_trio.adapters import PollingSchedulerAdapter, WorkerAdapter
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.bench.settings import ROTATION, Settings
@@ -89,7 +90,12 @@ class Site:
         if client.arena is None:
             raise Unavailable(f"this client got no arena: {client.arena_note}")
         grown: Handoff[bool] = Handoff()
-        client.on_push = lambda message: grown.set(True) if client.taken >= client.arena_size else None
+
+        def look(message: Message) -> None:
+            if client.taken >= client.arena_size:
+                grown.set(True)
+
+        client.on_push = look
         if client.taken < client.arena_size and grown.wait(_ARENA_SECONDS) is None:
             raise Unavailable(f"the server took {client.taken} of {client.arena_size} bytes of its arena, and no more")
         client.arena._populate(0, client.arena_size)
@@ -99,9 +105,7 @@ class Site:
             self.scheduler.extend(request_id, tokens)
         return [self.scheduler.store_spec(request_id, 0, blocks(i)) for i, request_id in enumerate(prompts)]
 
-    def load_specs(
-        self, prompts: Mapping[str, list[int]], blocks: Callable[[int], list[int]]
-    ) -> list[LoadSpec]:
+    def load_specs(self, prompts: Mapping[str, list[int]], blocks: Callable[[int], list[int]]) -> list[LoadSpec]:
         """Look *prompts* up: all must be there."""
         specs = []
         for i, (request_id, tokens) in enumerate(prompts.items()):
@@ -143,7 +147,8 @@ class Host:
         shared = np.random.default_rng(int.from_bytes(run.encode()[:8], "little"))
         self.hot = shared.integers(0, 1 << 30, settings.prompt_chunks * settings.kv.chunk_tokens).tolist()
         self.rng = np.random.default_rng(secrets.randbits(64))
-        self._order = np.random.default_rng(rank).permutation(ROTATION * self._operation_blocks).tolist()
+        order = np.random.default_rng(rank).permutation(ROTATION * self._operation_blocks)
+        self._order: list[int] = order.tolist()
         self._names = 0
         self.stored: dict[str, list[int]] = {}
         """What the last `store` left in memory, for a retrieve."""
@@ -205,7 +210,7 @@ class Host:
 
 
 def make_kv(settings: Settings) -> dict[str, torch.Tensor]:
-    """One tensor a layer, as engines make them: (2, blocks, block tokens, heads, head dim), every block's bytes unlike."""
+    """One tensor a layer, as engines make them: (2, blocks, block tokens, heads, head dim). No two blocks are alike."""
     kv = settings.kv
     blocks = ROTATION * settings.operation_tokens // kv.block_tokens
     shape = (2, blocks, kv.block_tokens, kv.kv_heads, kv.head_dim)

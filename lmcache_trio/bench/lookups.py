@@ -33,6 +33,7 @@ _SECONDS = 120.0
 
 _sessions = itertools.count(1)
 """Of no adapter: those count from a random number."""
+Run = Callable[[], list[float]]
 Times = Awaitable[list[float]]
 
 
@@ -45,10 +46,14 @@ def in_loop(scheduler: PollingSchedulerAdapter, timed: Callable[[Client], Times]
 
 
 def bare_round_trips(client: Client, n: int) -> list[float]:
-    """Host thread → server → loop → host thread, 256 bytes, undecoded: what `sync_lookups` takes, without a word said."""
+    """Host thread → server → loop → host thread, 256 bytes, undecoded: the way of `sync_lookups`, nothing said."""
     payload, times = bytes(ECHO_BYTES - 1), []
     waiting: list[Handoff[bool]] = []
-    client.on_echo = lambda frame: waiting.pop().set(len(frame) == ECHO_BYTES)
+
+    def came(frame: bytes) -> None:
+        waiting.pop().set(len(frame) == ECHO_BYTES)
+
+    client.on_echo = came
     for _ in range(n):
         back: Handoff[bool] = Handoff()
         began = time.perf_counter()

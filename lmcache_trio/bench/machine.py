@@ -1,4 +1,4 @@
-"""Whose processor time it was: of one process, and of all the others while a benchmark ran. Linux's /proc, read only."""
+"""Whose processor time it was: one process', and everyone else's while a benchmark ran. Reads Linux's /proc."""
 
 import os
 import platform

@@ -7,7 +7,6 @@ import torch
 
 from lmcache_trio._core.keys import chain_digests
 from lmcache_trio._wire.codec import unpack_offsets
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.bench import lookups, tiers
 from lmcache_trio.bench.host import Host, Job
 from lmcache_trio.bench.settings import ROTATION
@@ -26,7 +25,7 @@ def memcpy(host: Host, n: int) -> Job:
     pairs = [(host.buffers[ROTATION + i % ROTATION], host.buffers[i % ROTATION]) for i in range(n)]
 
     def run() -> list[float]:
-        return [_timed(lambda target=target, source=source: target.copy_(source)) for target, source in pairs]
+        return [_timed(target.copy_, source) for target, source in pairs]
 
     return Job(run, n * host.settings.operation_bytes)
 
@@ -56,7 +55,7 @@ def memcpy_shm(host: Host, n: int) -> Job:
         host.site.end([name])
 
     def run() -> list[float]:
-        return [_timed(lambda i=i: copy(host.buffers[i % ROTATION])) for i in range(n)]
+        return [_timed(copy, host.buffers[i % ROTATION]) for i in range(n)]
 
     return Job(run, n * host.settings.operation_bytes, finish)
 
@@ -76,12 +75,10 @@ def store(host: Host, n: int) -> Job:
         host.stored_hash = host.hash_of(host.blocks(n - 1))
         site.end(list(prompts))
 
-    return Job(_stores(host, specs), n * host.settings.operation_bytes, finish)
+    def run() -> list[float]:
+        return [_timed(site.worker.store_now, [spec]) for spec in specs]
 
-
-def _stores(host: Host, specs: list[StoreSpec]) -> Callable[[], list[float]]:
-    worker = host.site.worker
-    return lambda: [_timed(lambda spec=spec: worker.store_now([spec])) for spec in specs]
+    return Job(run, n * host.settings.operation_bytes, finish)
 
 
 def retrieve(host: Host, n: int) -> Job:
@@ -90,7 +87,7 @@ def retrieve(host: Host, n: int) -> Job:
     prompts = {host.name(): tokens for tokens in list(host.stored.values())[-n:]}
     if len(prompts) != n:
         raise Unavailable("retrieve needs what store left: measure store too")
-    specs: list[LoadSpec] = site.load_specs(prompts, lambda i: host.blocks(i + 1))
+    specs = site.load_specs(prompts, lambda i: host.blocks(i + 1))
 
     def finish() -> None:
         if site.worker.take_failed_blocks():
@@ -100,7 +97,7 @@ def retrieve(host: Host, n: int) -> Job:
         site.end(list(prompts))
 
     def run() -> list[float]:
-        return [_timed(lambda spec=spec: site.worker.retrieve_now([spec])) for spec in specs]
+        return [_timed(site.worker.retrieve_now, [spec]) for spec in specs]
 
     return Job(run, n * host.settings.operation_bytes, finish)
 
@@ -135,7 +132,9 @@ def sync_lookup(host: Host, n: int) -> Job:
 def lookup_extend(host: Host, n: int) -> Job:
     digests = hot_digests(host)
     sessions = _opened(host, digests[:-1], n)
-    return Job(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.extensions(client, digests, sessions)))
+    return Job(
+        lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.extensions(client, digests, sessions))
+    )
 
 
 def end_session(host: Host, n: int) -> Job:
@@ -154,9 +153,9 @@ def _opened(host: Host, digests: list[bytes], n: int) -> list[int]:
     return host.site.scheduler._link.call(lookups.opened, client, digests, n, timeout=_SECONDS)
 
 
-def _timed(do: Callable[[], object]) -> float:
+def _timed(do: Callable[..., object], *args: object) -> float:
     began = time.perf_counter()
-    do()
+    do(*args)
     return time.perf_counter() - began
 
 

@@ -36,9 +36,9 @@ def table(rows: Sequence[Row], settings: Settings) -> Table:
 def doubts(rounds: Mapping[str, Sequence[Round]], others: float) -> list[str]:
     """Why the figures should not be quoted: one sentence each; none on a quiet machine."""
     found = []
-    for name, value in (("memcpy", lambda r: r.bandwidth), ("bare_round_trip", lambda r: r.p50)):
+    for name, figure in (("memcpy", "bandwidth"), ("bare_round_trip", "p50")):
         if name in rounds and len(rounds[name]) > 1:
-            width = spread([value(r) for r in rounds[name]])
+            width = spread([getattr(r, figure) for r in rounds[name]])
             if width > _SPREAD:
                 found.append(f"noisy machine: {name} varied by {width:.0%} between rounds")
     if others > _OTHERS:
@@ -47,7 +47,7 @@ def doubts(rounds: Mapping[str, Sequence[Round]], others: float) -> list[str]:
 
 
 def comparison(before: Sequence[Row], after: Sequence[Row], names: tuple[str, str]) -> Table:
-    """Two runs side by side, with what the second is of the first: below 1 is faster for times, above 1 for the rest."""
+    """Two runs side by side, and what the second is of the first: below 1 is faster for times, above 1 for the rest."""
     made = Table(title=f"A: {names[0]}, B: {names[1]}")
     for name in ("row", "clients", "p50 A", "p50 B", "B/A", "ops/s A", "ops/s B", "B/A", "GB/s A", "GB/s B", "B/A"):
         made.add_column(name, justify="left" if name == "row" else "right")

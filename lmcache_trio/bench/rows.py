@@ -1,7 +1,7 @@
 """What was measured: one `Part` a client and round, one `Round` of all clients, one `Row` of all rounds.
 
-Every figure of a row is the median of its rounds', and so is its ratio: each round's figure is divided by the limit that
-the same round measured. Nothing here measures or prints.
+Every figure of a row is the median of its rounds', and so is its ratio: each round's figure is divided by the limit
+that the same round measured. Nothing here measures or prints.
 """
 
 import json
@@ -59,6 +59,10 @@ class Round:
         return percentile(self.times, 0.5)
 
     @property
+    def p99(self) -> float:
+        return percentile(self.times, 0.99)
+
+    @property
     def bandwidth(self) -> float:
         """Bytes a second: of one client while it copied, of several over the time from the first to the last."""
         moved = sum(part.moved for part in self.parts)
@@ -100,7 +104,7 @@ def _row(name: str, rounds: Sequence[Round], measured: Mapping[str, Sequence[Rou
         len(rounds[0].parts),
         sum(r.operations for r in rounds),
         _micro([r.p50 for r in rounds]),
-        _micro([percentile(r.times, 0.99) for r in rounds]),
+        _micro([r.p99 for r in rounds]),
         median(r.operations / r.seconds for r in rounds),
         median(r.bandwidth for r in rounds) / 1e9 if copying else None,
         _micro([sum(part.cpu for part in r.parts) / r.operations for r in rounds]),
@@ -142,6 +146,8 @@ def load_rows(path: Path) -> list[Row]:
     """What `save_rows` wrote; `ConfigError` if it is something else."""
     try:
         found: Any = json.loads(path.read_text())
+        if not isinstance(found, list):
+            raise TypeError("it holds no list")
         return [Row(**row) for row in found]
     except (OSError, ValueError, TypeError) as exc:
         raise ConfigError("--compare", f"{path} is no file that lmcache-trio bench --json wrote: {exc}") from exc

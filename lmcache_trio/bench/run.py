@@ -23,6 +23,7 @@ import trio
 from lmcache_trio.bench.machine import Meter, cpu_seconds
 from lmcache_trio.bench.rows import Part, Round
 from lmcache_trio.bench.settings import COPIES, DISK, Settings
+from lmcache_trio.client import open_client
 from lmcache_trio.errors import Unavailable
 
 __all__ = ["Measured", "child", "measure", "scratch", "serving"]
@@ -131,12 +132,15 @@ async def scratch(near: Path | None = None) -> AsyncIterator[Path]:
 async def measure(
     settings: Settings, *, address: str | None, disk: Path | None, tell: Callable[[str, int, int], None]
 ) -> Measured:
-    """Run it all. *address*: of a server that runs already; the disk rows, which need one of our own, are then left out.
+    """Run it all. *address*: of a server that runs already; disk rows, which need one of our own, are then left out.
 
     *disk* is where the tier's folder is made; *tell* is told what is done now, how much was done, and of how much.
     """
     wanted = settings.wanted if address is None else tuple(row for row in settings.wanted if row not in DISK)
     left_out = tuple(row for row in settings.wanted if row not in wanted)
+    if address is not None:
+        async with open_client(address, name="lmcache-trio bench"):
+            pass  # `Unavailable` at once if nobody is there: an adapter would wait for somebody
     async with AsyncExitStack() as stack:
         folder = await stack.enter_async_context(scratch())
         tell("servers", 0, 0)
@@ -154,7 +158,7 @@ async def measure(
             arguments = ["-m", "lmcache_trio.bench.host", settings.as_json(), str(rank), run, *addresses]
             arguments += [tier_folder] if tier_folder else []
             hosts.append(await stack.enter_async_context(child(arguments, folder / "host.log")))
-        pids = [(await host.hear())["pids"] for host in hosts][0]
+        [pids, *_] = [(await host.hear())["pids"] for host in hosts]
         rounds, others = await _rounds(settings, wanted, hosts, pids, tell)
     return Measured(rounds, others, left_out)
 

@@ -91,7 +91,7 @@ NAMED_KV = {
 
 @attrs.frozen
 class Settings:
-    """One run. *operation* is the bytes of a store or retrieve, rounded to whole chunks; counts are a client's, a round.
+    """One run. *operation* is the bytes of a store or retrieve, rounded to whole chunks; counts are a client's.
 
     *rows* are those to be measured; the two limits, memcpy and the bare round trip, always are.
     """

@@ -16,7 +16,7 @@ from lmcache_trio.threads import Handoff
 __all__ = ["load_cold", "load_warm", "writeback"]
 
 _SECONDS = 60.0
-_PAUSE = 0.001
+_PAUSE = 0.004
 """Seconds between two looks at the tier's counter: nothing tells of a writeback's end."""
 
 

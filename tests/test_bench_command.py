@@ -1,0 +1,170 @@
+"""`lmcache-trio bench`, as a user runs it, with a KV so small that it takes seconds; what grows, likewise."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from lmcache_trio.bench import plots
+from lmcache_trio.bench.grow import Grown, Plan, Point, grow
+from lmcache_trio.bench.machine import Meter, anonymous_bytes, cpu_seconds, describe
+from lmcache_trio.bench.settings import ROWS
+from lmcache_trio.testing.sides import wait_until
+
+SMALL = ["--kv", "layers=2,kv_heads=1,head_dim=64", "--operation", "1MiB", "--rounds", "1", "--lookups", "5"]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short enough for a socket's path."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as made:
+        yield Path(made)
+
+
+def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lmcache_trio", "bench", *SMALL, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+
+
+def arenas() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("lmcache-trio-*")}
+
+
+def test_every_row_is_measured_printed_and_written_and_nothing_is_left(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench(folder, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    rows: dict[str, Any] = {row["name"]: row for row in json.loads(file.read_text())}
+    assert tuple(rows) == ROWS
+    for name, row in rows.items():
+        assert name in done.stdout
+        copying = "memcpy" in name or "disk" in name or name in ("store", "retrieve")
+        assert row["p50_us"] > 0
+        assert row["ops_s"] > 0
+        assert row["ratio"] > 0
+        assert (row["gb_s"] is not None) == copying
+        assert (row["cpu_server_us"] is None) == name.startswith("memcpy")
+    assert rows["memcpy"]["ratio"] == rows["bare_round_trip"]["ratio"] == 1
+    assert list(folder.iterdir()) == []
+
+
+def test_several_clients_are_several_processes_that_add_up(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = bench(folder, "--clients", "2", "--json", str(file), "--rows", "lookup_8k_hit", "store", "retrieve")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(file.read_text())}
+    assert tuple(rows) == ("memcpy", "bare_round_trip", "lookup_8k_hit", "store", "retrieve")
+    assert {row["clients"] for row in rows.values()} == {2}
+    assert (rows["lookup_8k_hit"]["n"], rows["store"]["n"]) == (10, 8)
+
+
+def test_a_server_that_runs_already_is_measured_without_the_disk_rows(folder: Path) -> None:
+    address = f"ipc://{folder}/s.ipc"
+    command = [sys.executable, "-m", "lmcache_trio", "serve", "--address", address, "--set", "memory.size=64MiB"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert "ready" in server.stdout.readline()
+            done = bench(folder, "--address", address, "--rows", "store", "load_disk_warm")
+            assert done.returncode == 0, done.stderr
+            assert "left out" in done.stdout
+            assert "load_disk_warm" in done.stdout
+            assert server.poll() is None
+        finally:
+            server.terminate()
+
+
+def test_a_server_that_is_not_there_is_told_in_one_line(folder: Path) -> None:
+    done = bench(folder, "--address", f"ipc://{folder}/nobody.ipc", "--rows", "ping")
+    assert done.returncode == 1
+    assert "nobody.ipc" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bench_that_is_told_to_end_takes_its_processes_with_it(folder: Path) -> None:
+    command = [sys.executable, "-m", "lmcache_trio", "bench", "--kv", "layers=1", "--rounds", "100000"]
+    before = arenas()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(folder)}
+    ) as process:
+        wait_until(lambda: bool(list(folder.glob("*/host.log"))), timeout=30)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+    assert list(folder.iterdir()) == []
+    assert arenas() <= before
+
+
+# --- what grows -------------------------------------------------------------------------------------------------------
+
+
+async def test_growth_is_measured_at_each_point_and_drawn(tmp_path: Path) -> None:
+    plan = Plan((1024, 8192), (1000, 4000), (1, 2), sessions=20, rounds=1, lookups=5, ready_arena=64 << 20)
+    told: list[str] = []
+    with trio.fail_after(100):
+        grown = await grow(plan, lambda what, done, whole: told.append(what))
+    assert [point.x for point in grown.of("index")] == [1000, 4000]
+    assert [point.x for point in grown.of("clients")] == [1, 2]
+    for series in ("length, small index", "length, large index", "length, tokens in"):
+        assert [point.x for point in grown.of(series)] == [1024, 8192]
+    assert all(point.p50_us > 0 and point.ops_s > 0 for point in grown.points)
+    assert grown.figures["ready_s"] > 0
+    assert grown.figures["full_to_empty_p50"] > 0
+    assert grown.figures["longest_pause_ms"] > 0
+    assert grown.figures["longest_collection_ms"] > 0
+    assert json.loads(grown.as_json())["figures"] == grown.figures
+    assert "20 sessions" in told
+
+
+def test_plots_are_drawn_of_every_series(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    series = ("index", "clients", "length, small index", "length, large index", "length, tokens in")
+    points = tuple(Point(name, x, 100.0 + x, 200.0 + x, 5.0) for name in series for x in (1, 2, 4))
+    files = plots.draw(Grown(points, {}), tmp_path, describe())
+    assert [file.name for file in files] == ["lookup_by_length.svg", "lookup_by_index.svg", "lookups_by_clients.svg"]
+    for file in files:
+        assert "<svg" in file.read_text()
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def test_processor_time_of_a_process_grows_with_its_work() -> None:
+    before = cpu_seconds(os.getpid())
+    sum(range(2_000_000))
+    after = cpu_seconds(os.getpid())
+    assert before is not None
+    assert after is not None
+    assert after - before > 0.005
+
+
+def test_a_process_that_is_not_there_has_no_figures() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    assert cpu_seconds(ended.pid) is None
+
+
+def test_ones_own_work_is_not_counted_as_others() -> None:
+    pids = [os.getpid()]
+    before = Meter(busy=10.0, ours=4.0, whole=100.0, cores=2)
+    after = Meter(busy=13.0, ours=6.0, whole=120.0, cores=2)
+    assert after.others_since(before) == pytest.approx(0.1)
+    assert Meter.read(pids).others_since(Meter.read(pids)) >= 0
+
+
+def test_private_memory_and_the_machine_can_be_told() -> None:
+    assert anonymous_bytes(os.getpid()) > 1 << 20
+    assert "Python" in describe()

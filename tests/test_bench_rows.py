@@ -1,0 +1,165 @@
+"""How the benchmark's figures are made of what was measured, how they are told, and what its flags refuse."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lmcache_trio.bench.report import comparison, doubts
+from lmcache_trio.bench.rows import Part, Round, Row, load_rows, percentile, save_rows, spread, summarise
+from lmcache_trio.bench.settings import NAMED_KV, ROWS, KVShape, Settings
+from lmcache_trio.errors import ConfigError
+
+FIELDS = ["name", "clients", "n", "p50_us", "p99_us", "ops_s", "gb_s", "cpu_client_us", "cpu_server_us", "ratio"]
+
+
+def a_round(times: list[float], *, moved: int = 0, server_cpu: float | None = None, clients: int = 1) -> Round:
+    """Every client with the same *times*, one operation right after the other, all from 0 on."""
+    return Round([Part(times, 0.0, sum(times), sum(times) / 2, moved) for _ in range(clients)], server_cpu)
+
+
+def only(rows: list[Row], name: str) -> Row:
+    (found,) = [row for row in rows if row.name == name]
+    return found
+
+
+def test_a_row_is_the_median_of_its_rounds() -> None:
+    rounds = [a_round([t] * 10, server_cpu=t) for t in (0.001, 0.002, 0.009)]
+    row = only(summarise({"ping": rounds}), "ping")
+    assert row.n == 30
+    assert [row.p50_us, row.p99_us, row.ops_s] == pytest.approx([2000, 2000, 500])
+    assert [row.cpu_client_us, row.cpu_server_us] == pytest.approx([1000, 200])
+    assert (row.gb_s, row.ratio) == (None, None)
+
+
+def test_a_lookups_ratio_is_of_the_bare_round_trip_of_the_same_round() -> None:
+    bare = [a_round([0.001] * 3), a_round([0.004] * 3), a_round([0.002] * 3)]
+    ping = [a_round([0.002] * 3), a_round([0.008] * 3), a_round([0.004] * 3)]  # the machine drifts, the ratio does not
+    rows = summarise({"bare_round_trip": bare, "ping": ping})
+    assert only(rows, "ping").ratio == 2
+    assert only(rows, "bare_round_trip").ratio == 1
+
+
+def test_a_copys_ratio_is_of_the_memcpy_of_the_same_round() -> None:
+    memcpy = [a_round([0.5, 0.5], moved=10**9), a_round([1.0, 1.0], moved=10**9)]
+    store = [a_round([1.0, 1.0], moved=10**9), a_round([2.0, 2.0], moved=10**9)]
+    rows = summarise({"memcpy": memcpy, "store": store})
+    assert only(rows, "store").ratio == 0.5
+    assert only(rows, "memcpy").gb_s == 0.75
+    assert only(rows, "memcpy").cpu_server_us is None
+
+
+def test_several_clients_bandwidth_is_of_all_they_moved_from_the_first_to_the_last() -> None:
+    four = a_round([0.5, 0.5], moved=10**9, clients=4)
+    assert four.bandwidth == 4e9
+    assert only(summarise({"memcpy": [four]}), "memcpy").clients == 4
+
+
+def test_percentiles_are_values_that_were_measured() -> None:
+    values = [float(i) for i in range(1, 101)]
+    assert percentile(values, 0.5) == 50
+    assert percentile(values, 0.99) == 99
+    assert percentile([7.0], 0.99) == 7
+
+
+def test_spread_is_small_where_one_round_alone_is_off() -> None:
+    steady = [1.0] * 19
+    assert spread([*steady, 9.0]) == 0
+    assert spread([1.0, 2.0]) == pytest.approx(2 / 3)
+
+
+def test_rows_are_written_as_a_list_of_objects_with_exactly_the_fields(tmp_path: Path) -> None:
+    rows = summarise({"memcpy": [a_round([0.5], moved=10**9)], "ping": [a_round([0.001])]})
+    file = tmp_path / "rows.json"
+    save_rows(file, rows)
+    found = json.loads(file.read_text())
+    assert [list(row) for row in found] == [FIELDS, FIELDS]
+    assert found[1]["gb_s"] is None
+    assert load_rows(file) == rows
+
+
+@pytest.mark.parametrize("text", ["", "{}", '[{"name": "ping"}]', "[1]"])
+def test_a_file_that_is_no_benchmarks_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"other\.json"):
+        load_rows(file)
+
+
+def test_two_runs_are_compared_row_by_row_also_where_one_lacks_a_row() -> None:
+    a = summarise({"ping": [a_round([0.002])], "memcpy": [a_round([1.0], moved=10**9)]})
+    b = summarise({"ping": [a_round([0.001])], "lookup_8k_hit": [a_round([0.003])]})
+    console = Console(width=160, file=io.StringIO())
+    console.print(comparison(a, b, ("a.json", "b.json")))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = {words[1]: words for line in text.splitlines() if len(words := line.split()) > 3}
+    assert {"ping", "memcpy", "lookup_8k_hit"} <= set(lines)
+    assert "0.5" in lines["ping"]
+    assert "2" in lines["ping"]
+
+
+def test_a_noisy_machine_is_reported_and_a_quiet_one_is_not() -> None:
+    quiet = {"memcpy": [a_round([0.1], moved=10**9)] * 5, "bare_round_trip": [a_round([0.001])] * 5}
+    assert doubts(quiet, 0.01) == []
+    noisy = {**quiet, "memcpy": [a_round([0.1 * i], moved=10**9) for i in range(1, 6)]}
+    assert any("memcpy" in doubt for doubt in doubts(noisy, 0.01))
+    assert any("1.50 cores" in doubt for doubt in doubts(quiet, 1.5))
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_shape_is_a_name_or_numbers() -> None:
+    named = KVShape.parse("llama3-8b")
+    assert (named.token_bytes, named.chunk_bytes) == (128 << 10, 32 << 20)
+    numbers = KVShape.parse("layers=2, kv_heads=1,head_dim=64,dtype=fp32,block_tokens=8,chunk_tokens=64")
+    assert numbers == KVShape(2, 1, 64, "fp32", 8, 64)
+    assert KVShape.parse("layers=80") == NAMED_KV["llama3-70b"]
+
+
+@pytest.mark.parametrize("text", ["llama9", "layers", "layers=x", "layers=0", "dtype=int3", "chunk_tokens=20", "x=3"])
+def test_a_shape_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--kv"):
+        KVShape.parse(text)
+
+
+def test_settings_come_back_as_they_went_to_the_clients() -> None:
+    settings = Settings(NAMED_KV["qwen2.5-7b"], 3, 2, 5 << 20, rows=("store",))
+    assert Settings.of_json(settings.as_json()) == settings
+
+
+def test_the_two_limits_are_always_measured() -> None:
+    assert Settings(rows=("store",)).wanted == ("memcpy", "bare_round_trip", "store")
+    assert Settings().wanted == ROWS
+
+
+def test_operations_are_whole_chunks() -> None:
+    settings = Settings()
+    assert (settings.operation_chunks, settings.operation_tokens, settings.operation_bytes) == (4, 1024, 128 << 20)
+    assert Settings(operation=1).operation_chunks == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--kv", "llama9"], "--kv"),
+        (["--clients", "0"], "--clients"),
+        (["--clients", "65"], "--clients"),
+        (["--rounds", "0"], "--rounds"),
+        (["--operation", "big"], "--operation"),
+        (["--rows", "nothing"], "--rows"),
+        (["--compare", "a.json", "b.json"], "--compare"),
+        (["--json", "/nowhere/at/all.json"], "--json"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_line_before_anything_is_measured(arguments: list[str], word: str) -> None:
+    command = [sys.executable, "-m", "lmcache_trio", "bench", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lmcache-trio: ")
+    assert word in done.stderr
+    assert done.stdout == ""
