@@ -1,0 +1,191 @@
+"""The disk tier on real file systems that are full, read-only, or refuse: mounted by whoever may."""
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from lmcache_trio_backends.disk import DiskConfig, DiskTier
+
+from lmcache_trio.errors import ConfigError, Unavailable
+from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
+
+MIB = 1 << 20
+
+
+def disk_tier(path: Path, size: int = 24 * MIB, **settings: Any) -> DiskTier:
+    return DiskTier(DiskConfig(path=str(path), size=size, **{"slab_size": 2 * MIB, **settings}))
+
+
+async def stored(tier: DiskTier, number: int) -> bool:
+    return list(await tier.store([record_of(key_of(number), (MIB,))])) == [True]
+
+
+async def loaded(tier: DiskTier, *numbers: int) -> list[bool]:
+    loads = [load_of(key_of(n), (MIB,)) for n in numbers]
+    hits = list(await tier.load(loads))
+    assert all(is_right(load) for load, hit in zip(loads, hits, strict=True) if hit)
+    return hits
+
+
+def run(*command: str | Path) -> None:
+    """Skips the test, by name and reason, where this machine does not let us. Outside of Trio: it loses the reason."""
+    try:
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=30)
+    except FileNotFoundError:
+        pytest.skip(f"{command[0]}: there is no such command here")
+    if done.returncode:
+        pytest.skip(f"{command[0]}: {done.stderr.strip() or done.returncode}")
+
+
+@pytest.fixture
+def there(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of its own: the parameter is (kind, megabytes)."""
+    kind, megabytes = request.param
+    if os.geteuid():
+        pytest.skip("mount: only root may")
+    place = tmp_path / kind
+    place.mkdir()
+    if kind.endswith("mfs"):  # ramfs ignores the size
+        run("mount", "-t", kind, "-o", f"size={megabytes}m", kind, place)
+    else:
+        image = image_of(place)
+        with image.open("wb") as file:
+            file.truncate(megabytes * MIB)
+        run(f"mkfs.{kind}", "-q", image)
+        run("mount", "-o", "loop", image, place)
+    yield place
+    subprocess.run(["umount", "-l", place], check=True, timeout=30)
+
+
+def image_of(there: Path) -> Path:
+    return there.with_suffix(".img")
+
+
+def on(*kinds: str, megabytes: int = 32) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("there", [(kind, megabytes) for kind in kinds], indirect=True, ids=kinds)
+
+
+@on("tmpfs", "ext4", megabytes=12)
+async def test_a_full_disk_is_unavailable_and_goes_on_where_it_was_when_there_is_room_again(there: Path) -> None:
+    tier = disk_tier(there / "kv")
+    filler = there / "filler"
+    number = 0
+    with pytest.raises(Unavailable, match="No space left on device"):
+        async with tier.open():
+            for number in range(20):
+                if number == 3:
+                    filler.write_bytes(b"\1" * 2 * MIB)
+                assert await stored(tier, number)
+    assert 3 < number < 12
+    filler.unlink()
+    async with tier.open():
+        assert all(await loaded(tier, *range(number)))
+        assert tier.statistics()["chunks"] == number
+        assert await stored(tier, number)
+
+
+@on("tmpfs", "ext4", megabytes=12)
+async def test_a_disk_without_a_byte_left_is_unavailable_at_the_opening_and_opens_later(there: Path) -> None:
+    tier = disk_tier(there / "kv", 8 * MIB)
+    async with tier.open():
+        assert await stored(tier, 1)
+    filler = there / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(b"\1" * 4096)
+    with pytest.raises(Unavailable, match=r"No space|full"):
+        async with tier.open():
+            pass
+    filler.unlink()
+    async with tier.open():
+        assert await loaded(tier, 1) == [True]
+        assert await stored(tier, 2)
+
+
+@on("tmpfs", "ext4")
+async def test_a_disk_that_becomes_read_only_is_unavailable_until_it_is_writable_again(there: Path) -> None:
+    tier = disk_tier(there / "kv")
+    async with tier.open():
+        assert await stored(tier, 1)
+    remount(there, "ro")
+    with pytest.raises(Unavailable, match=r"(?i)read-?only"):
+        async with tier.open():
+            pass
+    remount(there, "rw")
+    async with tier.open():
+        assert await loaded(tier, 1) == [True]
+        assert await stored(tier, 2)
+
+
+@on("ext4")
+def test_a_disk_that_the_kernel_shuts_down_under_us_is_unavailable_until_it_is_mounted_again(there: Path) -> None:
+    tier = disk_tier(there / "kv")
+
+    async def used_until_it_fails() -> None:
+        async with tier.open():
+            assert await stored(tier, 1)
+            shut_down(there)
+            assert await loaded(tier, 1) in ([True], [False])
+            for number in range(2, 6):
+                await stored(tier, number)
+
+    async def used_again() -> None:
+        async with tier.open():
+            assert await stored(tier, 7)
+            assert await loaded(tier, 7) == [True]
+
+    with pytest.raises(Unavailable):
+        trio.run(used_until_it_fails)
+    run("umount", there)
+    run("mount", "-o", "loop", image_of(there), there)
+    trio.run(used_again)
+
+
+@on("tmpfs", "ramfs")
+def test_o_direct_is_refused_by_name_where_the_kernel_refuses_it(there: Path) -> None:
+    async def opened() -> None:
+        async with disk_tier(there / "kv", direct=True).open():
+            pass
+
+    try:
+        os.close(os.open(there / "try", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600))
+    except OSError:
+        with pytest.raises(ConfigError, match="O_DIRECT") as caught:
+            trio.run(opened)
+        assert caught.value.key == "direct"
+    else:
+        pytest.skip(f"O_DIRECT on {there.name}: this kernel takes it")
+
+
+@on("ext4", megabytes=64)
+async def test_its_files_take_no_more_of_a_real_file_system_than_its_size(there: Path) -> None:
+    size = 24 * MIB
+    before = os.statvfs(there)
+    tier = disk_tier(there / "kv", size)
+    async with tier.open():
+        for number in range(40):
+            assert await stored(tier, number)
+            now = os.statvfs(there)
+            assert (before.f_bfree - now.f_bfree) * now.f_frsize <= size
+        assert int(tier.statistics()["evicted"]) > 10
+
+
+def remount(there: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", there], check=True, timeout=30)
+
+
+def shut_down(there: Path) -> None:
+    """What ext4 does to itself when its journal fails (EXT4_IOC_SHUTDOWN, without flushing the log)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(there, os.O_RDONLY)
+    try:
+        flags = ctypes.c_uint32(2)
+        if libc.ioctl(fd, 0x8004587D, ctypes.byref(flags)):
+            pytest.skip(f"EXT4_IOC_SHUTDOWN: {os.strerror(ctypes.get_errno())}")
+    finally:
+        os.close(fd)
