@@ -1,0 +1,138 @@
+"""What the connector refuses at start and by name, and what it adds to token ids: vLLM's own classes, but no engine."""
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lmcache_trio import ConfigError, Misuse, Unavailable
+
+with warnings.catch_warnings():  # vLLM's and torch's own, while they are imported
+    warnings.simplefilter("ignore")
+    from vllm import SamplingParams
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.lora.request import LoRARequest
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+    from vllm.v1.request import Request
+
+    from lmcache_trio.adapters.vllm import LMCacheTrioConnector
+
+pytestmark = pytest.mark.e2e
+
+FULL = FullAttentionSpec(block_size=32, num_kv_heads=4, head_size=32, dtype=torch.bfloat16)
+WINDOW = SlidingWindowSpec(block_size=32, num_kv_heads=4, head_size=32, dtype=torch.bfloat16, sliding_window=64)
+STATE = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,))
+
+
+def connector(
+    *specs: Any, extra: dict[str, Any] | None = None, policy: str = "recompute", batches: int = 1, **parallel: int
+) -> LMCacheTrioConnector:
+    """One as a worker makes it: it reaches for no server before it has tensors to register."""
+    config: Any = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(
+            kv_connector_extra_config=extra or {}, kv_load_failure_policy=policy, engine_id="e", is_kv_producer=True
+        ),
+        max_concurrent_batches=batches,
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+    )
+    vars(config.parallel_config).update(parallel)
+    caches: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs or (FULL,)])
+    return LMCacheTrioConnector(config, KVConnectorRole.WORKER, caches)
+
+
+def request(**more: Any) -> Request:
+    return Request("r", list(range(64)), SamplingParams(max_tokens=1), None, **more)
+
+
+def extras(of: Request, first: int = 0, end: int = 32) -> bytes:
+    found = connector()._identify(of)
+    return b"" if found is None else found(first, end)
+
+
+def test_a_cache_hands_nothing_over_that_must_be_delivered() -> None:
+    assert not connector().requires_kv_delivery
+
+
+def test_a_load_failure_policy_other_than_recompute_is_refused_with_the_line_to_paste() -> None:
+    with pytest.raises(ConfigError, match='"kv_load_failure_policy": "recompute"'):
+        connector(policy="fail")
+
+
+def test_an_unknown_extra_key_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"kv_connector_extra_config\.chunk_tokens: is not known"):
+        connector(extra={"chunk_tokens": 256})
+
+
+def test_more_than_one_kv_cache_group_is_refused_by_name() -> None:
+    with pytest.raises(Misuse, match=r"2 KV cache groups \(FullAttentionSpec, SlidingWindowSpec\)"):
+        connector(FULL, WINDOW)
+
+
+@pytest.mark.parametrize("spec", [WINDOW, STATE], ids=lambda spec: type(spec).__name__)
+def test_a_cache_that_does_not_keep_all_tokens_is_refused_by_name(spec: Any) -> None:
+    with pytest.raises(Misuse, match=type(spec).__name__):
+        connector(spec)
+
+
+@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_blocks_without_consecutive_tokens_are_refused_by_name(name: str) -> None:
+    with pytest.raises(Misuse, match=f"{name} is 2"):
+        connector(**{name: 2})
+
+
+def test_synchronous_loads_are_refused_where_steps_overlap() -> None:
+    with pytest.raises(ConfigError, match="overlaps 2 steps"):
+        connector(extra={"load": "sync"}, batches=2)
+
+
+def test_token_ids_alone_say_who_a_plain_request_is() -> None:
+    assert connector()._identify(request()) is None
+
+
+def test_a_cache_salt_counts_in_the_first_chunk_and_so_in_all() -> None:
+    assert extras(request(cache_salt="a")) != extras(request(cache_salt="b"))
+    assert extras(request(cache_salt="a")) == extras(request(cache_salt="a"))
+
+
+def test_an_image_counts_where_it_stands() -> None:
+    def image(identifier: str, offset: int) -> Request:
+        where = PlaceholderRange(offset=offset, length=8)
+        feature = MultiModalFeatureSpec(data=None, modality="image", identifier=identifier, mm_position=where)
+        return request(mm_features=[feature])
+
+    seen = {extras(image("cat", 4)), extras(image("dog", 4)), extras(image("cat", 5))}
+    assert len(seen) == 3
+    assert extras(image("cat", 4), 32, 64) == b"", "no part of it stands in that chunk"
+
+
+def test_prompt_embeddings_count_where_there_are_no_ids() -> None:
+    def embedded(value: float) -> bytes:
+        made = Request("r", None, SamplingParams(max_tokens=1), None, prompt_embeds=torch.full((64, 4), value))
+        return extras(made)
+
+    assert embedded(1.0) != embedded(2.0)
+    assert embedded(1.0) == embedded(1.0)
+
+
+def test_a_lora_adapter_is_known_by_its_files_and_not_by_its_path(tmp_path: Any) -> None:
+    for name, content in (("one", b"a"), ("copy", b"a"), ("other", b"b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(content)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+
+    def adapted(path: str) -> bytes:
+        return extras(request(lora_request=LoRARequest("mine", 1, str(tmp_path / path))))
+
+    assert adapted("one") == adapted("copy")
+    assert adapted("one") != adapted("other")
+    assert adapted("one") != extras(request())
+
+
+def test_a_lora_adapter_without_files_and_a_streaming_session_go_uncached(tmp_path: Any) -> None:
+    with pytest.raises(Unavailable):
+        extras(request(lora_request=LoRARequest("mine", 1, str(tmp_path / "absent"))))
+    with pytest.raises(Unavailable):
+        extras(request(resumable=True))
