@@ -50,7 +50,7 @@ def there(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
         pytest.skip("mount: only root may")
     place = tmp_path / kind
     place.mkdir()
-    if kind.endswith("mfs"):  # ramfs ignores the size
+    if kind in ("tmpfs", "ramfs"):  # the latter ignores its size
         run("mount", "-t", kind, "-o", f"size={megabytes}m", kind, place)
     else:
         image = image_of(place)
