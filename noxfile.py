@@ -101,7 +101,7 @@ def e2e(session: nox.Session) -> None:
     _share_torch(session)
     _install_vllm(session)
     _install_wheel(session, *_group("test"))
-    _pytest(session, "tests/e2e", *session.posargs)
+    _pytest(session, "tests/e2e", "-o", "faulthandler_timeout=600", *session.posargs)  # an engine takes 45 s to start
 
 
 @nox.session
