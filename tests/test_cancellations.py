@@ -1,0 +1,491 @@
+"""After a cancel at any checkpoint of any operation, what a server holds is as before and the connection still works.
+
+Each operation is run again and again, cancelled one task step later each time, until it completes: every step that any
+task takes meanwhile, the server's too, is a point at which the cancellation comes.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from lmcache_trio import Client, Config, Role, Server, open_client, open_server
+from lmcache_trio._server.handlers import answer_of
+from lmcache_trio._transport import dial_pair, introduce, listen, listen_pair, wait_listening
+from lmcache_trio._transport.arena_map import ArenaMap
+from lmcache_trio._wire.codec import decode, encode
+from lmcache_trio._wire.messages import AnswerState, Hello, Welcome
+from lmcache_trio.errors import LMCacheTrioError, Unavailable
+from lmcache_trio.threads import Portal, offload_owned
+
+SHARD = 4096
+STORED = [bytes([i]) * 32 for i in range(1, 4)]
+NEW = [bytes([i]) * 32 for i in range(11, 14)]
+TOKEN = b"t" * 16
+CHUNKS = ("chunks_ready", "slots_ready", "bytes_ready", "bytes_free", "largest_hole")
+"""What a store that was committed, and a reset, change for good."""
+ENOUGH = 1000
+"""Steps that no operation here needs."""
+
+
+class CancelAt(trio.abc.Instrument):
+    """Cancels *scope* when the tasks of this loop have taken *steps* more steps."""
+
+    def __init__(self, scope: trio.CancelScope, steps: float) -> None:
+        self._scope, self._left = scope, steps
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._scope.cancel()
+
+
+async def cancelled_at(steps: float, operation: Callable[[], Awaitable[object]]) -> bool:
+    """Run *operation*, cancelled *steps* steps later. False: it had completed by then."""
+    with trio.CancelScope() as scope:
+        instrument = CancelAt(scope, steps)
+        trio.lowlevel.add_instrument(instrument)
+        if steps == 0:
+            scope.cancel()
+        try:
+            await operation()
+        finally:
+            trio.lowlevel.remove_instrument(instrument)
+    return scope.cancel_called
+
+
+@attrs.frozen(eq=False)
+class Rig:
+    """A server, and an engine with something of everything in progress."""
+
+    server: Server
+    scheduler: Client
+    worker: Client
+    lease: bytes
+    pin: bytes
+    reservation: bytes
+
+
+@asynccontextmanager
+async def serving(address: str) -> AsyncIterator[Server]:
+    config = Config(address=address, memory={"backend": "cpu", "size": 1 << 18}, grace=0.0)
+    async with open_server(config) as server:
+        yield server
+
+
+@asynccontextmanager
+async def engine(server: Server) -> AsyncIterator[tuple[Client, Client]]:
+    async with (
+        open_client(server.address, role=Role.SCHEDULER, engine="e") as scheduler,
+        open_client(server.address, role=Role.WORKER, engine="e") as worker,
+    ):
+        await worker.register(b"f" * 32, SHARD, 16)
+        while worker.taken < 1 << 18:
+            await worker.ping()
+        await scheduler.lookup(0, [])
+        async with worker.storing(0, b"", STORED) as storing:
+            assert len(storing.slots) == 3
+        scheduler.end(0)
+        await scheduler.ping()
+        yield scheduler, worker
+
+
+async def begin(server: Server, scheduler: Client, worker: Client) -> Rig:
+    answer = await scheduler.lookup(1, STORED)
+    assert answer.chunks == 3
+    pinned = await worker.retrieve(answer.lease, 0, 3)
+    await scheduler.lookup(2, [])
+    await scheduler.lookup(3, [])
+    reserved = await worker.reserve(2, b"", NEW[:2])
+    return Rig(server, scheduler, worker, answer.lease, pinned.pin, reserved.reservation)
+
+
+async def end(rig: Rig) -> None:
+    """Of what `begin` began, whatever the operation left of it; both connections must still work."""
+    rig.worker.done_nowait(rig.pin)
+    rig.worker.abort_nowait(rig.reservation)
+    for session in (1, 2, 3):
+        rig.scheduler.end(session)
+    for client in (rig.scheduler, rig.worker):
+        assert await client.ping() == rig.server.boot
+        assert not client._waiters
+        assert not client._answers
+
+
+def held(server: Server) -> dict[str, Any]:
+    return {name: value for name, value in server.statistics()["held"].items() if name not in CHUNKS}
+
+
+async def comes_back_to(server: Server, before: dict[str, Any]) -> None:
+    """The server runs in this loop, so giving it turns is enough."""
+    with trio.move_on_after(20):
+        while held(server) != before:
+            await trio.testing.wait_all_tasks_blocked(0.001)
+    assert held(server) == before
+
+
+async def _ping(rig: Rig) -> None:
+    await rig.scheduler.ping()
+
+
+async def _statistics(rig: Rig) -> None:
+    await rig.worker.statistics()
+
+
+async def _lookup(rig: Rig) -> None:
+    await rig.scheduler.lookup(3, STORED)
+
+
+async def _lookup_again(rig: Rig) -> None:
+    await rig.scheduler.lookup(1, [], start=3)
+
+
+async def _lookup_miss(rig: Rig) -> None:
+    await rig.scheduler.lookup(3, NEW)
+
+
+async def _lookup_in_a_tier(rig: Rig) -> None:
+    """The answer is pushed, some turns after the reply."""
+
+    def prefetch(client: Any, engine: Any, session: Any, message: Any, wanted: list[bytes]) -> bool:
+        async def answer() -> None:
+            await trio.lowlevel.checkpoint()
+            if session.answer(message.id, 0):
+                client.send(answer_of(session, 0))
+
+        client.start(answer)
+        return True
+
+    rig.server._state.prefetch = prefetch
+    try:
+        answer = await rig.scheduler.lookup(3, NEW)
+        assert (answer.state, answer.chunks) == (AnswerState.ANSWERED, 0)
+    finally:
+        rig.server._state.prefetch = None
+
+
+async def _status(rig: Rig) -> None:
+    await rig.scheduler.lookup_status(1)
+
+
+async def _reset(rig: Rig) -> None:
+    await rig.scheduler.reset()
+
+
+async def _register(rig: Rig) -> None:
+    await rig.worker.register(b"f" * 32, SHARD, 16)
+
+
+async def _retrieve(rig: Rig) -> None:
+    rig.worker.done_nowait((await rig.worker.retrieve(rig.lease, 1, 2)).pin)
+
+
+async def _done(rig: Rig) -> None:
+    await rig.worker.done(rig.pin)
+
+
+async def _reserve(rig: Rig) -> None:
+    rig.worker.abort_nowait((await rig.worker.reserve(3, STORED[2], NEW[2:])).reservation)
+
+
+async def _commit(rig: Rig) -> None:
+    await rig.worker.commit(rig.reservation)
+
+
+async def _abort(rig: Rig) -> None:
+    await rig.worker.abort(rig.reservation)
+
+
+async def _copies_ended(rig: Rig) -> None:
+    with contextlib.suppress(LMCacheTrioError):  # `open_client` keeps its token to itself: it is refused
+        await rig.worker.copies_ended(TOKEN)
+
+
+async def _storing(rig: Rig) -> None:
+    async with rig.worker.storing(3, STORED[2], NEW[2:]) as storing:
+        await trio.lowlevel.checkpoint()
+        storing.slots[0][:] = bytes(SHARD)
+        await trio.lowlevel.checkpoint()
+
+
+async def _retrieving(rig: Rig) -> None:
+    async with rig.worker.retrieving(rig.lease, 0, 3) as chunks:
+        await trio.lowlevel.checkpoint()
+        assert len(chunks) == 3
+
+
+async def _observer(rig: Rig) -> None:
+    async with open_client(rig.server.address) as client:
+        await client.ping()
+
+
+async def _scheduler(rig: Rig) -> None:
+    async with open_client(rig.server.address, role=Role.SCHEDULER, engine="other") as client:
+        await client.lookup(7, STORED)
+
+
+async def _worker(rig: Rig) -> None:
+    async with open_client(rig.server.address, role=Role.WORKER, engine="other") as client:
+        await client.register(b"f" * 32, SHARD, 16)
+
+
+async def _introduce_and_dial(rig: Rig) -> None:
+    hello = Hello(1, "by hand", os.urandom(16), Role.SCHEDULER, "other")
+    welcome = decode(await introduce(rig.server.address, encode(hello)))
+    assert isinstance(welcome, Welcome)
+    (await dial_pair(welcome.address)).close()
+
+
+async def _wait_closed(rig: Rig) -> None:
+    with trio.move_on_after(0.001):
+        await rig.scheduler.wait_closed()
+
+
+async def _wait_listening(rig: Rig) -> None:
+    await wait_listening(rig.server.address)
+
+
+OPERATIONS: list[Callable[[Rig], Awaitable[None]]] = [
+    *(_ping, _statistics, _lookup, _lookup_again, _lookup_miss, _lookup_in_a_tier, _status, _reset, _register),
+    *(_retrieve, _done, _reserve, _commit, _abort, _copies_ended, _storing, _retrieving),
+    *(_observer, _scheduler, _worker, _introduce_and_dial, _wait_closed, _wait_listening),
+]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__.strip("_"))
+async def test_after_a_cancel_at_any_step_held_is_as_before_and_the_connection_works(
+    operation: Callable[[Rig], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving("memory://server") as server, engine(server) as (scheduler, worker):
+        await trio.testing.wait_all_tasks_blocked()
+        before = held(server)
+        monkeypatch.setattr("lmcache_trio._server.connection.TAKE_UP", 0.01)
+        for steps in range(ENOUGH):
+            rig = await begin(server, scheduler, worker)
+            under_way = await cancelled_at(steps, lambda rig=rig: operation(rig))  # type: ignore[misc]
+            await end(rig)
+            await comes_back_to(server, before)
+            await _store_anew(scheduler, worker)
+            if not under_way:
+                break
+        else:
+            raise AssertionError("it never completed")
+        assert steps > 0
+
+
+async def _store_anew(scheduler: Client, worker: Client) -> None:
+    """Nothing but what was committed is in the cache: begin again with what was stored at first."""
+    behind = (await scheduler.lookup(9, [*STORED, *NEW[2:]])).chunks
+    beside = (await scheduler.lookup(9, NEW)).chunks
+    assert behind in (0, 3, 4)
+    assert beside in (0, 2)
+    if (behind, beside) != (3, 0):
+        await scheduler.reset()
+        async with worker.storing(9, b"", STORED):
+            pass
+    scheduler.end(9)
+    await scheduler.ping()
+
+
+@pytest.mark.parametrize("operation", [_ping, _lookup, _retrieve, _storing, _retrieving, _scheduler, _worker])
+async def test_over_real_sockets_too(
+    operation: Callable[[Rig], Awaitable[None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(f"ipc://{tmp_path}/s.ipc") as server, engine(server) as (scheduler, worker):
+        before = held(server)
+        monkeypatch.setattr("lmcache_trio._server.connection.TAKE_UP", 0.05)
+        for steps in range(ENOUGH):
+            rig = await begin(server, scheduler, worker)
+            under_way = await cancelled_at(steps, lambda rig=rig: operation(rig))  # type: ignore[misc]
+            await end(rig)
+            await comes_back_to(server, before)
+            await _store_anew(scheduler, worker)
+            if not under_way:
+                break
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["s.ipc"]
+
+
+# --- a server -------------------------------------------------------------------------------------------------------
+
+
+def arenas() -> list[Path]:
+    """This process' files in shared memory."""
+    return [path for path in Path("/dev/shm").iterdir() if f"-{os.getpid()}-" in path.name]
+
+
+async def test_a_server_cancelled_at_any_step_leaves_no_file_and_its_address_free(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/s.ipc"
+
+    async def serve_one() -> None:
+        async with serving(address):
+            with contextlib.suppress(Unavailable):
+                async with open_client(address, role=Role.SCHEDULER, engine="e") as scheduler:
+                    await scheduler.lookup(1, STORED)
+
+    await serve_one()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for steps in range(ENOUGH):
+        under_way = await cancelled_at(steps, serve_one)
+        assert arenas() == []
+        assert list(tmp_path.iterdir()) == []
+        if not under_way:
+            break
+    assert steps > 10
+    with trio.fail_after(20):  # NNG closes in threads of its own
+        while len(os.listdir("/proc/self/fd")) > descriptors:
+            await trio.lowlevel.checkpoint()
+    async with serving(address) as server, open_client(address) as client:
+        assert await client.ping() == server.boot
+
+
+@pytest.mark.parametrize("scheme", ["memory", "ipc"])
+async def test_an_accept_cancelled_at_any_step_loses_no_client_and_leaves_no_address(
+    scheme: str, tmp_path: Path
+) -> None:
+    front = listen("memory://front" if scheme == "memory" else f"ipc://{tmp_path}/front.ipc")
+    for steps in range(ENOUGH):
+        listener = listen_pair(front.address)
+
+        async def meet(listener: Any = listener) -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_dial_and_close, listener.address)
+                (await listener.accept()).close()
+
+        under_way = await cancelled_at(steps, meet)
+        listener.close()
+        with pytest.raises(Unavailable):
+            await dial_pair(listener.address)
+        if not under_way:
+            break
+    assert steps > 0
+    for steps in range(ENOUGH):
+        replied: list[bool] = []
+
+        async def accept(replied: list[bool] = replied) -> None:
+            introduction = await front.accept()
+            introduction.reply(introduction.hello)
+            replied.append(True)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_introduce, front.address)
+            under_way = await cancelled_at(steps, accept)
+            if not replied:
+                await accept()  # who came meanwhile is still there
+        if not under_way:
+            break
+    assert steps > 0
+    front.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+async def _dial_and_close(address: str) -> None:
+    (await dial_pair(address)).close()
+
+
+async def _introduce(address: str) -> None:
+    assert await introduce(address, b"hello") == b"hello"
+
+
+# --- threads and the arena --------------------------------------------------------------------------------------------
+
+
+async def test_an_owned_call_cancelled_at_any_step_hands_back_once_when_it_truly_ended() -> None:
+    limiter = trio.CapacityLimiter(1)
+    for steps in range(ENOUGH):
+        running: list[bool] = []
+        handed_back: list[list[bool]] = []
+        back = trio.Event()
+
+        def work(running: list[bool] = running) -> None:
+            running.append(True)
+            running.append(False)
+
+        def on_return(running: list[bool] = running, to: Any = handed_back, back: trio.Event = back) -> None:
+            to.append(list(running))
+            back.set()
+
+        under_way = await cancelled_at(
+            steps,
+            lambda work=work, on_return=on_return: offload_owned(work, limiter=limiter, on_return=on_return),  # type: ignore[misc]
+        )
+        with trio.fail_after(60):
+            await back.wait()
+        assert handed_back in ([[]], [[True, False]])
+        assert limiter.borrowed_tokens == 0
+        if not under_way:
+            break
+    assert handed_back == [[True, False]]
+
+
+async def test_populating_an_arena_may_be_cancelled_at_any_step_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_trio._transport.arena_map._PIECE", 8192)
+    file = tmp_path / "arena"
+    file.write_bytes(b"a" * 16 + bytes((1 << 16) - 16))
+    for steps in range(ENOUGH):
+        arena = ArenaMap.open(str(file), 1 << 20, b"a" * 16)
+        under_way = await cancelled_at(steps, lambda arena=arena: arena.populate(1 << 16))  # type: ignore[misc]
+        assert arena.populated % 8192 == 0
+        await arena.populate(1 << 16)
+        assert arena.populated == 1 << 16
+        assert bytes(arena.view(0, 1)) == b"a"
+        if not under_way:
+            break
+    assert steps > 8
+
+
+@pytest.fixture
+def portal() -> Iterator[Portal]:
+    made = Portal("cancellations")
+    made.start(_until_stopped, timeout=60)
+    yield made
+    assert made.stop(60)
+
+
+async def _until_stopped(*, task_status: trio.TaskStatus[None]) -> None:
+    task_status.started()
+    await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("checkpoint", [*range(6), math.inf])
+def test_a_hosts_call_given_up_at_any_checkpoint_is_cancelled_there_and_the_portal_goes_on(
+    portal: Portal, checkpoint: float
+) -> None:
+    ended: list[str] = []
+
+    async def call() -> str:
+        try:
+            for at in range(5):
+                if at == checkpoint:
+                    await trio.sleep_forever()
+                await trio.lowlevel.checkpoint()
+            if checkpoint == 5:
+                await trio.sleep_forever()
+        except trio.Cancelled:
+            ended.append("cancelled")
+            raise
+        ended.append("done")
+        return "value"
+
+    if checkpoint is math.inf:
+        assert portal.call(call, timeout=60) == "value"
+    else:
+        with pytest.raises(Unavailable, match="did not answer"):
+            portal.call(call, timeout=0.02)
+    assert portal.call(_nothing, timeout=60) is None
+    assert portal.call(_nothing, timeout=60) is None  # what was cancelled has had its turn
+    assert ended in ([["cancelled"], []] if checkpoint is not math.inf else [["done"]])
+    assert not portal._pending
+
+
+async def _nothing() -> None:
+    await trio.testing.wait_all_tasks_blocked()
