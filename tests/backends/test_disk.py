@@ -305,6 +305,16 @@ async def test_second_hit_takes_a_chunk_when_it_is_offered_again(tmp_path: Path)
         assert tier.statistics()["dropped_admission"] == 3
 
 
+async def test_asking_for_a_chunk_is_no_second_hit(tmp_path: Path) -> None:
+    """The lookup of a one-off prompt asks for it before it is stored: if that counted, all would be taken."""
+    tier = disk_tier(tmp_path, admission="second_hit")
+    async with tier.open():
+        assert list(await tier.contains([key_of(1)])) == [False]
+        assert await loaded(tier, 1) == [False]
+        assert await stored(tier, 1) == [False]
+        assert await stored(tier, 1) == [True]
+
+
 def test_second_hit_remembers_a_bounded_number_of_chunks() -> None:
     admit = SecondHit(10)
     assert not admit(key_of(0))
