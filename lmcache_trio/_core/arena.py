@@ -95,7 +95,8 @@ class Arena:
         """The offset of a range of *length* bytes, or None when no hole is large enough."""
         if length < 1:
             raise Misuse(f"length is {length}: it must be 1 or more")
-        need = (length + self._mask) & ~self._mask
+        # A length that is round already is kept as the very object: all chunks of a layout then share one.
+        need = length if not length & self._mask else self.rounded(length)
         lengths = self._lengths
         at = bisect_left(lengths, need)
         if at == len(lengths):
@@ -117,7 +118,7 @@ class Arena:
 
     def free(self, offset: int, length: int) -> None:
         """Take back what `allocate` gave for *length*. Misuse on a double free or a range that was not handed out."""
-        need = (length + self._mask) & ~self._mask
+        need = self.rounded(length)
         table = self._given[hash((offset,)) % _TABLES]
         if table.get(offset) != need:
             raise Misuse(f"the range of {length} bytes at {offset} is not handed out")

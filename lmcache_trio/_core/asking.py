@@ -70,7 +70,7 @@ class Asking:
                 self._stopped = self._stopped or "orphan"
             elif self._stopped:
                 reason = self._stopped
-            elif chunks.writing[row].claimed[self._shard]:
+            elif chunks.writing[row].claimed >> self._shard & 1:
                 reason = "writing"
             else:
                 self._give(position, row)
@@ -92,12 +92,12 @@ class Asking:
         """The only chunk's other shards too: its slots then go by shard."""
         row = self.rows[0]
         for shard in range(1, self.namespace.shards):
-            self.slots.append(Slot(shard, self._chunks.claim(row, shard, self.deadline)))
+            self.slots.append(Slot(shard, self._chunks.claim(row, self.namespace, shard, self.deadline)))
 
     def _give(self, position: int, row: int) -> None:
         self._above = row
         self.rows.append(row)
-        self.slots.append(Slot(position, self._chunks.claim(row, self._shard, self.deadline)))
+        self.slots.append(Slot(position, self._chunks.claim(row, self.namespace, self._shard, self.deadline)))
 
     def _is_ours(self, row: int) -> bool:
         return self._chunks.writing[row].session[0] == self.session[0]

@@ -42,7 +42,7 @@ class Writing:
         self.session = session
         self.begun = begun  # its session's rows, this one among them
         self.deadline = deadline
-        self.claimed = bytearray(shards)
+        self.claimed = 0  # a bit a shard
         self.missing = shards
 
 
@@ -75,18 +75,19 @@ class Chunks:
         The row is made, and hung under *parent*, before anything is evicted: that alone keeps the chunks that it
         extends from going.
         """
-        if not self.rows.has_spare():
-            self.policy.extend(self.rows.grow())
-        row = self.rows.add(namespace.number, digest, parent)
+        rows = self.rows
+        if not rows.has_spare():
+            self.policy.extend(rows.grow())
+        row = rows.add(namespace.number, digest, parent)
         offset = self.arena.allocate(namespace.extent)
         if offset is None:
             offset = self._make_room(namespace.extent)
             if offset is None:
                 self.order.unhang(row)
-                self.rows.spare(row)
+                rows.spare(row)
                 return 0
-        self.rows.offset[row] = offset
-        self.rows.state[row] = WRITING
+        rows.offset[row] = offset
+        rows.state[row] = WRITING
         namespace.enter(digest, row)
         self.writing[row] = writing
         writing.begun.add(row)
@@ -106,23 +107,28 @@ class Chunks:
             namespace = self.namespace_of(row)
             namespace.leave(self.rows.digest(row))
             self.order.unhang(row)
-            self._drop(row, namespace)
             self.evictions += 1
+            if namespace.extent == extent:  # as nearly always: its very place is what is wanted
+                namespace.counts[READY] -= 1
+                self._bytes_idle -= extent
+                self.rows.spare(row)
+                return self.rows.offset[row]
+            self._drop(row, namespace)
             if arena.largest_hole >= extent:
                 return arena.allocate(extent)
         return None
 
     # --- WRITING ----------------------------------------------------------------------------------------------------
 
-    def claim(self, row: int, shard: int, deadline: float) -> int:
+    def claim(self, row: int, namespace: Namespace, shard: int, deadline: float) -> int:
         """A copy into *shard* of a WRITING chunk begins, and may take until *deadline*. Returns its place."""
         writing = self.writing[row]
-        writing.claimed[shard] = 1
+        writing.claimed |= 1 << shard
         if deadline > writing.deadline:
             writing.deadline = deadline
             self.writing.move_to_end(row)
         self.rows.refs[row] += 1
-        return self.rows.offset[row] + self.namespace_of(row).starts[shard]
+        return self.rows.offset[row] + namespace.starts[shard]
 
     def commit(self, namespace: Namespace, rows: Sequence[int], shards: int) -> list[int]:
         """*shards* copies into each of *rows* ended well. Returns those that became READY by it, in order.

@@ -93,8 +93,8 @@ class Writers:
         self._leave_session(reserved)
         self._leave_worker(reserved)
         self._counted["loaded_chunks" if worker == SERVER else "stored_chunks"] += len(published)
-        digest_of = self._chunks.rows.digest
-        return [ChunkKey(namespace.name, digest_of(row)) for row in published]
+        name, digest_of = namespace.name, self._chunks.rows.digest
+        return [ChunkKey(name, digest_of(row)) for row in published]
 
     def abort(self, reservation_id: bytes, worker: int) -> None:
         reserved = self._live.get(reservation_id)

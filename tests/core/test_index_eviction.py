@@ -130,6 +130,24 @@ def test_nothing_is_evicted_when_all_that_could_go_would_not_do(world: Callable[
     assert w.hits("x") == 1
 
 
+def test_an_evicted_chunks_place_goes_to_the_one_that_it_went_for(world: Callable[..., Any]) -> None:
+    w = world(2)
+    old = w.store("ab")
+    new = w.store("xy")
+    assert {slot.offset for slot in new.slots} == {slot.offset for slot in old.slots}
+    assert (w.arena.used, w.held["bytes_ready"], w.counted["evictions"]) == (2 * 4096, 2 * 4096, 2)
+
+
+def test_a_place_that_was_handed_over_still_joins_its_neighbours(world: Callable[..., Any]) -> None:
+    w = world(3)
+    w.store("abc")
+    w.store("xyz")
+    w.index.attach(b"B" * 32, [3 * 4096])
+    got = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", w.digests("L"), 0.0)
+    assert [slot.offset for slot in got.slots] == [0]
+    assert w.counted["evictions"] == 6
+
+
 def test_two_chunk_sizes_alternating_never_deadlock(world: Callable[..., Any]) -> None:
     w = world(16)
     w.index.attach(b"B" * 32, [5 * 4096])
