@@ -51,6 +51,9 @@ KINDS: Mapping[str, Kind] = {
     "few blocks, sync": Kind(
         {"load": "sync"}, arguments={"block_size": 32, "num_gpu_blocks_override": 34, "max_model_len": 1024}
     ),
+    "speculative": Kind(
+        {}, arguments={"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}}
+    ),
     "default processes": Kind({"load": "sync"}, DEFAULT_PROCESSES),
     "faults, async": Kind({}, faulty=True),
     "faults, sync": Kind({"load": "sync", "sync_lookup": True}, faulty=True),

@@ -43,9 +43,19 @@ def ask_tiny(engine: Engine) -> Expected:
     (branch,) = _stable(engine, lambda seed: long[0].tokens[:600] + tokens_of(3000 + seed, 200), 1)
     (one,) = _stable(engine, lambda seed: tokens_of(4000 + seed, 450), 1, wanted=TURN)
     (two,) = _stable(engine, lambda seed: one.tokens + one.ids + tokens_of(5000 + seed, 50), 1)
+    (stutter,) = _stable(engine, lambda seed: tokens_of(6000 + seed, 45) * 10, 1, wanted=TURN)
+    (again,) = _stable(engine, lambda seed: stutter.tokens + stutter.ids + tokens_of(7000 + seed, 50), 1)
     found = {f"long {i}": prompt for i, prompt in enumerate(long)}
     found |= {f"short {i}": prompt for i, prompt in enumerate(short)}
-    return {**found, "exact": exact, "branch": branch, "turn one": one, "turn two": two}
+    return {
+        **found,
+        "exact": exact,
+        "branch": branch,
+        "turn one": one,
+        "turn two": two,
+        "stutter": stutter,
+        "stutter again": again,
+    }
 
 
 def ask_two_ranks(engine: Engine) -> Expected:

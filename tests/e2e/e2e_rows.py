@@ -74,6 +74,14 @@ def two_turn_chat(bench: Bench, kind: str, expected: Expected) -> None:
     check(engine, expected["turn two"], cached=2 * CHUNK)
 
 
+def repetitive_chat(bench: Bench, kind: str, expected: Expected) -> None:
+    """What was drafted and rejected went through the blocks too; what is stored is what was accepted."""
+    engine = bench.engine(kind)
+    check(engine, expected["stutter"])
+    engine.forget()
+    check(engine, expected["stutter again"], cached=2 * CHUNK)
+
+
 def two_requests_in_a_batch(bench: Bench, kind: str, expected: Expected) -> None:
     engine = bench.engine(kind)
     pair = [expected["long 0"], expected["long 1"]]

@@ -60,6 +60,7 @@ TABLE = [
     Row("small blocks", rows.cold),
     Row("small blocks", rows.hit_after_reset_prefix_cache),
     Row("small blocks", rows.local_hit_that_ends_inside_a_chunk),
+    Row("speculative", rows.repetitive_chat),
     Row("few blocks", rows.preempted_after_a_hit),
     Row("few blocks, sync", rows.preempted_after_a_hit),
     *(Row("faults, async", each) for each in FAULTS),

@@ -1,0 +1,193 @@
+"""Single promises of the connector's two sides, one by one; `test_vllm_steps` holds them together in any order."""
+
+import pytest
+from vllm_model import BLOCK, CHUNK, Cache, Memory, Mover, Request
+
+from lmcache_trio import Unavailable
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.adapters.vllm.metadata import StepPlan
+from lmcache_trio.adapters.vllm.scheduler_side import SchedulerSide, StepOutput
+from lmcache_trio.adapters.vllm.worker_side import WorkerSide
+
+TOKENS = list(range(3 * CHUNK + 1))
+BLOCKS = list(range(10, 10 + len(TOKENS)))
+
+
+@pytest.fixture
+def cache() -> Cache:
+    """It has all chunks of TOKENS."""
+    made = Cache(lambda: False)
+    for digest in made.extend("seed", TOKENS):
+        made.chunks[digest] = [[0] * BLOCK] * (CHUNK // BLOCK)
+    made.digests.clear()
+    return made
+
+
+def side(cache: Cache, *, asynchronous: bool = True, loads: bool = True, stores: bool = True) -> SchedulerSide:
+    return SchedulerSide(
+        cache, block_tokens=BLOCK, asynchronous=asynchronous, identify=lambda _: None, loads=loads, stores=stores
+    )
+
+
+def request(tokens: list[int] = TOKENS, *, skip: bool = False) -> Request:
+    return Request("r", list(tokens), len(tokens), 8, skip)
+
+
+def blocks_of(_: str) -> list[int]:
+    return BLOCKS
+
+
+def load_all(scheduler: SchedulerSide, of: Request) -> LoadSpec:
+    tokens, _ = scheduler.offer(of, 0)
+    assert tokens is not None
+    scheduler.allocated(of, BLOCKS, tokens)
+    of.num_computed_tokens = tokens
+    (spec,) = scheduler.plan({}, [], blocks_of).loads
+    return spec
+
+
+def test_a_whole_prompt_is_never_offered_for_one_token_must_be_computed(cache: Cache) -> None:
+    assert side(cache).offer(request(TOKENS[: 2 * CHUNK]), 0) == (CHUNK, True)
+
+
+def test_a_local_hit_that_ends_inside_a_chunk_loads_the_chunks_remaining_blocks(cache: Cache) -> None:
+    scheduler, asked = side(cache), request()
+    local = CHUNK + BLOCK
+    assert scheduler.offer(asked, local) == (3 * CHUNK - local, True)
+    scheduler.allocated(asked, BLOCKS, 3 * CHUNK - local)
+    (spec,) = scheduler.plan({}, [], blocks_of).loads
+    assert (spec.start, spec.count, spec.skip_blocks) == (1, 2, 1)
+    assert spec.block_ids == tuple(BLOCKS[local // BLOCK : 3 * CHUNK // BLOCK])
+
+
+def test_a_hit_that_the_engine_has_itself_is_not_loaded(cache: Cache) -> None:
+    scheduler, asked = side(cache), request()
+    assert scheduler.offer(asked, 3 * CHUNK) == (0, False)
+    scheduler.allocated(asked, BLOCKS, 0)
+    assert scheduler.plan({}, [], blocks_of).loads == ()
+    assert "r" not in cache.answers, "the answer was not given back"
+
+
+def test_a_request_that_skips_reading_is_stored_and_not_looked_up(cache: Cache) -> None:
+    scheduler, asked = side(cache), request(skip=True)
+    assert scheduler.offer(asked, 0) == (0, False)
+    assert not cache.answers
+    scheduler.allocated(asked, BLOCKS, 0)
+    (spec,) = scheduler.plan({"r": CHUNK}, [], blocks_of).stores
+    assert spec.block_ids == tuple(BLOCKS[: CHUNK // BLOCK])
+
+
+def test_a_producer_only_stores_and_a_consumer_only_loads(cache: Cache) -> None:
+    producer, asked = side(cache, loads=False), request()
+    assert producer.offer(asked, 0) == (0, False)
+    producer.allocated(asked, BLOCKS, 0)
+    assert len(producer.plan({"r": CHUNK}, [], blocks_of).stores) == 1
+    consumer, asked = side(cache, stores=False), request()
+    assert load_all(consumer, asked).count == 3
+    assert consumer.plan({"r": 1}, [], blocks_of).stores == ()
+    assert not consumer.finished(asked, BLOCKS)
+
+
+def test_only_tokens_whose_ids_are_known_are_stored(cache: Cache) -> None:
+    """With steps that overlap, the last positions that a step computes have ids that nobody knows yet."""
+    scheduler, asked = side(cache), request(TOKENS[: CHUNK - 1])
+    scheduler.allocated(asked, BLOCKS, 0)
+    assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores == ()
+    asked.all_token_ids.append(7)
+    asked.num_computed_tokens = CHUNK
+    assert len(scheduler.plan({"r": 1}, [], blocks_of).stores) == 1
+
+
+def test_what_a_decode_completes_is_stored(cache: Cache) -> None:
+    scheduler, asked = side(cache), request(TOKENS[: CHUNK - 1])
+    scheduler.allocated(asked, BLOCKS, 0)
+    assert scheduler.plan({"r": CHUNK - 1}, [], blocks_of).stores == ()
+    asked.all_token_ids.append(7)
+    asked.num_computed_tokens = CHUNK - 1
+    assert len(scheduler.plan({"r": 1}, [], blocks_of).stores) == 1
+
+
+def test_blocks_are_held_until_the_workers_have_named_the_request(cache: Cache) -> None:
+    scheduler, asked = side(cache), request()
+    scheduler.allocated(asked, BLOCKS, 0)
+    assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores
+    asked.num_computed_tokens = CHUNK
+    assert scheduler.finished(asked, BLOCKS)
+    assert scheduler.plan({}, [], blocks_of).held == ("r",)
+    assert "r" in cache.digests, "its session ended under its stores"
+    scheduler.output(StepOutput(released=frozenset({"r"})))
+    assert "r" not in cache.digests
+
+
+def test_a_request_that_ends_while_it_loads_is_given_back_by_its_load_alone(cache: Cache) -> None:
+    """It had stored something before it was preempted; vLLM frees its blocks when the load is reported."""
+    scheduler, asked = side(cache), request()
+    scheduler.allocated(asked, BLOCKS, 0)
+    assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores
+    asked.num_computed_tokens = 0
+    scheduler.plan({}, ["r"], blocks_of)
+    load_all(scheduler, asked)
+    assert not scheduler.finished(asked, BLOCKS)
+    scheduler.output(StepOutput(loaded=frozenset({"r"})))
+    assert scheduler.statistics() == {"requests": 0, "loading": 0}
+
+
+def test_a_failed_load_is_not_offered_again_and_what_is_computed_instead_is_stored(cache: Cache) -> None:
+    scheduler, asked = side(cache), request()
+    spec = load_all(scheduler, asked)
+    scheduler.output(StepOutput(frozenset({"r"}), failed_blocks=frozenset(spec.block_ids[CHUNK // BLOCK :])))
+    asked.num_computed_tokens = 0
+    assert scheduler.offer(asked, 0) == (CHUNK, True)
+    scheduler.allocated(asked, BLOCKS, CHUNK)
+    asked.num_computed_tokens = CHUNK
+    (store,) = scheduler.plan({"r": CHUNK}, [], blocks_of).stores
+    assert store.block_ids == tuple(BLOCKS[CHUNK // BLOCK : 2 * CHUNK // BLOCK])
+
+
+def test_a_request_that_nobody_can_identify_goes_uncached(cache: Cache) -> None:
+    def unknown(_: object) -> None:
+        raise Unavailable("its adapter's files are gone")
+
+    scheduler = SchedulerSide(cache, block_tokens=BLOCK, asynchronous=True, identify=unknown)
+    asked = request()
+    assert scheduler.offer(asked, 0) == (0, False)
+    scheduler.allocated(asked, BLOCKS, 0)
+    assert scheduler.plan({"r": len(TOKENS)}, [], blocks_of).stores == ()
+    assert not scheduler.finished(asked, BLOCKS)
+
+
+def store_of(request_id: str) -> StoreSpec:
+    return StoreSpec(request_id, 1, b"", b"d" * 32, (0, 1))
+
+
+def test_a_failed_synchronous_load_keeps_every_store_back_until_the_scheduler_knows(cache: Cache) -> None:
+    """Another request of the step may share the blocks that failed, and its KV be worked out from garbage."""
+    mover = Mover(cache, Memory(8, sharing=False), lambda: True)
+    worker = WorkerSide(mover, asynchronous=False)
+    cache.leases[b"l"] = cache.extend("r", TOKENS)[:1]
+    worker.begin(StepPlan(5, settled=4, loads=(LoadSpec("r", 1, b"l", 0, 1, 0, (2, 3)),), stores=(store_of("s"),)))
+    worker.load()
+    worker.store()
+    assert worker.take_failed_blocks() == {2, 3}
+    assert worker.failed_step == 5
+    worker.begin(StepPlan(6, settled=4, stores=(store_of("s"),)))
+    worker.store()
+    assert mover.jobs == []
+    worker.begin(StepPlan(7, settled=5, stores=(store_of("s"),)))
+    worker.store()
+    assert mover.jobs == [store_of("s")]
+    assert worker.failed_step == 0
+
+
+def test_a_request_is_not_released_while_a_store_of_it_is_planned_or_under_way(cache: Cache) -> None:
+    """vLLM asks what has ended before the step's stores when it drafts tokens behind the step."""
+    mover = Mover(cache, Memory(8, sharing=False), lambda: False)
+    worker = WorkerSide(mover, asynchronous=True)
+    worker.begin(StepPlan(1, stores=(store_of("r"),), held=("r",)))
+    assert worker.report().released == set()
+    worker.store()
+    assert worker.report().released == set()
+    mover.jobs.clear()
+    mover.stored.add("r")
+    assert worker.report().released == {"r"}
+    assert worker.report().released == set(), "it was named twice"
