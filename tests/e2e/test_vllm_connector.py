@@ -28,7 +28,7 @@ STATE = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,))
 
 
 def connector(
-    *specs: Any, extra: dict[str, Any] | None = None, policy: str = "recompute", batches: int = 1, **parallel: int
+    *specs: Any, extra: dict[str, Any] | None = None, policy: str = "recompute", batches: int = 1, **parallel: Any
 ) -> LMCacheTrioConnector:
     """One as a worker makes it: it reaches for no server before it has tensors to register."""
     config: Any = SimpleNamespace(
@@ -79,8 +79,9 @@ def test_a_cache_that_does_not_keep_all_tokens_is_refused_by_name(spec: Any) -> 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
 def test_blocks_without_consecutive_tokens_are_refused_by_name(name: str) -> None:
+    parallel: dict[str, Any] = {name: 2}
     with pytest.raises(Misuse, match=f"{name} is 2"):
-        connector(**{name: 2})
+        connector(**parallel)
 
 
 def test_synchronous_loads_are_refused_where_steps_overlap() -> None:
