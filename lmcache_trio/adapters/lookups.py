@@ -108,13 +108,20 @@ class Lookups(Prompts):
             self._notify(request, Release(request.session))
 
     def _let_go(self, request: Request) -> None:
+        """The lookup is not wanted any more: the server is told so."""
         with self._latch:
-            if request.machine.state in (LookupState.PENDING, LookupState.ANSWERED):
-                if request.pending is not None:
-                    request.pending.client.forget(request.pending.asked)
-                    self._settle(request.pending)
-                request.machine.release()
+            if self._drop_lookup(request):
                 self._notify(request, Release(request.session))
+
+    def _drop_lookup(self, request: Request) -> bool:
+        """Under the latch: forget the lookup on this side. False if there was none to let go."""
+        if request.machine.state not in (LookupState.PENDING, LookupState.ANSWERED):
+            return False
+        if request.pending is not None:
+            request.pending.client.forget(request.pending.asked)
+            self._settle(request.pending)
+        request.machine.release()
+        return True
 
     def _notify(self, request: Request, notice: Message) -> None:
         """Tell the server, if it is still the one that knows the request."""

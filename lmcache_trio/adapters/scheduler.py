@@ -217,8 +217,8 @@ class SchedulerAdapter(Lookups):
         """The request is over, its stores and loads too. The same id again is another request."""
         request = self._requests.get(request_id)
         if request is not None:
-            self._let_go(request)
             with self._latch:
+                self._drop_lookup(request)  # the end of the session releases it: one notice for both
                 del self._requests[request_id], self._sessions[request.session]
             self._notify(request, Ended(request.session))
 

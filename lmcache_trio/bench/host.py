@@ -66,7 +66,11 @@ class Site:
             lookup_timeout=30.0,
         )
         self.worker = TimedWorker(
-            address, engine_id=engine, block_tokens=settings.kv.block_tokens, chunk_tokens=settings.kv.chunk_tokens
+            address,
+            engine_id=engine,
+            block_tokens=settings.kv.block_tokens,
+            chunk_tokens=settings.kv.chunk_tokens,
+            path="shm",
         )
         if self.scheduler._link.client is None or self.worker._link.client is None:
             raise Unavailable(f"no server answers at {address}")
