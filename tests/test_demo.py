@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -137,5 +138,6 @@ def test_the_defaults_fit_into_the_shared_memory_of_a_container() -> None:
 
 @pytest.mark.parametrize("name", ["prompts", "longest", "new_tokens", "threads"])
 def test_a_setting_too_small_is_refused_by_its_flag(name: str) -> None:
+    too_small: dict[str, Any] = {name: 0}
     with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):
-        Settings(**{name: 0})
+        Settings(**too_small)

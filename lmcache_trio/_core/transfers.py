@@ -42,6 +42,11 @@ class TransferState(Enum):
     ENDED = "ended"
 
 
+def _has_bytes(transfer: object, attribute: "attrs.Attribute[Sequence[int]]", units: Sequence[int]) -> None:
+    if not units or min(units) < 1:
+        raise Misuse("a transfer has one unit or more, each of one byte or more")
+
+
 @attrs.define(eq=False)
 class Transfer:
     """One request's copies. *units* are their sizes in bytes; *owner* is the memory that they move.
@@ -51,7 +56,7 @@ class Transfer:
 
     direction: Direction
     owner: Hashable
-    units: Sequence[int] = attrs.field()
+    units: Sequence[int] = attrs.field(validator=_has_bytes)
     layered: bool = False
     state: TransferState = attrs.field(default=TransferState.QUEUED, init=False)
     started: int = attrs.field(default=0, init=False)
@@ -59,11 +64,6 @@ class Transfer:
     running: int = attrs.field(default=0, init=False)
     """Batches with units of it that have not ended."""
     succeeded: bool = attrs.field(default=False, init=False)
-
-    @units.validator
-    def _check(self, attribute: "attrs.Attribute[Sequence[int]]", value: Sequence[int]) -> None:
-        if not value or min(value) < 1:
-            raise Misuse("a transfer has one unit or more, each of one byte or more")
 
 
 @attrs.frozen

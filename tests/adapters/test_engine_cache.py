@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -151,7 +152,7 @@ def test_requests_that_run_together_all_get_their_hits(server: Server, load: Loa
     prompts = {f"r{i}": prompt(100 + 40 * i) for i in range(4)}
     for tokens in prompts.values():
         serve_once(server, tokens)
-    kind = {"scheduler_class": SchedulerAdapter} if two_step else {}
+    kind: dict[str, Any] = {"scheduler_class": SchedulerAdapter} if two_step else {}
     with connect(server.address, attrs.evolve(CONFIG, load=load), engine_id=next(engine_ids), **kind) as connected:
         for request_id, tokens in prompts.items():
             connected.engine.submit(request_id, tokens, 8)

@@ -151,7 +151,8 @@ def test_nothing_as_large_as_a_chunk_is_made_on_the_way() -> None:
     chosen = kv.check([7, 3, 9, 1])
     slot = np.zeros(kv.block_bytes * 4, dtype=np.uint8)
     kv.gather(chosen, slot)
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    profile: Any = torch.autograd.profiler.profile(profile_memory=True)
+    with profile:
         tracemalloc.start()
         kv.gather(chosen, slot)
         kv.scatter(slot, 4, 0, chosen)
