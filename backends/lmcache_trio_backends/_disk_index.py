@@ -9,6 +9,7 @@ import contextlib
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from lmcache_trio.errors import ConfigError
 from lmcache_trio_backends._disk_rows import Doomed, Row
@@ -23,14 +24,15 @@ _AS_TEXT = (
     " || ' ' || hex(shards)) FROM"
 )
 """All rows in one. sqlite3 gives the interpreter lock away at each row and may wait 5 ms for it each time when the loop
-is busy: 400 rows would then take 2 s, and whoever asks next waits behind them."""
+is busy: 400 rows would then take 2 s, and whoever asks next waits behind them. Changes are few statements likewise."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS chunks (
     key BLOB PRIMARY KEY, parent BLOB NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL,
     recency INTEGER NOT NULL, shards BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
-_MAX_VARIABLES = 500
+_MAX_ROWS = 400
+"""Rows that one statement names: SQLite takes 32,766 variables."""
 
 
 def is_corrupt(exc: BaseException) -> bool:
@@ -39,6 +41,13 @@ def is_corrupt(exc: BaseException) -> bool:
         sqlite3.SQLITE_CORRUPT,
         sqlite3.SQLITE_NOTADB,
     )
+
+
+T = TypeVar("T")
+
+
+def _pieces(many: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (many[i : i + _MAX_ROWS] for i in range(0, len(many), _MAX_ROWS))
 
 
 class IndexFile:
@@ -110,8 +119,7 @@ class IndexFile:
     def find(self, keys: Sequence[bytes]) -> list[Row]:
         """The rows of those *keys* that are there, in any order."""
         found: list[Row] = []
-        for i in range(0, len(keys), _MAX_VARIABLES):
-            some = keys[i : i + _MAX_VARIABLES]
+        for some in _pieces(keys):
             marks = ",".join("?" * len(some))
             found += self._rows(f"chunks WHERE key IN ({marks})", some)
         return found
@@ -127,13 +135,17 @@ class IndexFile:
     def publish(self, rows: Sequence[Row]) -> None:
         """Keep *rows*, all or none, at most `batch`."""
         with self._transaction() as db:
-            db.executemany("INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?, ?)", sorted(rows))
+            for some in _pieces(sorted(rows)):
+                values = ",".join(["(?, ?, ?, ?, ?, ?)"] * len(some))
+                db.execute(f"INSERT OR REPLACE INTO chunks VALUES {values}", [field for row in some for field in row])
 
     def erase(self, doomed: Sequence[Doomed]) -> None:
         """Remove their rows, all or none, at most `batch`; a newer generation under the same key stays."""
         with self._transaction() as db:
-            pairs = sorted((one.key, one.generation) for one in doomed)
-            db.executemany("DELETE FROM chunks WHERE key = ? AND generation = ?", pairs)
+            for some in _pieces(sorted((one.key, one.generation) for one in doomed)):
+                marks = ",".join("?" * len(some))  # a generation is one record's: if both are among ours, it is ours
+                sql = f"DELETE FROM chunks WHERE key IN ({marks}) AND +generation IN ({marks})"
+                db.execute(sql, [key for key, _ in some] + [generation for _, generation in some])
 
     def touch(self, touched: Sequence[tuple[int, bytes, int]]) -> None:
         """Keep the recency of (recency, key, generation), at most `batch`."""
