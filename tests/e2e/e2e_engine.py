@@ -91,7 +91,9 @@ class Engine:
         ours, theirs = socket.socketpair()
         self._channel = ours
         self._lines = ours.makefile("r")
-        variables = {**os.environ, **OFFLINE, "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}
+        # No empty part: it would be the working directory, and the checkout would hide what is installed.
+        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+        variables = {**os.environ, **OFFLINE, "PYTHONPATH": path}
         variables |= environment or {}
         if gate is not None:
             variables["LMCACHE_TRIO_E2E_GATE"] = str(gate.path)
