@@ -248,10 +248,10 @@ def _explain(exc: BaseException, key: str) -> NoReturn:
         _unknown(sorted(exc.extra_fields)[0], [f.name for f in attrs.fields(exc.cl)], key)
     if isinstance(exc, ClassValidationError):
         named, others = exc.group_exceptions()
+        for other in others:  # first a key that is unknown: a misspelt one is also missing
+            _explain(other, key)
         for cause, note in named:
             _explain(cause, _join(key, note.name))
-        for other in others:
-            _explain(other, key)
     if isinstance(exc, IterableValidationError):
         for cause, place in exc.group_exceptions()[0]:
             _explain(cause, _join(key, str(place.index)))

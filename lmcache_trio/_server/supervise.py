@@ -49,8 +49,9 @@ __all__ = ["Server", "open_server", "serve"]
 log = logging.getLogger("lmcache_trio.server")
 
 NONCE_PAGE = 4096
-AFTER_GRACE = 2.0
-"""Seconds past the grace after which a process that still runs is ended: a thread of it hangs, maybe for ever."""
+AFTER_GRACE = 0.5
+"""Seconds past the grace after which a process that still runs is ended: a thread of it hangs, maybe for ever. What is
+on a disk is safe at any moment, so all that a longer wait would buy is a kinder exit status."""
 
 
 @attrs.frozen(eq=False)
