@@ -193,7 +193,7 @@ class Config:
         factory=lambda: MappingProxyType({"backend": "auto"}),
         validator=_has_backend,
         metadata={
-            "help": "Who moves an engine's KV on the server's side: `backend` (auto, host, cuda, none) and its settings."
+            "help": "Who moves an engine's KV for the server: `backend` (auto, host, cuda, none) and its settings."
         },
     )
 
