@@ -1,0 +1,334 @@
+"""A worker whose KV the server moves: real processes, real shared memory, and deaths in the middle of a copy."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+
+from lmcache_trio.adapters import LoadSpec, WorkerAdapter
+from lmcache_trio.adapters.shared_kv import shared_tensor
+from lmcache_trio.client import open_client
+from lmcache_trio.testing.sides import (
+    BLOCK,
+    BLOCKS,
+    CHUNK,
+    HEAD,
+    HEADS,
+    LAYERS,
+    ServerProcess,
+    Side,
+    make_kv,
+    same_blocks,
+    wait_until,
+)
+
+TOKENS = list(range(3 * CHUNK))
+OTHERS = list(range(10_000, 10_000 + 3 * CHUNK))
+FROM = [5, 9, 1, 33, 34, 35, 36, 60, 2, 7, 8, 3]
+INTO = [11, 40, 12, 50, 13, 51, 14, 52, 20, 21, 22, 23]
+
+MakeSide = Callable[..., Side]
+
+SERVE = """
+import sys, trio, attrs
+from lmcache_trio import load_config, open_server
+from lmcache_trio_backends.host_device import HostConfig, HostDevice
+
+class Stopping(HostDevice):
+    '''Stops in the middle of its copy number *at*, until a line comes.'''
+    at, seen = int(sys.argv[1]), 0
+
+    def _run(self, copy, memory, ticket):
+        self.seen += 1
+        if self.seen == self.at:
+            first = type(ticket)()
+            super()._run(attrs.evolve(copy, layers=(0, 1)), memory, first)
+            print("half", flush=True)
+            sys.stdin.readline()
+        super()._run(copy, memory, ticket)
+
+async def main():
+    async with open_server(load_config(sets=sys.argv[2:], environ={}), device=Stopping(HostConfig())):
+        print("ready", flush=True)
+        await trio.sleep_forever()
+trio.run(main)
+"""
+
+ENGINE = """
+import sys
+sys.path[:0] = [sys.argv[3]]
+from test_worker_device_path import *
+from lmcache_trio.testing import sides as sides_module
+sides_module.engine_ids = iter(["an engine process"])
+side = Side(sys.argv[1], shared_kv(1))
+assert side.worker.path == "device", side.worker.path_reason
+side.store("a", TOKENS, FROM)
+if sys.argv[2] == "store":
+    side.scheduler.extend("b", OTHERS)
+    side.worker.submit_store(side.scheduler.store_spec("b", 0, FROM))
+else:
+    side.lookup("b", TOKENS)
+    side.worker.submit_retrieve(side.scheduler.update_after_alloc("b", 3 * CHUNK, block_ids=INTO))
+sys.stdin.readline()
+"""
+
+
+def shared_kv(seed: int | None = None) -> dict[str, torch.Tensor]:
+    """`make_kv`, in memory that the server can open."""
+    made = make_kv(seed)
+    shape = (LAYERS, 2, BLOCKS, BLOCK, HEADS, HEAD)
+    layers = shared_tensor(sum(t.nbytes for t in made.values())).view(torch.float32).view(shape)
+    for layer, tensor in zip(layers, made.values(), strict=True):
+        layer.copy_(tensor)
+    return dict(zip(made, layers, strict=True))
+
+
+class StoppingServer:
+    """A server that stops in the middle of one copy."""
+
+    def __init__(self, address: str, at: int) -> None:
+        sets = [f"address={address}", "memory.size=4MiB", f"chunk_tokens={CHUNK}", "grace=0.1"]
+        self.address = address
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(at), *sets], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.wait_for("ready")
+        wait_until(lambda: self.held["bytes_taken"] == self.held["bytes_size"])
+
+    def wait_for(self, word: str) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"{word}\n"
+
+    def go_on(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    @property
+    def held(self) -> dict[str, Any]:
+        async def ask() -> dict[str, Any]:
+            with trio.fail_after(60):
+                async with open_client(self.address) as client:
+                    found: dict[str, Any] = (await client.statistics())["held"]
+                    return found
+
+        return trio.run(ask)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def stopping(tmp_path: Path) -> Iterator[Callable[[int], StoppingServer]]:
+    made: list[StoppingServer] = []
+
+    def make(at: int) -> StoppingServer:
+        made.append(StoppingServer(f"ipc://{tmp_path}/stop.ipc", at))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.close()
+
+
+def test_what_one_engine_stored_another_loads_byte_for_byte(live_server: ServerProcess, sides: MakeSide) -> None:
+    one, other = sides(live_server.address, shared_kv(1)), sides(live_server.address, shared_kv())
+    assert (one.worker.path, other.worker.path) == ("device", "device")
+    assert "has opened" in one.worker.path_reason
+    one.store("r", TOKENS, FROM)
+    assert one.worker.statistics() == {"running": 0, "stored_chunks": 3}
+    assert other.lookup("q", TOKENS) == 3 * CHUNK
+    assert other.load("q", 3 * CHUNK, INTO) == set()
+    assert same_blocks(one.kv, FROM, other.kv, INTO)
+    untouched = [b for b in range(BLOCKS) if b not in INTO]
+    assert same_blocks(other.kv, untouched, make_kv(), untouched)
+
+
+@pytest.mark.parametrize("shared_first", [True, False])
+def test_engines_on_either_path_share_chunks(live_server: ServerProcess, sides: MakeSide, shared_first: bool) -> None:
+    kvs = (shared_kv(1), make_kv()) if shared_first else (make_kv(1), shared_kv())
+    one, other = (sides(live_server.address, kv) for kv in kvs)
+    assert {one.worker.path, other.worker.path} == {"device", "shm"}
+    one.store("r", TOKENS, FROM)
+    assert other.lookup("q", TOKENS) == 3 * CHUNK
+    assert other.load("q", 3 * CHUNK, INTO) == set()
+    assert same_blocks(one.kv, FROM, other.kv, INTO)
+
+
+def test_a_load_writes_only_the_blocks_that_it_names(live_server: ServerProcess, sides: MakeSide) -> None:
+    one, other = sides(live_server.address, shared_kv(1)), sides(live_server.address, shared_kv())
+    one.store("r", TOKENS, FROM)
+    assert other.lookup("q", TOKENS) == 3 * CHUNK
+    spec = other.scheduler.update_after_alloc("q", CHUNK + 16, local_tokens=CHUNK - 32, block_ids=INTO[:5])
+    assert spec is not None
+    assert (spec.start, spec.count, spec.skip_blocks) == (0, 2, 2)
+    other.worker.retrieve_now([spec])
+    assert other.worker.take_failed_blocks() == set()
+    assert same_blocks(one.kv, FROM[2:7], other.kv, INTO[:5])
+    untouched = [b for b in range(BLOCKS) if b not in INTO[:5]]
+    assert same_blocks(other.kv, untouched, make_kv(), untouched)
+
+
+def test_private_memory_takes_shm_by_itself_and_says_why(live_server: ServerProcess, sides: MakeSide) -> None:
+    one = sides(live_server.address, make_kv(1))
+    assert one.worker.path == "shm"
+    assert "private cpu memory" in one.worker.path_reason
+
+
+def test_a_server_without_a_device_leaves_the_copies_to_the_engine(tmp_path: Path, sides: MakeSide) -> None:
+    server = ServerProcess(f"ipc://{tmp_path}/n.ipc", "device.backend=none")
+    server.start()
+    try:
+        one = sides(server.address, shared_kv(1))
+        assert one.worker.path == "shm"
+        assert "device.backend is none" in one.worker.path_reason
+        one.store("r", TOKENS, FROM)
+        assert one.lookup("q", TOKENS) == 3 * CHUNK
+    finally:
+        server.kill()
+
+
+class OnTheDevice(WorkerAdapter):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, path="device", **kwargs)
+
+
+class ByItself(WorkerAdapter):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, path="shm", **kwargs)
+
+
+def test_the_path_that_was_asked_for_is_taken_or_none(live_server: ServerProcess, sides: MakeSide) -> None:
+    one = sides(live_server.address, shared_kv(1), worker=ByItself)
+    assert (one.worker.path, one.worker.path_reason) == ("shm", "it was asked for")
+    other = sides(live_server.address, make_kv(1), worker=OnTheDevice)
+    assert other.worker.path == "shm"
+    other.store("r", TOKENS, FROM)
+    assert other.worker.statistics() == {"running": 0, "dropped_unavailable": 3}
+
+
+def test_a_used_up_lease_comes_back_as_failed_blocks(live_server: ServerProcess, sides: MakeSide) -> None:
+    one = sides(live_server.address, shared_kv(1))
+    one.worker.retrieve_now([LoadSpec("r", 1, b"", 0, 1, 0, (1, 2, 3, 4))])
+    assert one.worker.take_failed_blocks() == {1, 2, 3, 4}
+    one.worker.retrieve_now([LoadSpec("r", 1, b"guessed lease 16", 0, 1, 0, (5, 6, 7, 8))])
+    assert one.worker.take_failed_blocks() == {5, 6, 7, 8}
+
+
+def test_a_server_that_was_killed_and_is_back_opens_the_memory_again(
+    live_server: ServerProcess, sides: MakeSide
+) -> None:
+    one = sides(live_server.address, shared_kv(1))
+    live_server.kill()
+    one.store("r", TOKENS, FROM)
+    assert one.worker.statistics() == {"running": 0, "dropped_unavailable": 3}
+    live_server.start()
+    wait_until(lambda: one.scheduler.is_healthy() and one.worker.is_healthy())
+    one.store("r", TOKENS, FROM)
+    assert one.lookup("p", TOKENS) == 3 * CHUNK
+    assert one.load("p", 3 * CHUNK, INTO) == set()
+    assert same_blocks(one.kv, FROM, one.kv, INTO)
+    assert one.worker.path == "device"
+
+
+def test_a_server_killed_in_the_middle_of_a_copy_gives_the_blocks_back(
+    stopping: Callable[[int], StoppingServer], sides: MakeSide
+) -> None:
+    server = stopping(2)
+    one = sides(server.address, shared_kv(1))
+    one.store("a", TOKENS, FROM)
+    one.lookup("b", TOKENS)
+    spec = one.scheduler.update_after_alloc("b", 3 * CHUNK, block_ids=INTO)
+    assert spec is not None
+    one.worker.submit_retrieve(spec)
+    server.wait_for("half")
+    assert one.worker.take_finished() == (set(), set())
+    server.process.kill()
+    found: set[str] = set()
+    wait_until(lambda: bool(found.update(one.worker.take_finished()[1]) or found))
+    assert one.worker.take_failed_blocks() == set(INTO)
+
+
+@pytest.mark.parametrize("how", ["its reply is late", "its connection is lost"])
+@pytest.mark.parametrize("what", ["store", "retrieve"])
+def test_blocks_are_not_given_back_while_the_server_may_touch_them(
+    stopping: Callable[[int], StoppingServer], sides: MakeSide, what: str, how: str
+) -> None:
+    server = stopping(2)
+    one = sides(server.address, shared_kv(1))
+    one.worker._device._reply_timeout = 30 if how == "its connection is lost" else 0.05
+    one.store("a", TOKENS, FROM)
+    before = server.held
+    if what == "store":
+        one.scheduler.extend("b", OTHERS)
+        one.worker.submit_store(one.scheduler.store_spec("b", 0, FROM))
+    else:
+        one.lookup("b", TOKENS)
+        spec = one.scheduler.update_after_alloc("b", 3 * CHUNK, block_ids=INTO)
+        assert spec is not None
+        one.worker.submit_retrieve(spec)
+    server.wait_for("half")
+    if how == "its connection is lost":
+        client = one.worker._link.client
+        assert client is not None
+        one.worker._link.post(client._connection.close)
+        wait_until(lambda: server.held["connections"] == before["connections"])  # less the worker, more who asks
+    else:
+        wait_until(lambda: server.held["copies_running"] == 1)
+    assert one.worker.take_finished() == (set(), set())
+    assert one.worker.statistics()["running"] == 1
+    server.go_on()
+    found: set[str] = set()
+
+    def ended() -> bool:
+        for names in one.worker.take_finished():
+            found.update(names)
+        return bool(found)
+
+    wait_until(ended)
+    assert found == {"b"}
+    if what == "retrieve":
+        failed = one.worker.take_failed_blocks()
+        assert failed == set(INTO) if how == "its connection is lost" else failed in (set(), set(INTO))
+    one.scheduler.end_session("b")
+    wait_until(lambda: one.worker.is_healthy() and server.held["copies_running"] == 0)
+    wait_until(lambda: server.held["bytes_quarantined"] == server.held["bytes_writing"] == 0)
+
+
+@pytest.mark.parametrize("what", ["store", "retrieve"])
+def test_an_engine_killed_in_the_middle_of_a_copy_leaves_nothing_half_written_and_nothing_held(
+    stopping: Callable[[int], StoppingServer], sides: MakeSide, what: str
+) -> None:
+    server = stopping(2)
+    before = server.held
+    command = [sys.executable, "-c", ENGINE, server.address, what, str(Path(__file__).parent)]
+    engine = subprocess.Popen(command, stdin=subprocess.PIPE)
+    try:
+        server.wait_for("half")
+    finally:
+        engine.kill()
+        engine.communicate()
+    wait_until(lambda: server.held["engines"] == 0)
+    during = server.held
+    assert (during["copies_running"], during["attached"]) == (1, 1)
+    assert during["bytes_quarantined"] > 0 if what == "store" else during["pins"] == 1
+    survivor = sides(server.address, make_kv())
+    assert survivor.lookup("b", OTHERS) == 0
+    assert survivor.lookup("a", TOKENS) == 3 * CHUNK
+    assert survivor.load("a", 3 * CHUNK, INTO) == set()
+    assert same_blocks(make_kv(1), FROM, survivor.kv, INTO)
+    survivor.close()
+    wait_until(lambda: server.held["engines"] == 0)
+    server.go_on()
+    wait_until(lambda: server.held["copies_running"] == 0)
+    after = server.held
+    changed = {name for name in after if after[name] != before[name]}
+    # What the dead engine had stored stays, and the bytes that it takes; nothing else does
+    assert changed <= {"namespaces", "chunks_ready", "slots_ready", "bytes_ready", "bytes_free", "largest_hole"}
+    assert after["chunks_ready"] == 3
