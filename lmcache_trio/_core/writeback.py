@@ -52,6 +52,10 @@ class Writeback:
     def __len__(self) -> int:
         return len(self._queued)
 
+    def has(self, key: ChunkKey) -> bool:
+        """Is it queued?"""
+        return key in self._queued
+
     @property
     def idle(self) -> bool:
         """Nothing is queued, and nothing being written."""

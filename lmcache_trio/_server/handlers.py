@@ -162,6 +162,7 @@ def answer_now(
         session.answer(asked, 0)
     else:
         session.answer(asked, lease.chunks, lease.id, lease.expires)
+        state.tiers.used(namespace, wanted[: lease.chunks])
         state.clock.not_later_than(lease.expires)
     state.counted["lookups"] += bool(wanted)
     state.counted["hits"] += session.chunks

@@ -2,6 +2,8 @@
 
 A deletion therefore comes after every write that began before it, and before every one that was offered after it. One
 that could not be done, because the tier is fenced, is remembered and done before the tier is opened again.
+
+A chunk that was not written, because the tier refused it or there was no time, is offered again when it is used.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +22,8 @@ __all__ = ["Deletion", "Writing"]
 
 BATCH_BYTES = 32 << 20
 """Written by one call: 5 s of a disk that writes 6 MB/s, so that a slow one is not taken for one that hangs."""
+MOST_UNWRITTEN = 50_000
+"""Chunks remembered as not written, by 8 bytes each; the oldest are forgotten, and then offered no more."""
 DELETE_PATIENCE = 10
 """A deletion may take so many times as long as another call: it may concern a million chunks."""
 
@@ -45,6 +49,7 @@ class Writing:
         self.limit: Callable[[], int] = lambda: 0
         self.queue = Writeback()
         self.deletions: list[Deletion] = []
+        self._unwritten: dict[int, None] = {}
         self._stirred = trio.Event()
         self._idle = trio.Event()
         self.stored = 0
@@ -56,17 +61,31 @@ class Writing:
         """Write the chunk back when its turn comes. Never waits; what is too much is dropped."""
         if not self._calls.open:
             self.dropped_fenced += 1
+            self._remember(key)
             return
         hold = self._index.hold(key)
         if hold is not None:
-            self._let_go(self.queue.offer(hold, self.limit()))
+            for dropped in self.queue.offer(hold, self.limit()):
+                self._index.unhold(dropped)
+                if dropped.key != key or not self.queue.has(key):
+                    self._remember(dropped.key)
             self._stirred.set()
+
+    def used(self, namespace: bytes, digests: Sequence[bytes]) -> None:
+        """Offer those of them again that were not written. Costs nothing where all were."""
+        if self._unwritten and self._calls.open:
+            for digest in digests:
+                mark = hash((namespace, digest))
+                if mark in self._unwritten:
+                    del self._unwritten[mark]
+                    self.offer(ChunkKey(namespace, digest))
 
     def forget(self, namespace: bytes) -> Deletion:
         """Delete *namespace* from the tier, and write nothing of it that was offered before."""
         deletion = Deletion(namespace)
         self.deletions.append(deletion)
-        self._let_go(self.queue.forget(namespace))
+        for hold in self.queue.forget(namespace):
+            self._index.unhold(hold)
         if not self._calls.open:
             deletion.known.set()
         self._stirred.set()
@@ -78,7 +97,9 @@ class Writing:
 
     def give_up(self) -> None:
         """The tier takes nothing now: let go of what is queued; deletions are remembered."""
-        self._let_go(self.queue.clear())
+        for hold in self.queue.clear():
+            self._index.unhold(hold)
+            self._remember(hold.key)
         for deletion in self.deletions:
             deletion.known.set()
         self._idle.set()
@@ -122,6 +143,8 @@ class Writing:
             for hold, is_taken in zip(holds, taken, strict=True):
                 self.stored += bool(is_taken)
                 self.refused += not is_taken
+                if not is_taken:
+                    self._remember(hold.key)
                 self.bytes_stored += sum(hold.lengths) if is_taken else 0
         finally:
             for hold in holds:
@@ -133,6 +156,7 @@ class Writing:
         places = zip(hold.offsets, hold.lengths, strict=True)
         return Record(hold.key, hold.parent or b"", [self._memory.view(*place) for place in places])
 
-    def _let_go(self, holds: Sequence[Hold]) -> None:
-        for hold in holds:
-            self._index.unhold(hold)
+    def _remember(self, key: ChunkKey) -> None:
+        self._unwritten[hash((key.namespace, key.digest))] = None
+        if len(self._unwritten) > MOST_UNWRITTEN:
+            del self._unwritten[next(iter(self._unwritten))]

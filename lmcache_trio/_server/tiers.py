@@ -81,6 +81,11 @@ class Tiers:
             for key in keys:
                 keeper.writing.offer(key)
 
+    def used(self, namespace: bytes, digests: Sequence[bytes]) -> None:
+        """*digests* were offered to an engine: those that a tier has not taken are offered to it again."""
+        for keeper in self.keepers:
+            keeper.writing.used(namespace, digests)
+
     def forget(self, namespace: bytes) -> list[Deletion]:
         """Serve nothing of *namespace* any more. Returns the deletions, which go on by themselves."""
         return [keeper.forget(namespace) for keeper in self.keepers]

@@ -233,6 +233,40 @@ async def test_writeback_is_bounded_by_half_of_a_small_arena(
         assert world.tier()["bytes_queued"] <= 1 << 19
 
 
+@pytest.mark.parametrize("why", ["refused", "dropped", "fenced"])
+async def test_a_chunk_that_was_not_written_is_offered_again_when_it_is_used(
+    worlds: Any, tier: Any, digests: Any, unavailable: Exception, autojump_clock: Any, why: str
+) -> None:
+    async with worlds(tier, writeback_bytes=SHARD) as world:
+        real = tier.store
+
+        async def refuse(records: Any) -> list[bool]:
+            await trio.lowlevel.checkpoint()
+            return [False] * len(records)
+
+        if why == "refused":
+            tier.store = refuse
+        elif why == "dropped":
+            tier.stall("store", hang=True)
+            await world.store(8, digests(1, "in the way"))
+            await world.settled()
+        else:
+            tier.failing["contains"] = unavailable
+            await world.lookup(8, digests(1))
+        await world.store(1, digests(1))
+        await world.settled()
+        assert ChunkKey(world.namespace, digests(1)[0]) not in tier.chunks
+        tier.store = real
+        tier.failing.clear()
+        tier.go_on()
+        await trio.sleep(2)
+        for session in (2, 3):
+            assert (await world.lookup(session, digests(1))).chunks == 1
+            await world.settled()
+        assert ChunkKey(world.namespace, digests(1)[0]) in tier.chunks
+        assert len([key for key, _ in tier.keys("store") if key.digest == digests(1)[0]]) == 1
+
+
 async def test_what_was_loaded_goes_to_the_other_tiers_and_not_back_to_its_own(
     worlds: Any, tiers: Any, digests: Any, autojump_clock: Any
 ) -> None:
