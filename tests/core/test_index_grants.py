@@ -153,6 +153,15 @@ def test_an_ended_session_publishes_nothing_and_its_late_commit_ends_the_copy(wo
     assert (w.hits("ab"), w.arena.used, w.held["reservations_ending"]) == (0, 0, 0)
 
 
+def test_an_ended_session_takes_along_what_waits_for_another_shard(world: Make) -> None:
+    w = world(8, shards=2)
+    w.index.commit(w.reserve("ab", session=3).id, 1)
+    assert w.held["chunks_writing"] == 2
+    w.index.end_session(("e", 3))
+    assert (w.held["chunks_writing"], w.arena.used) == (0, 0)
+    assert w.reserve("ab", worker=2, shard=1, session=4).slots
+
+
 def test_a_lost_workers_slots_stay_in_quarantine_until_its_copies_ended(world: Make) -> None:
     w = world(2)
     w.reserve("ab")

@@ -92,11 +92,17 @@ class IndexMachine(IndexModel):
             old = before[key]
             assert not any(c.parent is old for c in self.seen.values()), "evicted before its children"
 
-    @rule(path=st.sampled_from(PATHS), upto=st.integers(1, 4), namespace=namespace, engine=engine, number=number)
-    def store(self, path: str, upto: int, namespace: bytes, engine: str, number: int) -> None:
-        """All shards reserve, then all commit: READY chunks are what most rules need."""
-        before = set(self.writes)
-        for shard in range(self.shards):
+    @rule(
+        path=st.sampled_from(PATHS),
+        upto=st.integers(1, 4),
+        namespace=namespace,
+        who=st.tuples(engine, number),
+        shards=st.sampled_from([1, 3, 3]),
+    )
+    def store(self, path: str, upto: int, namespace: bytes, who: tuple[str, int], shards: int) -> None:
+        """Shards reserve, then they commit: READY chunks are what most rules need, and some that wait for a shard."""
+        before, (engine, number) = set(self.writes), who
+        for shard in range(min(shards, self.shards)):
             self.reserve((path, upto, 0), namespace, engine, number, shard)
         for ident in [ident for ident in self.writes if ident not in before]:
             self.finish_write(list(self.writes).index(ident), True)
@@ -231,6 +237,18 @@ class IndexMachine(IndexModel):
             "stale": False,
             "namespace": lease["namespace"],
         }
+
+    @precondition(lambda self: self.leases)
+    @rule(pick=st.integers(0, 99), early=st.booleans())
+    def reset_what_is_read(self, pick: int, early: bool) -> None:
+        lease = list(self.leases.values())[pick % len(self.leases)]
+        if not early:
+            self.use_lease(pick, "pin", 0, 0)
+        self.reset(lease["namespace"])
+        if early:
+            self.use_lease(pick, "pin", 0, 0)
+        elif self.pins:
+            self.unpin(len(self.pins) - 1)
 
     @precondition(lambda self: self.pins)
     @rule(pick=st.integers(0, 99))
