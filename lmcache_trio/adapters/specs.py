@@ -4,13 +4,15 @@ Nothing here decides or moves anything. Every field is an int, a str, bytes or a
 send a spec through whatever it uses between its own processes.
 """
 
+from collections.abc import Iterator, Sequence
+
 import attrs
 from attrs.validators import ge
 
 from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio.errors import Misuse
 
-__all__ = ["LoadSpec", "StoreSpec"]
+__all__ = ["LoadSpec", "Place", "StoreSpec"]
 
 
 @attrs.frozen
@@ -55,3 +57,24 @@ class LoadSpec:
     count: int = attrs.field(validator=ge(1))
     skip_blocks: int = attrs.field(validator=ge(0))
     block_ids: tuple[int, ...]
+
+    def places(self, offsets: Sequence[int], chunk_blocks: int) -> Iterator["Place"]:
+        """Where each chunk's bytes go. *offsets*: one slot a chunk. `Misuse` if the blocks do not lie within them."""
+        if len(offsets) != self.count or len(self.block_ids) > self.count * chunk_blocks - self.skip_blocks:
+            raise Misuse(
+                f"{len(self.block_ids)} blocks do not lie within {len(offsets)} chunks of {chunk_blocks} blocks"
+            )
+        at, skip = 0, self.skip_blocks
+        for offset in offsets:
+            end = at + chunk_blocks - skip
+            yield Place(offset, skip, self.block_ids[at:end])
+            at, skip = end, 0
+
+
+@attrs.frozen
+class Place:
+    """One chunk of a load: its slot, how many of its leading blocks are left out, and where the next ones go."""
+
+    offset: int
+    skip: int
+    block_ids: Sequence[int]

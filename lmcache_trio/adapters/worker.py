@@ -19,6 +19,7 @@ from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Pinned, Reserved, Role
 from lmcache_trio.adapters.device_path import ATTACH_TIMEOUT, DevicePath, Path
 from lmcache_trio.adapters.jobs import Job, Jobs, wait_for
+from lmcache_trio.adapters.layered import LayeredMoves
 from lmcache_trio.adapters.link import Link, logger
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
@@ -69,6 +70,9 @@ class WorkerAdapter:
         self._kv: PagedKV | None = None
         self._tensors: Mapping[str, torch.Tensor] = {}
         self._jobs = Jobs()
+        self._chunk_tokens = chunk_tokens or block_tokens
+        self.layered = LayeredMoves(self)
+        """Moves that go layer by layer beside the forward pass."""
         self._limiter = trio.CapacityLimiter(max(1, len(os.sched_getaffinity(0)) - 1))  # more starve the event loop
         self._token = os.urandom(16)
         self._connected_before = False
@@ -88,6 +92,7 @@ class WorkerAdapter:
         from lmcache_trio.adapters.paged import PagedKV  # the only import of torch
 
         self._kv, self._tensors = PagedKV(kv_caches, num_blocks=num_blocks), kv_caches
+        self.layered.register(list(kv_caches))
         client = self._link.client
         if client is not None:
             try:
@@ -150,6 +155,7 @@ class WorkerAdapter:
 
     def shutdown(self) -> None:
         """Finish what is under way, each reply bounded, and leave the server. Idempotent."""
+        self.layered.drop_stores()
         if self._link.alive:
             self._wait(self._jobs.running())
         if self._link.stop(2 * self._reply_timeout):
@@ -169,13 +175,27 @@ class WorkerAdapter:
     def _before_valid(self, spec: LoadSpec) -> None:
         """All is copied, and not yet known to be valid."""
 
+    def _layer_copied(self, spec: StoreSpec | LoadSpec, layer: int) -> None:
+        """Of a layer-wise move: *layer* is copied, for all its chunks."""
+
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
+    def _registered(self) -> "PagedKV":
         if self._kv is None:
             raise Misuse("register_kv_caches comes before stores and retrieves")
-        self._kv.check(spec.block_ids)
-        job = self._jobs.begin(spec, reported=reported)
+        return self._kv
+
+    @property
+    def _width(self) -> int:
+        """Blocks of a chunk."""
+        return self._chunk_tokens // self._block_tokens
+
+    def _begin(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
+        self._registered().check(spec.block_ids)
+        return self._jobs.begin(spec, reported=reported)
+
+    def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
+        job = self._begin(spec, reported=reported)
         if not self._link.spawn(self._run, job, refused=lambda: self._fail(job, "unavailable")):
             self._fail(job, "unavailable")
         return job
@@ -284,18 +304,11 @@ class WorkerAdapter:
     def _scatter(self, arena: ArenaMap, kv: "PagedKV", spec: LoadSpec, pinned: Pinned) -> None:
         """In a thread: slots → blocks."""
         self._slots_known(spec)
-        index = kv.check(spec.block_ids)
-        offsets = unpack_offsets(pinned.offsets)
-        width = self._chunk_tokens // self._block_tokens
-        if len(offsets) != spec.count or len(index) > spec.count * width - spec.skip_blocks:
-            raise Misuse(f"{len(index)} blocks do not lie within {len(offsets)} chunks of {width} blocks")
         half: Callable[[], None] | None = lambda: self._half_copied(spec)  # noqa: E731
-        at, skip = 0, spec.skip_blocks
-        for offset in offsets:
-            blocks = index[at : at + width - skip]
-            slot = np.frombuffer(arena.view(offset, kv.block_bytes * width), dtype=np.uint8)
-            kv.scatter(slot, width, skip, blocks, half)
-            at, skip, half = at + len(blocks), 0, None
+        for place in spec.places(unpack_offsets(pinned.offsets), self._width):
+            slot = np.frombuffer(arena.view(place.offset, kv.block_bytes * self._width), dtype=np.uint8)
+            kv.scatter(slot, self._width, place.skip, kv.check(place.block_ids), half)
+            half = None
         self._before_valid(spec)
 
     async def _reply(self, ask: Callable[..., Awaitable[_T]], *args: object) -> _T:

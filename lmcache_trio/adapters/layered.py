@@ -1,0 +1,290 @@
+"""Moves that go layer by layer beside the engine's forward pass: it need not wait for what it does not use yet.
+
+    start_retrieves --> a layer is there --> wait_layer(it) returns --> ... --> wait_retrieves: is all of it valid?
+    start_stores    --> layer_written(it) --> it is copied          --> ... --> finish_stores / drop_stores
+
+All retrieves of a step share their layers' order: layer 0 of every one comes before layer 1 of any. Whether what was
+loaded is valid is known at the end only, so the host asks `wait_retrieves` before it believes what it computed. A copy
+into or out of blocks is never left behind: a retrieve is over when its job is, however it ended.
+
+On the device path a store begins with `finish_stores`: the server copies it in one go.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import trio
+
+from lmcache_trio._transport.arena_map import ArenaMap
+from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
+from lmcache_trio._wire.messages import Pinned, Reserved
+from lmcache_trio.adapters.jobs import Job, wait_for
+from lmcache_trio.adapters.link import logger
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.client import Client
+from lmcache_trio.errors import LMCacheTrioError, Misuse
+from lmcache_trio.threads import Handoff, Latch, offload
+
+if TYPE_CHECKING:
+    from lmcache_trio.adapters.worker import WorkerAdapter
+
+__all__ = ["LayeredMoves"]
+
+
+class _Loads:
+    """The retrieves of one step: how many leading layers each has, and who waits for which."""
+
+    def __init__(self, jobs: Sequence[Job], layers: int) -> None:
+        self.jobs = jobs
+        self.gates: list[Handoff[bool]] = [Handoff() for _ in range(layers)]
+        self._there = dict.fromkeys(jobs, 0)
+        self._open = 0
+        self._latch = Latch()
+
+    def reached(self, jobs: Sequence[Job], layers: int) -> None:
+        """The first *layers* layers of *jobs* are in their blocks, or never will be. From any thread."""
+        with self._latch:
+            for job in jobs:
+                self._there[job] = max(self._there[job], layers)
+            while self._open < len(self.gates) and self._open < min(self._there.values()):
+                self.gates[self._open].set(True)
+                self._open += 1
+
+    def over(self, job: Job) -> None:
+        self.reached([job], len(self.gates))
+
+
+class _Stores:
+    """The stores of one step. *written* has one event a layer; all of them are set at the end, whatever that is."""
+
+    def __init__(self, specs: Sequence[StoreSpec], layers: int) -> None:
+        self.specs = specs
+        self.jobs: Sequence[Job] = ()
+        self.written = [trio.Event() for _ in range(layers)]
+        self.dropped = False
+
+    def finish(self, *, drop: bool) -> None:
+        """In the loop."""
+        self.dropped = self.dropped or drop
+        for event in self.written:
+            event.set()
+
+
+class LayeredMoves:
+    """The layer-wise half of a `WorkerAdapter`, which it belongs to."""
+
+    def __init__(self, worker: "WorkerAdapter") -> None:
+        self._worker = worker
+        self._layers: dict[str, int] = {}
+        self._loads: _Loads | None = None
+        self._stores: _Stores | None = None
+
+    def register(self, names: Sequence[str]) -> None:
+        """The layers, in the order of the slots."""
+        self._layers = {name: i for i, name in enumerate(names)}
+
+    # --- retrieves, called by the host ------------------------------------------------------------------------------
+
+    def start_retrieves(self, specs: Sequence[LoadSpec]) -> None:
+        self.wait_retrieves()
+        jobs = [self._worker._begin(spec, reported=False) for spec in specs]
+        if jobs:
+            loads = self._loads = _Loads(jobs, len(self._layers))
+            if not self._worker._link.spawn(self._load, loads, refused=lambda: self._give_up(jobs)):
+                self._give_up(jobs)
+
+    def wait_layer(self, name: str) -> None:
+        if name not in self._layers:
+            raise Misuse(f"layer {name!r} was not registered")
+        if self._loads is not None:
+            wait_for([self._loads.gates[self._layers[name]]], lambda: self._worker._link.alive)
+
+    def wait_retrieves(self) -> None:
+        loads, self._loads = self._loads, None
+        if loads is not None:
+            self._worker._wait(loads.jobs)
+
+    # --- stores, called by the host ---------------------------------------------------------------------------------
+
+    def start_stores(self, specs: Sequence[StoreSpec]) -> None:
+        self.drop_stores()
+        if not specs:
+            return
+        stores = self._stores = _Stores(specs, len(self._layers))
+        if self._worker.path != "device":
+            jobs = stores.jobs = [self._worker._begin(spec, reported=True) for spec in specs]
+            if not self._worker._link.spawn(self._store, stores, refused=lambda: self._give_up(jobs)):
+                self._give_up(jobs)
+
+    def layer_written(self, name: str) -> None:
+        if name not in self._layers:
+            raise Misuse(f"layer {name!r} was not registered")
+        if self._stores is not None:
+            self._worker._link.post(self._stores.written[self._layers[name]].set)
+
+    def finish_stores(self) -> None:
+        stores, self._stores = self._stores, None
+        if stores is not None:
+            self._worker._link.post(lambda: stores.finish(drop=False))
+            if not stores.jobs:
+                for spec in stores.specs:
+                    self._worker.submit_store(spec)
+
+    def drop_stores(self) -> None:
+        stores, self._stores = self._stores, None
+        if stores is not None:
+            self._worker._link.post(lambda: stores.finish(drop=True))
+
+    # --- in the loop ------------------------------------------------------------------------------------------------
+
+    def _give_up(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._worker._fail(job, "unavailable")
+
+    async def _load(self, client: Client | None, loads: _Loads) -> None:
+        worker = self._worker
+        try:
+            if client is None or client.arena is None or not client.shard_bytes or not worker._device.usable:
+                return
+            if worker.path == "device":
+                async with trio.open_nursery() as each:
+                    for job in loads.jobs:
+                        each.start_soon(self._load_by_server, client, loads, job)
+            else:
+                await self._load_by_copying(client, client.arena, loads)
+        except LMCacheTrioError as exc:
+            logger.info("%d retrieves failed: %s", len(loads.jobs), exc)
+        finally:
+            self._end(loads, loads.jobs)
+
+    async def _load_by_copying(self, client: Client, arena: ArenaMap, loads: _Loads) -> None:
+        pinned: list[tuple[Job, Pinned]] = []
+        try:
+            for job in loads.jobs:
+                found = await self._pin(client, job)
+                if found is None:
+                    loads.over(job)
+                else:
+                    pinned.append((job, found))
+            if pinned:
+                await offload(self._scatter, arena, pinned, loads, limiter=self._worker._limiter)
+        except BaseException:
+            for _, pin in pinned:
+                client.done_nowait(pin.pin)
+            raise
+        for job, pin in pinned:  # is what was copied still valid?
+            assert isinstance(job.spec, LoadSpec)
+            if await self._worker._reply(client.done, pin.pin):
+                self._worker._jobs.count("retrieved_chunks", job.spec.count)
+                self._worker._jobs.end(job, failed=False)
+
+    async def _pin(self, client: Client, job: Job) -> Pinned | None:
+        spec = job.spec
+        assert isinstance(spec, LoadSpec)
+        try:
+            if spec.lease:
+                return await self._worker._reply(client.retrieve, spec.lease, spec.start, spec.count)
+        except LMCacheTrioError as exc:
+            logger.info("a retrieve of %s failed: %s", spec.request_id, exc)
+        return None
+
+    def _end(self, loads: _Loads, jobs: Sequence[Job]) -> None:
+        self._give_up(jobs)  # nothing for those that ended well
+        for job in jobs:
+            loads.over(job)
+
+    async def _load_by_server(self, client: Client, loads: _Loads, job: Job) -> None:
+        spec, worker = job.spec, self._worker
+        assert isinstance(spec, LoadSpec)
+        try:
+            if spec.lease and await worker._device.retrieve(client, spec, lambda n: loads.reached([job], n)):
+                worker._jobs.count("retrieved_chunks", spec.count)
+                worker._jobs.end(job, failed=False)
+        except LMCacheTrioError as exc:
+            logger.info("a retrieve of %s failed: %s", spec.request_id, exc)
+        finally:
+            self._end(loads, [job])
+
+    async def _store(self, client: Client | None, stores: _Stores) -> None:
+        for job in stores.jobs:
+            if job.before is not None and job.before not in stores.jobs:
+                await job.before.asked.wait()
+            job.before = None
+        granted: list[tuple[Job, Reserved]] = []
+        try:
+            if client is not None and client.arena is not None and client.shard_bytes and self._worker._device.usable:
+                for job in stores.jobs:
+                    granted.append((job, await self._reserve(client, job)))
+                await self._copy_layers(client.arena, stores, granted)
+                if not stores.dropped:
+                    await self._commit(client, granted)
+        except LMCacheTrioError as exc:
+            logger.info("%d stores failed: %s", len(stores.jobs), exc)
+        finally:
+            if client is not None:
+                for job, reserved in granted:
+                    if not job.ended.done:
+                        client.abort_nowait(reserved.reservation)
+            for job in stores.jobs:
+                job.asked.set()
+            self._give_up(stores.jobs)
+
+    async def _reserve(self, client: Client, job: Job) -> Reserved:
+        from lmcache_trio._core.keys import split_digests
+
+        spec = job.spec
+        assert isinstance(spec, StoreSpec)
+        try:
+            return await self._worker._reply(client.reserve, spec.session, spec.parent, split_digests(spec.digests))
+        finally:
+            job.asked.set()
+
+    async def _copy_layers(self, arena: ArenaMap, stores: _Stores, granted: Sequence[tuple[Job, Reserved]]) -> None:
+        for layer, written in enumerate(stores.written):
+            await written.wait()
+            if stores.dropped:
+                break
+            await offload(self._gather, arena, granted, layer, limiter=self._worker._limiter)
+        for job in stores.jobs:
+            self._worker._jobs.copied(job)
+
+    async def _commit(self, client: Client, granted: Sequence[tuple[Job, Reserved]]) -> None:
+        for job, reserved in granted:
+            for reason, number in reserved.dropped.items():
+                self._worker._jobs.count(f"dropped_{reason}", number)
+            if reserved.reservation:
+                await self._worker._reply(client.commit, reserved.reservation)
+                self._worker._jobs.count("stored_chunks", len(unpack_positions(reserved.positions)))
+            self._worker._jobs.end(job, failed=False)
+
+    # --- in a thread ------------------------------------------------------------------------------------------------
+
+    def _scatter(self, arena: ArenaMap, pinned: Sequence[tuple[Job, Pinned]], loads: _Loads) -> None:
+        kv, width = self._worker._registered(), self._worker._width
+        moves: list[Callable[[int], None]] = []
+        for job, pin in pinned:
+            assert isinstance(job.spec, LoadSpec)
+            for place in job.spec.places(unpack_offsets(pin.offsets), width):
+                slot = np.frombuffer(arena.view(place.offset, kv.block_bytes * width), dtype=np.uint8)
+                blocks = kv.check(place.block_ids)
+                moves.append(
+                    partial(kv.scatter_layer, slot=slot, chunk_blocks=width, skip=place.skip, block_ids=blocks)
+                )
+        for layer in range(len(self._layers)):
+            for move in moves:
+                move(layer)
+            loads.reached([job for job, _ in pinned], layer + 1)
+            for job, _ in pinned:
+                self._worker._layer_copied(job.spec, layer)
+
+    def _gather(self, arena: ArenaMap, granted: Sequence[tuple[Job, Reserved]], layer: int) -> None:
+        kv, width = self._worker._registered(), self._worker._width
+        for job, reserved in granted:
+            index = kv.check(job.spec.block_ids)
+            positions, offsets = unpack_positions(reserved.positions), unpack_offsets(reserved.offsets)
+            for position, offset in zip(positions, offsets, strict=True):
+                slot = np.frombuffer(arena.view(offset, kv.block_bytes * width), dtype=np.uint8)
+                kv.gather_layer(layer, index[position * width : (position + 1) * width], slot)
+            self._worker._layer_copied(job.spec, layer)

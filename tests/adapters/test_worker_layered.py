@@ -1,0 +1,219 @@
+"""Moves that go layer by layer beside a forward pass, on both paths."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
+from lmcache_trio.adapters.shared_kv import shared_tensor
+from lmcache_trio.errors import Misuse
+from lmcache_trio.testing.sides import (
+    BLOCK,
+    BLOCKS,
+    CHUNK,
+    HEAD,
+    HEADS,
+    LAYERS,
+    ServerProcess,
+    Side,
+    make_kv,
+    same_blocks,
+    wait_until,
+)
+from lmcache_trio.threads import Handoff
+
+TOKENS = list(range(3 * CHUNK))
+FROM = [5, 9, 1, 33, 34, 35, 36, 60, 2, 7, 8, 3]
+INTO = [11, 40, 12, 50, 13, 51, 14, 52, 20, 21, 22, 23]
+NAMES = [f"layer {i}" for i in range(LAYERS)]
+
+MakeSide = Callable[..., Side]
+KV = dict[str, torch.Tensor]
+
+
+def private(seed: int | None = None) -> KV:
+    return make_kv(seed)
+
+
+def shared(seed: int | None = None) -> KV:
+    made = make_kv(seed)
+    size = sum(t.nbytes for t in made.values())
+    layers = shared_tensor(size).view(torch.float32).view(LAYERS, 2, BLOCKS, BLOCK, HEADS, HEAD)
+    for layer, tensor in zip(layers, made.values(), strict=True):
+        layer.copy_(tensor)
+    return dict(zip(made, layers, strict=True))
+
+
+both_paths = pytest.mark.parametrize("kv", [private, shared], ids=["shm", "device"])
+
+
+def load_spec(side: Side, request_id: str, tokens: int = 3 * CHUNK, blocks: list[int] | None = None) -> LoadSpec:
+    assert side.lookup(request_id, TOKENS) == 3 * CHUNK
+    spec = side.scheduler.update_after_alloc(request_id, tokens, block_ids=INTO if blocks is None else blocks)
+    assert spec is not None
+    return spec
+
+
+def store_spec(side: Side, request_id: str, tokens: list[int]) -> StoreSpec:
+    side.scheduler.extend(request_id, tokens)
+    return side.scheduler.store_spec(request_id, 0, FROM)
+
+
+@both_paths
+def test_each_layer_is_there_when_its_wait_returns(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    one, other = sides(live_server.address, kv(1)), sides(live_server.address, kv())
+    one.store("r", TOKENS, FROM)
+    half = 2 * CHUNK // BLOCK
+    specs = [load_spec(other, "q", 2 * CHUNK, INTO[:half]), load_spec(other, "p", CHUNK, INTO[half:])]
+    other.worker.layered.start_retrieves(specs)
+    source, into = FROM[:half] + FROM[: CHUNK // BLOCK], INTO
+    for name in NAMES:
+        other.worker.layered.wait_layer(name)
+        assert torch.equal(one.kv[name][:, source], other.kv[name][:, into])
+    other.worker.layered.wait_retrieves()
+    assert other.worker.take_failed_blocks() == set()
+    assert other.worker.take_finished() == (set(), set())
+    assert other.worker.statistics() == {"running": 0, "retrieved_chunks": 3}
+    untouched = [b for b in range(BLOCKS) if b not in INTO]
+    assert same_blocks(other.kv, untouched, make_kv(), untouched)
+
+
+class Stepwise(WorkerAdapter):
+    """Stops after a layer until it is told to go on."""
+
+    stop_after = -1
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.stopped: Handoff[bool] = Handoff()
+        self.go: Handoff[bool] = Handoff()
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def _layer_copied(self, spec: StoreSpec | LoadSpec, layer: int) -> None:
+        if layer == self.stop_after:
+            self.stopped.set(True)
+            assert self.go.wait(20)
+
+
+def test_a_layer_may_be_used_before_the_last_has_come(live_server: ServerProcess, sides: MakeSide) -> None:
+    one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv(), worker=Stepwise)
+    one.store("r", TOKENS, FROM)
+    assert isinstance(other.worker, Stepwise)
+    other.worker.stop_after = 0
+    other.worker.layered.start_retrieves([load_spec(other, "q")])
+    other.worker.layered.wait_layer(NAMES[0])
+    assert torch.equal(one.kv[NAMES[0]][:, FROM], other.kv[NAMES[0]][:, INTO])
+    assert other.worker.stopped.wait(20)
+    assert not other.kv[NAMES[2]].any()
+    other.worker.go.set(True)
+    other.worker.layered.wait_retrieves()
+    assert same_blocks(one.kv, FROM, other.kv, INTO)
+
+
+@both_paths
+def test_a_retrieve_that_fails_keeps_no_layer_waiting(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    one, other = sides(live_server.address, kv(1)), sides(live_server.address, kv())
+    one.store("r", TOKENS, FROM)
+    good, bad = load_spec(other, "q", CHUNK, INTO[:4]), LoadSpec("x", 1, b"guessed lease 16", 0, 1, 0, (1, 2, 3, 4))
+    used_up = LoadSpec("y", 1, b"", 0, 1, 0, (5, 6, 7, 8))
+    other.worker.layered.start_retrieves([bad, good, used_up])
+    for name in NAMES:
+        other.worker.layered.wait_layer(name)
+    other.worker.layered.wait_retrieves()
+    assert other.worker.take_failed_blocks() == {1, 2, 3, 4, 5, 6, 7, 8}
+    assert same_blocks(one.kv, FROM[:4], other.kv, INTO[:4])
+
+
+@both_paths
+def test_without_a_server_every_layer_is_over_at_once(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    one = sides(live_server.address, kv(1))
+    live_server.kill()
+    one.worker.layered.start_retrieves([LoadSpec("x", 1, b"guessed lease 16", 0, 1, 0, (1, 2, 3, 4))])
+    one.worker.layered.wait_layer(NAMES[-1])
+    one.worker.layered.wait_retrieves()
+    assert one.worker.take_failed_blocks() == {1, 2, 3, 4}
+    one.worker.layered.start_stores([store_spec(one, "s", TOKENS)])
+    for name in NAMES:
+        one.worker.layered.layer_written(name)
+    one.worker.layered.finish_stores()
+    one.worker.wait_stores()
+    assert one.worker.statistics()["dropped_unavailable"] == 3
+
+
+@both_paths
+def test_a_store_that_went_by_layers_is_what_was_there(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    one, other = sides(live_server.address, kv(1)), sides(live_server.address, kv())
+    one.worker.layered.start_stores([store_spec(one, "r", TOKENS)])
+    for name in NAMES:
+        one.worker.layered.layer_written(name)
+    one.worker.layered.finish_stores()
+    finished: set[str] = set()
+
+    def ended() -> bool:
+        finished.update(one.worker.take_finished()[0])
+        return bool(finished)
+
+    wait_until(ended)
+    assert finished == {"r"}
+    assert other.lookup("q", TOKENS) == 3 * CHUNK
+    assert other.load("q", 3 * CHUNK, INTO) == set()
+    assert same_blocks(one.kv, FROM, other.kv, INTO)
+
+
+def test_a_layer_is_copied_as_soon_as_it_is_written(live_server: ServerProcess, sides: MakeSide) -> None:
+    one, other = sides(live_server.address, make_kv(1), worker=Stepwise), sides(live_server.address, make_kv())
+    before = {name: tensor.clone() for name, tensor in one.kv.items()}
+    assert isinstance(one.worker, Stepwise)
+    one.worker.stop_after = 0
+    one.worker.layered.start_stores([store_spec(one, "r", TOKENS)])
+    one.worker.layered.layer_written(NAMES[0])
+    assert one.worker.stopped.wait(20)
+    one.kv[NAMES[0]].zero_()  # it was copied: nothing looks at it again
+    one.worker.go.set(True)
+    for name in NAMES[1:]:
+        one.worker.layered.layer_written(name)
+    one.worker.layered.finish_stores()
+    one.worker.wait_stores(["r"])
+    wait_until(lambda: one.worker.statistics()["running"] == 0)
+    assert other.lookup("q", TOKENS) == 3 * CHUNK
+    assert other.load("q", 3 * CHUNK, INTO) == set()
+    assert same_blocks(before, FROM, other.kv, INTO)
+
+
+@both_paths
+def test_a_step_that_is_dropped_publishes_nothing(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    one = sides(live_server.address, kv(1))
+    one.worker.layered.start_stores([store_spec(one, "r", TOKENS)])
+    one.worker.layered.layer_written(NAMES[0])
+    one.worker.layered.drop_stores()
+    one.worker.wait_stores()
+    wait_until(lambda: one.worker.statistics()["running"] == 0)
+    assert one.lookup("q", TOKENS) == 0
+    wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
+
+
+def test_a_worker_that_leaves_in_the_middle_of_a_step_leaves_nothing(
+    live_server: ServerProcess, sides: MakeSide
+) -> None:
+    one = sides(live_server.address, make_kv(1))
+    one.worker.layered.start_stores([store_spec(one, "r", TOKENS)])
+    one.worker.shutdown()
+    wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
+
+
+def test_a_layer_that_was_not_registered_is_refused(live_server: ServerProcess, sides: MakeSide) -> None:
+    one = sides(live_server.address, make_kv(1))
+    with pytest.raises(Misuse, match="another"):
+        one.worker.layered.wait_layer("another")
+    with pytest.raises(Misuse, match="another"):
+        one.worker.layered.layer_written("another")
