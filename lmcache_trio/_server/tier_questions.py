@@ -40,8 +40,8 @@ class Questions:
     def __init__(self, calls: Calls, tier: Tier) -> None:
         self._calls = calls
         self._tier = tier
-        self._pending: list[Question] = []
-        self._under_way: list[Question] = []
+        self._pending: dict[Question, None] = {}  # in order; dicts, because any may be withdrawn
+        self._under_way: dict[Question, None] = {}
         self._asked = trio.Event()
 
     def __len__(self) -> int:
@@ -52,14 +52,13 @@ class Questions:
         if not self._calls.open:
             question.answer([False] * len(question.digests))
             return
-        self._pending.append(question)
+        self._pending[question] = None
         self._asked.set()
 
     def withdraw(self, question: Question) -> None:
         """Nobody waits for it any more. Idempotent."""
-        for waiting in (self._pending, self._under_way):
-            if question in waiting:
-                waiting.remove(question)
+        self._pending.pop(question, None)
+        self._under_way.pop(question, None)
 
     def give_up(self, namespace: bytes | None = None) -> None:
         """Answer all that wait with no: of *namespace*, or all of them."""
@@ -80,19 +79,23 @@ class Questions:
                 return
 
     async def _ask_some(self) -> None:
-        self._under_way = list(self._next_batch())
+        self._under_way = dict.fromkeys(self._next_batch())
         keys = dict.fromkeys(ChunkKey(q.namespace, digest) for q in self._under_way for digest in q.digests)
         said = await self._calls.make(self._contains, list(keys))
         found = dict(zip(keys, said, strict=True))
-        answered, self._under_way = self._under_way, []
+        answered, self._under_way = self._under_way, {}
         for question in answered:
             question.answer([found[ChunkKey(question.namespace, digest)] for digest in question.digests])
 
     def _next_batch(self) -> Iterator[Question]:
         room = MOST_KEYS
-        while self._pending and (room >= len(self._pending[0].digests) or room == MOST_KEYS):
-            room -= len(self._pending[0].digests)
-            yield self._pending.pop(0)
+        while self._pending:
+            question = next(iter(self._pending))
+            if len(question.digests) > room and room < MOST_KEYS:
+                return
+            room -= len(question.digests)
+            del self._pending[question]
+            yield question
 
     async def _contains(self, keys: Sequence[ChunkKey]) -> Sequence[bool]:
         said = await self._tier.contains(keys)
