@@ -8,7 +8,7 @@ from e2e_bench import CHUNK, Bench
 from e2e_engine import Engine, Server
 from e2e_expected import Expected, Prompt
 
-__all__ = ["Situation", "fault", "hit_after_the_engine_was_restarted"]
+__all__ = ["Situation", "fault", "hit_after_the_engine_was_restarted", "one_rank_ends_in_the_middle_of_a_store"]
 
 Situation = Callable[[Bench, str, Expected], None]
 
@@ -165,27 +165,32 @@ def fault(copy: str, point: str, action: str) -> Situation:
     return situation
 
 
-def one_rank_ends_in_the_middle_of_a_store(bench: Bench, kind: str, expected: Expected) -> None:
-    """The engine goes with it. What the other rank wrote is no chunk: the next engine computes and stores it whole."""
-    engine = bench.engine(kind)
-    engine.forget(connector=True)
+def one_rank_ends_in_the_middle_of_a_store(then: str) -> Situation:
+    """The engine goes with it. What the other rank wrote is no chunk: the next engine, of kind *then*, stores it whole."""
 
-    def end_it(where: Mapping[str, Any]) -> None:
-        if (where["copy"], where["point"], where["rank"]) == ("store", "half copied", 1):
-            bench.gate.action = None
-            os.kill(where["pid"], 9)
+    def situation(bench: Bench, kind: str, expected: Expected) -> None:
+        engine = bench.engine(kind)
+        engine.forget(connector=True)
 
-    bench.gate.action = end_it
-    try:
-        engine.generate([expected["long 1"].tokens])
+        def end_it(where: Mapping[str, Any]) -> None:
+            if (where["copy"], where["point"], where["rank"]) == ("store", "half copied", 1):
+                bench.gate.action = None
+                os.kill(where["pid"], 9)
+
+        bench.gate.action = end_it
+        try:
+            engine.generate([expected["long 1"].tokens])
+            engine.forget()
+        except AssertionError:
+            pass  # vLLM ends an engine that lost a worker
+        assert bench.gate.action is None
+        engine = bench.engine(then, fresh=True)
+        check(engine, expected["long 1"], cached=0)
         engine.forget()
-    except AssertionError:
-        pass  # vLLM ends an engine that lost a worker
-    assert bench.gate.action is None
-    engine = bench.engine(kind, fresh=True)
-    check(engine, expected["long 1"], cached=0)
-    engine.forget()
-    check(engine, expected["long 1"], cached=stored(expected["long 1"]))
+        check(engine, expected["long 1"], cached=stored(expected["long 1"]))
+
+    situation.__name__ = "one rank ends in the middle of a store"
+    return situation
 
 
 def _with_a_server(bench: Bench, kind: str, prompt: Prompt) -> Engine:

@@ -10,7 +10,12 @@ import e2e_rows as rows
 import pytest
 from e2e_bench import Bench
 from e2e_expected import Expected
-from e2e_rows import Situation, fault, hit_after_the_engine_was_restarted
+from e2e_rows import (
+    Situation,
+    fault,
+    hit_after_the_engine_was_restarted,
+    one_rank_ends_in_the_middle_of_a_store,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -67,8 +72,8 @@ TABLE = [
     *(Row("faults, sync", each) for each in FAULTS),
     Row("two ranks", rows.cold, "two_ranks"),
     Row("two ranks", rows.hit_after_reset_prefix_cache, "two_ranks"),
-    Row("two ranks", rows.one_rank_ends_in_the_middle_of_a_store, "two_ranks"),
-    Row("two ranks, sync", rows.one_rank_ends_in_the_middle_of_a_store, "two_ranks"),
+    Row("two ranks", one_rank_ends_in_the_middle_of_a_store("two ranks, sync"), "two_ranks"),
+    Row("two ranks, sync", one_rank_ends_in_the_middle_of_a_store("two ranks, sync"), "two_ranks"),
 ]
 
 
