@@ -166,7 +166,7 @@ def fault(copy: str, point: str, action: str) -> Situation:
 
 
 def one_rank_ends_in_the_middle_of_a_store(then: str) -> Situation:
-    """The engine goes with it. What the other rank wrote is no chunk: the next engine, of kind *then*, stores it whole."""
+    """The engine goes with it. What the other rank wrote is no chunk: the next, of kind *then*, stores it whole."""
 
     def situation(bench: Bench, kind: str, expected: Expected) -> None:
         engine = bench.engine(kind)
