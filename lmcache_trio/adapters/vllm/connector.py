@@ -85,6 +85,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._asynchronous = self._settings.load is LoadMode.ASYNC
         self._loras = LoraIdentities()
         self._warned: set[str] = set()
+        self._layers: frozenset[str] = frozenset()
         self._scheduler: SchedulerSide | None = None
         self._scheduler_adapter: SchedulerAdapter | None = None
         self._worker: WorkerSide | None = None
@@ -113,6 +114,11 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             loads=transfer.is_kv_consumer,
             stores=transfer.is_kv_producer,
         )
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """A captured graph would skip the hooks that wait for a layer, and compute with what is not there yet."""
+        return bool(extra_config.get("layerwise", False))
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -204,7 +210,9 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             fingerprint_extra=layout_extras(self._vllm_config, self._kv_cache_config),
         )
         self._worker_adapter.register_kv_caches(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
-        self._worker = WorkerSide(self._worker_adapter, asynchronous=self._asynchronous)
+        self._layers = frozenset(kv_caches)
+        layered = self._worker_adapter.layered if self._settings.layerwise else None
+        self._worker = WorkerSide(self._worker_adapter, asynchronous=self._asynchronous, layered=layered)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         self._on_worker().let_go(kv_connector_metadata.plan.preempted)
@@ -217,12 +225,14 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._on_worker().load()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """A synchronous load has ended before the forward pass begins."""
+        if layer_name in self._layers:  # a layer that shares another's cache has none of its own
+            self._on_worker().wait_layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
     ) -> None:
-        """Whole steps are stored, in `wait_for_save`."""
+        if layer_name in self._layers:
+            self._on_worker().layer_written(layer_name)
 
     def wait_for_save(self) -> None:
         self._on_worker().store()

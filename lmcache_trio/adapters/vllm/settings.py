@@ -28,7 +28,10 @@ class LoadMode(StrEnum):
 
 @attrs.frozen
 class ConnectorSettings:
-    """One engine's settings. *namespace* keeps engines apart that would otherwise share chunks."""
+    """One engine's settings. *namespace* keeps engines apart that would otherwise share chunks.
+
+    *layerwise*, with `load = sync` alone: a step begins before its last layer is loaded, and stores as layers finish.
+    """
 
     address: str = attrs.field(factory=default_address)
     sync_lookup: bool = False
@@ -36,6 +39,7 @@ class ConnectorSettings:
     poll_interval: float = 0.005
     load: LoadMode = LoadMode.ASYNC
     namespace: str = ""
+    layerwise: bool = False
 
 
 def parse_settings(extra: Mapping[str, Any]) -> ConnectorSettings:
@@ -46,7 +50,12 @@ def parse_settings(extra: Mapping[str, Any]) -> ConnectorSettings:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(f"{PREFIX}.{key}", f"is not known; {hint}known are {', '.join(fields)}")
-    return ConnectorSettings(**{key: _CHECKS[key](f"{PREFIX}.{key}", value) for key, value in extra.items()})
+    found = ConnectorSettings(**{key: _CHECKS[key](f"{PREFIX}.{key}", value) for key, value in extra.items()})
+    if found.layerwise and found.load is not LoadMode.SYNC:
+        raise ConfigError(
+            f"{PREFIX}.layerwise", "is true, but an asynchronous load ends between steps; add 'load': 'sync'"
+        )
+    return found
 
 
 def check_failure_policy(policy: str) -> None:
@@ -110,5 +119,6 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "lookup_timeout": _seconds,
     "poll_interval": _seconds,
     "load": _load,
+    "layerwise": _truth,
     "namespace": _text,
 }

@@ -10,6 +10,9 @@ A synchronous load that failed taints its step: the KV computed in it, by any re
 garbage. vLLM recomputes; the cache must not learn of it. So this worker stores nothing from that step on, until a plan
 says that it was made after the scheduler had heard (`StepPlan.settled`). An asynchronous load has ended, well or badly,
 before any step computes with its blocks, and taints nothing.
+
+Layer by layer, both go on beside the forward pass: `wait_layer` returns when one layer is loaded, `layer_written` lets
+one be stored. Whether a load was valid is known at the step's end, and before any of its stores is committed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +23,19 @@ import attrs
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.adapters.vllm.metadata import StepPlan
 
-__all__ = ["Mover", "Report", "WorkerSide"]
+__all__ = ["LayeredMover", "Mover", "Report", "WorkerSide"]
+
+
+class LayeredMover(Protocol):
+    """The part of `LayeredMoves` that is used here."""
+
+    def start_retrieves(self, specs: Sequence[LoadSpec]) -> None: ...
+    def wait_layer(self, name: str) -> None: ...
+    def wait_retrieves(self) -> None: ...
+    def start_stores(self, specs: Sequence[StoreSpec]) -> None: ...
+    def layer_written(self, name: str) -> None: ...
+    def finish_stores(self) -> None: ...
+    def drop_stores(self) -> None: ...
 
 
 class Mover(Protocol):
@@ -43,11 +58,13 @@ class Report:
 
 
 class WorkerSide:
-    """State of one worker. *asynchronous*: loads are submitted, and end between steps."""
+    """State of one worker. *asynchronous*: loads are submitted, and end between steps. *layered*: all goes by layers."""
 
-    def __init__(self, mover: Mover, *, asynchronous: bool) -> None:
+    def __init__(self, mover: Mover, *, asynchronous: bool, layered: LayeredMover | None = None) -> None:
         self._mover = mover
         self._asynchronous = asynchronous
+        self._layered = layered
+        self._loading = False
         self._plan = StepPlan(step=0)
         self._planned: set[str] = set()  # this step's plan stores them, and nothing was submitted yet
         self._storing: set[str] = set()  # a copy out of their blocks was submitted, and has not been named as ended
@@ -70,18 +87,51 @@ class WorkerSide:
         self._held.update(plan.held)
 
     def load(self) -> None:
-        if self._asynchronous:
+        if self._layered is not None:
+            self._layered.start_retrieves(self._plan.loads)
+            self._loading = bool(self._plan.loads)
+            self._start_stores(self._layered)
+        elif self._asynchronous:
             for spec in self._plan.loads:
                 self._mover.submit_retrieve(spec)
         elif self._plan.loads:
             self._mover.retrieve_now(self._plan.loads)
-            failed = self._mover.take_failed_blocks()
-            if failed:
-                self._failed_blocks |= failed
-                self._tainted = self._failed_now = self._plan.step
+            self._see_failures()
+
+    def _see_failures(self) -> None:
+        failed = self._mover.take_failed_blocks()
+        if failed:
+            self._failed_blocks |= failed
+            self._tainted = self._failed_now = self._plan.step
+
+    def _start_stores(self, layered: LayeredMover) -> None:
+        if self._tainted <= self._plan.settled:
+            self._storing.update(spec.request_id for spec in self._plan.stores)
+            layered.start_stores(self._plan.stores)
+
+    def wait_layer(self, name: str) -> None:
+        if self._layered is not None and self._loading:
+            self._layered.wait_layer(name)
+
+    def layer_written(self, name: str) -> None:
+        if self._layered is not None:
+            self._layered.layer_written(name)
+
+    def _end_layers(self, layered: LayeredMover) -> None:
+        """The step is computed: what it was loaded from is known to be valid, or nothing of it is stored."""
+        if self._loading:
+            self._loading = False
+            layered.wait_retrieves()
+            self._see_failures()
+        if self._tainted <= self._plan.settled:
+            layered.finish_stores()
+        else:
+            layered.drop_stores()
 
     def store(self) -> None:
-        if self._tainted <= self._plan.settled:
+        if self._layered is not None:
+            self._end_layers(self._layered)
+        elif self._tainted <= self._plan.settled:
             for spec in self._plan.stores:
                 self._storing.add(spec.request_id)
                 self._mover.submit_store(spec)
@@ -95,6 +145,8 @@ class WorkerSide:
         return Report(released, loaded)
 
     def take_failed_blocks(self) -> set[int]:
+        if self._layered is not None and self._loading:  # a step that was not stored
+            self._end_layers(self._layered)
         failed = self._failed_blocks | self._mover.take_failed_blocks()
         self._failed_blocks = set()
         return failed

@@ -24,8 +24,16 @@ def test_all_settings_are_taken_over() -> None:
         "poll_interval": 0.01,
         "load": "sync",
         "namespace": "mine",
+        "layerwise": True,
     }
-    assert parse_settings(extra) == ConnectorSettings("ipc:///run/x.ipc", True, 2.0, 0.01, LoadMode.SYNC, "mine")
+    found = ConnectorSettings("ipc:///run/x.ipc", True, 2.0, 0.01, LoadMode.SYNC, "mine", layerwise=True)
+    assert parse_settings(extra) == found
+
+
+def test_layer_by_layer_goes_with_synchronous_loads_alone() -> None:
+    assert parse_settings({"layerwise": False}) == ConnectorSettings()
+    with pytest.raises(ConfigError, match=r"layerwise: is true, but .* add 'load': 'sync'"):
+        parse_settings({"layerwise": True})
 
 
 def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None:
@@ -45,6 +53,7 @@ def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None
         ("poll_interval", -1.0),
         ("load", "lazy"),
         ("namespace", None),
+        ("layerwise", "yes"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_by_name(key: str, value: object) -> None:
