@@ -1,10 +1,11 @@
-"""`lmcache-trio demo`: the whole job on one machine, without vLLM, in three processes.
+"""`lmcache-trio demo`: the whole job on one machine, without vLLM, in five processes.
 
-    server ---------------------------------------------------------> ends
-    engine, cold: every prompt is computed and stored -> ends
-                                     another engine, warm: every prompt comes back -> ends
+    server -----------------------------------------------------------> ends    server, on the same disk ------> ends
+    engine, cold: every prompt is     another, warm: every prompt               a third: every prompt comes
+    computed and stored -> ends       comes back from memory -> ends            back from the disk -> ends
 
-It shows that the KV outlives the engine that computed it, and checks what it shows: the same ids, something reused.
+It shows that the KV outlives the engine that computed it, and the server that kept it, and checks what it shows: the
+same ids, something reused.
 This module runs the processes and prints; it imports no torch, and knows the engine by its lines of JSON only.
 """
 
@@ -33,6 +34,11 @@ _ENGINE_SECONDS = 240.0
 """For one engine to serve all prompts. The default ones take about 5 s, most of them `import torch`."""
 
 _MAX_PARENT = 50
+_TITLES = (
+    ("cold: an engine computes, stores, and ends", "warm: another engine, same prompts"),
+    ("disk: a new server on the same disk, a third engine",),
+)
+"""One line a server, one title an engine."""
 
 
 def _at_least(low: int) -> Callable[[object, "attrs.Attribute[int]", int], None]:
@@ -74,6 +80,11 @@ class Settings:
         return [self.longest - (self.longest // 2) * (steps - i) // steps for i in range(self.prompts)]
 
     @property
+    def disk_bytes(self) -> int:
+        """Room for all of it on the disk, beside the index."""
+        return 2 * self.arena_bytes + (16 << 20)
+
+    @property
     def arena_bytes(self) -> int:
         """What all prompts need: the default model has 6 KiB of KV a token; a quarter more, and no less than 16 MiB."""
         tokens = sum(self.lengths) + self.prompts * self.new_tokens
@@ -93,14 +104,15 @@ class Served:
 
 @attrs.frozen
 class Row:
-    """One prompt, served cold and warm."""
+    """One prompt, served cold, warm from memory, and warm from the disk."""
 
     cold: Served
     warm: Served
+    disk: Served
 
     @property
     def same_ids(self) -> bool:
-        return list(self.cold.output_ids) == list(self.warm.output_ids)
+        return list(self.cold.output_ids) == list(self.warm.output_ids) == list(self.disk.output_ids)
 
 
 def main(settings: Settings) -> int:
@@ -123,14 +135,17 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     problems = []
     for row in rows:
         if not row.same_ids:
-            problems.append(f"{row.cold.request_id}: the ids differ: {row.cold.output_ids} and {row.warm.output_ids}")
+            ids = " and ".join(str(served.output_ids) for served in (row.cold, row.warm, row.disk))
+            problems.append(f"{row.cold.request_id}: the ids differ: {ids}")
         elif not row.warm.reused_tokens:
             problems.append(f"{row.cold.request_id}: nothing was reused")
+        elif not row.disk.reused_tokens:
+            problems.append(f"{row.cold.request_id}: nothing was reused after the server had been started again")
     return problems
 
 
 async def demo(settings: Settings, progress: Progress) -> list[Row]:
-    """Run the three processes, telling *progress*. All have ended, and left no file, when this returns or raises.
+    """Run the five processes, telling *progress*. All have ended, and left no file, when this returns or raises.
 
     `Unavailable` (in a group) when one of them fails; it ends with what that one last wrote to its standard error.
     """
@@ -140,16 +155,20 @@ async def demo(settings: Settings, progress: Progress) -> list[Row]:
         logs = Path(directory)
         address = f"ipc://{directory}/server.ipc"
         arguments = ["-m", "lmcache_trio", "serve", "--address", address]
-        arguments += ["--set", f"memory.size={settings.arena_bytes}", "--set", "grace=1"]
+        arguments += ["--set", f"memory.size={settings.arena_bytes}", "--set", "grace=3"]
+        disk = f'backend = "disk", path = "{directory}/disk", size = {settings.disk_bytes}, slab_size = {16 << 20}'
+        arguments += ["--set", f"tiers=[{{ {disk} }}]"]
         engine = ["-m", "lmcache_trio.testing.demo_engine", address, json.dumps(attrs.asdict(settings))]
-        async with trio.open_nursery() as processes:
-            server = await processes.start(_run_server, arguments, logs / "server.log")
-            progress.console.print(f"server: process {server.pid}, {address}")
-            await _wait_ready(server)
-            cold = await _serve_prompts("cold: an engine computes, stores, and ends", engine, settings, progress, logs)
-            warm = await _serve_prompts("warm: another engine, same prompts", engine, settings, progress, logs)
-            processes.cancel_scope.cancel()  # SIGTERM; the server removes its files
-    return [Row(c, w) for c, w in zip(cold, warm, strict=True)]
+        served = []
+        for titles in _TITLES:
+            async with trio.open_nursery() as processes:
+                server = await processes.start(_run_server, arguments, logs / "server.log")
+                progress.console.print(f"server: process {server.pid}, {address}")
+                await _wait_ready(server)
+                for title in titles:
+                    served.append(await _serve_prompts(title, engine, settings, progress, logs))
+                processes.cancel_scope.cancel()  # SIGTERM; the server writes to the disk what it still owes, and ends
+    return [Row(*three) for three in zip(*served, strict=True)]
 
 
 async def _wait_ready(server: trio.Process) -> None:
@@ -249,17 +268,18 @@ async def _until_terminated(settings: Settings, progress: Progress) -> list[Row]
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="Time to first token, in milliseconds")
-    for name in ("prompt", "tokens", "cold", "warm", "faster", "reused", "ids"):
+    for name in ("#", "tokens", "cold", "warm", "reused", "from disk", "reused", "ids"):
         table.add_column(name, justify="left" if name == "ids" else "right")
     for i, row in enumerate(rows):
-        cold, warm = row.cold.first_token_seconds, row.warm.first_token_seconds
+        cold, warm, disk = (served.first_token_seconds for served in (row.cold, row.warm, row.disk))
         table.add_row(
             str(i),
             str(row.cold.tokens),
             f"{cold * 1e3:.0f}",
-            f"{warm * 1e3:.0f}",
-            f"{cold / warm:.1f} x",
+            f"{warm * 1e3:.0f} ({cold / warm:.1f} x)",
             str(row.warm.reused_tokens),
+            f"{disk * 1e3:.0f} ({cold / disk:.1f} x)",
+            str(row.disk.reused_tokens),
             "[green]equal[/green]" if row.same_ids else "[red]DIFFERENT[/red]",
         )
     return table
