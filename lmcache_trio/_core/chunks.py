@@ -250,7 +250,6 @@ class Chunks:
                 continue
             refs[row] -= 1
             if not refs[row]:
-                namespace.retained -= 1
                 self._bytes_idle += namespace.extent
                 self.rows.unlink(row)
                 self._drop(row, namespace)
@@ -322,7 +321,6 @@ class Chunks:
                 rows.unlink(row)
                 if rows.refs[row]:
                     rows.state[row] = DOOMED
-                    namespace.retained -= 1
                     namespace.counts[READY] -= 1
                     namespace.counts[DOOMED] += 1
                 else:

@@ -55,7 +55,7 @@ class Namespace:
         self.shards = len(lengths)
         self.tables: list[dict[bytes, int]] = [{} for _ in range(TABLES)]
         self.counts = [0, 0, 0, 0]  # rows, by state
-        self.retained = 0  # of those that are READY
+        self.retained = 0  # of those that are READY; not kept up once it is replaced
         self.replaced = False
 
     def find(self, digest: bytes) -> int:
