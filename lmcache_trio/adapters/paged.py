@@ -6,8 +6,9 @@ constant stride in one storage are moved by one call. Nothing as large as a chun
 released.
 
 Measured (32 layers, 32 KiB blocks, scattered, caches cold, one thread, share of memcpy's processor time): gather by
-`ndarray.take(out=)` 0.87, by `index_select(out=)` on int64 0.84 and on bytes 0.81, block by block 0.78; scatter by numpy
-assignment of one void item a block 0.90, by `put` 0.91, by torch's `index_copy_` 0.65.
+`ndarray.take(out=)` 0.86, by torch's `index_select(out=)` 0.81, which copies the whole KV first where blocks lie apart;
+block by block 0.78. Scatter by numpy assignment of one void item a block 0.90, by `put` 0.91, by torch's `index_copy_`
+0.65.
 
 It refuses tensors whose blocks are not contiguous, and those that are not in CPU memory: a plain copy from a GPU waits
 for its stream in the engine's thread, which is what the device worker is for.
@@ -45,10 +46,10 @@ class _Piece:
 class _Group:
     """Pieces moved by one call, three views of the same memory."""
 
-    words: torch.Tensor
-    """[pieces, blocks, words of a block], in the widest type that fits: torch copies bytes one by one more slowly."""
-    tables: list[_Bytes]
-    """A piece each, [blocks, length], where its blocks lie one after the other; else there are none."""
+    rows: _Bytes
+    """[pieces, blocks, bytes of a block]."""
+    dense: bool
+    """Do a piece's blocks lie one after the other?"""
     items: list[npt.NDArray[np.void]]
     """A piece each, one void item a block."""
     pieces: int
@@ -56,13 +57,13 @@ class _Group:
 
     def gather(self, block_ids: _Index, slot: _Bytes) -> None:
         """Blocks *block_ids* of every piece into *slot*, which has just their length."""
-        if not self.tables:
-            out = torch.from_numpy(slot).view(self.words.dtype).view(self.pieces, len(block_ids), -1)
-            torch.index_select(self.words, 1, torch.from_numpy(block_ids), out=out)
-            return
-        rows = slot.reshape(self.pieces, len(block_ids), self.length)
-        for table, row in zip(self.tables, rows, strict=True):
-            table.take(block_ids, axis=0, out=row, mode="clip")  # checked before; "raise" would make a temporary
+        out = slot.reshape(self.pieces, len(block_ids), self.length)
+        if self.dense:
+            for piece in range(self.pieces):  # ids were checked; the mode "raise" would make a temporary
+                self.rows[piece].take(block_ids, axis=0, out=out[piece], mode="clip")
+        else:  # `take`, and torch's index_select too, would first copy all of the KV into one piece
+            for i, block in enumerate(block_ids):
+                np.copyto(out[:, i], self.rows[:, block])
 
     def scatter(self, slot: _Bytes, chunk_blocks: int, skip: int, block_ids: _Index) -> None:
         """*slot*'s blocks from number *skip* on into the blocks *block_ids* of every piece."""
@@ -188,9 +189,6 @@ def _group(run: list[_Piece], num_blocks: int) -> _Group:
     head = run[0]
     flat = torch.empty(0, dtype=torch.uint8).set_(head.storage)
     step = run[1].offset - head.offset if len(run) > 1 else 0
-    rows = flat.as_strided((len(run), num_blocks, head.length), (step, head.stride, 1), head.offset)
-    tables = [rows[i].numpy() for i in range(len(run))]
-    items = [table.view(f"V{head.length}")[:, 0] for table in tables]
-    wide = not any(number % 8 for number in (step, head.stride, head.length, head.offset, head.address))
-    dense = head.stride == head.length
-    return _Group(rows.view(torch.int64) if wide else rows, tables if dense else [], items, len(run), head.length)
+    rows = flat.as_strided((len(run), num_blocks, head.length), (step, head.stride, 1), head.offset).numpy()
+    items = [piece.view(f"V{head.length}")[:, 0] for piece in rows]
+    return _Group(rows, head.stride == head.length, items, len(run), head.length)
