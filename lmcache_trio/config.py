@@ -13,8 +13,7 @@ import ipaddress
 import math
 import os
 import re
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +22,7 @@ import attrs
 import cattrs
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
 
+from lmcache_trio import _config_sources
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["Config", "Table", "default_address", "describe", "load_config", "parse_size", "structure"]
@@ -31,10 +31,6 @@ Table = dict[str, Any]
 """A backend's own settings, not yet structured."""
 
 T = TypeVar("T")
-
-ENVIRONMENT_PREFIX = "LMCACHE_TRIO_"
-OTHER_VARIABLES = frozenset({"CONFIG", "LOG"})
-"""Variables with our prefix that are no settings: read by the command line itself. An adapter's begin with CLIENT_."""
 
 MAX_IPC_PATH = 94
 """Bytes of an ipc path: the kernel's limit is 107, and a client's own socket adds 13 to the rendezvous' path."""
@@ -208,11 +204,7 @@ def load_config(
     path: str | os.PathLike[str] | None = None, sets: Sequence[str] = (), environ: Mapping[str, str] = os.environ
 ) -> Config:
     """The settings from *path* (TOML), *environ* and *sets* (`"key=value"`), later ones winning."""
-    table: Table = _read(Path(path)) if path is not None else {}
-    origins: dict[str, str] = {}
-    for key, text, origin in (*_from_environment(environ), *_from_flags(sets)):
-        _put(table, key, _value_of(text))
-        origins[key] = origin
+    table, origins = _config_sources.gather(None if path is None else Path(path), sets, environ)
     if isinstance(memory := table.get("memory"), dict):
         memory.setdefault("backend", "cpu")
     try:
@@ -272,66 +264,6 @@ def _fail(key: str, name: str, problem: str) -> NoReturn:
 
 def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
-
-
-def _read(path: Path) -> Table:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ConfigError("--config", f"cannot read {str(path)!r}: {exc.strerror}; give a TOML file") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError("--config", f"{str(path)!r} is not TOML: {exc}") from exc
-
-
-def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    for name in sorted(environ):
-        rest = name.removeprefix(ENVIRONMENT_PREFIX)
-        if rest != name and rest not in OTHER_VARIABLES and not rest.startswith("CLIENT_"):
-            yield rest.lower().replace("__", "."), environ[name], f"the environment variable {name}"
-
-
-def _from_flags(sets: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    for text in sets:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError("--set", f"{text!r} is no setting; write --set key=value, as in --set memory.size=4GiB")
-        yield key.strip(), value.strip(), f"--set {text}"
-
-
-def _value_of(text: str) -> Any:
-    """*text* as a TOML value where it is one, else as the string that it is."""
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return parsed["value"] if len(parsed) == 1 else text
-
-
-def _put(table: Table, key: str, value: Any) -> None:
-    """Set the dotted *key* in nested tables; a number is an index into a list, the next free one appends."""
-    *path, last = parts = key.split(".")
-    here: Any = table
-    for i, part in enumerate(path):
-        here = _step(here, part, [] if parts[i + 1].isdecimal() else {}, key)
-    if isinstance(here, list):
-        _step(here, last, value, key)
-        here[int(last)] = value
-    elif isinstance(here, dict):
-        here[last] = value
-    else:
-        raise ConfigError(key, f"{'.'.join(path)} is a {type(here).__name__}, which has no keys of its own")
-
-
-def _step(here: Any, part: str, empty: Any, key: str) -> Any:
-    if isinstance(here, list):
-        if not part.isdecimal() or int(part) > len(here):
-            raise ConfigError(key, f"{part!r} is no index here; give 0 to {len(here)}")
-        if int(part) == len(here):
-            here.append(empty)
-        return here[int(part)]
-    if not isinstance(here, dict):
-        raise ConfigError(key, f"is inside a {type(here).__name__}, which has no keys of its own")
-    return here.setdefault(part, empty)
 
 
 def _strict(wanted: str, accepts: Callable[[Any], bool], make: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:

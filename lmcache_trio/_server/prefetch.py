@@ -17,7 +17,7 @@ from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio._core.loads import Load, LoadState
 from lmcache_trio._core.plan import Plan
 from lmcache_trio._core.session import Session
-from lmcache_trio._server.handlers import answer_now, answer_of
+from lmcache_trio._server.lookups import answer_now, answer_of
 from lmcache_trio._server.state import Client, Engine, State
 from lmcache_trio._server.tier import Keeper
 from lmcache_trio._server.tier_questions import Question
