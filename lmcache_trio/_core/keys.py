@@ -5,9 +5,10 @@ together are a `ChunkKey`. Nothing here is secret and nothing depends on PYTHONH
 two nodes that see the same tokens and the same identity compute the same names.
 """
 
+import functools
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
@@ -53,8 +54,9 @@ def chain_digests(
     count = len(token_ids) // chunk_tokens
     if extras is not None and len(extras) < count:
         raise Misuse(f"extras has {len(extras)} entries for {count} chunks: give one a chunk")
+    wanted = count * chunk_tokens
     try:
-        packed = memoryview(struct.pack(f"<{count * chunk_tokens}i", *token_ids[: count * chunk_tokens]))
+        packed = memoryview(_packer(wanted)(*(token_ids if len(token_ids) == wanted else token_ids[:wanted])))
     except struct.error as exc:
         raise Misuse(f"token_ids must be integers in the range of int32: {exc}") from exc
     width = 4 * chunk_tokens
@@ -67,6 +69,12 @@ def chain_digests(
         parent = link.digest()
         digests.append(parent)
     return digests
+
+
+@functools.lru_cache(maxsize=64)
+def _packer(count: int) -> Callable[..., bytes]:
+    """Making a Struct costs as much as a fifth of packing with it."""
+    return struct.Struct(f"<{count}i").pack
 
 
 def split_digests(packed: bytes) -> list[bytes]:

@@ -70,8 +70,10 @@ class Prompts:
     ) -> list[bytes]:
         width = self.chunk_tokens
         mixed = None if extras is None else [extras(i * width, (i + 1) * width) for i in range(first, end)]
-        tokens = token_ids[first * width : end * width]
-        return chain_digests(parent, tokens, width, mixed)
+        whole = (
+            first == 0 and len(token_ids) == end * width
+        )  # a slice of a long prompt costs as much as hashing a chunk
+        return chain_digests(parent, token_ids if whole else token_ids[first * width : end * width], width, mixed)
 
     def _adopt_chunk_tokens(self, chunk_tokens: int) -> None:
         """The server's word. The first one is taken; a later one that differs is refused with `Misuse`."""
