@@ -155,6 +155,7 @@ def bench(  # noqa: PLR0913  (flags)
     json: Path | None = None,
     compare: Annotated[tuple[Path, Path] | None, Parameter(negative=())] = None,
     grow: Path | None = None,
+    parked: int | None = None,
 ) -> None:
     """Measure lookups and copies beside the limits of this machine: one memcpy, one bare round trip.
 
@@ -183,6 +184,8 @@ def bench(  # noqa: PLR0913  (flags)
         Measure nothing: print two such files side by side.
     grow
         Instead, measure how lookups grow with prompts, index and clients, and draw plots into this folder.
+    parked
+        Instead, measure what others notice while so many lookups wait for a disk that hangs.
     """
     from lmcache_trio.bench import command
     from lmcache_trio.bench.settings import ROWS, KVShape, Settings, size_of
@@ -191,6 +194,8 @@ def bench(  # noqa: PLR0913  (flags)
         code = command.compare(*compare)
     elif grow is not None:
         code = command.grow(grow)
+    elif parked is not None:
+        code = command.parked(parked, rounds)
     else:
         shape, size = KVShape.parse(kv), size_of("--operation", operation)
         settings = Settings(shape, clients, rounds, size, lookups=lookups, rows=rows or ROWS)

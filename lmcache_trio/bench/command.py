@@ -9,19 +9,22 @@ from typing import TypeVar
 import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from lmcache_trio.bench import grow as growth
 from lmcache_trio.bench import plots
 from lmcache_trio.bench.machine import describe
+from lmcache_trio.bench.parked import measure_parked
 from lmcache_trio.bench.report import comparison, doubts, table
 from lmcache_trio.bench.rows import load_rows, save_rows, summarise
 from lmcache_trio.bench.run import measure
 from lmcache_trio.bench.settings import Settings
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["compare", "grow", "run"]
+__all__ = ["compare", "grow", "parked", "run"]
 
 T = TypeVar("T")
+MOST_PARKED = 10_000
 Tell = Callable[[str, int, int], None]
 
 
@@ -48,6 +51,25 @@ def run(settings: Settings, *, address: str | None, disk: Path | None, json: Pat
 def compare(before: Path, after: Path) -> int:
     """Print two runs side by side."""
     _console().print(comparison(load_rows(before), load_rows(after), (before.name, after.name)))
+    return 0
+
+
+def parked(count: int, rounds: int) -> int:
+    """Print what others notice of *count* lookups that wait for a disk that hangs. Returns the exit status."""
+    if not 0 < count <= MOST_PARKED:
+        raise ConfigError("--parked", f"{count} is out of range; give 1 to {MOST_PARKED}")
+    if rounds < 1:
+        raise ConfigError("--rounds", f"{rounds} is too few; give 1 or more")
+    figures = trio.run(measure_parked, count, rounds)
+    shown = Table(title=f"{count} lookups parked on a disk that hangs, {rounds} rounds", title_justify="left")
+    for column in ("µs", "idle p50", "idle p99", "parked p50", "parked p99", "p99 parked / idle"):
+        shown.add_column(column, justify="right" if column != "µs" else "left")
+    for verb, each in figures.items():
+        times = (each.idle_p50, each.idle_p99, each.parked_p50, each.parked_p99)
+        shown.add_row(verb, *(f"{seconds * 1e6:.0f}" for seconds in times), f"{each.ratio:.2f}")
+    out = _console()
+    out.print(shown)
+    out.print(describe())
     return 0
 
 
