@@ -79,12 +79,9 @@ class AutoDevice(Device):
         if self._cuda is None:
             if self._memory is None:
                 raise Unavailable("the device is not open")
-            try:
-                from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
+            from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
 
-                cuda = CudaDevice(CudaConfig())
-                await self._opened.enter_async_context(cuda.open(self._memory))
-            except ImportError as exc:
-                raise Unavailable(f"CUDA memory needs cuda-bindings: pip install lmcache-trio[cuda] ({exc})") from exc
+            cuda = CudaDevice(CudaConfig())
+            await self._opened.enter_async_context(cuda.open(self._memory))
             self._cuda = cuda
         return self._cuda

@@ -112,7 +112,7 @@ class DevicePath:
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
-    async def store(self, client: Client, job: Job, event: bytes = b"") -> Stored:
+    async def store(self, client: Client, job: Job) -> Stored:
         """Store what *job* says; returns when its blocks are the engine's own again."""
         spec = job.spec
         assert isinstance(spec, StoreSpec)
@@ -120,6 +120,7 @@ class DevicePath:
             await job.before.asked.wait()
             job.before = None
         blocks = pack_positions(spec.block_ids)
+        event: bytes = job.fence.ipc_handle() if job.fence is not None else b""
         ask = StoreBlocks(client.new_id(), spec.session, spec.parent, spec.digests, blocks, event)
         return await self._moved(client, ask, Stored, job.asked.set)
 

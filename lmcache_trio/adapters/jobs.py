@@ -5,6 +5,7 @@ Only bookkeeping: nothing here waits but `wait_copied` and `wait_ended`, on beha
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import trio
 
@@ -17,7 +18,7 @@ __all__ = ["Job", "Jobs"]
 class Job:
     """One store or retrieve. *copied* comes when its copy ended, or will not begin; *ended* when all of it is over."""
 
-    __slots__ = ("asked", "before", "copied", "ended", "reported", "spec")
+    __slots__ = ("asked", "before", "copied", "ended", "fence", "reported", "spec")
 
     def __init__(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> None:
         self.spec = spec
@@ -27,6 +28,8 @@ class Job:
         """In the loop: a store has its slots, or will never have any."""
         self.before: Job | None = None
         """The store that was submitted before this one. A chunk's parent must be reserved before it."""
+        self.fence: Any = None
+        """Of KV on a GPU: the event behind what its engine had submitted by then."""
         self.copied: Handoff[bool] = Handoff()
         self.ended: Handoff[bool] = Handoff()
 

@@ -10,12 +10,14 @@ Measured (32 layers, 32 KiB blocks, scattered, caches cold, one thread, share of
 block by block 0.78. Scatter by numpy assignment of one void item a block 0.90, by `put` 0.91, by torch's `index_copy_`
 0.65.
 
-It refuses tensors whose blocks are not contiguous, and those that are not in CPU memory: a plain copy from a GPU waits
-for its stream in the engine's thread, which is what the device worker is for.
+KV on a GPU is moved by plain copies through a staging tensor, in the background and behind what the engine had
+submitted (`fence`): correct, and slow, for memory that the server's device cannot open. It refuses tensors whose blocks
+are not contiguous.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
@@ -25,7 +27,7 @@ import torch
 from lmcache_trio._core.exports import read_blocks
 from lmcache_trio.errors import Misuse
 
-__all__ = ["PagedKV"]
+__all__ = ["PagedKV", "make_paged_kv"]
 
 _Bytes = npt.NDArray[np.uint8]
 _Index = npt.NDArray[np.int64]
@@ -40,6 +42,17 @@ class _Piece:
     offset: int
     stride: int
     length: int
+
+
+class Group(Protocol):
+    """Pieces moved by one call, wherever they lie."""
+
+    @property
+    def pieces(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    def gather(self, block_ids: _Index, slot: _Bytes) -> None: ...
+    def scatter(self, slot: _Bytes, chunk_blocks: int, skip: int, block_ids: _Index) -> None: ...
 
 
 @attrs.frozen(eq=False)
@@ -72,6 +85,15 @@ class _Group:
             items[block_ids] = source[piece, skip : skip + len(block_ids)]
 
 
+def make_paged_kv(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> "PagedKV":
+    """The one for where the tensors are."""
+    if any(tensor.device.type == "cuda" for tensor in kv_caches.values()):
+        from lmcache_trio.adapters.cuda_kv import CudaPagedKV
+
+        return CudaPagedKV(kv_caches, num_blocks=num_blocks)
+    return PagedKV(kv_caches, num_blocks=num_blocks)
+
+
 class PagedKV:
     """All layers' KV of one worker. `gather` and `scatter` may run in any thread, and several at once."""
 
@@ -80,11 +102,11 @@ class PagedKV:
             raise Misuse("kv_caches is empty: register one tensor a layer")
         self.num_blocks = num_blocks or _guess_blocks(kv_caches)
         pieces: list[_Piece] = []
-        self._layers: list[tuple[int, list[_Group]]] = []  # bytes of a block before it, and the layer's own
+        self._layers: list[tuple[int, list[Group]]] = []  # bytes of a block before it, and the layer's own
         layout = hashlib.sha256()
         for name, tensor in kv_caches.items():
-            found, description = _read_layer(name, tensor, self.num_blocks)
-            groups = [_group(run, self.num_blocks) for run in _runs(found)]
+            found, description = _read_layer(name, tensor, self.num_blocks, self._memory)
+            groups: list[Group] = [self._group(run) for run in _runs(found)]
             self._layers.append((sum(piece.length for piece in pieces), groups))
             pieces += found
             layout.update(description.encode())
@@ -92,7 +114,16 @@ class PagedKV:
         """What a fingerprint needs to know: equal for engines whose slots hold the same bytes in the same places."""
         self.block_bytes = sum(piece.length for piece in pieces)
         """Bytes of one block, over all layers and pieces."""
-        self._groups = [_group(run, self.num_blocks) for run in _runs(pieces)]
+        self._groups: list[Group] = [self._group(run) for run in _runs(pieces)]
+
+    _memory = "cpu"
+
+    def _group(self, run: "list[_Piece]") -> Group:
+        return _group(run, self.num_blocks)
+
+    def fence(self) -> Any:
+        """Called in the engine's thread: what a copy that is submitted now must wait for."""
+        return None
 
     def check(self, block_ids: Sequence[int]) -> _Index:
         """*block_ids* as an index; `Misuse` if one is none of ours."""
@@ -155,10 +186,10 @@ def _guess_blocks(kv_caches: Mapping[str, torch.Tensor]) -> int:
     return int(found.pop())
 
 
-def _read_layer(name: str, tensor: torch.Tensor, num_blocks: int) -> tuple[list[_Piece], str]:
+def _read_layer(name: str, tensor: torch.Tensor, num_blocks: int, memory: str) -> tuple[list[_Piece], str]:
     where = f"layer {name!r} (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
-    if tensor.device.type != "cpu":
-        raise Misuse(f"{where} is on {tensor.device}: KV outside of CPU memory needs the device worker")
+    if tensor.device.type != memory:
+        raise Misuse(f"{where} is on {tensor.device}: KV must lie in CPU memory, or all of it on one GPU")
     shape, stride, item = tuple(tensor.shape), tensor.stride(), tensor.element_size()
     blocks = read_blocks(where, shape, stride, item, num_blocks)
     storage, base = tensor.untyped_storage(), int(tensor.storage_offset()) * item

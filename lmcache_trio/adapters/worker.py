@@ -8,7 +8,7 @@ after it, and a connection is closed after its jobs. KV in CPU memory only: `pag
 
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import trio
@@ -89,9 +89,9 @@ class WorkerAdapter:
 
         `Misuse` names a layer that cannot be moved, or chunks that are no whole number of blocks.
         """
-        from lmcache_trio.adapters.paged import PagedKV  # the only import of torch
+        from lmcache_trio.adapters.paged import make_paged_kv  # the only import of torch
 
-        self._kv, self._tensors = PagedKV(kv_caches, num_blocks=num_blocks), kv_caches
+        self._kv, self._tensors = make_paged_kv(kv_caches, num_blocks=num_blocks), kv_caches
         self.layered.register(list(kv_caches))
         client = self._link.client
         if client is not None:
@@ -191,8 +191,11 @@ class WorkerAdapter:
         return self._chunk_tokens // self._block_tokens
 
     def _begin(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
-        self._registered().check(spec.block_ids)
-        return self._jobs.begin(spec, reported=reported)
+        kv = self._registered()
+        kv.check(spec.block_ids)
+        job = self._jobs.begin(spec, reported=reported)
+        job.fence = kv.fence()
+        return job
 
     def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
         job = self._begin(spec, reported=reported)
@@ -251,7 +254,7 @@ class WorkerAdapter:
         reserved = await self._reply(self._reserve_in_turn, client, job, spec)
         try:
             if reserved.reservation:
-                await offload(self._gather, arena, kv, spec, reserved, limiter=self._limiter)
+                await offload(self._gather, arena, kv, spec, reserved, job.fence, limiter=self._limiter)
             self._jobs.copied(job)
         except BaseException:
             client.abort_nowait(reserved.reservation)
@@ -288,8 +291,10 @@ class WorkerAdapter:
         job.asked.set()
         return reserved
 
-    def _gather(self, arena: ArenaMap, kv: "PagedKV", spec: StoreSpec, reserved: Reserved) -> None:
+    def _gather(self, arena: ArenaMap, kv: "PagedKV", spec: StoreSpec, reserved: Reserved, fence: Any) -> None:
         """In a thread: blocks → slots."""
+        if fence is not None:
+            fence.synchronize()
         self._slots_known(spec)
         index = kv.check(spec.block_ids)
         width = len(index) // spec.chunks

@@ -122,7 +122,7 @@ def test_layouts_that_differ_have_different_fingerprints() -> None:
         (torch.zeros(2, BLOCKS, 4, 16)[..., :8], "not contiguous"),
         (torch.zeros(BLOCKS, 1).expand(BLOCKS, 8), "not contiguous"),
         (torch.zeros(1, 8).expand(BLOCKS, 8), "overlap"),
-        (torch.zeros(BLOCKS, 4, device="meta"), "device worker"),
+        (torch.zeros(BLOCKS, 4, device="meta"), "must lie in CPU memory"),
     ],
 )
 def test_what_cannot_be_moved_is_refused_by_layer_shape_and_strides(tensor: torch.Tensor, says: str) -> None:

@@ -58,7 +58,7 @@ class Report:
 
 
 class WorkerSide:
-    """State of one worker. *asynchronous*: loads are submitted, and end between steps. *layered*: all goes by layers."""
+    """State of one worker. *asynchronous*: loads are submitted, and end between steps. *layered*: moves by layers."""
 
     def __init__(self, mover: Mover, *, asynchronous: bool, layered: LayeredMover | None = None) -> None:
         self._mover = mover
