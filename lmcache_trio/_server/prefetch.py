@@ -45,7 +45,9 @@ class Prefetches:
 
     def begin(self, client: Client, engine: Engine, session: Session, message: Lookup, wanted: list[bytes]) -> bool:
         """Take the lookup on, if a tier may be asked and there is time for it."""
-        budget = self._state.config.prefetch_budget if message.budget_ms < 0 else message.budget_ms / 1000
+        budget = self._state.config.prefetch_budget
+        if message.budget_ms >= 0:
+            budget = min(budget, message.budget_ms / 1000)
         if not budget or not self._state.tiers.any_open:
             return False
         made = Prefetch(self._state, client, engine, session)

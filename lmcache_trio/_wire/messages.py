@@ -204,8 +204,8 @@ class Lookup(Message):
 
     The session's known chain is cut to *start* chunks, then extended by *digests*; the first *upto* of it are looked
     up (0 opens the session only). A digest is sent once: asking again sends start = what the server has, no digests.
-    A lookup replaces the session's former one and releases its lease. *budget_ms*: how long a tier may take
-    (-1: the server's own setting).
+    A lookup replaces the session's former one and releases its lease. *budget_ms*: how long tiers may take,
+    at most the server's own setting (-1: that).
     """
 
     opcode: ClassVar[int] = 19

@@ -33,6 +33,8 @@ from lmcache_trio.threads import Handoff
 
 __all__ = ["SchedulerAdapter"]
 
+_BUDGET_SHARE = 0.8
+"""Of `lookup_timeout`, what tiers may take: a slow disk is to give a smaller hit, and not a timeout."""
 _OPENING = 0.1
 """Seconds to wait for a session to be opened, before a store; 500 round trips."""
 
@@ -105,7 +107,8 @@ class SchedulerAdapter(Lookups):
             return
         asked = client.new_id()
         start = self._known(request, client)
-        ask = Lookup(asked, request.session, start, join_digests(request.digests[start:upto]), upto)
+        budget_ms = int(self._lookup_timeout * _BUDGET_SHARE * 1000)
+        ask = Lookup(asked, request.session, start, join_digests(request.digests[start:upto]), upto, budget_ms)
         pending = Pending(request, client, asked, self._clock() + self._lookup_timeout, client.heard)
         with self._latch:
             request.machine.submit(asked)

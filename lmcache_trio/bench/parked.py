@@ -86,7 +86,7 @@ def _sets(folder: str) -> list[str]:
     tier |= {f"faults.0.{key}": value for key, value in fault.items()}
     return [
         *(f"tiers.0.{key}={value}" for key, value in tier.items()),
-        *("memory.size=256MiB", f"tier_timeout={_WAIT * 2}", "device.backend=none"),
+        *("memory.size=256MiB", f"tier_timeout={_WAIT * 2}", f"prefetch_budget={_WAIT}", "device.backend=none"),
     ]
 
 

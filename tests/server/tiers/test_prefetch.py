@@ -66,7 +66,7 @@ async def test_the_budget_gives_the_prefix_that_is_resident_by_then(
         tier.go_on()
 
 
-async def test_a_request_may_bring_its_own_budget_and_with_none_tiers_are_not_asked(
+async def test_a_request_may_bring_a_shorter_budget_and_with_none_tiers_are_not_asked(
     worlds: Any, tier: Any, digests: Any, autojump_clock: Any
 ) -> None:
     async with worlds(tier) as world:
@@ -78,8 +78,11 @@ async def test_a_request_may_bring_its_own_budget_and_with_none_tiers_are_not_as
         asked = tier.calls["contains"]
         assert (await world.ask(2, digests(2), budget_ms=0)).state is ANSWERED
         assert tier.calls["contains"] == asked
+        start = trio.current_time()
+        assert (await world.lookup(3, digests(2), budget_ms=60_000)).chunks == 0
+        assert trio.current_time() - start == pytest.approx(2.0)  # the server's own is the longest
         tier.go_on()
-        assert (await world.lookup(3, digests(2))).chunks == 2
+        assert (await world.lookup(4, digests(2))).chunks == 2
 
 
 async def test_the_answer_stays_the_same_however_often_its_status_is_asked(
@@ -248,7 +251,7 @@ async def test_a_tier_that_hangs_costs_a_lookup_a_part_of_its_budget_and_the_nex
 async def test_loads_are_bounded_by_bytes_in_flight_and_go_by_the_nearest_deadline(
     worlds: Any, tier: Any, digests: Any, autojump_clock: Any
 ) -> None:
-    async with worlds(tier, prefetch_bytes=2 * (64 << 10)) as world:
+    async with worlds(tier, prefetch_bytes=2 * (64 << 10), prefetch_budget=4.0) as world:
         patient, hasty = digests(4, "patient"), digests(4, "hasty")
         tier.fill(world.namespace, [*patient, *hasty])
         tier.stall("load")

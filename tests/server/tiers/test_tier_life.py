@@ -75,13 +75,13 @@ async def test_a_fenced_tier_is_opened_again_when_it_works_and_probed_less_often
 async def test_a_call_that_hangs_fences_the_tier_and_it_serves_again_when_the_call_has_returned(
     worlds: Any, tier: Any, digests: Any, autojump_clock: Any, operation: str, hang: bool
 ) -> None:
-    async with worlds(tier, tier_timeout=5.0, prefetch_budget=2.0) as world:
+    async with worlds(tier, tier_timeout=5.0, prefetch_budget=60.0) as world:
         tier.fill(world.namespace, digests(2))
         tier.stall(operation, hang=hang)
         if operation == "store":
             assert await world.store(1, digests(1, "new")) == 1
         else:
-            assert (await world.lookup(1, digests(2))).chunks == 0
+            assert (await world.lookup(1, digests(2), budget_ms=2000)).chunks == 0
             if operation == "load":  # given up by its lookup, an obedient one has ended: so one that waits for long
                 await world.ask(2, digests(2), budget_ms=60_000)
         await trio.sleep(6)
