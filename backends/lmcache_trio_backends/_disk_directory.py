@@ -9,8 +9,8 @@ bytes are given to another. So whenever a kill comes, each row of the file names
 Rule 2: a DOOMED chunk is out of the directory at once; its extent stays taken until its last holder let go of it and
 its row is erased. Rule 3: no I/O and no clock here.
 
-A namespace that is forgotten is absent at once; its rows are doomed a batch at a time,
-as `take_doomed` is asked for them.
+A namespace that is forgotten is absent at once; its rows are doomed a batch at a time, as `take_doomed` is asked for
+them. The index file keeps up to which generation it was: what a kill leaves of it is dead, and its bytes are free.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,6 +52,8 @@ class Directory:
         self._leaves = Leaves(self._rows, _PUBLISHED)
         self._doomed: list[int] = []
         self._forgotten: list[Space] = []  # their rows that go by a name are to be doomed
+        self._buried: dict[bytes, int] = {}  # namespace -> generation up to which the index file's rows are dead
+        self._erased: set[bytes] = set()  # those of them that have none left
         self._touched: set[int] = set()
         self._clock = 0
         self._last_generation = 0
@@ -173,13 +175,12 @@ class Directory:
         return True
 
     def forget(self, namespace: bytes) -> int:
-        """All of *namespace* is absent from now on. Returns how many were published; `take_doomed` gives them."""
+        """All of *namespace* is absent from now on, and `take_doomed` gives it. Returns its newest generation."""
         space = self._rows.forget(namespace)
-        if space is None:
-            return 0
-        self._forgotten.append(space)
-        self._chunks -= space.chunks
-        return space.chunks
+        if space is not None:
+            self._forgotten.append(space)
+            self._chunks -= space.chunks
+        return self._last_generation
 
     @property
     def has_doomed(self) -> bool:
@@ -209,12 +210,35 @@ class Directory:
 
     # ---- rebuilding
 
+    def bury(self, namespace: bytes, generation: int) -> None:
+        """*namespace* was forgotten up to *generation*. Before `restore`."""
+        self._buried[namespace] = generation
+        self._erased.add(namespace)
+        self._last_generation = max(self._last_generation, generation)
+
+    def is_dead(self, row: Row) -> bool:
+        """Whether it was forgotten, and a kill came before it was erased."""
+        return bool(self._buried) and row[3] <= self._buried.get(row[0][:32], -1)
+
     def restore(self, found: Iterable[Row]) -> None:
         """Add rows of the index file, before anything else; `rebuild` ends it."""
+        rows = self._rows
         for row in found:
-            self._rows.add(row, _PUBLISHED)
             self._last_generation = max(self._last_generation, row[3])
             self._clock = max(self._clock, row[4])
+            there = rows.add(row, _PUBLISHED)
+            if self.is_dead(row):
+                self._erased.discard(row[0][:32])
+                rows.remove_name(there)
+                rows.state[there], rows.extent[there] = _DOOMED, 0  # its bytes may be another's already
+                self._doomed.append(there)
+            else:
+                self._chunks += 1
+
+    def take_erased(self) -> list[bytes]:
+        """Namespaces that were buried, and of which no row was left to restore. After `rebuild`."""
+        taken, self._erased = list(self._erased), set()
+        return taken
 
     def order(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """All rows by their place on the disk, for `rebuild`. May run in a thread: nothing else changes before that."""
@@ -229,10 +253,11 @@ class Directory:
         """
         rows, strays, gaps, end = self._rows, list[int](), list[tuple[int, int]](), 0
         self._arena.grow(taken)
-        self._chunks = len(order)
         for i in range(0, len(order), _SLICE):
             for row in order[i : i + _SLICE].tolist():
                 start, extent = rows.offset[row], rows.extent[row]
+                if rows.state[row] != _PUBLISHED:
+                    continue
                 if start < end or start % ALIGNMENT or start + extent > taken or not extent:
                     strays.append(row)
                     continue
@@ -248,11 +273,13 @@ class Directory:
                 yield
         for i in range(0, len(order), _SLICE):
             for row in order[i : i + _SLICE].tolist():
-                self._leaves.link(row)
+                if rows.state[row] == _PUBLISHED:
+                    self._leaves.link(row)
             yield
         for i in range(0, len(order), _SLICE):
             for row in range(i, min(i + _SLICE, len(order))):
-                self._leaves.offer(row)
+                if rows.state[row] == _PUBLISHED:
+                    self._leaves.offer(row)
             yield
         for row in strays:
             rows.extent[row] = 0  # it has no bytes to give back

@@ -30,6 +30,7 @@ CREATE TABLE IF NOT EXISTS chunks (
     key BLOB PRIMARY KEY, parent BLOB NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL,
     recency INTEGER NOT NULL, shards BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS forgotten (namespace BLOB PRIMARY KEY, generation INTEGER NOT NULL) WITHOUT ROWID;
 """
 _MAX_ROWS = 400
 """Rows that one statement names: SQLite takes 32,766 variables."""
@@ -151,6 +152,18 @@ class IndexFile:
         """Keep the recency of (recency, key, generation), at most `batch`."""
         with self._transaction() as db:
             db.executemany("UPDATE chunks SET recency = ? WHERE key = ? AND generation = ?", touched)
+
+    def forget(self, namespace: bytes, generation: int) -> None:
+        """Rows of *namespace* up to *generation* are dead from now on, whenever they are erased."""
+        self._do("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (namespace, generation))
+
+    def forgotten(self) -> list[tuple[bytes, int]]:
+        """What `forget` was told."""
+        return self._do("SELECT namespace, generation FROM forgotten").fetchall()
+
+    def all_erased(self, namespace: bytes) -> None:
+        """No row of *namespace* is dead any more."""
+        self._do("DELETE FROM forgotten WHERE namespace = ?", (namespace,))
 
     def checkpoint(self) -> None:
         """Bring all that was published to the disk itself."""

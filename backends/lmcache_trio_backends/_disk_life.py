@@ -22,8 +22,9 @@ from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_policy import Admission
+from lmcache_trio_backends._disk_reading import Reading
 from lmcache_trio_backends._disk_room import Room
-from lmcache_trio_backends._disk_rows import Read, Row, Write, extent_of, name_of
+from lmcache_trio_backends._disk_rows import Read, Write, extent_of, name_of
 from lmcache_trio_backends._disk_slabs import ByteIO
 from lmcache_trio_backends._disk_transfer import Transfer, flat
 from lmcache_trio_backends._disk_worker import Worker
@@ -34,12 +35,10 @@ log = logging.getLogger("lmcache_trio.disk")
 
 FLUSH_SECONDS = 5.0
 """How long recency, and with `periodic` the bytes themselves, may wait for the disk; ext4 commits as often."""
-PAGE_ROWS = 400
-"""Rows read at a time while rebuilding: some 2 ms, so a query never waits longer behind one."""
-SMALL_PAGES = 50
-"""An index of up to 20,000 rows is read before the tier is open (0.3 s); of a larger one the rest in the background."""
 CONTAINS_KEYS = 2000
 """Keys looked up between two turns of the loop: about 1 ms."""
+DELETE_BATCHES = 40
+"""Batches of rows that a deletion erases itself, 10,000 chunks: it is for good before, and should not take long."""
 GROUP_BYTES = 64 << 20
 """Bytes written before their rows are published: what a cancelled or killed store loses at most."""
 CLOSE_SECONDS = 5.0
@@ -66,11 +65,8 @@ class DiskLife:
         self._wake = trio.Event()
         self._due = math.inf
         self._unflushed = False
-        self._suspects: list[Read] = []
-        self._read_to = b""  # names up to this one are in the directory
-        self._all_read = False
-        self.ready = trio.Event()
-        self.under_way = trio.Event()
+        self.reading = Reading(self._directory, self._files, self._worker)
+        self.ready = self.reading.ready
 
     @property
     def corrupt(self) -> bool:
@@ -84,7 +80,7 @@ class DiskLife:
         there: list[bool] = []
         for i in range(0, len(keys), CONTAINS_KEYS):
             some = keys[i : i + CONTAINS_KEYS]
-            found = await self._query(some)
+            found = await self.reading.query(some)
             there += [self._directory.contains(key) or name_of(key) in found for key in some]
         return there
 
@@ -139,9 +135,11 @@ class DiskLife:
         self._worker.check()
         await self.ready.wait()
         self._worker.check()
-        self._directory.forget(namespace)
-        self._wake.set()  # should this call be cancelled, the housekeeper goes on
-        await self._room.settle()
+        generation = self._directory.forget(namespace)
+        with trio.CancelScope(shield=True):
+            await self._worker.ask(self._files.index.forget, namespace, generation)
+        self._wake.set()  # the housekeeper goes on with what is more, or when this call is cancelled
+        await self._room.settle(DELETE_BATCHES)
 
     def statistics(self) -> dict[str, int | str]:
         return {
@@ -154,7 +152,7 @@ class DiskLife:
     # ---- loading
 
     async def _begin(self, loads: Sequence[Load], lengths: Sequence[tuple[int, ...]]) -> list[Read | None]:
-        rows = {} if self.ready.is_set() else await self._query([load.key for load in loads])
+        rows = {} if self.ready.is_set() else await self.reading.query([load.key for load in loads])
         reads: list[Read | None] = []
         for load, n in zip(loads, lengths, strict=True):
             row = rows.get(name_of(load.key))
@@ -167,14 +165,6 @@ class DiskLife:
                 reads.append(read if read.lengths == n else None)
         return reads
 
-    async def _query(self, keys: Sequence[ChunkKey]) -> dict[bytes, Row]:
-        """The index file's rows of those *keys* that were not read into the directory yet, by name."""
-        names = [] if self._all_read else [name for name in map(name_of, keys) if name > self._read_to]
-        if not names:
-            await trio.lowlevel.checkpoint()
-            return {}
-        return {row[0]: row for row in await self._worker.ask(self._files.index.find, names)}
-
     def _transfer(self, chunks: Sequence[tuple[int, Sequence[memoryview]]]) -> Transfer:
         return Transfer(self._io, chunks, direct=self._config.direct, check=self._files.check)
 
@@ -182,7 +172,7 @@ class DiskLife:
         self._counts["corrupt"] += 1
         log.warning("chunk %s of %s failed verification and is dropped", read.key.digest.hex()[:16], self._config.path)
         if not self.ready.is_set():
-            self._suspects.append(read)
+            self.reading.suspects.append(read)
         elif self._directory.quarantine(read):
             self._wake.set()
 
@@ -258,33 +248,6 @@ class DiskLife:
 
     # ---- keeping house
 
-    async def rebuild(self) -> None:
-        """Read the index file into the directory, in small steps, and be ready."""
-        pages = 0
-        try:
-            while page := await self._worker.ask(self._files.index.page, self._read_to, PAGE_ROWS):
-                self._directory.restore(page)
-                self._read_to = page[-1][0]
-                pages += 1
-                if pages == SMALL_PAGES:
-                    self.under_way.set()
-        except Unavailable as exc:
-            log.warning("%s", exc)
-            self._set_ready()  # whoever waits for it is told the same
-            return
-        self._all_read = True
-        order = await self._worker.run(self._directory.order)
-        for _ in self._directory.rebuild(self._files.slabs.taken, order):
-            await trio.lowlevel.checkpoint()
-        for read in self._suspects:
-            self._directory.quarantine(read)
-        self._set_ready()
-        self._wake.set()
-
-    def _set_ready(self) -> None:
-        self.ready.set()
-        self.under_way.set()
-
     async def keep_house(self) -> None:
         """Erase what is doomed as it comes; write recency, and flush, when it is due."""
         await self.ready.wait()
@@ -332,7 +295,7 @@ class DiskLife:
         owed: list[Callable[[], None]] = []
         index = self._files.index
         if self._worker.failed is None and self.ready.is_set():
-            while doomed := self._directory.take_doomed(index.batch):
+            while len(owed) < DELETE_BATCHES and (doomed := self._directory.take_doomed(index.batch)):
                 owed.append(functools.partial(index.erase, doomed))
             while touched := self._directory.take_touched(index.batch):
                 owed.append(functools.partial(index.touch, touched))

@@ -3,6 +3,7 @@
 It does what `_disk_directory` decided, in the order that survives a kill: a row is gone before its bytes are free.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -58,10 +59,10 @@ class Room:
                 self._directory.grow(taken)
         return taken > before
 
-    async def settle(self) -> None:
-        """Erase all that is doomed and held by nobody, so that its bytes are free."""
-        while await self._settle_some():
-            pass
+    async def settle(self, batches: float = math.inf) -> None:
+        """Erase what is doomed and held by nobody, at most *batches* of it, so that its bytes are free."""
+        while batches > 0 and await self._settle_some():
+            batches -= 1
 
     async def _settle_some(self) -> bool:
         """One batch, so that who needs room for one chunk does not wait for the end of a whole namespace."""

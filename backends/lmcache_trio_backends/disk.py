@@ -65,9 +65,9 @@ class DiskTier(Tier):
         failure: Exception | None = None
         try:
             async with trio.open_nursery() as house:
-                house.start_soon(life.rebuild)
+                house.start_soon(life.reading.run)
                 house.start_soon(life.keep_house)
-                await life.under_way.wait()
+                await life.reading.under_way.wait()
                 self._life = life
                 try:
                     yield

@@ -15,6 +15,7 @@ import trio.testing
 from lmcache_trio_backends import _disk_life
 from lmcache_trio_backends._disk_index import IndexFile
 from lmcache_trio_backends._disk_policy import SecondHit
+from lmcache_trio_backends._disk_reading import Reading
 from lmcache_trio_backends._disk_slabs import Slabs
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
@@ -158,14 +159,14 @@ async def test_lookups_are_answered_by_query_while_the_index_is_read(
     async with (tier := disk_tier(tmp_path)).open():
         await stored(tier, *range(10))
     gate = trio.Event()
-    rebuild = _disk_life.DiskLife.rebuild
+    run = Reading.run
 
-    async def held_back(self: _disk_life.DiskLife) -> None:
+    async def held_back(self: Reading) -> None:
         self.under_way.set()
         await gate.wait()
-        await rebuild(self)
+        await run(self)
 
-    monkeypatch.setattr(_disk_life.DiskLife, "rebuild", held_back)
+    monkeypatch.setattr(Reading, "run", held_back)
     flip_a_bit(tmp_path, content(key_of(5))[0])
     async with tier.open():
         assert tier.statistics()["ready"] == 0

@@ -32,23 +32,33 @@ class DiskMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.file: dict[bytes, Row] = {}  # outlives a kill; the rest does not
+        self.file: dict[bytes, Row] = {}  # outlives a kill, as does
+        self.tombs: dict[bytes, int] = {}  # namespace -> generation; the rest does not
         self.boot()
 
     def boot(self) -> None:
         self.directory = Directory(Arena(), ROWS * index_cost(1))
+        for namespace, generation in self.tombs.items():
+            self.directory.bury(namespace, generation)
         self.directory.restore(self.file[key] for key in sorted(self.file))
         for _ in self.directory.rebuild(TAKEN, self.directory.order()):
             pass
+        for namespace in self.directory.take_erased():
+            del self.tombs[namespace]
+        self.due: list[tuple[bytes, int]] = []
         self.writes: list[Write] = []
         self.written: list[Write] = []  # bytes and row stand, the directory does not know it yet
         self.reads: list[Read] = []
         self.erasing: list[Doomed] = []
         self.erased: list[Doomed] = []
-        self.published: dict[ChunkKey, Write | None] = {ChunkKey(key[:32], key[32:]): None for key in self.file}
+        alive = self._alive()
+        self.published: dict[ChunkKey, Write | None] = {ChunkKey(row[0][:32], row[0][32:]): None for row in alive}
         self.forgotten: set[int] = set()  # generations of writes
-        assert self.directory.statistics()["bytes_used"] == sum(self._range(row)[1] for row in self.file.values())
-        assert self.directory.statistics()["chunks"] == len(self.file)
+        assert self.directory.statistics()["bytes_used"] == sum(self._range(row)[1] for row in alive)
+        assert self.directory.statistics()["chunks"] == len(alive)
+
+    def _alive(self) -> list[Row]:
+        return [row for row in self.file.values() if row[3] > self.tombs.get(row[0][:32], -1)]
 
     @staticmethod
     def _range(row: Row) -> tuple[int, int]:
@@ -65,7 +75,7 @@ class DiskMachine(RuleBasedStateMachine):
         if write is None:
             return
         taken = (write.offset, extent_of(lengths))
-        for row in self.file.values():
+        for row in self._alive():
             assert not _overlap(taken, self._range(row)), "bytes were given away that a row still names"
         for other in [*self.writes, *self.written]:
             assert not _overlap(taken, (other.offset, extent_of(other.lengths)))
@@ -141,11 +151,17 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(namespace=st.sampled_from(NAMESPACES))
     def forget(self, namespace: bytes) -> None:
-        self.directory.forget(namespace)
+        self.due.append((namespace, self.directory.forget(namespace)))
         self.published = {key: write for key, write in self.published.items() if key.namespace != namespace}
         for write in [*self.writes, *self.written]:
             if write.key.namespace == namespace:
                 self.forgotten.add(write.generation)
+
+    @precondition(lambda self: self.due)
+    @rule()
+    def write_the_tombstone(self) -> None:
+        namespace, generation = self.due.pop(0)
+        self.tombs[namespace] = generation
 
     @rule(limit=st.integers(1, 5))
     def take_doomed(self, limit: int) -> None:
@@ -196,7 +212,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_two_rows_share_a_byte(self) -> None:
-        ranges = sorted(self._range(row) for row in getattr(self, "file", {}).values())
+        ranges = sorted(self._range(row) for row in (self._alive() if hasattr(self, "file") else ()))
         for (start, length), (following, _) in pairwise(ranges):
             assert start + length <= following
 

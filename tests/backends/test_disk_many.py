@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from lmcache_trio_backends import _disk_life
+from lmcache_trio_backends import _disk_life, _disk_reading
 from lmcache_trio_backends._disk_config import Budget
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
@@ -91,7 +91,7 @@ def _noted(value: Any, note: Any) -> Any:
 async def test_a_question_waits_for_one_page_of_the_reading_and_not_for_its_end(
     tmp_path: Path, many: list[Row], asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_disk_life, "SMALL_PAGES", 1)
+    monkeypatch.setattr(_disk_reading, "SMALL_PAGES", 1)
     tier = disk_tier(tmp_path)
     async with tier.open():
         before = len(asked)
@@ -105,7 +105,7 @@ async def test_a_question_waits_for_one_page_of_the_reading_and_not_for_its_end(
 async def test_what_was_read_already_is_answered_without_the_index_file(
     tmp_path: Path, many: list[Row], asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_disk_life, "SMALL_PAGES", 1)
+    monkeypatch.setattr(_disk_reading, "SMALL_PAGES", 1)
     tier = disk_tier(tmp_path)
     async with tier.open():
         first = [key(row) for row in many[:100]]
@@ -133,6 +133,76 @@ async def test_a_namespace_is_absent_at_once_and_erased_in_pieces(
         assert tier.statistics()["bytes_used"] == 0
     async with tier.open():
         assert list(await tier.contains([key(row) for row in many[:50]])) == [False] * 50
+
+
+def publish(path: Path, found: list[Row], forgotten_to: int) -> None:
+    """What a server leaves that was killed after it forgot all up to that generation."""
+    config = disk_tier(path).config
+    files = Files(config, Budget.of(config.size))
+    files.open(False)
+    files.index.publish(found)
+    files.index.forget(NAMESPACE, forgotten_to)
+    files.close()
+
+
+async def test_what_a_killed_deletion_left_is_dead_and_its_bytes_are_free(tmp_path: Path, many: list[Row]) -> None:
+    newer = (many[7][0], b"", 0, MANY + 1, MANY + 1, pack([LENGTH], [0]))  # in bytes that were another's
+    publish(tmp_path, [newer], MANY)
+    for _ in range(3):
+        tier = disk_tier(tmp_path)
+        async with tier.open():
+            assert list(await tier.contains([key(row) for row in many])) == [row[0] == newer[0] for row in many]
+            assert (tier.statistics()["chunks"], tier.statistics()["bytes_used"]) == (1, LENGTH)
+
+
+async def test_a_dead_row_is_not_found_by_query_either(
+    tmp_path: Path, many: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path, [], MANY)
+    monkeypatch.setattr(_disk_reading, "SMALL_PAGES", 1)
+    tier = disk_tier(tmp_path)
+    async with tier.open():
+        assert tier.statistics()["ready"] == 0
+        assert list(await tier.contains([key(row) for row in many[-50:]])) == [False] * 50
+
+
+async def test_a_generation_is_never_given_again_after_all_were_forgotten(tmp_path: Path, many: list[Row]) -> None:
+    one = ChunkKey(NAMESPACE, b"\1" * 32)
+    tier = disk_tier(tmp_path)
+    async with tier.open():
+        await tier.delete(NAMESPACE)
+    for _ in range(2):
+        async with tier.open():
+            assert list(await tier.store([record_of(one, (LENGTH,))])) == [True]
+    async with tier.open():
+        assert list(await tier.contains([one])) == [True]
+
+
+async def test_a_deletion_of_very_many_returns_when_it_is_for_good_and_not_when_all_is_erased(
+    tmp_path: Path, many: list[Row], asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_disk_life, "DELETE_BATCHES", 1)
+    tier = disk_tier(tmp_path)
+    async with tier.open():
+        await tier.delete(NAMESPACE)
+        assert sum(size for what, size in asked if what == "erase") < MANY // 2
+        assert list(await tier.contains([key(row) for row in many])) == [False] * MANY
+    async with tier.open():
+        assert list(await tier.contains([key(row) for row in many])) == [False] * MANY
+        assert (tier.statistics()["chunks"], tier.statistics()["bytes_used"]) == (0, 0)
+
+
+async def test_a_deletion_that_is_cancelled_early_is_for_good(tmp_path: Path, many: list[Row]) -> None:
+    tier = disk_tier(tmp_path)
+    async with tier.open():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tier.delete, NAMESPACE)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert tier.statistics()["chunks"] == 0
+    async with tier.open():
+        assert list(await tier.contains([key(row) for row in many[:50]])) == [False] * 50
+        assert tier.statistics()["bytes_used"] == 0
 
 
 async def test_who_needs_room_waits_for_one_piece_of_a_deletion_and_not_for_its_end(
@@ -179,7 +249,7 @@ def test_every_step_of_the_rebuilding_is_small() -> None:
     directory = Directory(Arena(), 1 << 30)
     directory.restore(rows(MANY))
     steps: Iterator[None] = directory.rebuild(MANY * LENGTH, directory.order())
-    assert sum(1 for _ in steps) > 2 * MANY // _disk_life.PAGE_ROWS
+    assert sum(1 for _ in steps) > 2 * MANY // _disk_reading.PAGE_ROWS
 
 
 def test_what_is_read_of_a_page_is_what_was_written(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""How the disk tier reads its index file into the directory at the start, and answers meanwhile.
+
+A million rows take a while, so most of it happens in the background. What was read already is known from memory, the
+rest by query, which waits for one page of the reading at most. Until the end nothing is stored, evicted or deleted.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import trio
+
+from lmcache_trio.abc import ChunkKey
+from lmcache_trio.errors import Unavailable
+from lmcache_trio_backends._disk_directory import Directory
+from lmcache_trio_backends._disk_files import Files
+from lmcache_trio_backends._disk_rows import Read, Row, name_of
+from lmcache_trio_backends._disk_worker import Worker
+
+__all__ = ["PAGE_ROWS", "SMALL_PAGES", "Reading"]
+
+log = logging.getLogger("lmcache_trio.disk")
+
+PAGE_ROWS = 400
+"""Rows read at a time: some 2 ms, so a query never waits longer behind one."""
+SMALL_PAGES = 50
+"""An index of up to 20,000 rows is read before the tier is open (0.3 s); of a larger one the rest in the background."""
+
+
+class Reading:
+    """`ready` is set at the end, or when the index file failed; `under_way` when the tier may be used."""
+
+    def __init__(self, directory: Directory, files: Files, worker: Worker) -> None:
+        self._directory = directory
+        self._files = files
+        self._worker = worker
+        self._read_to = b""  # names up to this one are in the directory
+        self._all_read = False
+        self.ready = trio.Event()
+        self.under_way = trio.Event()
+        self.suspects: list[Read] = []
+        """What failed verification meanwhile."""
+
+    async def run(self) -> None:
+        """Read it, in small steps, and be ready."""
+        try:
+            await self._read()
+            order = await self._worker.run(self._directory.order)
+            for _ in self._directory.rebuild(self._files.slabs.taken, order):
+                await trio.lowlevel.checkpoint()
+            for namespace in self._directory.take_erased():
+                await self._worker.ask(self._files.index.all_erased, namespace)
+            for read in self.suspects:
+                self._directory.quarantine(read)
+        except Unavailable as exc:
+            log.warning("%s", exc)  # whoever waits for it is told the same
+        self.ready.set()
+        self.under_way.set()
+
+    async def query(self, keys: Sequence[ChunkKey]) -> dict[bytes, Row]:
+        """The index file's rows of those *keys* that were not read into the directory yet, by name."""
+        names = [] if self._all_read else [name for name in map(name_of, keys) if name > self._read_to]
+        if not names:
+            await trio.lowlevel.checkpoint()
+            return {}
+        rows = await self._worker.ask(self._files.index.find, names)
+        return {row[0]: row for row in rows if not self._directory.is_dead(row)}
+
+    async def _read(self) -> None:
+        index, pages = self._files.index, 0
+        for namespace, generation in await self._worker.ask(index.forgotten):
+            self._directory.bury(namespace, generation)
+        while page := await self._worker.ask(index.page, self._read_to, PAGE_ROWS):
+            self._directory.restore(page)
+            self._read_to = page[-1][0]
+            pages += 1
+            if pages == SMALL_PAGES:
+                self.under_way.set()
+        self._all_read = True
