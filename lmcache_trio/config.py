@@ -167,8 +167,8 @@ class Config:
         default=2.0,
         validator=_between(0.0, 3600.0),
         metadata={
-            "help": "Seconds that a lookup may wait for tiers, if it does not ask for less; then what is in memory by then"
-            " is the answer. 0: never. The default is about what computing 20,000 tokens takes."
+            "help": "Seconds that a lookup may wait for tiers, if it does not ask for less; then what is in memory by"
+            " then is the answer. 0: never. The default is about what computing 20,000 tokens takes."
         },
     )
     prefetch_bytes: int = attrs.field(
