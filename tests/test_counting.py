@@ -4,6 +4,7 @@ Each kind of count is first shown to see what it is there to see.
 """
 
 import gc
+import secrets
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ import trio
 from torch.profiler import ProfilerActivity, profile
 
 from lmcache_trio import Config, open_client, open_server
+from lmcache_trio._core.arena import Arena
+from lmcache_trio._core.index import Index
+from lmcache_trio._core.session import Session
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import (
     Answer,
@@ -305,6 +309,32 @@ async def test_lookups_that_ended_leave_nothing_behind_on_either_side(tmp_path: 
             gc.collect()
             assert sys.getallocatedblocks() - before < 100  # less than one for two lookups
             assert server.statistics()["held"]["sessions"] == 1
+
+
+def test_a_session_is_little_for_a_garbage_collection_to_look_at() -> None:
+    """Ten thousand of them, each with 32 chunks leased, must not stop the loop: what is counted is what it visits."""
+    namespace, digests = bytes(32), [bytes([i]) * 32 for i in range(32)]
+    arena = Arena()
+    index = Index(arena, new_id=lambda: secrets.token_bytes(16))
+    index.grow(64 * 4096)
+    index.attach(namespace, [1])
+    made = index.reserve(("e", 0), 1, 0, namespace, b"", digests, 0.0)
+    assert len(index.commit(made.id, 1)) == 32
+    sessions = []
+    before = visited()
+    for number in range(1, 101):
+        session = Session(number)
+        lease = index.lease(("e", number), namespace, session.lookup(0, list(digests), 32, 1), 0.0)
+        assert lease is not None
+        assert session.answer(1, lease.chunks, lease.id, lease.expires)
+        sessions.append(session)
+    assert (visited() - before) / len(sessions) < 30
+
+
+def visited() -> int:
+    """Objects that a full collection looks at, and what it follows from them."""
+    gc.collect()
+    return sum(1 + len(gc.get_referents(found)) for found in gc.get_objects())
 
 
 def test_what_is_said_is_as_short_as_it_can_be() -> None:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from lmcache_trio._core.keys import DIGEST_BYTES, join_digests, split_digests
 from lmcache_trio.errors import Misuse
 
 __all__ = ["LookupState", "Session", "Status"]
@@ -49,7 +50,8 @@ class Session:
     """One engine request. *number* is the engine's name for it; *lease* is b"" when none is held."""
 
     number: int
-    chain: list[bytes] = attrs.field(factory=list)
+    chain: bytes = b""
+    """Packed: as lists of digests, ten thousand sessions cost a garbage collection 9 ms, and three times the memory."""
     asked: int = 0
     state: LookupState = LookupState.UNKNOWN
     chunks: int = 0
@@ -62,14 +64,15 @@ class Session:
         Returns those. The former lookup's answer is forgotten, and with it its lease: read `lease` first and end it.
         Misuse when the chain has no *start* chunks, or the new one no *upto*.
         """
-        if start > len(self.chain):
-            raise Misuse(f"start is {start}, but session {self.number} has {len(self.chain)} chunks: send them too")
+        known = len(self.chain) // DIGEST_BYTES
+        if start > known:
+            raise Misuse(f"start is {start}, but session {self.number} has {known} chunks: send them too")
         if upto > start + len(digests):
             raise Misuse(f"upto is {upto}, but the chain of session {self.number} ends at {start + len(digests)}")
-        self.chain[start:] = digests
+        self.chain = self.chain[: start * DIGEST_BYTES] + join_digests(digests)
         self._forget(LookupState.PENDING)
         self.asked = asked
-        return self.chain[:upto]
+        return split_digests(self.chain[: upto * DIGEST_BYTES]) if start else list(digests[:upto])
 
     def answer(self, asked: int, chunks: int, lease: bytes = b"", expires: float = -math.inf) -> bool:
         """The lookup *asked* found *chunks* leading chunks. False, changing nothing, if it is not pending any more."""

@@ -20,7 +20,7 @@ def test_a_chain_is_cut_then_extended_and_its_first_chunks_are_looked_up() -> No
     session = Session(1)
     assert session.lookup(0, [A, B], 2, asked=1) == [A, B]
     assert session.lookup(1, [C, A], 2, asked=2) == [A, C]
-    assert session.chain == [A, C, A]
+    assert session.chain == b"".join([A, C, A])
     assert session.lookup(3, [], 3, asked=3) == [A, C, A]
 
 
@@ -32,7 +32,7 @@ def test_a_gap_in_the_chain_is_misuse_and_changes_nothing(start: int, digests: l
     with pytest.raises(Misuse, match="session 1"):
         session.lookup(start, digests, upto, asked=2)
     assert session.status(4.0) == Status(1, LookupState.ANSWERED, 2, b"lease", 6.0)
-    assert session.chain == [A, B]
+    assert session.chain == b"".join([A, B])
 
 
 def test_an_answer_of_a_former_lookup_is_told_apart() -> None:
