@@ -124,7 +124,8 @@ class Client(Conversation):
     ) -> Answer:
         """How many of the session's first *upto* chunks (default: all) may be read under a lease, definitively.
 
-        *digests* are those from *start* on; *budget* seconds is how long tiers may take, at most the server's own setting. Cancelled, it is released.
+        *digests* are those from *start* on; *budget* seconds is how long tiers may take, at most the server's
+        own setting. Cancelled, it is released.
         """
         asked = self.new_id()
         known = trio.Event()
