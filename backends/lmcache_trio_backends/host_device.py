@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["HostConfig", "HostDevice"]
 
 _POPULATE_WRITE = 23  # Linux 5.14; older kernels say EINVAL, and pages come one by one, with the first copy
+_HEAD = 4096
+"""Slots begin behind the arena's first page."""
 _PIECE = 64 << 20
 """Bytes whose pages are entered by one call: about 10 ms, the longest that a cancellation waits for it."""
 
@@ -73,10 +75,12 @@ class HostDevice(Device):
         self._limiter = trio.CapacityLimiter(1)
         self._copies = 0
         self._bytes = 0
+        self._populated = _HEAD  # bytes of the arena
 
     @asynccontextmanager
     async def open(self, memory: Memory) -> AsyncIterator[None]:
         self._memory, self._thread = memory, DedicatedThread("lmcache-trio host device")
+        self._populated = _HEAD
         try:
             yield
         finally:
@@ -96,9 +100,18 @@ class HostDevice(Device):
             for start in range(0, memory.size, _PIECE):
                 await offload(_populate, mapped, start, min(_PIECE, memory.size - start), limiter=self._limiter)
             maps.append(mapped)
+        await self._populate_arena()
         opened = _Opened(export, maps)
         self._attached.add(opened)
         return opened
+
+    async def _populate_arena(self) -> None:
+        """Only a server that moves an engine's KV needs the arena's pages in its own table; then it needs them all."""
+        memory = self._memory
+        while memory is not None and (left := int(memory.statistics()["bytes_taken"]) - self._populated) > 0:
+            length = min(left, _PIECE)
+            await offload(_populate_view, memory.view(self._populated, length), limiter=self._limiter)
+            self._populated += length
 
     def start(self, copy: Copy) -> Ticket:
         if self._thread is None or self._memory is None:
@@ -217,6 +230,12 @@ def _check(memory: SharedMemory, fd: int) -> None:
 def _populate(mapped: "_Bytes", start: int, length: int) -> None:
     """Enter the pages into this process' table, which is slower than a copy. In a thread, without the GIL."""
     _libc.madvise(ctypes.c_void_p(mapped.ctypes.data + start), ctypes.c_size_t(length), _POPULATE_WRITE)
+
+
+def _populate_view(view: memoryview) -> None:
+    import numpy as np
+
+    _populate(np.frombuffer(view, dtype=np.uint8), 0, len(view))
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
