@@ -259,7 +259,7 @@ def _uuid_of(device: Any) -> bytes:
 def _driver() -> Any:
     """Imported when it is first needed, so that this module can be looked at without it."""
     try:
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
     except ImportError as exc:
         raise Unavailable("CUDA memory needs cuda-bindings: pip install lmcache-trio[cuda]") from exc
     return driver

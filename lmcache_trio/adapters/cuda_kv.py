@@ -22,7 +22,7 @@ __all__ = ["CudaPagedKV", "cuda_memory_of"]
 def cuda_memory_of(tensor: torch.Tensor) -> tuple[CudaMemory, int]:
     """The allocation that *tensor* lies in, and its address. `Unavailable`: it cannot be exported, and why."""
     try:
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
     except ImportError as exc:
         raise Unavailable("exporting CUDA memory needs cuda-bindings: pip install lmcache-trio[cuda]") from exc
 

@@ -251,7 +251,12 @@ def test_a_server_killed_in_the_middle_of_a_copy_gives_the_blocks_back(
     assert one.worker.take_finished() == (set(), set())
     server.process.kill()
     found: set[str] = set()
-    wait_until(lambda: bool(found.update(one.worker.take_finished()[1]) or found))
+
+    def ended() -> bool:
+        found.update(one.worker.take_finished()[1])
+        return bool(found)
+
+    wait_until(ended)
     assert one.worker.take_failed_blocks() == set(INTO)
 
 

@@ -52,7 +52,17 @@ class PlainMemory(Memory):
         super().__init__({})
         self.bytes = bytearray(1 << 20)
 
-    path, nonce, size = "/nowhere/plain.arena", b"n" * 16, 1 << 20
+    @property
+    def path(self) -> str:
+        return "/nowhere/plain.arena"
+
+    @property
+    def nonce(self) -> bytes:
+        return b"n" * 16
+
+    @property
+    def size(self) -> int:
+        return len(self.bytes)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
