@@ -25,7 +25,7 @@ from lmcache_trio.adapters.link import logger
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
 from lmcache_trio.errors import LMCacheTrioError, Misuse
-from lmcache_trio.threads import Handoff, Latch, offload
+from lmcache_trio.threads import Handoff, Latch
 
 if TYPE_CHECKING:
     from lmcache_trio.adapters.worker import WorkerAdapter
@@ -169,7 +169,7 @@ class LayeredMoves:
                 else:
                     pinned.append((job, found))
             if pinned:
-                await offload(self._scatter, arena, pinned, loads, limiter=self._worker._limiter)
+                await self._worker._copiers.run(self._scatter, arena, pinned, loads)
         except BaseException:
             for _, pin in pinned:
                 client.done_nowait(pin.pin)
@@ -246,7 +246,7 @@ class LayeredMoves:
             await written.wait()
             if stores.dropped:
                 break
-            await offload(self._gather, arena, granted, layer, limiter=self._worker._limiter)
+            await self._worker._copiers.run(self._gather, arena, granted, layer)
         for job in stores.jobs:
             self._worker._jobs.copied(job)
 

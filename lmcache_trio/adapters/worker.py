@@ -17,6 +17,7 @@ from lmcache_trio._core.keys import seed_of, split_digests
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Pinned, Reserved, Role
+from lmcache_trio.adapters.copiers import Copiers
 from lmcache_trio.adapters.device_path import ATTACH_TIMEOUT, DevicePath, Path
 from lmcache_trio.adapters.jobs import Job, Jobs, wait_for
 from lmcache_trio.adapters.layered import LayeredMoves
@@ -24,7 +25,6 @@ from lmcache_trio.adapters.link import Link, logger
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
 from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
-from lmcache_trio.threads import offload
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class WorkerAdapter:
         self._chunk_tokens = chunk_tokens or block_tokens
         self.layered = LayeredMoves(self)
         """Moves that go layer by layer beside the forward pass."""
-        self._limiter = trio.CapacityLimiter(max(1, len(os.sched_getaffinity(0)) - 1))  # more starve the event loop
+        self._copiers = Copiers(f"lmcache-trio copies {shard}")
         self._token = os.urandom(16)
         self._connected_before = False
         self._arena_note = ""
@@ -160,6 +160,7 @@ class WorkerAdapter:
             self._wait(self._jobs.running())
         if self._link.stop(2 * self._reply_timeout):
             self._device.close()
+        self._copiers.close()
 
     # --- where a test places a fault: called in the copying thread --------------------------------------------------
 
@@ -254,7 +255,7 @@ class WorkerAdapter:
         reserved = await self._reply(self._reserve_in_turn, client, job, spec)
         try:
             if reserved.reservation:
-                await offload(self._gather, arena, kv, spec, reserved, job.fence, limiter=self._limiter)
+                await self._copiers.run(self._gather, arena, kv, spec, reserved, job.fence)
             self._jobs.copied(job)
         except BaseException:
             client.abort_nowait(reserved.reservation)
@@ -273,7 +274,7 @@ class WorkerAdapter:
             return  # used up before the engine allocated: a miss
         pinned = await self._reply(client.retrieve, spec.lease, spec.start, spec.count)
         try:
-            await offload(self._scatter, arena, kv, spec, pinned, limiter=self._limiter)
+            await self._copiers.run(self._scatter, arena, kv, spec, pinned)
             self._jobs.copied(job)
         except BaseException:
             client.done_nowait(pinned.pin)
