@@ -112,7 +112,7 @@ def crash(session: nox.Session) -> None:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need a CUDA device."""
-    _install_wheel(session, *_group("test"))
+    _install_wheel(session, *_group("test"), *PROJECT["project"]["optional-dependencies"]["cuda"])
     asked = session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True)
     if str(asked).strip() != "True":
         session.skip("gpu: torch.cuda.is_available() is False: no CUDA device, or a torch built without CUDA")
