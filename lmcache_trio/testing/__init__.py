@@ -2,7 +2,7 @@
 
 - `engine`, `connected`: a small real engine (transformer, paged KV cache, scheduler), alone and connected to a server.
 - `demo`: the job behind `lmcache-trio demo`.
-- `memory_contract`, `tier_contract`, `device_contract`: the suites that every backend passes; subclass one to test yours.
+- `memory_contract`, `tier_contract`, `device_contract`: the suites that backends pass; subclass one to test yours.
 - `faults`, `faulty_tier`: any tier, failing in the ways that tiers fail.
 - `fake_device`: a device whose copies move when the test says so.
 
