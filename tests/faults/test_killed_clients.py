@@ -1,0 +1,132 @@
+"""Clients killed, or stopped and continued, in the middle of each operation: nothing of theirs stays or counts."""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from lmcache_trio.errors import LMCacheTrioError
+
+OWNED = ("connections", "welcomes", "engines", "sessions", "leases", "pins", "reservations", "reservations_ending")
+LEFT = (*OWNED, "lost_writers", "slots_writing", "slots_quarantined", "queued_messages")
+
+
+def of_one_engine(held: dict[str, Any]) -> dict[str, Any]:
+    return {name: held[name] for name in LEFT}
+
+
+@pytest.mark.parametrize(
+    ("point", "there"),
+    [
+        ("registering", {"engines": 2}),
+        ("looking up", {"sessions": 50}),
+        ("leased", {"sessions": 1, "leases": 1}),
+        ("reading", {"leases": 1, "pins": 1}),
+        ("reserved", {"reservations": 1, "slots_writing": 3}),
+        ("half written", {"reservations": 1, "slots_writing": 3}),
+        ("written", {"reservations": 1, "slots_writing": 3}),
+    ],
+)
+async def test_a_client_killed_in_the_middle_is_forgotten_by_notification_and_half_a_slot_is_never_served(
+    scenes: Any, doings: Any, point: str, there: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
+        assert await doings.store(scheduler, worker, 1, doings.STORED, b"s") == 3
+        before = of_one_engine(scene.held())
+        doomed = await scene.process(point)
+        await scene.until(lambda held: all(held[name] >= count for name, count in there.items()))
+        pidfd = os.pidfd_open(doomed.process.pid)
+        doomed.process.kill()
+        await trio.lowlevel.wait_readable(pidfd)  # it is dead, so its sockets are closed
+        dead = trio.current_time()
+        os.close(pidfd)
+        await scene.until(lambda held: of_one_engine(held) == before)
+        took = trio.current_time() - dead
+        with capsys.disabled():
+            print(
+                f"\n[killed {point}: forgotten {took * 1000:.1f} ms after the kernel had closed its sockets]", end=" "
+            )
+        assert (await scheduler.lookup(2, doings.NEW)).chunks == 0
+        assert await doings.store(scheduler, worker, 2, doings.NEW, b"n") == 3
+        for digests, fill in ((doings.STORED, b"s"), (doings.NEW, b"n")):
+            answer = await scheduler.lookup(3, digests)
+            async with worker.retrieving(answer.lease, 0, 3) as chunks:
+                assert [bytes(chunk) for chunk in chunks] == [fill * doings.SHARD] * 3
+        scheduler.end(3)
+        await scheduler.ping()
+        assert of_one_engine(scene.held()) == before
+
+
+async def test_a_welcome_whose_client_was_killed_is_withdrawn(
+    scenes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr("lmcache_trio._server.connection.TAKE_UP", 0.1)
+    async with scenes() as scene:
+        doomed = await scene.process("welcomed")
+        doomed.process.kill()
+        await scene.until(lambda held: held["welcomes"] == held["engines"] == 0)
+        assert [path.name for path in tmp_path.iterdir()] == ["s.ipc"]
+
+
+@pytest.mark.parametrize("end", ["session", "timeout"])
+async def test_a_stopped_writer_whose_blocks_went_to_another_publishes_nothing_when_it_is_continued(
+    scenes: Any, doings: Any, end: str
+) -> None:
+    timeout = 0.5 if end == "timeout" else 60.0
+    async with scenes(reservation_timeout=timeout) as scene:
+        async with doings.engine(scene.server.address, "healthy") as (scheduler, worker):
+            doomed = await scene.process("half written")
+            doomed.process.send_signal(signal.SIGSTOP)
+            if end == "session":
+                state = scene.server._state
+                state.end_session(state.engines["doomed"], 1)
+            await scene.until(lambda held: held["slots_writing"] == 0)
+            assert scene.held()["slots_quarantined"] == 3
+            # The blocks are another's now: the same prompt is stored anew, elsewhere, while the old copy still may run.
+            assert await doings.store(scheduler, worker, 1, doings.NEW, b"n") == 3
+            assert scene.held()["slots_quarantined"] == 3
+            doomed.process.send_signal(signal.SIGCONT)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert scene.held()["slots_quarantined"] == 3  # it has not said yet that its copy ended
+            await doomed.go_on()
+            await doomed.says("ended")
+            await scene.until(lambda held: held["slots_quarantined"] == held["reservations_ending"] == 0)
+            assert scene.server.statistics()["counted"]["stored_chunks"] == 3
+            answer = await scheduler.lookup(2, doings.NEW)
+            async with worker.retrieving(answer.lease, 0, 3) as chunks:
+                assert [bytes(chunk) for chunk in chunks] == [b"n" * doings.SHARD] * 3
+
+
+async def test_what_one_process_stored_another_reads_byte_for_byte(scenes: Any, doings: Any) -> None:
+    async with scenes() as scene:
+        doomed = await scene.process("written", "writer")
+        async with doings.engine(scene.server.address, "reader") as (scheduler, worker):
+            assert (await scheduler.lookup(1, doings.NEW)).chunks == 0
+            await doomed.go_on()
+            await doomed.says("ended")
+            answer = await scheduler.lookup(1, doings.NEW)
+            assert answer.chunks == 3
+            async with worker.retrieving(answer.lease, 0, 3) as chunks:
+                assert [bytes(chunk) for chunk in chunks] == [b"X" * doings.SHARD] * 3
+            doomed.process.kill()
+
+
+async def test_a_stranger_cannot_use_anothers_lease_pin_or_reservation(scenes: Any, doings: Any) -> None:
+    async with scenes() as scene, doings.engine(scene.server.address, "one") as (scheduler, worker):
+        await doings.store(scheduler, worker, 1, doings.STORED, b"s")
+        answer = await scheduler.lookup(2, doings.STORED)
+        pinned = await worker.retrieve(answer.lease, 0, 3)
+        reserved = await worker.reserve(2, b"", doings.NEW)
+        async with doings.engine(scene.server.address, "other") as (_, stranger):
+            with pytest.raises(LMCacheTrioError):
+                await stranger.retrieve(answer.lease, 0, 1)
+            assert await stranger.done(pinned.pin) is False
+            with pytest.raises(LMCacheTrioError):
+                await stranger.commit(reserved.reservation)
+            await stranger.abort(reserved.reservation)
+            assert scene.held()["reservations"] == scene.held()["pins"] == 1
+        assert await worker.commit(reserved.reservation) == 3
+        assert await worker.done(pinned.pin)
