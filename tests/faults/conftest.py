@@ -1,5 +1,6 @@
 """A server in the test's loop, over real sockets, and client processes that are killed or stopped."""
 
+import importlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -23,7 +24,10 @@ class Doomed:
     async def says(self, word: str) -> None:
         assert self.process.stdout is not None
         with trio.fail_after(60):
-            assert (await self.process.stdout.receive_some()).decode().strip() == word
+            said = b""
+            while not said.endswith(b"\n") and (more := await self.process.stdout.receive_some()):
+                said += more
+            assert said.decode().strip() == word
 
     async def go_on(self) -> None:
         assert self.process.stdin is not None
@@ -89,7 +93,6 @@ def doings() -> Any:
     """The module that client processes run, for what they and the tests do alike."""
     sys.path.insert(0, str(Path(__file__).parent))
     try:
-        import fault_process
+        return importlib.import_module("fault_process")
     finally:
         sys.path.pop(0)
-    return fault_process

@@ -84,8 +84,9 @@ ENDING = {
 
 @pytest.mark.parametrize("role", [Role.SCHEDULER, Role.WORKER])
 async def test_what_is_no_sentence_or_out_of_place_ends_that_one_connection(
-    scenes: Any, doings: Any, role: Role
+    scenes: Any, doings: Any, role: Role, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lmcache_trio._server.connection.LAST_WORD", 0.02)
     async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
         for session, (what, frame) in enumerate(ENDING.items(), 1):
             bad = await come_in(scene.server.address, role)
