@@ -105,9 +105,9 @@ class Side:
         engine = next(engine_ids)
         self.kv = kv
         self.scheduler = scheduler(
-            address, engine_id=engine, identity=["a model"], block_tokens=BLOCK, connect_timeout=2.0, **settings
+            address, engine_id=engine, identity=["a model"], block_tokens=BLOCK, connect_timeout=30.0, **settings
         )
-        self.worker = worker(address, engine_id=engine, block_tokens=BLOCK, connect_timeout=2.0, reply_timeout=2.0)
+        self.worker = worker(address, engine_id=engine, block_tokens=BLOCK, connect_timeout=30.0, reply_timeout=30.0)
         self.worker.register_kv_caches(kv)
 
     def store(self, request_id: str, tokens: list[int], blocks: list[int]) -> None:
