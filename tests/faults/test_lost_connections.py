@@ -1,0 +1,164 @@
+"""Adapters whose connection is lost while the server lives, or whose server dies in the middle of a registration."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
+from lmcache_trio.client import Client
+from lmcache_trio.testing.sides import BLOCK, CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
+from lmcache_trio.threads import Handoff
+
+TOKENS = list(range(3 * CHUNK))
+FROM = list(range(12))
+INTO = list(range(30, 42))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    server = ServerProcess(f"ipc://{tmp_path}/s.ipc")
+    server.start()
+    yield server
+    server.kill()
+
+
+def lose_connection(adapter: WorkerAdapter) -> Client:
+    """The pipe closes under it, as when the network does it; the server lives on."""
+    client = adapter._link.client
+    assert client is not None
+    adapter._link.post(client._connection.close)
+    return client
+
+
+class HeldUp(WorkerAdapter):
+    """Its next copy stops half-way until it is let go."""
+
+    def hold(self) -> None:
+        self.arrived: Handoff[bool] = Handoff()
+        self.let_go: Handoff[bool] = Handoff()
+        self.holding = True
+
+    holding = False
+
+    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
+        if self.holding:
+            self.holding = False
+            self.arrived.set(True)
+            assert self.let_go.wait(60)
+
+
+def test_a_worker_that_lost_its_connection_says_when_its_copies_ended_and_registers_again_by_itself(
+    server: ServerProcess,
+) -> None:
+    one = Side(server.address, make_kv(1), worker=HeldUp, lookup_timeout=60.0)
+    try:
+        assert isinstance(one.worker, HeldUp)
+        wait_until(one.scheduler.is_healthy)
+        one.worker.hold()
+        one.scheduler.extend("r", TOKENS)
+        one.worker.submit_store(one.scheduler.store_spec("r", 0, FROM))
+        assert one.worker.arrived.wait(60)
+        assert server.held["slots_writing"] == 3
+        former = lose_connection(one.worker)
+        wait_until(lambda: server.held["lost_writers"] == 1)
+        held = server.held  # the copy goes on: its slots are nobody's, and the engine has no namespace
+        assert (held["slots_quarantined"], held["slots_writing"], held["reservations"]) == (3, 0, 0)
+        wait_until(lambda: not one.scheduler.is_healthy())
+        assert one.lookup("meanwhile", TOKENS) == 0
+        one.worker.let_go.set(True)
+        wait_until(lambda: one.worker._link.client not in (None, former))
+        wait_until(lambda: server.held["slots_quarantined"] == server.held["lost_writers"] == 0)
+        wait_until(one.scheduler.is_healthy)
+        assert one.worker.take_finished()[0] == {"r"}
+        assert one.lookup("q", TOKENS) == 0
+        one.store("r", TOKENS, FROM)
+        assert one.lookup("p", TOKENS) == 3 * CHUNK
+        assert one.load("p", 3 * CHUNK, INTO) == set()
+        assert same_blocks(one.kv, FROM, one.kv, INTO)
+    finally:
+        one.close()
+
+
+def test_a_retrieve_whose_connection_is_lost_gives_failed_blocks_and_its_pin_ends(server: ServerProcess) -> None:
+    one = Side(server.address, make_kv(1), worker=HeldUp, lookup_timeout=60.0)
+    try:
+        assert isinstance(one.worker, HeldUp)
+        one.store("r", TOKENS, FROM)
+        assert one.lookup("q", TOKENS) == 3 * CHUNK
+        spec = one.scheduler.update_after_alloc("q", 3 * CHUNK, block_ids=INTO)
+        assert spec is not None
+        one.worker.hold()
+        one.worker.submit_retrieve(spec)
+        assert one.worker.arrived.wait(60)
+        assert server.held["pins"] == 1
+        lose_connection(one.worker)
+        wait_until(lambda: server.held["pins"] == 0)
+        assert one.worker.take_finished() == (set(), set())  # not before its copy ended: the blocks are still written
+        one.worker.let_go.set(True)
+        wait_until(lambda: one.worker.take_finished()[1] == {"q"})
+        assert one.worker.take_failed_blocks() == set(INTO)
+        wait_until(one.scheduler.is_healthy)
+        one.scheduler.mark_failed("q", 0)
+        assert one.lookup("again", TOKENS) == 3 * CHUNK
+        assert one.load("again", 3 * CHUNK, INTO) == set()
+    finally:
+        one.close()
+
+
+class KillsAtRegister(WorkerAdapter):
+    """Once, while its Register is on its way."""
+
+    server: ServerProcess | None = None
+
+    async def _register(self, client: Client) -> None:
+        server, self.server = self.server, None
+        if server is None:
+            return await super()._register(client)
+        server.pause()
+
+        async def kill() -> None:
+            while not client._waiters:
+                await trio.lowlevel.checkpoint()
+            server.kill()
+
+        trio.lowlevel.spawn_system_task(kill)
+        await super()._register(client)
+
+
+def test_a_server_killed_while_a_worker_registers_is_registered_with_when_it_is_back(server: ServerProcess) -> None:
+    worker = KillsAtRegister(server.address, engine_id="e", block_tokens=BLOCK, connect_timeout=60.0)
+    try:
+        worker.server = server
+        worker.register_kv_caches(make_kv(1))  # raises nothing
+        assert not worker.is_healthy()
+        server.start()
+        wait_until(lambda: server.held["namespaces"] == 1)
+        wait_until(worker.is_healthy)
+    finally:
+        worker.shutdown()
+
+
+STORES = """
+import sys
+from lmcache_trio.testing.sides import Side, make_kv
+side = Side(sys.argv[1], make_kv(1))
+side.store("r", list(range(192)), list(range(12)))
+assert side.worker.statistics()["stored_chunks"] == 3
+side.close()
+"""
+
+
+def test_what_the_adapters_of_one_process_stored_another_process_loads_byte_for_byte(server: ServerProcess) -> None:
+    subprocess.run([sys.executable, "-c", STORES, server.address], check=True, timeout=100)
+    one = Side(server.address, make_kv(), lookup_timeout=60.0)
+    try:
+        wait_until(one.scheduler.is_healthy)
+        assert one.lookup("q", TOKENS) == 3 * CHUNK
+        assert one.load("q", 3 * CHUNK, INTO) == set()
+        assert same_blocks(one.kv, INTO, make_kv(1), FROM)
+    finally:
+        one.close()
