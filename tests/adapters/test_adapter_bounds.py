@@ -1,0 +1,89 @@
+"""What the host's waits are bounded by, and what the adapters say when there is no cache to be had."""
+
+import ctypes
+from collections.abc import Callable
+
+import pytest
+
+from lmcache_trio._transport import arena_map
+from lmcache_trio._transport.arena_map import ArenaMap
+from lmcache_trio._wire.codec import decode
+from lmcache_trio._wire.messages import Lookup, LookupStatus, Message, Release
+from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, wait_until
+from lmcache_trio.threads import Handoff
+
+MakeSide = Callable[..., Side]
+TOKENS = list(range(4 * CHUNK))
+
+
+def test_a_background_thread_that_does_not_turn_gives_zero_by_the_hosts_own_bound(
+    live_server: ServerProcess, sides: MakeSide
+) -> None:
+    side = sides(live_server.address, make_kv(1), lookup_timeout=0.2)
+    side.store("r", TOKENS, list(range(16)))
+    stuck: Handoff[bool] = Handoff()
+    side.scheduler._link.post(stuck.wait, 60)
+    try:
+        side.scheduler.maybe_submit_lookup_request("q", TOKENS)
+        assert side.scheduler.check_lookup_result("q") == 0
+    finally:
+        stuck.set(True)
+    side.scheduler.end_session("q")
+    wait_until(lambda: live_server.held["leases"] == 0)
+
+
+def test_a_silent_server_is_asked_for_the_status_once_and_the_lookup_is_released(
+    live_server: ServerProcess, sides: MakeSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = sides(live_server.address, make_kv(1), lookup_timeout=0.3, poll_interval=0.001)
+    client = side.scheduler._link.client
+    assert client is not None
+    sent: list[Message] = []
+    send = client._connection.send_nowait
+
+    def counted(frame: bytes) -> None:
+        sent.append(decode(frame))
+        send(frame)
+
+    monkeypatch.setattr(client._connection, "send_nowait", counted)
+    live_server.pause()
+    side.scheduler.maybe_submit_lookup_request("q", TOKENS)
+    assert side.scheduler.check_lookup_result("q") == 0
+    kinds = [type(message) for message in sent]
+    assert kinds[0] is Lookup
+    assert kinds.count(LookupStatus) == 1  # at most one in flight, though 300 intervals went by
+    assert kinds.count(Release) == 1
+    live_server.go_on()
+
+
+def test_a_reset_is_true_only_when_the_server_confirmed_it(live_server: ServerProcess, sides: MakeSide) -> None:
+    side = sides(live_server.address, make_kv(1), lookup_timeout=0.3)
+    live_server.pause()
+    assert side.scheduler.reset_cache() is False
+    live_server.go_on()
+    side.scheduler._lookup_timeout = 60.0
+    assert side.scheduler.reset_cache() is True
+    live_server.kill()
+    wait_until(lambda: side.scheduler._link.client is None)
+    assert side.scheduler.reset_cache() is False
+
+
+def test_a_worker_that_cannot_open_the_arena_runs_without_a_cache_and_says_what_to_share(
+    live_server: ServerProcess, sides: MakeSide, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = ArenaMap.open
+    monkeypatch.setattr(ArenaMap, "open", lambda path, size, nonce: opened(path, size, b"another nonce 16"))
+    side = sides(live_server.address, make_kv(1))
+    assert not side.worker.is_healthy()
+    assert not side.scheduler.is_healthy()
+    side.store("r", TOKENS, list(range(16)))
+    assert side.worker.statistics()["dropped_unavailable"] == 4
+    assert side.lookup("q", TOKENS) == 0
+    assert sum("--ipc=host" in line for line in caplog.messages) == 1
+
+
+def test_a_mapping_is_faulted_in_by_a_call_that_releases_the_gil() -> None:
+    """Of ctypes' libraries, PyDLL alone keeps it; the mmap module would too."""
+    assert isinstance(arena_map._libc, ctypes.CDLL)
+    assert not isinstance(arena_map._libc, ctypes.PyDLL)
+    assert arena_map._libc.madvise(0, 0, 0) == 0
