@@ -100,7 +100,6 @@ class Settings:
     clients: int = 1
     rounds: int = 7
     operation: int = 128 << 20
-    copies: int = ROTATION
     lookups: int = 200
     disk_copies: int = 6
     rows: tuple[str, ...] = ROWS
@@ -120,6 +119,11 @@ class Settings:
     def wanted(self) -> tuple[str, ...]:
         """The rows to measure, in order."""
         return tuple(name for name in ROWS if name in self.rows or name in ("memcpy", "bare_round_trip"))
+
+    @property
+    def copies(self) -> int:
+        """Of one client in one round; more where several copy at once: a core idles when the first have ended."""
+        return ROTATION if self.clients == 1 else 2 * ROTATION
 
     @property
     def operation_chunks(self) -> int:
@@ -144,10 +148,10 @@ class Settings:
 
     @property
     def arena_bytes(self) -> int:
-        """The hot prompt, and twice what all clients store in a round: the stores of the next one evict."""
+        """The hot prompt, and a little more than all clients store in a round: the stores of the next one evict."""
         hot = self.prompt_chunks * self.slot_bytes
         stored = self.clients * self.copies * self.operation_chunks * self.slot_bytes
-        return max(5 * hot // 2, hot + 2 * stored) + (64 << 20)
+        return max(5 * hot // 2, hot + 5 * stored // 4) + (64 << 20)
 
     @property
     def disk_arena_bytes(self) -> int:
