@@ -120,6 +120,20 @@ def test_status_of_a_stopped_server_returns_by_its_deadline(server: Server, argu
     assert status(server.address).returncode == 0
 
 
+def test_processes_that_end_as_soon_as_they_gave_up_on_a_stopped_server_end_with_their_own_status(
+    server: Server,
+) -> None:
+    """NNG was in mid-handshake then; its own end of the process used to abort one in five."""
+    command = [*PROGRAM, "status", "--address", server.address, "--timeout", "0.2"]
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        asking = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(12)]
+        ended = [process.communicate(timeout=60)[1] for process in asking]
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert [process.returncode for process in asking] == [1] * len(asking), ended
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_cleanly_and_no_file_is_left(tmp_path: Path, number: signal.Signals) -> None:
     server = start(f"ipc://{tmp_path}/server.ipc")

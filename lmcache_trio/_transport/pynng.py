@@ -277,7 +277,6 @@ def _check(code: int, address: IpcAddress | TcpAddress) -> None:
 
 
 def _after_fork_in_child() -> None:
-    atexit.unregister(pynng.nng._pynng_atexit)
     for inherited in list(_open_sockets):
         inherited.forget()
 
@@ -290,4 +289,7 @@ def _at_exit() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-atexit.register(_at_exit)  # runs before pynng's own, which was registered earlier
+# pynng's own hook (nng_fini) frees what NNG's reaper may still be working on: a process that ended within milliseconds
+# of closing a socket in mid-handshake, as with a stopped server, aborted one time in five. The kernel frees it as well.
+atexit.unregister(pynng.nng._pynng_atexit)
+atexit.register(_at_exit)
