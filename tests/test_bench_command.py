@@ -69,7 +69,7 @@ def test_several_clients_are_several_processes_that_add_up(folder: Path, tmp_pat
     rows = {row["name"]: row for row in json.loads(file.read_text())}
     assert tuple(rows) == ("memcpy", "bare_round_trip", "lookup_8k_hit", "store", "retrieve")
     assert {row["clients"] for row in rows.values()} == {2}
-    assert (rows["lookup_8k_hit"]["n"], rows["store"]["n"]) == (10, 8)
+    assert (rows["lookup_8k_hit"]["n"], rows["store"]["n"]) == (10, 16)
 
 
 def test_a_server_that_runs_already_is_measured_without_the_disk_rows(folder: Path) -> None:
