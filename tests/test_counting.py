@@ -164,7 +164,7 @@ async def test_an_echo_is_sent_back_as_it_is_in_order_and_counted(tmp_path: Path
             client.echo_nowait(b"")
             await client.ping()
             assert came == [b"\0" + b"one" * 80, b"\0"]
-            assert client.heard == heard + 3
+            assert client.heard >= heard + 3  # the arena may have grown meanwhile, which is told too
 
 
 # --- copies and temporaries -------------------------------------------------------------------------------------------

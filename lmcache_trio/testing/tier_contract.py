@@ -160,8 +160,8 @@ class TierContract:
         async with tier.open():
             for step in range(MANY_STEPS):
                 views = [memoryview(buffer) for buffer in buffers]
-                stored = await cancelled_at(step, lambda views=views: tier.store([Record(key, b"", views)]))  # type: ignore[misc]
-                loaded = await cancelled_at(step, lambda views=views: tier.load([Load(key, views)]))  # type: ignore[misc]
+                stored = not await cancelled_at(step, lambda views=views: tier.store([Record(key, b"", views)]))  # type: ignore[misc]
+                loaded = not await cancelled_at(step, lambda views=views: tier.load([Load(key, views)]))  # type: ignore[misc]
                 for view, buffer in zip(views, buffers, strict=True):
                     view.release()
                     buffer.append(0)  # BufferError while anything else still looks into it
@@ -178,7 +178,7 @@ class TierContract:
             before = _held(tier)
             for step in range(MANY_STEPS):
                 loads = [load_of(key, big) for key in keys]
-                done = await cancelled_at(step, lambda loads=loads: tier.load(loads))  # type: ignore[misc]
+                done = not await cancelled_at(step, lambda loads=loads: tier.load(loads))  # type: ignore[misc]
                 for load in loads:
                     _scribble(load)
                 check = load_of(keys[0], big)
@@ -195,7 +195,7 @@ class TierContract:
             for step in range(MANY_STEPS):
                 keys = [key_of(100 * step + i) for i in range(3)]
                 records = [record_of(key) for key in keys]
-                done = await cancelled_at(step, lambda records=records: tier.store(records))  # type: ignore[misc]
+                done = not await cancelled_at(step, lambda records=records: tier.store(records))  # type: ignore[misc]
                 for key, there in zip(keys, await tier.contains(keys), strict=True):
                     load = load_of(key)
                     assert list(await tier.load([load])) == [there]
@@ -211,7 +211,7 @@ class TierContract:
         async with tier.open():
             for step in range(MANY_STEPS):
                 assert all(await tier.store([record_of(key_of(i)) for i in range(3)]))
-                done = await cancelled_at(step, lambda: tier.delete(key_of(0).namespace))
+                done = not await cancelled_at(step, lambda: tier.delete(key_of(0).namespace))
                 await tier.delete(key_of(0).namespace)
                 assert _held(tier) == (0, 0)
                 if done:
