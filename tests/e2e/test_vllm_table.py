@@ -14,6 +14,7 @@ from e2e_rows import (
     Situation,
     fault,
     hit_after_the_engine_was_restarted,
+    hit_from_disk_after_engine_and_server_were_restarted,
     one_rank_ends_in_the_middle_of_a_store,
 )
 
@@ -74,6 +75,10 @@ TABLE = [
     Row("speculative", rows.repetitive_chat),
     Row("few blocks", rows.preempted_after_a_hit),
     Row("few blocks, sync", rows.preempted_after_a_hit),
+    Row("disk, async", hit_from_disk_after_engine_and_server_were_restarted("disk, async")),
+    Row("disk, async", rows.corrupted_slabs_are_recomputed_and_counted),
+    Row("disk, sync", hit_from_disk_after_engine_and_server_were_restarted("disk, async")),
+    Row("disk, sync", rows.corrupted_slabs_are_recomputed_and_counted),
     *(Row("faults, async", each) for each in FAULTS),
     *(Row("faults, sync", each) for each in FAULTS),
     Row("two ranks", rows.cold, "two_ranks"),

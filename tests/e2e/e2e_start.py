@@ -1,0 +1,91 @@
+"""How an engine's process comes to be: as a child of its own, or forked off one that has imported vLLM already."""
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["Forker", "Process", "fresh_process"]
+
+HERE = Path(__file__).parent
+
+
+class Process:
+    """An engine's process, leader of a group of its own."""
+
+    def __init__(self, pid: int, popen: "subprocess.Popen[bytes] | None" = None) -> None:
+        self.pid = pid
+        self._popen = popen
+        self._pidfd = os.pidfd_open(pid)
+
+    def alive(self) -> bool:
+        return not self.wait(0)
+
+    def wait(self, seconds: float) -> bool:
+        """Has it ended, within *seconds*?"""
+        ended = bool(select.select([self._pidfd], [], [], seconds)[0])
+        if ended and self._popen is not None:
+            self._popen.wait()
+        return ended
+
+    def close(self) -> None:
+        os.close(self._pidfd)
+
+
+def fresh_process(environment: Mapping[str, str], told: socket.socket, log: Path) -> Process:
+    """One that begins with a new interpreter: its hash seed and its path are *environment*'s."""
+    with log.open("ab") as output:
+        popen = subprocess.Popen(
+            [sys.executable, str(HERE / "engine_process.py"), str(told.fileno())],
+            pass_fds=[told.fileno()],
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+    return Process(popen.pid, popen)
+
+
+class Forker:
+    """The process that engines are forked off; begun when the first is wanted."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._channel: socket.socket | None = None
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    def fork(self, environment: Mapping[str, str], told: socket.socket, log: Path) -> Process:
+        """An engine with *environment*, but for what Python itself reads when it begins."""
+        channel = self._channel or self._begin(environment)
+        with log.open("ab") as output:
+            socket.send_fds(channel, [json.dumps(dict(environment)).encode()], [told.fileno(), output.fileno()])
+        said = channel.recv(64)
+        assert said, f"no engine can be forked: see {self._log}"
+        return Process(int(said))
+
+    def close(self) -> None:
+        if self._channel is not None and self._popen is not None:
+            self._channel.close()
+            self._popen.wait()
+        self._channel = self._popen = None
+
+    def _begin(self, environment: Mapping[str, str]) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, self._log.open("ab") as output:
+            self._popen = subprocess.Popen(
+                [sys.executable, str(HERE / "engine_fork.py"), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        self._channel = ours
+        return ours
