@@ -92,6 +92,13 @@ class Jobs:
                 if isinstance(job.spec, StoreSpec) and (wanted is None or job.spec.request_id in wanted)
             ]
 
+    def wait_retrieve(self, seconds: float) -> None:
+        """Block until a retrieve ended, at most *seconds*; return at once when none is under way."""
+        with self._latch:
+            job = next((job for job in self._running if isinstance(job.spec, LoadSpec)), None)
+        if job is not None:
+            job.ended.wait(seconds)
+
     def running(self) -> list[Job]:
         with self._latch:
             return list(self._running)

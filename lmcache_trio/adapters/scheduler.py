@@ -141,6 +141,13 @@ class SchedulerAdapter(Lookups):
             self._expire(request)
             return request.machine.chunks * self.chunk_tokens
 
+    def wait_lookup(self, request_id: str, seconds: float) -> None:
+        """Block until the answer came, at most *seconds*: for a host with nothing else to do (`wait_retrieve`)."""
+        request = self._requests.get(request_id)
+        pending = None if request is None else self._pending(request)
+        if pending is not None:
+            pending.answered.wait(seconds)
+
     def update_after_alloc(
         self, request_id: str, external_tokens: int, *, local_tokens: int = 0, block_ids: Sequence[int] = ()
     ) -> LoadSpec | None:

@@ -118,6 +118,12 @@ class WorkerAdapter:
         """Blocks that a retrieve did not fill, since the last call: to be computed."""
         return self._jobs.take_failed_blocks()
 
+    def wait_retrieve(self, seconds: float) -> None:
+        """Block until a retrieve ended, at most *seconds*: for a host with nothing else to do, whose turning around
+        would only take the interpreter from the threads that it waits for.
+        """
+        self._jobs.wait_retrieve(seconds)
+
     def wait_stores(self, request_ids: Iterable[str] | None = None) -> None:
         """Block until no store of *request_ids* (default: of any) reads its blocks any more."""
         wait_for([job.copied for job in self._jobs.stores(request_ids)], lambda: self._link.alive)

@@ -1,6 +1,7 @@
 """Our connector, with a clock on everything that vLLM's engine thread calls of it. For engines of one process.
 
-A step begins when its plan is made (`build_connector_meta`); what is called until the next one counts as its own.
+A step begins when its plan is made (`build_connector_meta`); what is called until the next one counts as its own. One
+that computes nothing is left out: it waits for a load on purpose.
 """
 
 import functools
@@ -19,13 +20,15 @@ CALLED = (
     "build_connector_worker_meta",
 )
 _steps: list[float] = [0.0]
+_idle: set[int] = {0}  # the first began before somebody looked
 
 
 def take_steps() -> list[float]:
-    """Seconds in the connector, a step each, since the last call."""
-    taken = _steps[:]
+    """Seconds in the connector, a computing step each, since the last call."""
+    taken = [seconds for i, seconds in enumerate(_steps) if i not in _idle]
     _steps[:] = [0.0]
-    return taken[1:]  # the first began before somebody looked
+    _idle.intersection_update({0})
+    return taken
 
 
 def _timed(name: str) -> Callable[..., Any]:
@@ -34,6 +37,8 @@ def _timed(name: str) -> Callable[..., Any]:
     @functools.wraps(called)
     def timed(*args: Any, **kwargs: Any) -> Any:
         if name == "build_connector_meta":
+            if not args[1].total_num_scheduled_tokens:
+                _idle.add(len(_steps))
             _steps.append(0.0)
         began = time.perf_counter()
         try:

@@ -8,7 +8,14 @@ import attrs
 
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 
-__all__ = ["StepPlan"]
+__all__ = ["IDLE_SECONDS", "StepPlan"]
+
+IDLE_SECONDS = 0.005
+"""How long an engine with nothing to compute waits for an answer or a load before it looks again for new requests.
+
+An engine that only turns around keeps the interpreter for 5 ms at a time (`sys.getswitchinterval`): the answer, and
+each step of a load, would come that much later.
+"""
 
 
 @attrs.frozen
@@ -19,6 +26,7 @@ class StepPlan:
     dealt with: a worker stores nothing that was planned before it knew (see `WorkerSide`).
     *preempted* requests lost their blocks: copies out of them end before the step writes anything.
     *held* requests have finished, and vLLM keeps their blocks until each worker has named them.
+    *idle*: the step computes nothing.
     """
 
     step: int
@@ -27,3 +35,4 @@ class StepPlan:
     stores: tuple[StoreSpec, ...] = ()
     preempted: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    idle: bool = False

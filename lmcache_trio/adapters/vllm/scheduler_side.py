@@ -22,7 +22,7 @@ from typing import Protocol
 import attrs
 
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
-from lmcache_trio.adapters.vllm.metadata import StepPlan
+from lmcache_trio.adapters.vllm.metadata import IDLE_SECONDS, StepPlan
 from lmcache_trio.errors import Misuse, Unavailable
 
 __all__ = ["Cache", "EngineRequest", "Identify", "SchedulerSide", "StepOutput"]
@@ -61,6 +61,7 @@ class Cache(Protocol):
         max_tokens: int | None = None,
     ) -> None: ...
     def check_lookup_result(self, request_id: str) -> int | None: ...
+    def wait_lookup(self, request_id: str, seconds: float) -> None: ...
     def update_after_alloc(
         self, request_id: str, external_tokens: int, *, local_tokens: int = 0, block_ids: Sequence[int] = ()
     ) -> LoadSpec | None: ...
@@ -128,6 +129,7 @@ class SchedulerSide:
         self._held: list[str] = []
         self._step = 0
         self._settled = 0
+        self._unanswered: list[str] = []  # offered in this step, and the answer is not there yet
 
     def offer(self, request: EngineRequest, local_tokens: int) -> tuple[int | None, bool]:
         """(tokens beyond *local_tokens* that can be loaded, whether between steps); None: ask again."""
@@ -143,6 +145,7 @@ class SchedulerSide:
         tracked.asked = True
         tokens = self._cache.check_lookup_result(request.request_id)
         if tokens is None:
+            self._unanswered.append(request.request_id)
             return None, False
         tracked.stored = tokens // self._cache.chunk_tokens
         tracked.local_tokens = local_tokens
@@ -179,6 +182,10 @@ class SchedulerSide:
     ) -> StepPlan:
         """The plan of the step that computes *scheduled* tokens (by request); *blocks_of* gives a request's blocks."""
         self._step += 1
+        idle = not scheduled
+        if idle and self._unanswered:
+            self._cache.wait_lookup(self._unanswered[0], IDLE_SECONDS)
+        self._unanswered = []
         for request_id in preempted:
             if tracked := self._tracked.get(request_id):
                 tracked.load_blocks = ()  # they belong to others now
@@ -195,6 +202,7 @@ class SchedulerSide:
             stores=tuple(self._store_specs),
             preempted=tuple(preempted),
             held=tuple(self._held),
+            idle=idle,
         )
         self._load_specs, self._store_specs, self._held = [], [], []
         return plan

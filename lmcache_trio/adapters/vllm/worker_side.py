@@ -21,7 +21,7 @@ from typing import Protocol
 import attrs
 
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
-from lmcache_trio.adapters.vllm.metadata import StepPlan
+from lmcache_trio.adapters.vllm.metadata import IDLE_SECONDS, StepPlan
 
 __all__ = ["LayeredMover", "Mover", "Report", "WorkerSide"]
 
@@ -45,6 +45,7 @@ class Mover(Protocol):
     def submit_retrieve(self, spec: LoadSpec) -> None: ...
     def retrieve_now(self, specs: Sequence[LoadSpec]) -> None: ...
     def wait_stores(self, request_ids: Iterable[str] | None = None) -> None: ...
+    def wait_retrieve(self, seconds: float) -> None: ...
     def take_finished(self) -> tuple[set[str], set[str]]: ...
     def take_failed_blocks(self) -> set[int]: ...
 
@@ -138,6 +139,8 @@ class WorkerSide:
         self._planned = set()
 
     def report(self) -> Report:
+        if self._plan.idle and self._asynchronous:
+            self._mover.wait_retrieve(IDLE_SECONDS)
         stored, loaded = self._mover.take_finished()
         self._storing -= stored
         released = self._held - self._storing - self._planned

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import attrs
 import pytest
 from vllm_model import BLOCK, CHUNK, Cache, Memory, Mover, Request
 
@@ -195,6 +196,32 @@ def test_a_request_is_not_released_while_a_store_of_it_is_planned_or_under_way(c
     assert worker.report().released == set(), "it was named twice"
 
 
+def test_a_step_that_computes_nothing_waits_for_the_answer_or_the_load_and_no_other_does() -> None:
+    slow = [True]
+    cache = Cache(lambda: slow[0])
+    scheduler, asked = side(cache), request()
+    assert scheduler.offer(asked, 0) == (None, False)
+    assert not scheduler.plan({"other": 1}, [], blocks_of).idle
+    assert cache.waited_for == []
+    assert scheduler.offer(asked, 0) == (None, False)
+    plan = scheduler.plan({}, [], blocks_of)
+    assert plan.idle
+    assert cache.waited_for == ["r"]
+    slow[0] = False
+    assert scheduler.offer(asked, 0) == (0, False)
+    scheduler.plan({}, [], blocks_of)
+    assert cache.waited_for == ["r"], "it was answered"
+
+    mover = Mover(cache, Memory(1, sharing=False), lambda: False)
+    worker = WorkerSide(mover, asynchronous=True)
+    for step, waits in ((StepPlan(1), 0), (attrs.evolve(plan, step=2), 1)):
+        worker.begin(step)
+        worker.load()
+        worker.store()
+        worker.report()
+        assert mover.waits == waits
+
+
 class Layers:
     """A `LayeredMover` that writes down what it was asked for; loads into *bad* blocks fail."""
 
@@ -232,6 +259,7 @@ class Layers:
     def take_finished(self) -> tuple[set[str], set[str]]:
         return set(), set()
 
+    def wait_retrieve(self, seconds: float) -> None: ...
     def wait_stores(self, request_ids: object = None) -> None: ...
     def submit_store(self, spec: StoreSpec) -> None: ...
     def submit_retrieve(self, spec: LoadSpec) -> None: ...

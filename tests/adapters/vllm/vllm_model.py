@@ -127,6 +127,10 @@ class Cache:
         self.failed: dict[str, int] = {}
         self.attempts: dict[tuple[str, int], int] = {}
         self.leases: dict[bytes, list[bytes]] = {}
+        self.waited_for: list[str] = []
+
+    def wait_lookup(self, request_id: str, seconds: float) -> None:
+        self.waited_for.append(request_id)
 
     def maybe_submit_lookup_request(
         self, request_id: str, token_ids: Sequence[int], *, extras: Extras | None = None, max_tokens: int | None = None
@@ -195,6 +199,10 @@ class Mover:
         self.stored: set[str] = set()
         self.retrieved: set[str] = set()
         self.failed: set[int] = set()
+        self.waits = 0
+
+    def wait_retrieve(self, seconds: float) -> None:
+        self.waits += 1
 
     def submit_store(self, spec: StoreSpec) -> None:
         self.jobs.append(spec)
