@@ -32,8 +32,8 @@ Table = dict[str, Any]
 
 T = TypeVar("T")
 
-MAX_IPC_PATH = 94
-"""Bytes of an ipc path: the kernel's limit is 107, and a client's own socket adds 13 to the rendezvous' path."""
+MAX_SOCKET_PATH = 94
+"""Bytes of a socket's path: the kernel's limit is 107, and a client's own socket adds 13 to the rendezvous' path."""
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
@@ -59,12 +59,16 @@ def parse_size(text: str) -> int:
 def _address(instance: object, attribute: "attrs.Attribute[str]", value: str) -> None:
     scheme, separator, rest = value.partition("://")
     if not separator or not rest:
-        raise ConfigError("address", f"{value!r} is no address; write ipc:///run/…/server.ipc or tcp://127.0.0.1:5555")
-    if scheme == "ipc":
+        raise ConfigError(
+            "address", f"{value!r} is no address; write unix:///run/…/server.sock, ipc:///… or tcp://127.0.0.1:5555"
+        )
+    if scheme in ("unix", "ipc"):
         if not rest.startswith("/"):
-            raise ConfigError("address", f"{value!r} has a relative path; write the absolute one, ipc:///…")
-        if len(os.fsencode(rest)) > MAX_IPC_PATH:
-            raise ConfigError("address", f"the path of {value!r} is over {MAX_IPC_PATH} bytes; use a shorter directory")
+            raise ConfigError("address", f"{value!r} has a relative path; write the absolute one, {scheme}:///…")
+        if len(os.fsencode(rest)) > MAX_SOCKET_PATH:
+            raise ConfigError(
+                "address", f"the path of {value!r} is over {MAX_SOCKET_PATH} bytes; use a shorter directory"
+            )
     elif scheme == "tcp":
         host, _, port = rest.rpartition(":")
         if not port.isdecimal() or not int(port) < 65536:
@@ -72,10 +76,10 @@ def _address(instance: object, attribute: "attrs.Attribute[str]", value: str) ->
         if not _is_loopback(host):
             raise ConfigError(
                 "address",
-                f"{host!r} is not loopback, and there is no authentication yet; use 127.0.0.1 or an ipc:// path",
+                f"{host!r} is not loopback, and there is no authentication yet; use 127.0.0.1 or a unix:// path",
             )
     elif scheme != "memory":
-        raise ConfigError("address", f"{scheme!r} is no transport; use ipc://PATH or tcp://127.0.0.1:PORT")
+        raise ConfigError("address", f"{scheme!r} is no transport; use unix://PATH, ipc://PATH or tcp://127.0.0.1:PORT")
 
 
 def _is_loopback(host: str) -> bool:

@@ -271,7 +271,7 @@ async def _store_anew(scheduler: Client, worker: Client) -> None:
 async def test_over_real_sockets_too(
     operation: Callable[[Rig], Awaitable[None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with serving(f"ipc://{tmp_path}/s.ipc") as server, engine(server) as (scheduler, worker):
+    async with serving(f"unix://{tmp_path}/s.sock") as server, engine(server) as (scheduler, worker):
         before = held(server)
         monkeypatch.setattr("lmcache_trio._server.connection.TAKE_UP", 0.05)
         for steps in range(ENOUGH):
@@ -282,4 +282,4 @@ async def test_over_real_sockets_too(
             await _store_anew(scheduler, worker)
             if not under_way:
                 break
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["s.ipc"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["s.sock"]

@@ -50,7 +50,7 @@ def _nothing_is_left_running() -> Iterator[None]:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
-    return start(f"ipc://{tmp_path}/server.ipc")
+    return start(f"unix://{tmp_path}/server.sock")
 
 
 def status(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -105,7 +105,7 @@ def test_status_finds_the_address_in_the_servers_own_file(server: Server, tmp_pa
 
 
 def test_status_without_a_server_is_one_line_at_once(tmp_path: Path) -> None:
-    address = f"ipc://{tmp_path}/nobody.ipc"
+    address = f"unix://{tmp_path}/nobody.sock"
     failed(status(address, "--timeout", "30"), address)
 
 
@@ -136,7 +136,7 @@ def test_processes_that_end_as_soon_as_they_gave_up_on_a_stopped_server_end_with
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_cleanly_and_no_file_is_left(tmp_path: Path, number: signal.Signals) -> None:
-    server = start(f"ipc://{tmp_path}/server.ipc")
+    server = start(f"unix://{tmp_path}/server.sock")
     assert len(arenas(server.process)) == 1
     errors = server.end(number)
     assert server.process.returncode == 0
@@ -161,7 +161,7 @@ def test_a_second_server_at_the_address_is_refused_and_the_first_goes_on(server:
 
 
 def test_a_server_starts_where_another_was_killed_and_removes_what_that_one_left(tmp_path: Path) -> None:
-    killed = start(f"ipc://{tmp_path}/server.ipc")
+    killed = start(f"unix://{tmp_path}/server.sock")
     killed.end(signal.SIGKILL)
     again = start(killed.address)
     try:
@@ -184,14 +184,14 @@ def test_what_serving_and_asking_import_is_no_torch() -> None:
 
 
 def test_both_sockets_and_arena_are_the_users_alone(server: Server) -> None:
-    path = Path(server.address.removeprefix("ipc://"))
+    path = Path(server.address.removeprefix("unix://"))
     assert path.stat().st_mode & 0o077 == 0
     (arena,) = arenas(server.process)
     assert arena.stat().st_mode & 0o077 == 0
 
 
 def test_logs_go_to_standard_error_and_follow_the_level(tmp_path: Path) -> None:
-    server = start(f"ipc://{tmp_path}/server.ipc")
+    server = start(f"unix://{tmp_path}/server.sock")
     assert status(server.address).returncode == 0
     server.process.send_signal(signal.SIGTERM)
     out, errors = server.process.communicate(timeout=60)

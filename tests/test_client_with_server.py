@@ -18,7 +18,7 @@ DIGESTS = [bytes([i]) * 32 for i in range(1, 4)]
 @asynccontextmanager
 async def engine(tmp_path: Path) -> AsyncIterator[tuple[Server, Client, Client]]:
     """A server, a scheduler, and a worker that registered."""
-    config = Config(address=f"ipc://{tmp_path}/c.ipc", memory={"backend": "cpu", "size": 1 << 20}, grace=0.1)
+    config = Config(address=f"unix://{tmp_path}/c.sock", memory={"backend": "cpu", "size": 1 << 20}, grace=0.1)
     with trio.fail_after(60):
         async with open_server(config) as server:
             async with open_client(config.address, role=Role.SCHEDULER, engine="e") as scheduler:
@@ -77,7 +77,7 @@ async def test_storing_needs_a_layout_and_an_arena(tmp_path: Path) -> None:
 
 async def test_nobody_listening_is_unavailable_at_once(tmp_path: Path) -> None:
     with trio.fail_after(60), pytest.raises(Unavailable):
-        async with open_client(f"ipc://{tmp_path}/nobody.ipc"):
+        async with open_client(f"unix://{tmp_path}/nobody.sock"):
             pass
 
 

@@ -1,4 +1,4 @@
-"""The directory that an ipc address needs, and the socket files that a dead server left in it."""
+"""The directory that the address of a socket file needs."""
 
 import os
 import stat
@@ -11,8 +11,9 @@ __all__ = ["prepare_directory", "socket_path"]
 
 
 def socket_path(address: str) -> Path | None:
-    """The file of an ipc address; None for other transports."""
-    return Path(address.removeprefix("ipc://")) if address.startswith("ipc://") else None
+    """The file of a unix or ipc address; None for other transports."""
+    scheme, _, path = address.partition("://")
+    return Path(path) if scheme in ("unix", "ipc") else None
 
 
 def prepare_directory(address: str) -> None:
@@ -30,9 +31,9 @@ def prepare_directory(address: str) -> None:
             directory.mkdir(mode=0o700, parents=True)
         found = directory.stat()
     except OSError as exc:
-        raise ConfigError("address", f"cannot use {directory}: {exc.strerror}; give another ipc:// path") from exc
+        raise ConfigError("address", f"cannot use {directory}: {exc.strerror}; give another path") from exc
     if not stat.S_ISDIR(found.st_mode):
-        raise ConfigError("address", f"{directory} is no directory; give another ipc:// path")
+        raise ConfigError("address", f"{directory} is no directory; give another path")
     if found.st_uid not in (os.getuid(), 0):
         raise ConfigError("address", f"{directory} belongs to another user (uid {found.st_uid}); give another path")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:

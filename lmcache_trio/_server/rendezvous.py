@@ -20,7 +20,7 @@ __all__ = ["Admission", "dismiss", "new_boot", "receive_hello", "welcome"]
 
 NO_ARENA = (
     "the server cannot see this client's process (another pid namespace, or TCP), so it could not tell when a dead "
-    "client's copies have ended; run it over ipc:// in one pid namespace (docker: --pid) and share /dev/shm (--ipc)"
+    "client's copies have ended; use unix:// or ipc:// in one pid namespace (docker: --pid), share /dev/shm (--ipc)"
 )
 
 

@@ -2,8 +2,9 @@
 
 A server listens at a well-known address, the *rendezvous*, where a client introduces itself with one request and gets
 one reply. The reply names an address made for this client alone, where the two then hold one ordered, full-duplex
-*connection* (a *pair*). What carries it is chosen by the address: `ipc://` and `tcp://` by pynng, `memory://` inside
-one process. Every function here is called in the Trio loop; only `Connection.send_nowait` may be called elsewhere.
+*connection* (a *pair*). What carries it is chosen by the address: `unix://` by unix-domain sockets, `ipc://` and
+`tcp://` by pynng, `memory://` inside one process. Every function here is called in the Trio loop; only
+`Connection.send_nowait` may be called elsewhere.
 
 Importing this imports no pynng: a process that forks may import it before, and open sockets after.
 """
@@ -14,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Protocol
 
+from lmcache_trio._transport import addresses
 from lmcache_trio.errors import ConfigError
 
 __all__ = [
@@ -43,11 +45,14 @@ class Connection(ABC):
 
     @abstractmethod
     def send_nowait(self, message: bytes) -> None:
-        """Accept *message* whole, or raise `trio.WouldBlock`; `Gone` when closed. May be called from any thread."""
+        """Accept *message* whole, or raise `trio.WouldBlock`; `Gone` when closed. May be called from any thread.
+
+        A large one (over 64 KiB, on unix sockets) may always be for `send`, which takes it in parts.
+        """
 
     @abstractmethod
     async def send(self, message: bytes) -> None:
-        """Accept *message*, waiting for room; cancelled, it was not sent. `Gone` when closed."""
+        """Accept *message*, waiting for room (a peer that reads); cancelled, it was not sent. `Gone` when closed."""
 
     @abstractmethod
     def receive_nowait(self) -> bytes:
@@ -119,7 +124,7 @@ class _Transport(Protocol):
 
 
 def listen(address: str) -> Rendezvous:
-    """Listen at *address* (`ipc:///absolute/path`, `tcp://127.0.0.1:PORT`); `ConfigError` says what is wrong."""
+    """Listen at *address* (`unix:///absolute`, `ipc://…`, `tcp://127.0.0.1:PORT`); `ConfigError` says why not."""
     return _transport(address).listen(address)
 
 
@@ -149,6 +154,10 @@ async def wait_listening(address: str) -> None:
 
 def _transport(address: str) -> _Transport:
     scheme, found, _ = address.partition("://")
+    if found and scheme == "unix":
+        import lmcache_trio._transport.over_unix as over_unix
+
+        return over_unix
     if found and scheme in ("ipc", "tcp"):
         import lmcache_trio._transport.over_nng as over_nng
 
@@ -157,4 +166,4 @@ def _transport(address: str) -> _Transport:
         import lmcache_trio._transport.memory as in_memory
 
         return in_memory
-    raise ConfigError("address", f"{address!r} is no address: use ipc:///absolute/path or tcp://127.0.0.1:PORT")
+    raise ConfigError("address", f"{address!r} is no address: {addresses.USE}")

@@ -1,6 +1,6 @@
-"""What an address may be, and the socket files behind `ipc://` addresses. Opens no connection to anyone.
+"""What an address may be, and the socket files behind `unix://` and `ipc://` addresses. Opens no connection to anyone.
 
-An ipc path must be absolute: server and clients have different working directories. Abstract sockets are not taken:
+A path must be absolute: server and clients have different working directories. Abstract sockets are not taken:
 they have no owner and no mode, so anyone on the machine could answer in our name.
 """
 
@@ -19,9 +19,14 @@ import attrs
 from lmcache_trio.errors import ConfigError
 
 __all__ = [
+    "USE",
+    "Address",
+    "FileAddress",
     "IpcAddress",
     "TcpAddress",
+    "UnixAddress",
     "claim",
+    "fresh_path",
     "in_use",
     "is_listening",
     "pair_address",
@@ -36,9 +41,23 @@ _SUFFIX = 13
 """What a pair's own path is longer than the rendezvous': a dot and 12 hexadecimal digits."""
 
 
+USE = "use unix:///absolute/path, ipc:///absolute/path or tcp://127.0.0.1:PORT"
+"""What to do about an address that is none."""
+
+
+@attrs.frozen
+class UnixAddress:
+    """A socket file of our own transport's."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix://{self.path}"
+
+
 @attrs.frozen
 class IpcAddress:
-    """A socket file."""
+    """A socket file of NNG's."""
 
     path: str
 
@@ -57,42 +76,54 @@ class TcpAddress:
         return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
 
 
-def parse(address: str, *, limit: int = _SUN_PATH) -> IpcAddress | TcpAddress:
+FileAddress = UnixAddress | IpcAddress
+Address = FileAddress | TcpAddress
+
+
+def parse(address: str, *, limit: int = _SUN_PATH) -> Address:
     """Check *address*; `ConfigError` names the setting `address` and the fix."""
+    if address.startswith("unix://"):
+        return UnixAddress(_checked_path(address, limit))
     if address.startswith("ipc://"):
-        return _parse_ipc(address.removeprefix("ipc://"), limit)
+        return IpcAddress(_checked_path(address, limit))
     if address.startswith("tcp://"):
         return _parse_tcp(address)
-    raise ConfigError("address", f"{address!r} is no address: use ipc:///absolute/path or tcp://127.0.0.1:PORT")
+    raise ConfigError("address", f"{address!r} is no address: {USE}")
 
 
-def parse_rendezvous(address: str) -> IpcAddress | TcpAddress:
+def parse_rendezvous(address: str) -> Address:
     """`parse`, leaving room for the longer addresses of the pairs beside it."""
     return parse(address, limit=_SUN_PATH - _SUFFIX)
 
 
-def pair_address(near: str) -> IpcAddress | TcpAddress:
+def pair_address(near: str) -> Address:
     """A fresh address beside the rendezvous *near*."""
     beside = parse_rendezvous(near)
     if isinstance(beside, TcpAddress):
         return TcpAddress(beside.host, 0)
-    return IpcAddress(f"{beside.path}.{secrets.token_hex(6)}")
+    return type(beside)(fresh_path(beside.path))
 
 
-def claim(path: str) -> None:
-    """Make way for a server at *path*: remove what a dead one left, refuse to touch a live one's or anything else."""
+def fresh_path(beside: str) -> str:
+    """A path beside a rendezvous' that nothing has. What is left there by a dead server is removed by the next."""
+    return f"{beside}.{secrets.token_hex(6)}"
+
+
+def claim(address: FileAddress) -> None:
+    """Make way for a server at *address*: remove what a dead one left, touch nothing that is anyone else's."""
+    path = address.path
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise ConfigError("address", f"{path} exists and is no socket: move it away or choose another path")
         if not is_listening(path):
             # Taken aside first: what a second starting server put there meanwhile would otherwise be removed.
-            aside = f"{path}.{secrets.token_hex(6)}"
+            aside = fresh_path(path)
             os.rename(path, aside)
             if is_listening(aside):
                 os.link(aside, path)
             os.unlink(aside)
         if os.path.lexists(path):
-            raise in_use(f"ipc://{path}")
+            raise in_use(str(address))
     except FileNotFoundError:
         pass
     except OSError as exc:
@@ -106,7 +137,7 @@ def in_use(address: str) -> ConfigError:
 
 
 def is_listening(path: str) -> bool:
-    """Whether a living process has bound the stream socket at *path*. The process notices nothing.
+    """Whether a living process has bound the socket at *path*, NNG's or ours. The process notices nothing.
 
     Connecting a *datagram* socket tells: the kernel refuses it for a dead file, and has the wrong type for a live one.
     A real connection would cost an NNG listener a pause of 100 ms.
@@ -136,13 +167,16 @@ def _remove_dead_pairs(path: str) -> None:
             withdraw(left)
 
 
-def _parse_ipc(path: str, limit: int) -> IpcAddress:
+def _checked_path(address: str, limit: int) -> str:
+    scheme, _, path = address.partition("://")
     if not os.path.isabs(path) or path.endswith("/") or "\0" in path:
-        raise ConfigError("address", f"ipc://{path} names no file: use ipc:// and an absolute path, ipc:///run/…")
+        raise ConfigError(
+            "address", f"{address} names no file: use {scheme}:// and an absolute path, {scheme}:///run/…"
+        )
     length = len(os.fsencode(path))
     if length > limit:
         raise ConfigError("address", f"the path {path} has {length} bytes, a socket's has {limit} at most: shorten it")
-    return IpcAddress(path)
+    return path
 
 
 def _parse_tcp(address: str) -> TcpAddress:

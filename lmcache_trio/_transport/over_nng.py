@@ -12,7 +12,7 @@ import struct
 import trio
 
 from lmcache_trio._transport import Connection, Introduction, PairListener, Rendezvous, addresses
-from lmcache_trio._transport.addresses import IpcAddress, TcpAddress
+from lmcache_trio._transport.addresses import Address, TcpAddress
 from lmcache_trio._transport.pynng import NngLink, NngSocket
 from lmcache_trio.errors import Gone, Misuse, Unavailable
 
@@ -24,7 +24,7 @@ _MAX_HELLO = 64 << 10
 class _PairListener(PairListener):
     def __init__(self, near: str) -> None:
         address = addresses.pair_address(near)
-        self._path = address.path if isinstance(address, IpcAddress) else None
+        self._path = None if isinstance(address, TcpAddress) else address.path
         self._link: NngLink | None = NngLink()
         self._connected = self._link.connected
         try:
@@ -71,8 +71,8 @@ class _Rendezvous(Rendezvous):
     def __init__(self, address: str) -> None:
         wanted = addresses.parse_rendezvous(address)
         self._path: str | None = None
-        if isinstance(wanted, IpcAddress):
-            addresses.claim(wanted.path)
+        if not isinstance(wanted, TcpAddress):
+            addresses.claim(wanted)
         self._socket = NngSocket.rendezvous(_MAX_HELLO)
         self._current: _Introduction | None = None
         try:
@@ -80,7 +80,7 @@ class _Rendezvous(Rendezvous):
         except BaseException:
             self._socket.close()
             raise
-        if isinstance(wanted, IpcAddress):
+        if not isinstance(wanted, TcpAddress):
             self._path = wanted.path
 
     async def accept(self) -> Introduction:
@@ -150,10 +150,10 @@ async def wait_listening(address: str) -> None:
         link.close()
 
 
-async def _refuse_unless_listening(address: IpcAddress | TcpAddress) -> None:
+async def _refuse_unless_listening(address: Address) -> None:
     """Tell at once that nobody is there: NNG itself would go on trying in silence."""
     try:
-        if isinstance(address, IpcAddress):
+        if not isinstance(address, TcpAddress):
             await trio.lowlevel.checkpoint()
             if not addresses.is_listening(address.path):
                 raise Unavailable(f"no server listens at {address}")

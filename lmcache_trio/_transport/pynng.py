@@ -19,7 +19,7 @@ import trio
 from pynng import ffi, lib
 
 from lmcache_trio._transport import MAX_MESSAGE, Connection, addresses
-from lmcache_trio._transport.addresses import IpcAddress, TcpAddress
+from lmcache_trio._transport.addresses import Address, TcpAddress
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Misuse, Unavailable
 
 __all__ = ["NngLink", "NngSocket"]
@@ -68,11 +68,11 @@ class NngSocket:
         """A REP0 socket for requests of *limit* bytes at most."""
         return cls(pynng.Rep0, limit)
 
-    def listen(self, address: IpcAddress | TcpAddress) -> str:
+    def listen(self, address: Address) -> str:
         """Listen, privately; returns the address with the port that was really taken."""
         listener = ffi.new("nng_listener *")
         _check(lib.nng_listener_create(listener, self.nng, str(address).encode()), address)
-        if isinstance(address, IpcAddress):
+        if not isinstance(address, TcpAddress):
             # Set between bind and listen, so that there is no moment at which another user could connect.
             _check(lib.nng_listener_set_int(listener[0], b"ipc:permissions", 0o600), address)
         _check(lib.nng_listener_start(listener[0], 0), address)
@@ -153,10 +153,10 @@ class NngLink(Connection):
     def peer_pid(self) -> int | None:
         return self._peer_pid
 
-    def listen(self, address: IpcAddress | TcpAddress) -> str:
+    def listen(self, address: Address) -> str:
         return self._socket.listen(address)
 
-    async def dial(self, address: IpcAddress | TcpAddress) -> None:
+    async def dial(self, address: Address) -> None:
         """Connect, however long it takes; NNG tries again by itself."""
         try:
             self._dialer = self._socket.sock.dial(str(address), block=False)
@@ -269,7 +269,7 @@ def _ended(code: int) -> LMCacheTrioError:
     return Gone(f"the connection: {reason}")
 
 
-def _check(code: int, address: IpcAddress | TcpAddress) -> None:
+def _check(code: int, address: Address) -> None:
     if code == lib.NNG_EADDRINUSE:
         raise addresses.in_use(str(address))
     if code:

@@ -12,7 +12,7 @@ from lmcache_trio.testing.sides import ServerProcess, Side
 
 @pytest.fixture
 def live_server(tmp_path: Path) -> Iterator[ServerProcess]:
-    server = ServerProcess(f"ipc://{tmp_path}/s.ipc")
+    server = ServerProcess(f"unix://{tmp_path}/s.sock")
     server.start()
     yield server
     server.kill()

@@ -36,7 +36,7 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    address = f"ipc://{tmp_path}/server.ipc"
+    address = f"unix://{tmp_path}/server.sock"
     command = [sys.executable, "-m", "lmcache_trio", "serve", "--address", address, "--set", "memory.size=16MiB"]
     command += ["--set", f"chunk_tokens={CHUNK}", "grace=0.1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -79,8 +79,14 @@ def held(server: ServerProcess) -> dict[str, object]:
 
 
 @pytest.fixture
-def stalled(tmp_path: Path, sides: MakeSide) -> Iterator[Stalled]:
-    address, disk, fifo = f"ipc://{tmp_path}/s.ipc", f"{tmp_path}/disk", tmp_path / "fifo"
+def scheme() -> str:
+    """Of the server's address; tests of what hangs on the transport set it."""
+    return "unix"
+
+
+@pytest.fixture
+def stalled(tmp_path: Path, scheme: str, sides: MakeSide) -> Iterator[Stalled]:
+    address, disk, fifo = f"{scheme}://{tmp_path}/s.sock", f"{tmp_path}/disk", tmp_path / "fifo"
     plain = ServerProcess(address, "tiers.0.backend=disk", f"tiers.0.path={disk}", "tiers.0.size=16MiB", "grace=20.0")
     inner = ("backend=disk", f"path={disk}", "size=16MiB")
     server = ServerProcess(
@@ -186,6 +192,7 @@ def test_a_timed_out_lookup_leaves_nothing_in_the_adapter_and_nothing_on_the_ser
     wait_until(lambda: stalled.held() == stalled.before)
 
 
+@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 def test_a_server_that_dies_during_the_wait_gives_0_by_notification(stalled: Stalled, sides: MakeSide) -> None:
     one = polling(sides, stalled, lookup_timeout=60.0)
     stalled.submitted(one, "r")
@@ -327,6 +334,7 @@ side.scheduler.check_lookup_result("r")
 """
 
 
+@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 def test_when_the_first_asker_is_killed_the_second_gets_its_hit_from_the_same_loads(
     stalled: Stalled, sides: MakeSide
 ) -> None:

@@ -83,9 +83,15 @@ async def open_scene(address: str, **settings: Any) -> AsyncIterator[Scene]:
 
 
 @pytest.fixture
-def scenes(tmp_path: Path) -> Callable[..., AbstractAsyncContextManager[Scene]]:
+def scheme() -> str:
+    """Of the server's address; tests of what hangs on the transport set it."""
+    return "unix"
+
+
+@pytest.fixture
+def scenes(tmp_path: Path, scheme: str) -> Callable[..., AbstractAsyncContextManager[Scene]]:
     """Opens servers, with settings of the test's own."""
-    return lambda **settings: open_scene(f"ipc://{tmp_path}/s.ipc", **settings)
+    return lambda **settings: open_scene(f"{scheme}://{tmp_path}/s.sock", **settings)
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """Bad input over real sockets: it gets an ERROR reply or ends that one connection; a healthy client notices nothing."""
 
+import contextlib
 import random
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ import trio
 
 from lmcache_trio import Role
 from lmcache_trio._transport import MAX_MESSAGE, Connection, dial_pair, introduce
+from lmcache_trio._transport.unix import PACKET
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import (
     Abort,
@@ -82,6 +86,7 @@ ENDING = {
 }
 
 
+@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 @pytest.mark.parametrize("role", [Role.SCHEDULER, Role.WORKER])
 async def test_what_is_no_sentence_or_out_of_place_ends_that_one_connection(
     scenes: Any, doings: Any, role: Role, monkeypatch: pytest.MonkeyPatch
@@ -101,17 +106,43 @@ async def test_what_is_no_sentence_or_out_of_place_ends_that_one_connection(
         assert scene.held()["engines"] == 1
 
 
-async def test_a_message_that_is_too_large_ends_that_one_connection(scenes: Any, doings: Any) -> None:
+def rude_over_unix(address: str) -> Callable[[], None]:
+    """Take up *address*; then say a message that is too large, in as many parts as are taken."""
+    rude = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    rude.connect(address.removeprefix("unix://"))
+
+    def say() -> None:
+        with rude, contextlib.suppress(OSError):
+            for i in range(MAX_MESSAGE // PACKET + 1):
+                rude.send(bytes([2 if i else 1]) + bytes(PACKET))
+
+    return say
+
+
+def rude_over_ipc(address: str) -> Callable[[], None]:
+    """The same of NNG's: a message of ours would be refused where it is sent."""
     import pynng
 
+    rude = pynng.Pair0()
+    rude.dial(address, block=True)
+
+    def say() -> None:
+        with rude:
+            rude.send(bytes(MAX_MESSAGE + 1))
+
+    return say
+
+
+@pytest.mark.parametrize(("scheme", "rude"), [("unix", rude_over_unix), ("ipc", rude_over_ipc)])
+async def test_a_message_that_is_too_large_ends_that_one_connection(scenes: Any, doings: Any, rude: Any) -> None:
     async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
         hello = Hello(1, "bad", random.randbytes(16), Role.OBSERVER, "")
         welcome = decode(await introduce(scene.server.address, encode(hello)))
         assert isinstance(welcome, Welcome)
-        with pynng.Pair0() as rude:  # ours would refuse to send it
-            rude.dial(welcome.address, block=True)
-            await scene.until(lambda held: held["connections"] == 3)
-            rude.send(bytes(MAX_MESSAGE + 1), block=False)
+        say = rude(welcome.address)
+        await scene.until(lambda held: held["connections"] == 3)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, say)
             await healthy_round(doings, scheduler, worker, 1)
             await scene.until(lambda held: held["connections"] == 2)
         await healthy_round(doings, scheduler, worker, 2)

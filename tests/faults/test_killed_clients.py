@@ -18,6 +18,7 @@ def of_one_engine(held: dict[str, Any]) -> dict[str, Any]:
     return {name: held[name] for name in LEFT}
 
 
+@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 @pytest.mark.parametrize(
     ("point", "there"),
     [
@@ -60,6 +61,7 @@ async def test_a_client_killed_in_the_middle_is_forgotten_by_notification_and_ha
         assert of_one_engine(scene.held()) == before
 
 
+@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 async def test_a_welcome_whose_client_was_killed_is_withdrawn(
     scenes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
@@ -68,7 +70,7 @@ async def test_a_welcome_whose_client_was_killed_is_withdrawn(
         doomed = await scene.process("welcomed")
         doomed.process.kill()
         await scene.until(lambda held: held["welcomes"] == held["engines"] == 0)
-        assert [path.name for path in tmp_path.iterdir()] == ["s.ipc"]
+        assert [path.name for path in tmp_path.iterdir()] == ["s.sock"]
 
 
 @pytest.mark.parametrize("end", ["session", "timeout"])

@@ -20,7 +20,7 @@ INTO = list(range(30, 42))
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    server = ServerProcess(f"ipc://{tmp_path}/s.ipc")
+    server = ServerProcess(f"unix://{tmp_path}/s.sock")
     server.start()
     yield server
     server.kill()

@@ -86,7 +86,7 @@ class Ranks:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    server = ServerProcess(f"ipc://{tmp_path}/s.ipc", "memory.size=8MiB")
+    server = ServerProcess(f"unix://{tmp_path}/s.sock", "memory.size=8MiB")
     server.start()
     yield server
     server.kill()

@@ -1,4 +1,4 @@
-"""What every transport promises, over memory, ipc and tcp alike."""
+"""What every transport promises, over memory, unix, ipc and tcp alike."""
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,10 +24,13 @@ class Ends:
     client: Connection
 
 
-@pytest.fixture(params=["memory", "ipc", "tcp"])
+ADDRESSES = {"memory": "memory://server", "unix": "unix://{}/s", "ipc": "ipc://{}/s", "tcp": "tcp://127.0.0.1:0"}
+
+
+@pytest.fixture(params=list(ADDRESSES))
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where a rendezvous can be opened; a TCP one takes any free port."""
-    return {"memory": "memory://server", "ipc": f"ipc://{tmp_path}/s", "tcp": "tcp://127.0.0.1:0"}[request.param]
+    return ADDRESSES[request.param].format(tmp_path)
 
 
 @pytest.fixture
@@ -68,8 +71,9 @@ async def test_messages_arrive_whole_and_in_order_both_ways(ends: Ends) -> None:
 
 async def test_a_message_of_the_largest_size_arrives_and_a_larger_one_is_refused_where_it_is_sent(ends: Ends) -> None:
     largest = os.urandom(MAX_MESSAGE)
-    await ends.client.send(largest)
-    assert await ends.server.receive() == largest
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ends.client.send, largest)
+        assert await ends.server.receive() == largest
     with pytest.raises(Misuse, match="split it"):
         ends.client.send_nowait(largest + b"x")
     await ends.client.send(b"still there")

@@ -1,0 +1,240 @@
+"""The transport over unix-domain sockets: who listens, who comes, who is turned away. A connection is `unix`'s.
+
+    rendezvous: connect, HELLO, the answer, the end | pair: connect, and that is the connection
+
+It starts no task: a client that came and says nothing waits beside the listener, and holds nobody up.
+"""
+
+import contextlib
+import errno
+import math
+import select
+import socket
+
+import trio
+
+from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairListener, Rendezvous, addresses
+from lmcache_trio._transport.addresses import Address, UnixAddress
+from lmcache_trio._transport.unix import UnixLink
+from lmcache_trio._transport.unix_sockets import Listener, inherited, open_epoll, open_socket
+from lmcache_trio._transport.watching import Watch
+from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
+
+__all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
+
+_MAX_HELLO = 64 << 10
+_MOST_SILENT = 64
+"""Clients that may stand at the rendezvous without having said HELLO; beyond it, who came first is turned away. Ours
+say it in the same moment."""
+_LOOKS = 16
+"""Clients let in or heard in a row before other tasks get their turn (about 1 ms)."""
+_UNWATCHED = 5.0
+"""Seconds between two looks for a server where the kernel gives no watch; it gives a user 128 inotify instances."""
+
+
+class _PairListener(PairListener):
+    def __init__(self, near: str) -> None:
+        address = _ours(addresses.pair_address(near))
+        self.address = str(address)
+        self._listener = Listener(address.path, aside=address.path, backlog=0)  # of one: a second is refused
+
+    async def accept(self, deadline: float = math.inf) -> Connection:
+        try:
+            with trio.CancelScope(deadline=deadline):
+                await trio.lowlevel.checkpoint()
+                while not self._listener.closed:
+                    if (came := self._listener.accept_nowait()) is not None:
+                        return UnixLink(came)
+                    with contextlib.suppress(trio.ClosedResourceError):
+                        await trio.lowlevel.wait_readable(self._listener.socket)
+                raise Gone(f"{self.address} was withdrawn")
+            raise Unavailable(f"nobody came to {self.address} in time")
+        except OSError as exc:
+            raise Unavailable(f"the client at {self.address} could not be let in: {exc.strerror}") from exc
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+class _Introduction(Introduction):
+    def __init__(self, link: UnixLink, hello: bytes) -> None:
+        self.hello = hello
+        self.peer_pid = link.peer_pid
+        self._link: UnixLink | None = link
+
+    def reply(self, message: bytes) -> None:
+        if self._link is None:
+            raise Misuse("this introduction was answered, or another was accepted since")
+        with contextlib.suppress(Gone):
+            self._link.send_nowait(message)
+        self.end()
+
+    def end(self) -> None:
+        """Let the client go; it still reads what it was answered."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+
+class _Rendezvous(Rendezvous):
+    def __init__(self, address: str) -> None:
+        wanted = _ours(addresses.parse_rendezvous(address))
+        self.address = str(wanted)
+        self._silent: dict[int, UnixLink] = {}  # by descriptor, in the order in which they came
+        self._current: _Introduction | None = None
+        addresses.claim(wanted)
+        with contextlib.ExitStack() as opened:
+            self._arrivals = opened.enter_context(open_epoll())
+            self._spare = opened.enter_context(open_socket())
+            aside = addresses.fresh_path(wanted.path)
+            self._listener = Listener(wanted.path, aside=aside, backlog=socket.SOMAXCONN)
+            self._arrivals.register(self._listener.socket, select.EPOLLIN)
+            opened.pop_all()
+        inherited.add(self)
+
+    async def accept(self) -> Introduction:
+        self._turn_away()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while (introduction := self._take()) is None:
+            with contextlib.suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(self._arrivals.fileno())
+        self._current = introduction
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return introduction
+
+    def close(self) -> None:
+        if not self._listener.closed:
+            self._listener.close()
+            with contextlib.suppress(RuntimeError):  # outside of a loop nobody waits
+                trio.lowlevel.notify_closing(self._arrivals.fileno())
+            self.forget()
+            self._turn_away()
+            while self._silent:
+                self._silent.popitem()[1].close()
+
+    def forget(self) -> None:
+        self._arrivals.close()
+        self._spare.close()
+        inherited.discard(self)
+
+    def _turn_away(self) -> None:
+        if self._current is not None:
+            self._current.end()
+            self._current = None
+
+    def _take(self) -> _Introduction | None:
+        """The next client that said HELLO, if one did; lets in who comes."""
+        if self._listener.closed:
+            raise Gone(f"{self.address} was closed")
+        for fd, _ in self._arrivals.poll(0, _LOOKS):
+            if fd in self._silent:
+                introduction = self._hear(fd)
+                if introduction is not None:
+                    return introduction
+            elif fd == self._listener.socket.fileno():
+                self._let_in()
+        return None
+
+    def _let_in(self) -> None:
+        try:
+            came = self._listener.accept_nowait()
+            if came is not None:
+                self._expect(UnixLink(came, _MAX_HELLO))
+        except Unavailable:  # no descriptor is left, and it had to go
+            return
+        except OSError:
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """No descriptor is left: turn the next client away with the spare one, or it would wait, and we not sleep."""
+        self._spare.close()
+        with contextlib.suppress(OSError):
+            self._listener.socket.accept()[0].close()
+        with contextlib.suppress(Unavailable):
+            self._spare = open_socket()
+
+    def _expect(self, link: UnixLink) -> None:
+        fd = link.fileno()
+        self._silent[fd] = link
+        self._arrivals.register(fd, select.EPOLLIN)
+        if len(self._silent) > _MOST_SILENT:
+            self._part(next(iter(self._silent))).close()
+
+    def _hear(self, fd: int) -> _Introduction | None:
+        link = self._part(fd)
+        try:
+            hello = link.receive_nowait()
+            if not link.ended:
+                return _Introduction(link, hello)
+        except trio.WouldBlock:
+            self._expect(link)
+            return None
+        except Gone:
+            pass
+        link.close()  # came and left, or had no manners
+        return None
+
+    def _part(self, fd: int) -> UnixLink:
+        self._arrivals.unregister(fd)  # a forked copy of a closed one would else go on telling
+        return self._silent.pop(fd)
+
+
+def listen(address: str) -> Rendezvous:
+    return _Rendezvous(address)
+
+
+def listen_pair(near: str) -> PairListener:
+    return _PairListener(near)
+
+
+async def dial_pair(address: str) -> Connection:
+    return await _connect(address, MAX_MESSAGE)
+
+
+async def introduce(address: str, hello: bytes) -> bytes:
+    link = await _connect(address, _MAX_HELLO)
+    try:
+        await link.send(hello)
+        return await link.receive()
+    except Gone as exc:
+        raise Unavailable(f"the server at {address} ended before it answered") from exc
+    finally:
+        link.close()
+
+
+async def wait_listening(address: str) -> None:
+    path = _ours(addresses.parse(address)).path
+    await trio.lowlevel.checkpoint()
+    while not addresses.is_listening(path):
+        try:
+            watch = Watch(path)
+        except OSError:
+            await trio.sleep(_UNWATCHED)
+            continue
+        try:
+            if addresses.is_listening(path):  # came before it was watched for
+                return
+            await watch.wait()
+        finally:
+            watch.close()
+
+
+async def _connect(address: str, limit: int) -> UnixLink:
+    path = _ours(addresses.parse(address)).path
+    await trio.lowlevel.checkpoint()
+    sock = open_socket()
+    try:
+        sock.connect(path)
+        return UnixLink(sock, limit)
+    except OSError as exc:
+        sock.close()
+        why = "what listens there is an ipc:// server" if exc.errno == errno.EPROTOTYPE else exc.strerror
+        raise Unavailable(f"no server listens at {address}: {why}") from exc
+
+
+def _ours(address: Address) -> UnixAddress:
+    if isinstance(address, UnixAddress):
+        return address
+    raise ConfigError("address", f"{address} is no unix:// address")

@@ -1,0 +1,226 @@
+"""Plain unix-domain sockets under Trio, one message a packet; `over_unix` makes a transport of them.
+
+SOCK_SEQPACKET keeps messages apart and in order, has an end that is told, and takes a packet whole or not at all: any
+thread sends with one system call, and no thread but the caller's is woken for it. A byte before each packet says what
+it is:
+
+    WHOLE: a message | FIRST, MORE …, LAST: the parts of a message that is larger than a packet
+
+A WHOLE packet may come between parts: it is delivered, and the rest put together after it. FIRST drops what was put
+together before: its sender gave up half-way. Whatever else a peer says ends its connection.
+"""
+
+import contextlib
+import select
+import socket
+import struct
+
+import trio
+
+from lmcache_trio._transport import MAX_MESSAGE, Connection
+from lmcache_trio._transport.unix_sockets import inherited, open_epoll
+from lmcache_trio.errors import Gone, Misuse
+from lmcache_trio.threads import Latch
+
+__all__ = ["PACKET", "UnixLink"]
+
+PACKET = 64 << 10
+"""Bytes of a message in one packet. The kernel takes packets up to its send buffer, 208 KiB by default, and counts 68
+KiB for one of these; what engines ask takes 1 to 20 KiB."""
+_SEND_BUFFER = 208 << 10
+"""What an unprivileged process may ask for everywhere. The kernel doubles it: 6 of the largest packets, or 550 small
+ones, before a sender has to wait."""
+_PARTS = 16
+"""Parts of messages taken in a row before other tasks get their turn: more than a send buffer holds, 0.3 ms."""
+
+_WHOLE, _FIRST, _MORE, _LAST = range(4)
+_WHOLE_BYTE = bytes([_WHOLE])
+_QUIETLY = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_room: trio.lowlevel.RunVar[memoryview] = trio.lowlevel.RunVar("lmcache_trio packet buffer")
+
+
+class UnixLink(Connection):
+    """One end. Owns *sock*, connected and non-blocking, from now on; messages of up to *limit* bytes come and go."""
+
+    def __init__(self, sock: socket.socket, limit: int = MAX_MESSAGE) -> None:
+        try:
+            self._end = open_epoll()  # readable once the peer is gone; the socket itself is when something came, too
+        except BaseException:
+            sock.close()
+            raise
+        self._end.register(sock, select.EPOLLRDHUP)
+        self._socket = sock
+        self._fd = sock.fileno()
+        self._limit = limit
+        self._send = sock.send
+        self._receive_into = sock.recv_into
+        self._room = _receive_buffer()
+        self._closed = False
+        self._empty = False  # when we last looked
+        self._parts: list[bytes] | None = None
+        self._latch = Latch()  # else a send could meet a descriptor that was closed, and is another's by now
+        self._sending = trio.Lock()
+        self._watching = trio.Lock()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        self._peer_pid = _pid_of_peer(sock)
+        inherited.add(self)
+
+    @property
+    def peer_pid(self) -> int | None:
+        return self._peer_pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the peer is gone, though what it said may still be there; or this end is closed."""
+        return self._closed or bool(self._end.poll(0))
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def send_nowait(self, message: bytes) -> None:
+        size = len(message)
+        if size > PACKET:
+            self._check_size(size)
+            raise trio.WouldBlock  # takes several packets, and they have to be accepted together
+        self._put(_WHOLE_BYTE + message)
+
+    async def send(self, message: bytes) -> None:
+        self._check_size(len(message))
+        async with self._sending:  # a checkpoint; and parts of two messages must not mix
+            if len(message) <= PACKET:
+                return await self._put_soon(_WHOLE_BYTE + message)
+            parts, last = memoryview(message), (len(message) - 1) // PACKET
+            for i in range(last + 1):
+                kind = _LAST if i == last else _MORE if i else _FIRST
+                await self._put_soon(b"".join((bytes([kind]), parts[i * PACKET : (i + 1) * PACKET])))
+
+    def receive_nowait(self) -> bytes:
+        message = self._take()
+        if message is None:
+            raise trio.WouldBlock
+        return message
+
+    async def receive(self) -> bytes:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        message = None if self._empty else self._take()
+        if message is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return message
+        while message is None:
+            if not self._closed:
+                with contextlib.suppress(trio.ClosedResourceError):
+                    await trio.lowlevel.wait_readable(self._fd)
+            message = self._take()
+        return message
+
+    async def wait_closed(self) -> None:
+        async with self._watching:  # one descriptor takes one waiter
+            if not self._closed:
+                with contextlib.suppress(trio.ClosedResourceError):
+                    await trio.lowlevel.wait_readable(self._end.fileno())
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        with contextlib.suppress(RuntimeError):  # outside of a loop nobody waits
+            trio.lowlevel.notify_closing(self._fd)
+            trio.lowlevel.notify_closing(self._end.fileno())
+        with contextlib.suppress(OSError):  # also where a child has the socket that was forked without our knowing
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with self._latch:
+            self._close_descriptors()
+
+    def forget(self) -> None:
+        self._latch = Latch()  # a thread that is not there may have held the other
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        self._closed = True
+        self._parts = None
+        self._socket.close()
+        self._end.close()
+        inherited.discard(self)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limit:
+            raise Misuse(f"a message of {size} bytes is larger than {self._limit}: split it")
+
+    def _put(self, packet: bytes) -> None:
+        with self._latch:
+            if self._closed:
+                raise Gone("the connection was closed")
+            try:
+                self._send(packet, _QUIETLY)
+            except BlockingIOError:
+                raise trio.WouldBlock from None
+            except OSError as exc:
+                raise Gone(f"the connection has ended: {exc.strerror}") from exc
+
+    async def _put_soon(self, packet: bytes) -> None:
+        while True:
+            try:
+                return self._put(packet)
+            except trio.WouldBlock:
+                with contextlib.suppress(trio.ClosedResourceError):
+                    await trio.lowlevel.wait_writable(self._fd)
+
+    def _take(self) -> bytes | None:
+        """The next message, if it is there or its last part is."""
+        for _ in range(_PARTS):
+            if self._closed:
+                raise Gone("the connection was closed")
+            try:
+                size = self._receive_into(self._room)
+            except BlockingIOError:
+                self._empty = True
+                return None
+            except ConnectionResetError:
+                continue  # told once, if the peer had left something unread; what it had sent is still there
+            except OSError as exc:
+                raise Gone(f"the connection has ended: {exc.strerror}") from exc
+            self._empty = False
+            if not size:
+                raise Gone("the connection has ended")
+            message = self._understand(size)
+            if message is not None:
+                return message
+        return None
+
+    def _understand(self, size: int) -> bytes | None:
+        """The message that the packet in the buffer completes, if it completes one."""
+        kind, content = self._room[0], bytes(self._room[1:size])
+        if len(content) > PACKET or kind > _LAST:
+            raise self._refused("a packet that is none of ours")
+        if kind == _WHOLE:
+            return content
+        if kind == _FIRST:
+            self._parts = []
+        if self._parts is None or not content:
+            raise self._refused("a part of no message")
+        self._parts.append(content)
+        if len(self._parts) > -(-self._limit // PACKET):
+            raise self._refused(f"a message of more than {self._limit} bytes")
+        if kind != _LAST:
+            return None
+        message, self._parts = b"".join(self._parts), None
+        if len(message) > self._limit:
+            raise self._refused(f"a message of {len(message)} bytes")
+        return message
+
+    def _refused(self, what: str) -> Gone:
+        self.close()
+        return Gone(f"the connection was ended, because {what} came")
+
+
+def _receive_buffer() -> memoryview:
+    """Where a packet is put before it becomes a message: one buffer a loop, since receiving never waits half-way."""
+    try:
+        return _room.get()
+    except LookupError:
+        _room.set(memoryview(bytearray(PACKET + 2)))  # a byte more than ours take shows one that is longer
+        return _room.get()
+
+
+def _pid_of_peer(sock: socket.socket) -> int | None:
+    pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid) or None

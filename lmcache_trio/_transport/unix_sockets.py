@@ -1,0 +1,106 @@
+"""The descriptors and files behind `unix://`: sockets, listeners with their files, and what a forked child does."""
+
+import contextlib
+import os
+import select
+import socket
+import weakref
+from typing import Protocol
+
+import trio
+
+from lmcache_trio._transport import addresses
+from lmcache_trio.errors import ConfigError, Unavailable
+
+__all__ = ["Inherited", "Listener", "inherited", "open_epoll", "open_socket"]
+
+
+class Inherited(Protocol):
+    """Something with descriptors, which a forked child inherits too."""
+
+    def forget(self) -> None:
+        """In the child: close them there. The peer, the parent's loop and the socket's file must not notice."""
+
+
+inherited: "weakref.WeakSet[Inherited]" = weakref.WeakSet()
+"""Who is to be told in a forked child."""
+
+
+class Listener:
+    """A listening socket, and its file for as long as clients are let in; nobody but this user can.
+
+    A file that appears at *path* accepts already: it is made *aside*. `ConfigError` when there can be no such file.
+    """
+
+    def __init__(self, path: str, *, aside: str, backlog: int) -> None:
+        self.path = path
+        self.closed = False
+        self.socket = open_socket()
+        try:
+            os.fchmod(self.socket.fileno(), 0o600)  # the file is made with it, whatever the umask lets through
+            self.socket.bind(aside)
+            made = os.lstat(aside)
+            self._file = made.st_dev, made.st_ino
+            self.socket.listen(backlog)
+            if aside != path:
+                try:
+                    os.link(aside, path)  # which replaces nothing
+                finally:
+                    addresses.withdraw(aside)
+        except FileExistsError as exc:
+            self.socket.close()
+            raise addresses.in_use(f"unix://{path}") from exc
+        except OSError as exc:
+            self.socket.close()
+            raise ConfigError("address", f"{path}: {exc.strerror}") from exc
+        inherited.add(self)
+
+    def accept_nowait(self) -> socket.socket | None:
+        """The next client's socket, non-blocking, if one came; `OSError` when there is no descriptor for it."""
+        try:
+            came, _ = self.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        came.setblocking(False)
+        return came
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        with contextlib.suppress(RuntimeError):  # outside of a loop nobody waits
+            trio.lowlevel.notify_closing(self.socket)
+        with contextlib.suppress(OSError):
+            there = os.lstat(self.path)
+            if (there.st_dev, there.st_ino) == self._file:  # else it is another's by now
+                os.unlink(self.path)
+        self.forget()
+
+    def forget(self) -> None:
+        self.closed = True
+        self.socket.close()
+        inherited.discard(self)
+
+
+def open_socket() -> socket.socket:
+    """A fresh socket, non-blocking and not inherited by other programs; `Unavailable` if there can be none."""
+    kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    try:
+        return socket.socket(socket.AF_UNIX, kind)
+    except OSError as exc:
+        raise Unavailable(f"no socket could be opened: {exc.strerror}") from exc
+
+
+def open_epoll() -> select.epoll:
+    """Descriptors that are waited for as one; `Unavailable` if there can be none."""
+    try:
+        return select.epoll()
+    except OSError as exc:
+        raise Unavailable(f"no descriptor could be opened: {exc.strerror}") from exc
+
+
+def _after_fork_in_child() -> None:
+    for each in list(inherited):
+        each.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

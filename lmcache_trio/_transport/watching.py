@@ -1,0 +1,79 @@
+"""Waits until something appears at a path, also while folders on the way there are missing. Nothing is asked twice.
+
+inotify through ctypes: the standard library has no door to it. It tells what happens in this machine's own file
+systems; a mount that brings a whole folder is not told.
+"""
+
+import ctypes
+import errno
+import os
+import struct
+from pathlib import Path
+
+import trio
+
+__all__ = ["Watch"]
+
+_CREATE, _MOVED_TO, _ONLYDIR = 0x100, 0x80, 0x01000000
+_HEADER = struct.Struct("iIII")  # watch, what, cookie, bytes of the name after it
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.inotify_init1.argtypes = [ctypes.c_int]
+_libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+
+
+class Watch:
+    """Looks at every folder on the way to *path* that is there. `OSError` where the kernel gives no (more) watches."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        self._next: dict[int, bytes] = {}  # by watch: the name in its folder that leads on
+        try:
+            self._look(Path(os.path.realpath(path)))
+        except BaseException:
+            self.close()
+            raise
+
+    async def wait(self) -> None:
+        """Return when a step of the path has appeared, or its folder went, since this was made."""
+        while True:
+            await trio.lowlevel.wait_readable(self._fd)
+            if self._told():
+                return
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _look(self, path: Path) -> None:
+        """From the root on: what is missing now will be told by the folder that was looked at before."""
+        hidden: OSError | None = None
+        for folder, step in zip(reversed(path.parents), path.parts[1:], strict=True):
+            try:
+                found = _checked(_libc.inotify_add_watch(self._fd, os.fsencode(folder), _CREATE | _MOVED_TO | _ONLYDIR))
+            except (FileNotFoundError, NotADirectoryError):
+                break
+            except PermissionError as exc:
+                hidden = exc  # does not matter if there is a folder after it that can be looked at
+            else:
+                hidden = None
+                self._next[found] = os.fsencode(step)
+        if hidden is not None:
+            raise hidden
+
+    def _told(self) -> bool:
+        said = os.read(self._fd, 1 << 16)
+        at = 0
+        while at < len(said):
+            watch, what, _, length = _HEADER.unpack_from(said, at)
+            at += _HEADER.size + length
+            name = said[at - length : at].rstrip(b"\0")
+            if name == self._next.get(watch) or not what & (_CREATE | _MOVED_TO):
+                return True  # what else is told: the folder went, or more happened than the queue holds
+        return False
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number or errno.EIO, os.strerror(number))
+    return result
