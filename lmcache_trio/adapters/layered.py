@@ -10,6 +10,7 @@ into or out of blocks is never left behind: a retrieve is over when its job is, 
 On the device path a store begins with `finish_stores`: the server copies it in one go.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,7 +22,6 @@ from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import Pinned, Reserved
 from lmcache_trio.adapters.jobs import Job, wait_for
-from lmcache_trio.adapters.link import logger
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
 from lmcache_trio.errors import LMCacheTrioError, Misuse
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lmcache_trio.adapters.worker import WorkerAdapter
 
 __all__ = ["LayeredMoves"]
+
+logger = logging.getLogger("lmcache_trio")
 
 
 class _Loads:
@@ -156,6 +158,9 @@ class LayeredMoves:
                 await self._load_by_copying(client, client.arena, loads)
         except LMCacheTrioError as exc:
             logger.info("%d retrieves failed: %s", len(loads.jobs), exc)
+        except Exception:  # a bug: it costs this one step
+            worker._jobs.count("copy_bugs", 1)
+            logger.exception("bug in %d retrieves by layers, which failed", len(loads.jobs))
         finally:
             self._end(loads, loads.jobs)
 
@@ -204,6 +209,9 @@ class LayeredMoves:
                 worker._jobs.end(job, failed=False)
         except LMCacheTrioError as exc:
             logger.info("a retrieve of %s failed: %s", spec.request_id, exc)
+        except Exception:
+            worker._jobs.count("copy_bugs", 1)
+            logger.exception("bug in a retrieve of %s by layers, which failed", spec.request_id)
         finally:
             self._end(loads, [job])
 
@@ -222,6 +230,9 @@ class LayeredMoves:
                     await self._commit(client, granted)
         except LMCacheTrioError as exc:
             logger.info("%d stores failed: %s", len(stores.jobs), exc)
+        except Exception:
+            self._worker._jobs.count("copy_bugs", 1)
+            logger.exception("bug in %d stores by layers, which failed", len(stores.jobs))
         finally:
             if client is not None:
                 for job, reserved in granted:

@@ -6,6 +6,7 @@ retrieve): nothing is raised into the engine because of a server. A copy that be
 after it, and a connection is closed after its jobs. KV in CPU memory only: `paged` says what it refuses, and why.
 """
 
+import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,10 +22,10 @@ from lmcache_trio.adapters.copiers import Copiers
 from lmcache_trio.adapters.device_path import ATTACH_TIMEOUT, DevicePath, Path
 from lmcache_trio.adapters.jobs import Job, Jobs, wait_for
 from lmcache_trio.adapters.layered import LayeredMoves
-from lmcache_trio.adapters.link import Link, logger
+from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
-from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
+from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WorkerAdapter"]
 
+logger = logging.getLogger("lmcache_trio")
 _T = TypeVar("_T")
 
 
@@ -97,7 +99,7 @@ class WorkerAdapter:
         if client is not None:
             try:
                 self._link.call(self._register, client, timeout=self._reply_timeout + ATTACH_TIMEOUT)
-            except Unavailable as exc:
+            except (Unavailable, Gone, ProtocolError) as exc:
                 logger.warning("the layout was not registered, and will be when the server is there again: %s", exc)
 
     # --- in the background ------------------------------------------------------------------------------------------
@@ -150,7 +152,10 @@ class WorkerAdapter:
         return self._device.reason
 
     def statistics(self) -> dict[str, int]:
-        """`running` jobs; chunks: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`."""
+        """`running` jobs; chunks: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`.
+
+        `copy_bugs`: moves that failed for a reason that nobody thought of, each in the log with its traceback.
+        """
         return self._jobs.statistics()
 
     def shutdown(self) -> None:
@@ -232,6 +237,9 @@ class WorkerAdapter:
                 await self._retrieve(client, client.arena, self._kv, job)
         except LMCacheTrioError as exc:
             logger.info("a %s of %s failed: %s", type(job.spec).__name__, job.spec.request_id, exc)
+        except Exception:  # a bug: it costs this one move
+            self._jobs.count("copy_bugs", 1)
+            logger.exception("bug in a %s of %s, which failed", type(job.spec).__name__, job.spec.request_id)
         finally:
             job.asked.set()
             self._fail(job, "unavailable")  # nothing, if it ended well
