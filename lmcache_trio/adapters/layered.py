@@ -91,7 +91,7 @@ class LayeredMoves:
 
     def start_retrieves(self, specs: Sequence[LoadSpec]) -> None:
         self.wait_retrieves()
-        jobs = [self._worker._begin(spec, reported=False) for spec in specs]
+        jobs = [job for spec in specs for job in self._worker._begin(spec, reported=False)]
         if jobs:
             loads = self._loads = _Loads(jobs, len(self._layers))
             if not self._worker._link.spawn(self._load, loads, refused=lambda: self._give_up(jobs)):
@@ -116,7 +116,7 @@ class LayeredMoves:
             return
         stores = self._stores = _Stores(specs, len(self._layers))
         if self._worker.path != "device":
-            jobs = stores.jobs = [self._worker._begin(spec, reported=True) for spec in specs]
+            jobs = stores.jobs = [job for spec in specs for job in self._worker._begin(spec, reported=True)]
             if not self._worker._link.spawn(self._store, stores, refused=lambda: self._give_up(jobs)):
                 self._give_up(jobs)
 

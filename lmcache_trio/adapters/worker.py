@@ -9,6 +9,7 @@ after it, and a connection is closed after its jobs. KV in CPU memory only: `pag
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import trio
 from lmcache_trio._core.keys import seed_of, split_digests
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
-from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Pinned, Reserved, Role
+from lmcache_trio._wire.messages import MAX_DIGESTS, PROTOCOL_VERSION, Hello, Pinned, Reserved, Role
 from lmcache_trio.adapters.copiers import Copiers
 from lmcache_trio.adapters.device_path import ATTACH_TIMEOUT, DevicePath, Path
 from lmcache_trio.adapters.jobs import Job, Jobs, wait_for
@@ -128,11 +129,11 @@ class WorkerAdapter:
 
     def store_now(self, specs: Sequence[StoreSpec]) -> None:
         """Store, and return when all is over: each reply has *reply_timeout* to come, each copy ends."""
-        self._wait([self._submit(spec, reported=False) for spec in specs])
+        self._wait([job for spec in specs for job in self._submit(spec, reported=False)])
 
     def retrieve_now(self, specs: Sequence[LoadSpec]) -> None:
         """Fill the blocks, and return when all is over, bounded likewise; `take_failed_blocks` has the failed."""
-        self._wait([self._submit(spec, reported=False) for spec in specs])
+        self._wait([job for spec in specs for job in self._submit(spec, reported=False)])
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -196,18 +197,20 @@ class WorkerAdapter:
         """Blocks of a chunk."""
         return self._chunk_tokens // self._block_tokens
 
-    def _begin(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
+    def _begin(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> list[Job]:
+        """One job, or several where a message cannot name all of it (1 M tokens in blocks of 16)."""
         kv = self._registered()
         kv.check(spec.block_ids)
-        job = self._jobs.begin(spec, reported=reported)
-        job.fence = kv.fence()
-        return job
+        fence = kv.fence()
+        parts = spec.parts(MAX_DIGESTS) if isinstance(spec, StoreSpec) else spec.parts(self._width, MAX_DIGESTS)
+        return [self._jobs.begin(part, reported=reported, fence=fence) for part in parts]
 
-    def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
-        job = self._begin(spec, reported=reported)
-        if not self._link.spawn(self._run, job, refused=lambda: self._fail(job, "unavailable")):
-            self._fail(job, "unavailable")
-        return job
+    def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> list[Job]:
+        jobs = self._begin(spec, reported=reported)
+        for job in jobs:
+            if not self._link.spawn(self._run, job, refused=partial(self._fail, job, "unavailable")):
+                self._fail(job, "unavailable")
+        return jobs
 
     def _wait(self, jobs: Sequence[Job]) -> None:
         wait_for([job.ended for job in jobs], lambda: self._link.alive)
