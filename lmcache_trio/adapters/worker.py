@@ -96,12 +96,10 @@ class WorkerAdapter:
 
         self._kv, self._tensors = make_paged_kv(kv_caches, num_blocks=num_blocks), kv_caches
         self.layered.register(list(kv_caches))
-        client = self._link.client
-        if client is not None:
-            try:
-                self._link.call(self._register, client, timeout=self._reply_timeout + ATTACH_TIMEOUT)
-            except (Unavailable, Gone, ProtocolError) as exc:
-                logger.warning("the layout was not registered, and will be when the server is there again: %s", exc)
+        try:
+            self._link.call(self._register_now, timeout=self._reply_timeout + ATTACH_TIMEOUT)
+        except (Unavailable, Gone, ProtocolError) as exc:
+            logger.warning("the layout was not registered, and will be when the server is there again: %s", exc)
 
     # --- in the background ------------------------------------------------------------------------------------------
 
@@ -353,6 +351,11 @@ class WorkerAdapter:
             logger.warning("working without a cache: %s", client.arena_note or "the server gave this worker no arena")
         if self._kv is not None:
             await self._register(client)
+
+    async def _register_now(self) -> None:
+        """In the loop, where a connection is either usable by now, or still to be looked after by `_on_connected`."""
+        if self._link.client is not None:
+            await self._register(self._link.client)
 
     async def _register(self, client: Client) -> None:
         """A worker without an arena stays unregistered: its engine has no namespace then, and no hits it can't read."""

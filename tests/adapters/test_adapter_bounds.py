@@ -9,6 +9,8 @@ from lmcache_trio._transport import arena_map
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import decode
 from lmcache_trio._wire.messages import Lookup, LookupStatus, Message, Release
+from lmcache_trio.adapters import WorkerAdapter
+from lmcache_trio.client import Client
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, wait_until
 from lmcache_trio.threads import Handoff
 
@@ -87,3 +89,28 @@ def test_a_mapping_is_faulted_in_by_a_call_that_releases_the_gil() -> None:
     assert isinstance(arena_map._libc, ctypes.CDLL)
     assert not isinstance(arena_map._libc, ctypes.PyDLL)
     assert arena_map._libc.madvise(0, 0, 0) == 0
+
+
+class Late(WorkerAdapter):
+    """Its loop stands between what it did for a new connection and the moment at which the connection may be used."""
+
+    stands = registered = False
+
+    async def _on_connected(self, client: Client) -> None:
+        await super()._on_connected(client)
+        self.stands = True
+        wait_until(lambda: self.registered or bool(self._link._portal._pending))
+
+
+def test_kv_that_is_registered_while_a_connection_comes_up_is_registered_with_it(live_server: ServerProcess) -> None:
+    worker = Late(live_server.address, engine_id="late", block_tokens=16, connect_timeout=0.01)
+    try:
+        wait_until(lambda: worker.stands)
+        worker.register_kv_caches(make_kv(1))
+        worker.registered = True
+        wait_until(lambda: worker._link.client is not None)
+        assert worker.path_reason != "no KV is registered yet"
+        assert live_server.held["namespaces"] == 1
+    finally:
+        worker.registered = True
+        worker.shutdown()
