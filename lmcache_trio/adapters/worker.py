@@ -3,7 +3,8 @@
 A store is reserve → copy → commit, a retrieve is pin → copy → "still valid?"; the copy runs in a thread, and nothing is
 believed before the last step. Whatever fails is dropped and counted (a store) or comes back as failed blocks (a
 retrieve): nothing is raised into the engine because of a server. A copy that began is never abandoned: its job ends
-after it, and a connection is closed after its jobs. KV in CPU memory only: `paged` says what it refuses, and why.
+after it, and a connection is closed after its jobs. KV in GPU memory that the server cannot open is copied likewise,
+each copy behind what the engine had submitted: `paged` says how, and what it refuses.
 """
 
 import logging
