@@ -1,7 +1,9 @@
 """What the host's waits are bounded by, and what the adapters say when there is no cache to be had."""
 
 import ctypes
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +84,24 @@ def test_a_worker_that_cannot_open_the_arena_runs_without_a_cache_and_says_what_
     assert side.worker.statistics()["dropped_unavailable"] == 4
     assert side.lookup("q", TOKENS) == 0
     assert sum("--ipc=host" in line for line in caplog.messages) == 1
+
+
+def test_a_worker_faults_its_whole_mapping_in_ahead_of_any_copy(live_server: ServerProcess, sides: MakeSide) -> None:
+    side = sides(live_server.address, make_kv(1))
+    client = side.worker._link.client
+    assert client is not None
+
+    def resident() -> int:
+        """Bytes of the arena whose pages are in this process' tables."""
+        of_it, found = False, 0
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                of_it = line.endswith(client.arena_path)
+            elif of_it and line.startswith("Rss:"):
+                found += int(line.split()[1]) << 10
+        return found
+
+    wait_until(lambda: resident() == client.arena_size == 4 << 20)  # nothing was stored or loaded
 
 
 def test_a_mapping_is_faulted_in_by_a_call_that_releases_the_gil() -> None:
