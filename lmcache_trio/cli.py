@@ -106,7 +106,7 @@ def status(
 
 
 @app.command
-def demo(
+def demo(  # noqa: PLR0913  (flags)
     *,
     prompts: int = 4,
     longest: int = 2000,
@@ -114,6 +114,7 @@ def demo(
     threads: int | None = None,
     seed: int = 0,
     path: Literal["auto", "device", "shm"] = "auto",
+    deadline: float | None = None,
 ) -> None:
     """Store the KV of one engine, end it, start another and get it back. Takes less than a minute.
 
@@ -131,12 +132,14 @@ def demo(
         Of the model's weights and of the prompts.
     path
         Who copies the KV: the server (device), the engine (shm), or the server where it can (auto).
+    deadline
+        Seconds after which it is given up, with exit status 1; by default it is not.
     """
     from lmcache_trio.testing import demo as job
 
     given = {} if threads is None else {"threads": threads}
     sizes = {"prompts": prompts, "longest": longest, "new_tokens": new_tokens}
-    code = job.main(job.Settings(**sizes, seed=seed, path=path, **given))
+    code = job.main(job.Settings(**sizes, seed=seed, path=path, deadline=deadline, **given))
     if code:
         raise SystemExit(code)
 

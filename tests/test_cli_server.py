@@ -1,8 +1,10 @@
 """`lmcache-trio serve` and `status`, as processes: what a user sees of a running server, a stopped one and none."""
 
 import json
+import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +12,11 @@ from pathlib import Path
 
 import attrs
 import pytest
+import trio
+
+from lmcache_trio._transport import introduce
+from lmcache_trio._wire.codec import decode, encode
+from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Role, Welcome
 
 PROGRAM = [sys.executable, "-m", "lmcache_trio"]
 
@@ -183,11 +190,20 @@ def test_what_serving_and_asking_import_is_no_torch() -> None:
     assert done.stdout == "False\n"
 
 
-def test_both_sockets_and_arena_are_the_users_alone(server: Server) -> None:
-    path = Path(server.address.removeprefix("unix://"))
-    assert path.stat().st_mode & 0o077 == 0
+@pytest.mark.parametrize("scheme", ["unix", "ipc"])
+def test_both_sockets_and_arena_are_the_users_alone_whatever_the_umask(tmp_path: Path, scheme: str) -> None:
+    former = os.umask(0)
+    try:
+        server = start(f"{scheme}://{tmp_path}/server.sock")
+    finally:
+        os.umask(former)
+    hello = Hello(PROTOCOL_VERSION, "not yet there", os.urandom(16), Role.OBSERVER, "")
+    welcome = decode(trio.run(introduce, server.address, encode(hello)))
+    assert isinstance(welcome, Welcome)  # and its address waits to be taken up
+    rendezvous, pair = (Path(address.partition("://")[2]) for address in (server.address, welcome.address))
     (arena,) = arenas(server.process)
-    assert arena.stat().st_mode & 0o077 == 0
+    assert set(tmp_path.iterdir()) == {rendezvous, pair}
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (rendezvous, pair, arena)] == [0o600] * 3
 
 
 def test_logs_go_to_standard_error_and_follow_the_level(tmp_path: Path) -> None:

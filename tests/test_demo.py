@@ -14,7 +14,9 @@ from typing import Any
 import attrs
 import pytest
 
+from lmcache_trio import cli
 from lmcache_trio.errors import ConfigError
+from lmcache_trio.testing import demo
 from lmcache_trio.testing.demo import Row, Served, Settings, verdict
 
 DEMO = [sys.executable, "-m", "lmcache_trio", "demo"]
@@ -109,6 +111,16 @@ def test_a_temporary_directory_too_deep_for_a_socket_is_no_obstacle(directory: P
     assert nothing_is_left(deep, pids)
 
 
+def test_a_demo_that_is_not_done_by_its_deadline_fails_in_one_line_and_leaves_nothing(directory: Path) -> None:
+    with running(directory, ["--prompts", "50", "--deadline", "0.7"]) as process:
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "not done within 0.7 s" in errors
+    assert "Traceback" not in errors
+    assert out == ""
+    assert nothing_is_left(directory, [int(pid) for pid in re.findall(r"process (\d+)", errors)])
+
+
 COLD = Served("prompt 0", 600, (1, 2, 3), 0, 0.5)
 WARM = attrs.evolve(COLD, reused_tokens=512, first_token_seconds=0.1)
 
@@ -123,6 +135,25 @@ def test_equal_ids_and_something_reused_pass() -> None:
 def test_one_different_id_or_one_prompt_not_reused_fails(warm: Served) -> None:
     assert len(verdict([Row(COLD, WARM, WARM), Row(COLD, warm, WARM)])) == 1
     assert len(verdict([Row(COLD, WARM, WARM), Row(COLD, WARM, warm)])) == 1
+
+
+@pytest.mark.parametrize(("warm", "status"), [(WARM, 0), (attrs.evolve(WARM, output_ids=(1, 2, 4)), 1), (COLD, 1)])
+def test_the_command_ends_with_status_1_if_an_id_differs_or_nothing_was_reused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], warm: Served, status: int
+) -> None:
+    async def run(settings: Settings, progress: object) -> list[Row]:
+        return [Row(COLD, warm, WARM)]
+
+    monkeypatch.setattr(demo, "demo", run)
+    try:
+        cli.demo(prompts=1)
+        ended: object = 0
+    except SystemExit as exc:
+        ended = exc.code
+    assert ended == status
+    printed = capsys.readouterr()
+    assert ("DIFFERENT" in printed.out) == (warm.output_ids != COLD.output_ids)
+    assert ("prompt 0" in printed.err) == bool(status)
 
 
 def test_every_prompt_is_longer_than_a_chunk_and_the_last_is_the_longest() -> None:
@@ -142,3 +173,9 @@ def test_a_setting_too_small_is_refused_by_its_flag(name: str) -> None:
     too_small: dict[str, Any] = {name: 0}
     with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):
         Settings(**too_small)
+
+
+@pytest.mark.parametrize("deadline", [0.0, -1.0, float("nan")])
+def test_a_deadline_that_is_none_is_refused_by_its_flag(deadline: float) -> None:
+    with pytest.raises(ConfigError, match="--deadline"):
+        Settings(deadline=deadline)

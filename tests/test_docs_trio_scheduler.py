@@ -30,6 +30,12 @@ def page() -> ModuleType:
     return module
 
 
+def test_it_takes_thirty_lines() -> None:
+    lines = [line for line in PAGE.read_text().splitlines() if line.strip()]
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 120  # and none of them is two
+
+
 # --8<-- connect
 class Engine:
     """Gives each prompt a session of its own, and names its chunks."""

@@ -1,23 +1,21 @@
 """A scheduler that is itself a Trio program: the cache is a client in its tree of tasks, with no thread beside it."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import trio
 
 from lmcache_trio import Client, Gone
 
+Compute = Callable[[int], Awaitable[list[bytes]]]
+Served = tuple[list[bytes], int]
 
-async def serve(
-    scheduler: Client,
-    worker: Client,
-    session: int,
-    digests: Sequence[bytes],
-    compute: Callable[[int], Awaitable[list[bytes]]],
-) -> tuple[list[bytes], int]:
+
+async def serve(scheduler: Client, worker: Client, session: int, digests: list[bytes], compute: Compute) -> Served:
     """The KV of a prompt's chunks, and how many of them the cache had; *compute* gives those from a position on."""
+    kv: list[bytes] = []
     try:
-        kv: list[bytes] = []
-        with trio.move_on_after(0.5):  # late is a miss
+        with trio.move_on_after(0.5), suppress(Gone):  # late, or not valid any more when it was read, is a miss
             kv = await load(scheduler, worker, session, digests)
         reused = len(kv)
         kv += await compute(reused)
@@ -29,15 +27,12 @@ async def serve(
         scheduler.end(session)  # a notice: nothing here can be interrupted
 
 
-async def load(scheduler: Client, worker: Client, session: int, digests: Sequence[bytes]) -> list[bytes]:
-    """The leading chunks that the cache has."""
+async def load(scheduler: Client, worker: Client, session: int, digests: list[bytes]) -> list[bytes]:
+    """The leading chunks that the cache has. `Gone`: they are not there any more."""
     answer = await scheduler.lookup(session, digests)
     if not answer.chunks:
         return []
     scheduler.taken_notice(session, answer.lease)
-    try:
-        async with worker.retrieving(answer.lease, 0, answer.chunks) as slots:
-            read = [bytes(slot) for slot in slots]
-    except Gone:  # not valid any more when we had read it
-        return []
+    async with worker.retrieving(answer.lease, 0, answer.chunks) as slots:
+        read = [bytes(slot) for slot in slots]
     return read

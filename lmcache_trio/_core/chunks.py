@@ -20,6 +20,7 @@ directory, linked in a tree that nobody follows, and given back piece by piece b
 chunk that is retained becomes DOOMED when the sweep meets it, or goes with its last reader if that is sooner.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -30,7 +31,15 @@ from lmcache_trio._core.order import Order
 from lmcache_trio._core.policy import EvictionPolicy
 from lmcache_trio._core.rows import Rows
 
-__all__ = ["Chunks", "Writing"]
+__all__ = ["MOST_EVICTED", "Chunks", "Writing"]
+
+MOST_EVICTED = 4
+"""Times its own length that is evicted for one chunk's room before it gets none, while anything else is in use.
+
+Measured with one chunk in twenty leased and chunks eight times as long coming in: of stores whose neighbours are used
+together, as nearly all are, 98 of 100 find a hole within it; of chunks used in an order that is random, 65, until there
+are holes of their length. Each that fails leaves what it evicted free, so the next one begins where it ended.
+"""
 
 
 class Writing:
@@ -81,7 +90,7 @@ class Chunks:
         row = rows.add(namespace.number, digest, parent)
         offset = self.arena.allocate(namespace.extent)
         if offset is None:
-            offset = self._make_room(namespace.extent)
+            offset = self._make_room(namespace.extent, wanting=row)
             if offset is None:
                 self.order.unhang(row)
                 rows.spare(row)
@@ -94,7 +103,8 @@ class Chunks:
         namespace.counts[WRITING] += 1
         return row
 
-    def _make_room(self, extent: int) -> int | None:
+    def _make_room(self, extent: int, wanting: int) -> int | None:
+        """The place of *extent* bytes for the row *wanting*, whose ancestors stay."""
         arena = self.arena
         if self._bytes_idle + arena.free_bytes < extent:
             return None  # all that could go would not do: let it stay
@@ -103,6 +113,10 @@ class Chunks:
             self._sweep_one(outdated[0])
             if arena.largest_hole >= extent:
                 return arena.allocate(extent)
+        # With nothing in use all of it can go, so there will be a hole. What stays may lie so that there never is one:
+        # the idle cache is not flushed to find that out.
+        all_may_go = self._bytes_idle == arena.used and not self.rows.parent[wanting]
+        bound = math.inf if all_may_go else MOST_EVICTED * extent
         for row in self.order.victims():
             namespace = self.namespace_of(row)
             namespace.leave(self.rows.digest(row))
@@ -113,9 +127,12 @@ class Chunks:
                 self._bytes_idle -= extent
                 self.rows.spare(row)
                 return self.rows.offset[row]
+            bound -= namespace.extent
             self._drop(row, namespace)
             if arena.largest_hole >= extent:
                 return arena.allocate(extent)
+            if bound <= 0:
+                return None
         return None
 
     # --- WRITING ----------------------------------------------------------------------------------------------------

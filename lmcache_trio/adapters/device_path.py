@@ -102,7 +102,10 @@ class DevicePath:
         client.on_push = self._said
         self.close()
         if client.peer_pid is not None:
-            self._pidfd = os.pidfd_open(client.peer_pid)
+            try:
+                self._pidfd = os.pidfd_open(client.peer_pid)
+            except OSError as exc:  # dead since it replied; its connection is about to be lost
+                raise Unavailable(f"the server's process cannot be watched: {exc.strerror}") from exc
 
     def close(self) -> None:
         """Let go of the server's process. Idempotent."""

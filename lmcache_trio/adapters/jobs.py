@@ -20,7 +20,7 @@ class Job:
 
     __slots__ = ("asked", "before", "copied", "ended", "fence", "reported", "spec")
 
-    def __init__(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> None:
+    def __init__(self, spec: StoreSpec | LoadSpec, *, reported: bool, fence: Any) -> None:
         self.spec = spec
         self.reported = reported
         """Is it named by `take_finished`? One that its host waits for is not."""
@@ -28,7 +28,7 @@ class Job:
         """In the loop: a store has its slots, or will never have any."""
         self.before: Job | None = None
         """The store that was submitted before this one. A chunk's parent must be reserved before it."""
-        self.fence: Any = None
+        self.fence = fence
         """Of KV on a GPU: the event behind what its engine had submitted by then."""
         self.copied: Handoff[bool] = Handoff()
         self.ended: Handoff[bool] = Handoff()
@@ -46,8 +46,8 @@ class Jobs:
         self._failed_blocks: set[int] = set()
         self._counted: Counter[str] = Counter()
 
-    def begin(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
-        job = Job(spec, reported=reported)
+    def begin(self, spec: StoreSpec | LoadSpec, *, reported: bool, fence: Any) -> Job:
+        job = Job(spec, reported=reported, fence=fence)
         with self._latch:
             self._running.add(job)
             if isinstance(spec, StoreSpec):

@@ -10,6 +10,7 @@ into or out of blocks is never left behind: a retrieve is over when its job is, 
 On the device path a store begins with `finish_stores`: the server copies it in one go.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,7 +22,6 @@ from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import Pinned, Reserved
 from lmcache_trio.adapters.jobs import Job, wait_for
-from lmcache_trio.adapters.link import logger
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
 from lmcache_trio.errors import LMCacheTrioError, Misuse
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lmcache_trio.adapters.worker import WorkerAdapter
 
 __all__ = ["LayeredMoves"]
+
+logger = logging.getLogger("lmcache_trio")
 
 
 class _Loads:
@@ -89,7 +91,7 @@ class LayeredMoves:
 
     def start_retrieves(self, specs: Sequence[LoadSpec]) -> None:
         self.wait_retrieves()
-        jobs = [self._worker._begin(spec, reported=False) for spec in specs]
+        jobs = [job for spec in specs for job in self._worker._begin(spec, reported=False)]
         if jobs:
             loads = self._loads = _Loads(jobs, len(self._layers))
             if not self._worker._link.spawn(self._load, loads, refused=lambda: self._give_up(jobs)):
@@ -114,7 +116,7 @@ class LayeredMoves:
             return
         stores = self._stores = _Stores(specs, len(self._layers))
         if self._worker.path != "device":
-            jobs = stores.jobs = [self._worker._begin(spec, reported=True) for spec in specs]
+            jobs = stores.jobs = [job for spec in specs for job in self._worker._begin(spec, reported=True)]
             if not self._worker._link.spawn(self._store, stores, refused=lambda: self._give_up(jobs)):
                 self._give_up(jobs)
 
@@ -156,6 +158,9 @@ class LayeredMoves:
                 await self._load_by_copying(client, client.arena, loads)
         except LMCacheTrioError as exc:
             logger.info("%d retrieves failed: %s", len(loads.jobs), exc)
+        except Exception:  # a bug: it costs this one step
+            worker._jobs.count("copy_bugs", 1)
+            logger.exception("bug in %d retrieves by layers, which failed", len(loads.jobs))
         finally:
             self._end(loads, loads.jobs)
 
@@ -204,6 +209,9 @@ class LayeredMoves:
                 worker._jobs.end(job, failed=False)
         except LMCacheTrioError as exc:
             logger.info("a retrieve of %s failed: %s", spec.request_id, exc)
+        except Exception:
+            worker._jobs.count("copy_bugs", 1)
+            logger.exception("bug in a retrieve of %s by layers, which failed", spec.request_id)
         finally:
             self._end(loads, [job])
 
@@ -222,6 +230,9 @@ class LayeredMoves:
                     await self._commit(client, granted)
         except LMCacheTrioError as exc:
             logger.info("%d stores failed: %s", len(stores.jobs), exc)
+        except Exception:
+            self._worker._jobs.count("copy_bugs", 1)
+            logger.exception("bug in %d stores by layers, which failed", len(stores.jobs))
         finally:
             if client is not None:
                 for job, reserved in granted:

@@ -2,7 +2,7 @@
 
 Runs in a Trio loop of its own thread, because its host is synchronous. A server that is not there is never an error of
 the host's: it is told once, and waited for by notification. A setting that the server refuses is an error at start;
-later it is logged, and tried again, because the server may be the one that is replaced.
+later it is logged, and tried again, because the server may be the one that is replaced. A bug ends one connection.
 """
 
 import logging
@@ -14,7 +14,7 @@ import trio
 from lmcache_trio._transport import wait_listening
 from lmcache_trio._wire.messages import Hello
 from lmcache_trio.client import Client, connect
-from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError, Unavailable
+from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError
 from lmcache_trio.threads import Handoff, Latch, Portal
 
 __all__ = ["Link", "logger"]
@@ -114,12 +114,14 @@ class Link:
                     async with connect(self.address, self._hello) as client:
                         await self._serve(client)
                     pause = 0.0
-                except Unavailable as exc:
-                    self._tell(f"the lmcache-trio server at {self.address} is not usable: {exc}", logging.DEBUG)
                 except (Misuse, ProtocolError) as exc:
                     if self._settle_first(exc):
                         return
                     self._tell(f"no cache: {exc}", logging.ERROR)
+                except LMCacheTrioError as exc:
+                    self._tell(f"the lmcache-trio server at {self.address} is not usable: {exc}", logging.DEBUG)
+                except Exception:  # a bug of ours: it costs this one connection, and is told
+                    logger.exception("bug in the connection to %s, which is ended", self.address)
                 await wait_listening(self.address)
                 await trio.sleep(pause)
                 pause = min(_REFUSED_WAIT, 2 * pause or 0.02)

@@ -94,9 +94,6 @@ class Lookups(Prompts):
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _known(self, request: Request, client: Client) -> int:
-        return request.sent if request.client is client else 0
-
     def _usable(self) -> Client | None:
         client = self._link.client
         if client is not None and self._silent == (client, client.heard):
@@ -151,6 +148,7 @@ class Lookups(Prompts):
             if pending.is_current():
                 pending.request.machine.late()
             self._settle(pending)
+            pending.request.refused(pending.client)
 
     def _on_push(self, message: Message) -> None:
         if isinstance(message, Answer):

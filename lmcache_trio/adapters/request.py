@@ -1,4 +1,4 @@
-"""What a scheduler's adapter knows of one request, and of a lookup that is awaited. Values: `scheduler` decides."""
+"""What a scheduler's adapter knows of one request, and of a lookup that is awaited: `scheduler` decides."""
 
 from collections.abc import Sequence
 
@@ -17,6 +17,7 @@ class Request:
     __slots__ = (
         "client",
         "digests",
+        "doubtful",
         "given_up",
         "lease_taken",
         "machine",
@@ -37,12 +38,26 @@ class Request:
         """The connection on which the server was told of this session; on another it knows nothing of it."""
         self.sent = 0
         """Leading digests that it has."""
+        self.doubtful = False
+        """Did the server refuse what it was told last? Nobody knows what it has then."""
         self.upto = 0
         self.lease_taken = False
         """Does a load, or one that ended, hold the lease?"""
         self.given_up: int | None = None
         """The length of a lookup that was late: not asked again before something changes, or each step would wait."""
         self.pending: Pending | None = None
+
+    def known_to(self, client: Client) -> bool:
+        """Does the server of *client* know the session, and its first `sent` digests?"""
+        return self.client is client and not self.doubtful
+
+    def told(self, client: Client, sent: int) -> None:
+        """The server was just sent what it needs to know the session and its first *sent* digests. Under the latch."""
+        self.client, self.sent, self.doubtful = client, sent, False
+
+    def refused(self, client: Client) -> None:
+        """What the server was told came back as an error: next time it is told from the start. Under the latch."""
+        self.doubtful = self.doubtful or self.client is client
 
 
 class Pending:

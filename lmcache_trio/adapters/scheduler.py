@@ -15,7 +15,9 @@ from lmcache_trio._core.keys import join_digests
 from lmcache_trio._core.lookup import LookupState
 from lmcache_trio._transport.conversation import Reply
 from lmcache_trio._wire.messages import (
+    MAX_DIGESTS,
     PROTOCOL_VERSION,
+    Answer,
     Ended,
     Hello,
     Lookup,
@@ -91,7 +93,8 @@ class SchedulerAdapter(Lookups):
         """Ask how many leading tokens of *token_ids* are cached, unless that is asked or answered already.
 
         *extras(first, end)* gives the identity of one chunk's tokens that their ids don't carry. At most *max_tokens*
-        are offered. A sequence that was handed in may grow, and must not change otherwise.
+        are offered, nor more chunks than one message can name (65,536). A sequence that was handed in may grow, and
+        must not change otherwise.
         """
         request = self._request(request_id)
         with self._latch:
@@ -101,25 +104,25 @@ class SchedulerAdapter(Lookups):
         request = self._same_prompt(request_id, request, token_ids, extras)
         self._extend(request, token_ids, extras)
         tokens = len(token_ids) if max_tokens is None else max_tokens
-        upto = request.machine.limit(min(len(request.digests), max(0, tokens) // self.chunk_tokens))
+        upto = request.machine.limit(min(len(request.digests), max(0, tokens) // self.chunk_tokens, MAX_DIGESTS))
         client = self._usable()
         if client is None or upto == 0 or request.given_up == upto:
             return
         asked = client.new_id()
-        start = self._known(request, client)
+        start = request.sent if request.known_to(client) else 0
         budget_ms = int(self._lookup_timeout * _BUDGET_SHARE * 1000)
         ask = Lookup(asked, request.session, start, join_digests(request.digests[start:upto]), upto, budget_ms)
         pending = Pending(request, client, asked, self._clock() + self._lookup_timeout, client.heard)
-        with self._latch:
-            request.machine.submit(asked)
-            request.pending = pending
-            request.client, request.sent, request.upto = client, max(start, upto), upto
-            request.lease_taken = False  # the server lets go of it for this lookup
+        with self._latch:  # which whoever reads the reply waits for
             try:
                 client.request_nowait(ask, lambda reply: self._on_reply(pending, reply))
             except Unavailable:
-                self._settle(pending)
-                request.machine.late()
+                return  # the server knows nothing of it, and what it knew before holds
+            request.machine.submit(asked)
+            request.pending = pending
+            request.told(client, max(start, upto))
+            request.upto = upto
+            request.lease_taken = False  # the server lets go of it for this lookup
 
     def check_lookup_result(self, request_id: str) -> int | None:
         """How many leading tokens may be loaded, a multiple of `chunk_tokens`; None while unknown. No round trip.
@@ -272,19 +275,23 @@ class SchedulerAdapter(Lookups):
     def _open_session(self, request: Request) -> None:
         """The worker's connection may be faster than ours, and slots are given to known sessions only: so wait."""
         client = self._usable()
-        if client is None or request.client is client:
+        if client is None or request.known_to(client):
             return
         opened: Handoff[bool] = Handoff()
         opening = Lookup(client.new_id(), request.session, 0, b"", 0)
 
         def on_reply(reply: Reply) -> None:
+            if not isinstance(reply, Answer):
+                with self._latch:
+                    request.refused(client)
             opened.set(True)
 
-        try:
-            client.request_nowait(opening, on_reply)
-        except Unavailable:
-            return  # the store will be dropped and counted
-        request.client, request.sent = client, 0
+        with self._latch:
+            try:
+                client.request_nowait(opening, on_reply)
+            except Unavailable:
+                return  # the store will be dropped and counted
+            request.told(client, 0)
         opened.wait(min(self._lookup_timeout, _OPENING))
 
 

@@ -40,6 +40,19 @@ class StoreSpec:
     def chunks(self) -> int:
         return len(self.digests) // DIGEST_BYTES
 
+    def parts(self, limit: int) -> list["StoreSpec"]:
+        """The same in pieces of at most *limit* blocks, or of one chunk, each behind the one before."""
+        if len(self.block_ids) <= limit:
+            return [self]
+        width = len(self.block_ids) // self.chunks
+        step, made, parent = max(1, limit // width), [], self.parent
+        for at in range(0, self.chunks, step):
+            digests = self.digests[at * DIGEST_BYTES : (at + step) * DIGEST_BYTES]
+            blocks = self.block_ids[at * width : (at + step) * width]
+            made.append(attrs.evolve(self, parent=parent, digests=digests, block_ids=blocks))
+            parent = digests[-DIGEST_BYTES:]
+        return made
+
 
 @attrs.frozen
 class LoadSpec:
@@ -57,6 +70,19 @@ class LoadSpec:
     count: int = attrs.field(validator=ge(1))
     skip_blocks: int = attrs.field(validator=ge(0))
     block_ids: tuple[int, ...]
+
+    def parts(self, chunk_blocks: int, limit: int) -> list["LoadSpec"]:
+        """The same in pieces of at most *limit* blocks, or of one chunk. Blocks that lie in no chunk: in the last."""
+        if self.count * chunk_blocks <= limit:
+            return [self]
+        step, made, at, skip = max(1, limit // chunk_blocks), [], 0, self.skip_blocks
+        for first in range(0, self.count, step):
+            count = min(step, self.count - first)
+            end = at + count * chunk_blocks - skip if first + count < self.count else len(self.block_ids)
+            blocks = self.block_ids[at:end]
+            made.append(attrs.evolve(self, start=self.start + first, count=count, skip_blocks=skip, block_ids=blocks))
+            at, skip = end, 0
+        return made
 
     def places(self, offsets: Sequence[int], chunk_blocks: int) -> Iterator["Place"]:
         """Where each chunk's bytes go. *offsets*: one slot a chunk. `Misuse` if the blocks do not lie within them."""

@@ -3,11 +3,14 @@
 A store is reserve → copy → commit, a retrieve is pin → copy → "still valid?"; the copy runs in a thread, and nothing is
 believed before the last step. Whatever fails is dropped and counted (a store) or comes back as failed blocks (a
 retrieve): nothing is raised into the engine because of a server. A copy that began is never abandoned: its job ends
-after it, and a connection is closed after its jobs. KV in CPU memory only: `paged` says what it refuses, and why.
+after it, and a connection is closed after its jobs. KV in GPU memory that the server cannot open is copied likewise,
+each copy behind what the engine had submitted: `paged` says how, and what it refuses.
 """
 
+import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -16,15 +19,15 @@ import trio
 from lmcache_trio._core.keys import seed_of, split_digests
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
-from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Pinned, Reserved, Role
+from lmcache_trio._wire.messages import MAX_DIGESTS, PROTOCOL_VERSION, Hello, Pinned, Reserved, Role
 from lmcache_trio.adapters.copiers import Copiers
 from lmcache_trio.adapters.device_path import ATTACH_TIMEOUT, DevicePath, Path
 from lmcache_trio.adapters.jobs import Job, Jobs, wait_for
 from lmcache_trio.adapters.layered import LayeredMoves
-from lmcache_trio.adapters.link import Link, logger
+from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
-from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
+from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WorkerAdapter"]
 
+logger = logging.getLogger("lmcache_trio")
 _T = TypeVar("_T")
 
 
@@ -93,12 +97,10 @@ class WorkerAdapter:
 
         self._kv, self._tensors = make_paged_kv(kv_caches, num_blocks=num_blocks), kv_caches
         self.layered.register(list(kv_caches))
-        client = self._link.client
-        if client is not None:
-            try:
-                self._link.call(self._register, client, timeout=self._reply_timeout + ATTACH_TIMEOUT)
-            except Unavailable as exc:
-                logger.warning("the layout was not registered, and will be when the server is there again: %s", exc)
+        try:
+            self._link.call(self._register_now, timeout=self._reply_timeout + ATTACH_TIMEOUT)
+        except (Unavailable, Gone, ProtocolError) as exc:
+            logger.warning("the layout was not registered, and will be when the server is there again: %s", exc)
 
     # --- in the background ------------------------------------------------------------------------------------------
 
@@ -132,11 +134,11 @@ class WorkerAdapter:
 
     def store_now(self, specs: Sequence[StoreSpec]) -> None:
         """Store, and return when all is over: each reply has *reply_timeout* to come, each copy ends."""
-        self._wait([self._submit(spec, reported=False) for spec in specs])
+        self._wait([job for spec in specs for job in self._submit(spec, reported=False)])
 
     def retrieve_now(self, specs: Sequence[LoadSpec]) -> None:
         """Fill the blocks, and return when all is over, bounded likewise; `take_failed_blocks` has the failed."""
-        self._wait([self._submit(spec, reported=False) for spec in specs])
+        self._wait([job for spec in specs for job in self._submit(spec, reported=False)])
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -156,7 +158,10 @@ class WorkerAdapter:
         return self._device.reason
 
     def statistics(self) -> dict[str, int]:
-        """`running` jobs; chunks: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`."""
+        """`running` jobs; chunks: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`.
+
+        `copy_bugs`: moves that failed for a reason that nobody thought of, each in the log with its traceback.
+        """
         return self._jobs.statistics()
 
     def shutdown(self) -> None:
@@ -197,18 +202,20 @@ class WorkerAdapter:
         """Blocks of a chunk."""
         return self._chunk_tokens // self._block_tokens
 
-    def _begin(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
+    def _begin(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> list[Job]:
+        """One job, or several where a message cannot name all of it (1 M tokens in blocks of 16)."""
         kv = self._registered()
         kv.check(spec.block_ids)
-        job = self._jobs.begin(spec, reported=reported)
-        job.fence = kv.fence()
-        return job
+        fence = kv.fence()
+        parts = spec.parts(MAX_DIGESTS) if isinstance(spec, StoreSpec) else spec.parts(self._width, MAX_DIGESTS)
+        return [self._jobs.begin(part, reported=reported, fence=fence) for part in parts]
 
-    def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> Job:
-        job = self._begin(spec, reported=reported)
-        if not self._link.spawn(self._run, job, refused=lambda: self._fail(job, "unavailable")):
-            self._fail(job, "unavailable")
-        return job
+    def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> list[Job]:
+        jobs = self._begin(spec, reported=reported)
+        for job in jobs:
+            if not self._link.spawn(self._run, job, refused=partial(self._fail, job, "unavailable")):
+                self._fail(job, "unavailable")
+        return jobs
 
     def _wait(self, jobs: Sequence[Job]) -> None:
         wait_for([job.ended for job in jobs], lambda: self._link.alive)
@@ -238,6 +245,9 @@ class WorkerAdapter:
                 await self._retrieve(client, client.arena, self._kv, job)
         except LMCacheTrioError as exc:
             logger.info("a %s of %s failed: %s", type(job.spec).__name__, job.spec.request_id, exc)
+        except Exception:  # a bug: it costs this one move
+            self._jobs.count("copy_bugs", 1)
+            logger.exception("bug in a %s of %s, which failed", type(job.spec).__name__, job.spec.request_id)
         finally:
             job.asked.set()
             self._fail(job, "unavailable")  # nothing, if it ended well
@@ -348,6 +358,11 @@ class WorkerAdapter:
             logger.warning("working without a cache: %s", client.arena_note or "the server gave this worker no arena")
         if self._kv is not None:
             await self._register(client)
+
+    async def _register_now(self) -> None:
+        """In the loop, where a connection is either usable by now, or still to be looked after by `_on_connected`."""
+        if self._link.client is not None:
+            await self._register(self._link.client)
 
     async def _register(self, client: Client) -> None:
         """A worker without an arena stays unregistered: its engine has no namespace then, and no hits it can't read."""

@@ -10,11 +10,13 @@ This module runs the processes and prints; it imports no torch, and knows the en
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -49,6 +51,11 @@ def _at_least(low: int) -> Callable[[object, "attrs.Attribute[int]", int], None]
     return check
 
 
+def _positive(instance: object, attribute: "attrs.Attribute[float]", value: float) -> None:
+    if not value > 0:  # NaN is not either
+        raise ConfigError(f"--{attribute.name}", f"is {value:g}; give a number of seconds above 0")
+
+
 def _one_of(*names: str) -> Callable[[object, "attrs.Attribute[str]", str], None]:
     def check(instance: object, attribute: "attrs.Attribute[str]", value: str) -> None:
         if value not in names:
@@ -72,6 +79,7 @@ class Settings:
     threads: int = attrs.field(factory=_default_threads, validator=_at_least(1))
     seed: int = 0
     path: str = attrs.field(default="auto", validator=_one_of("auto", "device", "shm"))
+    deadline: float | None = attrs.field(default=None, validator=attrs.validators.optional(_positive))
 
     @property
     def lengths(self) -> list[int]:
@@ -116,17 +124,22 @@ class Row:
 
 
 def main(settings: Settings) -> int:
-    """Run the demo and print it. Returns the exit status: 1 if any id differs or a prompt was not reused."""
+    """Run the demo and print it. Returns the exit status: 1 if any id differs or a prompt was not reused.
+
+    `Unavailable` when it is not done by the deadline, or a process of it fails (then in a group).
+    """
+    began = time.monotonic()
     notes = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes) as progress:
-        rows = trio.run(_until_terminated, settings, progress)
+        rows = trio.run(_until_done, settings, progress)
     if rows is None:
         return 128 + signal.SIGTERM
     Console().print(_table(rows))
     problems = verdict(rows)
     for problem in problems:
         notes.print(problem, style="red")
+    notes.print(f"done in {time.monotonic() - began:.0f} s")
     return 1 if problems else 0
 
 
@@ -247,6 +260,12 @@ async def _lines(process: trio.Process) -> AsyncIterator[bytes]:
         *whole, rest = (rest + some).split(b"\n")
         for line in whole:
             yield line
+
+
+async def _until_done(settings: Settings, progress: Progress) -> list[Row] | None:
+    with trio.move_on_after(math.inf if settings.deadline is None else settings.deadline):
+        return await _until_terminated(settings, progress)
+    raise Unavailable(f"the demo was not done within {settings.deadline:g} s; all it started has ended")
 
 
 async def _until_terminated(settings: Settings, progress: Progress) -> list[Row] | None:

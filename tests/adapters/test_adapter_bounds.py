@@ -1,7 +1,9 @@
 """What the host's waits are bounded by, and what the adapters say when there is no cache to be had."""
 
 import ctypes
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,8 @@ from lmcache_trio._transport import arena_map
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import decode
 from lmcache_trio._wire.messages import Lookup, LookupStatus, Message, Release
+from lmcache_trio.adapters import WorkerAdapter
+from lmcache_trio.client import Client
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, wait_until
 from lmcache_trio.threads import Handoff
 
@@ -82,8 +86,51 @@ def test_a_worker_that_cannot_open_the_arena_runs_without_a_cache_and_says_what_
     assert sum("--ipc=host" in line for line in caplog.messages) == 1
 
 
+def test_a_worker_faults_its_whole_mapping_in_ahead_of_any_copy(live_server: ServerProcess, sides: MakeSide) -> None:
+    side = sides(live_server.address, make_kv(1))
+    client = side.worker._link.client
+    assert client is not None
+
+    def resident() -> int:
+        """Bytes of the arena whose pages are in this process' tables."""
+        of_it, found = False, 0
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                of_it = line.endswith(client.arena_path)
+            elif of_it and line.startswith("Rss:"):
+                found += int(line.split()[1]) << 10
+        return found
+
+    wait_until(lambda: resident() == client.arena_size == 4 << 20)  # nothing was stored or loaded
+
+
 def test_a_mapping_is_faulted_in_by_a_call_that_releases_the_gil() -> None:
     """Of ctypes' libraries, PyDLL alone keeps it; the mmap module would too."""
     assert isinstance(arena_map._libc, ctypes.CDLL)
     assert not isinstance(arena_map._libc, ctypes.PyDLL)
     assert arena_map._libc.madvise(0, 0, 0) == 0
+
+
+class Late(WorkerAdapter):
+    """Its loop stands between what it did for a new connection and the moment at which the connection may be used."""
+
+    stands = registered = False
+
+    async def _on_connected(self, client: Client) -> None:
+        await super()._on_connected(client)
+        self.stands = True
+        wait_until(lambda: self.registered or bool(self._link._portal._pending))
+
+
+def test_kv_that_is_registered_while_a_connection_comes_up_is_registered_with_it(live_server: ServerProcess) -> None:
+    worker = Late(live_server.address, engine_id="late", block_tokens=16, connect_timeout=0.01)
+    try:
+        wait_until(lambda: worker.stands)
+        worker.register_kv_caches(make_kv(1))
+        worker.registered = True
+        wait_until(lambda: worker._link.client is not None)
+        assert worker.path_reason != "no KV is registered yet"
+        assert live_server.held["namespaces"] == 1
+    finally:
+        worker.registered = True
+        worker.shutdown()

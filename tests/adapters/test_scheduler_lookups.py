@@ -4,10 +4,13 @@ import math
 import random
 from collections.abc import Callable
 
+import attrs
 import pytest
 
+from lmcache_trio._transport.conversation import Reply
+from lmcache_trio._wire.messages import Lookup
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter
-from lmcache_trio.errors import Misuse
+from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, wait_until
 
 MakeSide = Callable[..., Side]
@@ -68,6 +71,76 @@ def test_a_lookup_from_memory_is_one_message_each_way(one: Side, monkeypatch: py
     one.scheduler.free_lookup_locks("r")
     assert one.lookup("r", TOKENS) == 4 * CHUNK
     assert len(sent[-1]) < 64  # digests are sent once
+
+
+def test_a_request_whose_lookup_could_not_be_sent_is_asked_anew(
+    one: Side, monkeypatch: pytest.MonkeyPatch, live_server: ServerProcess
+) -> None:
+    client = one.scheduler._link.client
+    assert client is not None
+    refused: list[object] = []
+
+    def full(message: object, on_reply: object) -> None:
+        refused.append(message)
+        raise Unavailable("the server does not read what it is sent")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "request_nowait", full)
+        assert one.lookup("r", TOKENS[:CHUNK]) == 0
+        one.store("s", TOKENS[:CHUNK], BLOCKS[:4])
+    assert len(refused) == 2
+    assert one.lookup("r", TOKENS) == 4 * CHUNK
+    longer = [*TOKENS, *range(9000, 9000 + CHUNK)]
+    one.scheduler.extend("s", longer)
+    one.worker.store_now([one.scheduler.store_spec("s", 4, BLOCKS[:4])])
+    assert one.worker.statistics()["dropped_no_session"] == 1  # it came while the session could not be opened
+    assert one.lookup("s", longer) == 5 * CHUNK
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_lease_that_a_load_holds_stays_its_own_when_the_next_lookup_could_not_be_sent(
+    one: Side, monkeypatch: pytest.MonkeyPatch, live_server: ServerProcess, taken: bool
+) -> None:
+    assert one.lookup("r", TOKENS) == 4 * CHUNK
+    if taken:
+        assert one.scheduler.update_after_alloc("r", CHUNK, block_ids=BLOCKS[:4]) is not None
+    client = one.scheduler._link.client
+    assert client is not None
+
+    def full(message: object, on_reply: object) -> None:
+        raise Unavailable("the server does not read what it is sent")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "request_nowait", full)
+        assert one.lookup("r", TOKENS) == (0 if taken else 4 * CHUNK)
+    assert settled(live_server)["leases"] == 1
+    one.scheduler.free_lookup_locks("r")
+    assert settled(live_server)["leases"] == 0
+
+
+def test_after_an_error_of_the_servers_a_request_is_told_anew(one: Side) -> None:
+    assert one.lookup("r", TOKENS[:CHUNK]) == CHUNK
+    one.scheduler.free_lookup_locks("r")
+    one.scheduler._requests["r"].sent = 3  # the server has one chunk: it answers Misuse
+    assert one.lookup("r", TOKENS) == 0
+    assert one.lookup("r", TOKENS) == 4 * CHUNK
+
+
+def test_a_session_that_the_server_refused_to_open_is_opened_again(one: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = one.scheduler._link.client
+    assert client is not None
+    ask = client.request_nowait
+
+    def wrong(message: Lookup, on_reply: Callable[[Reply], None]) -> None:
+        ask(attrs.evolve(message, start=1), on_reply)  # the server knows no chunk of it: Misuse
+
+    longer = list(range(9000, 9000 + CHUNK))
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "request_nowait", wrong)
+        one.store("s", longer, BLOCKS[:4])
+    assert one.worker.statistics()["dropped_no_session"] == 1
+    one.store("s", longer, BLOCKS[:4])
+    assert one.lookup("q", longer) == CHUNK
 
 
 def test_no_more_is_offered_than_the_caller_lets(one: Side) -> None:

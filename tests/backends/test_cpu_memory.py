@@ -1,5 +1,6 @@
 """The cpu memory: the contract, what a dead server left, and what happens when the file system refuses."""
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from lmcache_trio.errors import ConfigError
 from lmcache_trio.testing.memory_contract import MemoryContract
 
 MIB = 1 << 20
+_libc = ctypes.CDLL(None)
 
 
 class TestCpuMemory(MemoryContract):
@@ -130,6 +133,34 @@ async def test_when_the_file_system_refuses_the_arena_stays_at_what_it_has_and_o
     (line,) = [record.getMessage() for record in caplog.records]
     for word in ("stays at", "of 256 MiB", "/dev/shm", "memory.size"):
         assert word in line
+
+
+async def test_the_arena_is_taken_in_pieces_of_256_mib_at_most_by_one_thread_that_is_not_the_loops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    threads: set[int] = set()
+
+    def fallocate(fd: int, offset: int, length: int) -> None:
+        asked.append((offset, length))
+        if offset:
+            threads.add(_libc.gettid())
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    monkeypatch.setattr(cpu, "_fitting_size", lambda config: config.size)
+    size = 5 * 256 * MIB + 3 * MIB
+    memory = CpuMemory(CpuConfig(size=size, directory=str(tmp_path)))
+    async with memory.open():
+        while await memory.grow() < size:
+            pass
+    head, first, *others = asked
+    assert head == (0, 4096)  # the nonce's page, before anyone may open the file
+    assert [offset for offset, _ in others] == list(accumulate([length for _, length in asked]))[1:-1]  # no gap
+    assert sum(length for _, length in asked) == size
+    assert max(length for _, length in asked) == 256 * MIB
+    assert first[1] < 256 * MIB  # the first one is small, so that there are slots at once
+    assert len(threads) == 1
+    assert _libc.gettid() not in threads
 
 
 @pytest.mark.parametrize(

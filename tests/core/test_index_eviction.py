@@ -7,8 +7,11 @@ from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lmcache_trio._core.arena import Arena
+from lmcache_trio._core.chunks import MOST_EVICTED
 from lmcache_trio._core.index import Index
 
 
@@ -158,6 +161,70 @@ def test_two_chunk_sizes_alternating_never_deadlock(world: Callable[..., Any]) -
             got = w.index.reserve(("e", 1), 1, 0, namespace, b"", digest, 0.0)
             assert got.slots, got.dropped
             w.index.commit(got.id, 1)
+
+
+def test_a_reserve_that_finds_no_hole_does_not_flush_what_is_idle(world: Callable[..., Any]) -> None:
+    """Every eighth chunk is leased, so that no hole of 8 can be made of all the others."""
+    w = world(256, lease_share=1.0)
+    chunks = [chr(300 + i) for i in range(256)]
+    for chunk in chunks:
+        w.store(chunk)
+    for chunk in chunks[::8]:
+        w.lease(chunk)
+    w.index.attach(b"B" * 32, [8 * 4096])
+    for turn in range(1, 3):
+        got = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", w.digests("xyz"), 0.0)
+        assert got.dropped == {"no_space": 3}
+        assert w.counted["evictions"] == turn * MOST_EVICTED * 8
+    assert sum(w.hits(chunk) for chunk in chunks) == 256 - 2 * MOST_EVICTED * 8
+
+
+@given(data=st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])  # it gives a class
+def test_a_reserve_that_finds_no_hole_evicts_at_most_its_bound(world: Callable[..., Any], data: st.DataObject) -> None:
+    small, large = data.draw(st.sampled_from([(1, 5), (2, 7), (3, 4), (1, 12)]))
+    draw, stride = Random(data.draw(st.integers(0, 2**32))), data.draw(st.integers(1, 2 * large))
+    w = world(240, lease_share=1.0)
+    extents = {b"S" * 32: small, b"L" * 32: large}
+    for namespace, extent in extents.items():
+        w.index.attach(namespace, [extent * 4096])
+    stored: list[tuple[bytes, list[bytes]]] = []
+    leases: list[bytes] = []
+
+    def store(namespace: bytes, name: str) -> None:
+        parent, digests = b"", w.digests(name)
+        for digest in digests:
+            idle = bytes_idle(w)
+            got = w.index.reserve(("e", 1), 1, 0, namespace, parent, [digest], 0.0)
+            if not got.slots:
+                assert got.dropped == {"no_space": 1}
+                bound = MOST_EVICTED * extents[namespace] + max(extents.values())  # the last one may go beyond
+                assert idle - bytes_idle(w) < bound * 4096
+                break
+            w.index.commit(got.id, 1)
+            parent = digest
+        stored.append((namespace, digests))
+
+    def lease(turn: int, namespace: bytes, digests: list[bytes]) -> None:
+        lease = w.index.lease(("e", turn), namespace, digests, 0.0)
+        leases.extend([lease.id] if lease else [])
+
+    for i in range(240 // small):
+        store(b"S" * 32, chr(300 + i))
+        if i % stride == 0:
+            lease(1000 + i, *stored[-1])
+    for turn in range(60):
+        if draw.random() < 0.3:
+            lease(turn, *draw.choice(stored))
+        elif leases and draw.random() < 0.2:
+            w.index.release(leases.pop(draw.randrange(len(leases))))
+        else:
+            store(draw.choice(list(extents)), chr(600 + turn) + "bcd"[: draw.randrange(4)])
+
+
+def bytes_idle(w: Any) -> int:
+    held: dict[str, int] = w.held
+    return held["bytes_ready"] - held["bytes_retained"]
 
 
 class Replay:

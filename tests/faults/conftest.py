@@ -29,9 +29,12 @@ class Doomed:
                 said += more
             assert said.decode().strip() == word
 
-    async def go_on(self) -> None:
+    async def told(self, words: str) -> None:
         assert self.process.stdin is not None
-        await self.process.stdin.send_all(b"go on\n")
+        await self.process.stdin.send_all(f"{words}\n".encode())
+
+    async def go_on(self) -> None:
+        await self.told("go on")
 
 
 @attrs.frozen(eq=False)
@@ -47,17 +50,18 @@ class Scene:
 
     async def process(self, point: str, engine: str = "doomed") -> Doomed:
         """One that has come to *point*."""
-        program = [
-            sys.executable,
-            str(Path(__file__).with_name("fault_process.py")),
-            self.server.address,
-            engine,
-            point,
-        ]
+        return await self._run("fault_process.py", engine, point)
+
+    async def worker(self, engine: str) -> Doomed:
+        """An engine's worker, for its whole life."""
+        return await self._run("worker_process.py", engine)
+
+    async def _run(self, program: str, *arguments: str) -> Doomed:
+        command = [sys.executable, str(Path(__file__).with_name(program)), self.server.address, *arguments]
 
         async def run(task_status: trio.TaskStatus[trio.Process]) -> None:
             await trio.run_process(
-                program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False, task_status=task_status
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False, task_status=task_status
             )
 
         doomed = Doomed(await self.nursery.start(run))

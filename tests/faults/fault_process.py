@@ -12,8 +12,8 @@ import trio
 
 from lmcache_trio import Client, Role, open_client
 from lmcache_trio._transport import introduce
-from lmcache_trio._wire.codec import encode
-from lmcache_trio._wire.messages import Hello, Lookup, Register
+from lmcache_trio._wire.codec import encode, unpack_offsets
+from lmcache_trio._wire.messages import Commit, Done, Hello, Lookup, Register, Reset
 
 SHARD = 64 << 10
 STORED = [bytes([i]) * 32 for i in range(1, 4)]
@@ -50,6 +50,22 @@ async def stop_here(word: str = "here") -> None:
     os.read(0, 100)
 
 
+async def say_last(scheduler: Client, worker: Client, word: str) -> None:
+    """Say one word whose reply is not waited for."""
+    if word == "reset":
+        scheduler.request_unheard(Reset(scheduler.new_id()))
+    elif word == "done":
+        pinned = await worker.retrieve((await scheduler.lookup(1, STORED)).lease, 0, 3)
+        worker.request_unheard(Done(worker.new_id(), pinned.pin))
+    else:
+        await scheduler.lookup(1, NEW)
+        reserved = await worker.reserve(1, b"", NEW)
+        assert worker.arena is not None
+        for offset in unpack_offsets(reserved.offsets):
+            worker.arena.view(offset, SHARD)[:] = b"X" * SHARD
+        worker.request_unheard(Commit(worker.new_id(), reserved.reservation))
+
+
 async def main(address: str, name: str, point: str) -> None:
     if point == "welcomed":
         await introduce(address, encode(Hello(1, "doomed", os.urandom(16), Role.SCHEDULER, name)))
@@ -65,6 +81,9 @@ async def main(address: str, name: str, point: str) -> None:
             for session in range(50):
                 ask = Lookup(scheduler.new_id(), session, 0, b"".join(STORED), 3)
                 scheduler.request_nowait(ask, lambda reply: None)
+            await stop_here()
+        elif point in ("reset", "commit", "done"):
+            await say_last(scheduler, worker, point)
             await stop_here()
         elif point in ("leased", "reading"):
             answer = await scheduler.lookup(1, STORED)

@@ -8,14 +8,15 @@ import pytest
 import trio
 import trio.testing
 
+from lmcache_trio import Client, Role, open_client
 from lmcache_trio.errors import LMCacheTrioError
 
-OWNED = ("connections", "welcomes", "engines", "sessions", "leases", "pins", "reservations", "reservations_ending")
-LEFT = (*OWNED, "lost_writers", "slots_writing", "slots_quarantined", "queued_messages")
+STORED = {"chunks_ready", "slots_ready", "bytes_ready", "bytes_free", "largest_hole"}
+"""Of `held`, what chunks that are there change, and their places."""
 
 
-def of_one_engine(held: dict[str, Any]) -> dict[str, Any]:
-    return {name: held[name] for name in LEFT}
+def but_for_chunks(held: dict[str, Any]) -> dict[str, Any]:
+    return {name: held[name] for name in held.keys() - STORED}
 
 
 @pytest.mark.parametrize("scheme", ["unix", "ipc"])
@@ -36,7 +37,7 @@ async def test_a_client_killed_in_the_middle_is_forgotten_by_notification_and_ha
 ) -> None:
     async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
         assert await doings.store(scheduler, worker, 1, doings.STORED, b"s") == 3
-        before = of_one_engine(scene.held())
+        before = scene.held()
         doomed = await scene.process(point)
         await scene.until(lambda held: all(held[name] >= count for name, count in there.items()))
         pidfd = os.pidfd_open(doomed.process.pid)
@@ -44,7 +45,7 @@ async def test_a_client_killed_in_the_middle_is_forgotten_by_notification_and_ha
         await trio.lowlevel.wait_readable(pidfd)  # it is dead, so its sockets are closed
         dead = trio.current_time()
         os.close(pidfd)
-        await scene.until(lambda held: of_one_engine(held) == before)
+        await scene.until(lambda held: held == before)
         took = trio.current_time() - dead
         with capsys.disabled():
             print(
@@ -58,7 +59,52 @@ async def test_a_client_killed_in_the_middle_is_forgotten_by_notification_and_ha
                 assert [bytes(chunk) for chunk in chunks] == [fill * doings.SHARD] * 3
         scheduler.end(3)
         await scheduler.ping()
-        assert of_one_engine(scene.held()) == before
+        assert but_for_chunks(scene.held()) == but_for_chunks(before)
+
+
+@pytest.mark.parametrize("point", ["commit", "reset", "done"])
+async def test_a_client_killed_with_its_last_word_under_way_leaves_all_or_nothing_of_it(
+    scenes: Any, doings: Any, point: str
+) -> None:
+    """The server hears it, or does not; nobody is there for the reply."""
+    async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
+        assert await doings.store(scheduler, worker, 1, doings.STORED, b"s") == 3
+        before = scene.held()
+        doomed = await scene.process(point)
+        doomed.process.kill()
+        await scene.until(lambda held: but_for_chunks(held) == but_for_chunks(before))
+        stored, new = [await hits(scheduler, digests) for digests in (doings.STORED, doings.NEW)]
+        assert stored in ((0, 3) if point == "reset" else (3,))
+        assert new in ((0, 3) if point == "commit" else (0,))
+        assert scene.held() == {**before, **chunks_of(before, stored + new)}
+        for digests, there, fill in ((doings.STORED, stored, b"s"), (doings.NEW, new, b"X")):
+            if not there:
+                assert await doings.store(scheduler, worker, 2, digests, fill) == 3
+            answer = await scheduler.lookup(3, digests)
+            async with worker.retrieving(answer.lease, 0, 3) as chunks:
+                assert [bytes(chunk) for chunk in chunks] == [fill * doings.SHARD] * 3
+        scheduler.end(3)
+        await scheduler.ping()
+        assert but_for_chunks(scene.held()) == but_for_chunks(before)
+
+
+async def hits(scheduler: Client, digests: list[bytes]) -> int:
+    chunks = (await scheduler.lookup(9, digests)).chunks
+    scheduler.end(9)
+    await scheduler.ping()
+    return chunks
+
+
+def chunks_of(held: dict[str, Any], count: int) -> dict[str, int]:
+    """What *held* says of *count* chunks, where it said it of three."""
+    each, free = held["bytes_ready"] // 3, held["bytes_free"] + held["bytes_ready"]
+    return {
+        "chunks_ready": count,
+        "slots_ready": count,
+        "bytes_ready": count * each,
+        "bytes_free": free - count * each,
+        "largest_hole": free - count * each,
+    }
 
 
 @pytest.mark.parametrize("scheme", ["unix", "ipc"])
@@ -67,9 +113,11 @@ async def test_a_welcome_whose_client_was_killed_is_withdrawn(
 ) -> None:
     monkeypatch.setattr("lmcache_trio._server.connection.TAKE_UP", 0.1)
     async with scenes() as scene:
+        await scene.until(lambda held: held["bytes_taken"] == held["bytes_size"])
+        before = scene.held()
         doomed = await scene.process("welcomed")
         doomed.process.kill()
-        await scene.until(lambda held: held["welcomes"] == held["engines"] == 0)
+        await scene.until(lambda held: held == before)
         assert [path.name for path in tmp_path.iterdir()] == ["s.sock"]
 
 
@@ -100,6 +148,41 @@ async def test_a_stopped_writer_whose_blocks_went_to_another_publishes_nothing_w
             answer = await scheduler.lookup(2, doings.NEW)
             async with worker.retrieving(answer.lease, 0, 3) as chunks:
                 assert [bytes(chunk) for chunk in chunks] == [b"n" * doings.SHARD] * 3
+
+
+async def test_a_stopped_worker_whose_blocks_went_to_another_request_publishes_nothing_when_it_is_continued(
+    scenes: Any, doings: Any
+) -> None:
+    """As before, with the adapter of a real engine process, whose request ended and whose blocks were filled anew."""
+    async with (
+        scenes(chunk_tokens=64, size=4 << 20) as scene,
+        open_client(scene.server.address, role=Role.SCHEDULER, engine="doomed") as ending,
+        open_client(scene.server.address, role=Role.SCHEDULER, engine="healthy") as scheduler,
+    ):
+        doomed, healthy = await scene.worker("doomed"), await scene.worker("healthy")
+        digests = b"".join(doings.NEW).hex()
+        await ending.lookup(1, doings.NEW)
+        await doomed.told(f"store 1 7 {digests}")
+        await doomed.says("half")
+        doomed.process.send_signal(signal.SIGSTOP)
+        assert scene.held()["slots_writing"] == 3
+        ending.end(1)
+        await scene.until(lambda held: held["slots_writing"] == 0)
+        assert scene.held()["slots_quarantined"] == 3
+        await scheduler.lookup(1, doings.NEW)
+        await healthy.told(f"store 1 9 {digests}")
+        await healthy.says("over")
+        assert scene.held()["slots_quarantined"] == 3
+        doomed.process.send_signal(signal.SIGCONT)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert scene.held()["slots_quarantined"] == 3  # it has not said yet that its copy ended
+        await doomed.go_on()
+        await doomed.says("over")
+        await scene.until(lambda held: held["slots_quarantined"] == held["reservations_ending"] == 0)
+        assert scene.server.statistics()["counted"]["stored_chunks"] == 3
+        answer = await scheduler.lookup(2, doings.NEW)
+        await healthy.told(f"load {answer.lease.hex()}")
+        await healthy.says("full of [9.0]")
 
 
 async def test_what_one_process_stored_another_reads_byte_for_byte(scenes: Any, doings: Any) -> None:

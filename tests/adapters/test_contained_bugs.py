@@ -1,0 +1,196 @@
+"""What nobody thought of, in a copy or in a connection: it costs that one, is told and counted, and ends no adapter."""
+
+import logging
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Role
+from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
+from lmcache_trio.adapters.link import Link
+from lmcache_trio.adapters.shared_kv import shared_tensor
+from lmcache_trio.client import Client
+from lmcache_trio.errors import Gone, ProtocolError
+from lmcache_trio.testing.sides import CHUNK, LAYERS, ServerProcess, Side, make_kv, same_blocks, wait_until
+
+MakeSide = Callable[..., Side]
+TOKENS = list(range(3 * CHUNK))
+OTHERS = list(range(10_000, 10_000 + 3 * CHUNK))
+FROM = [5, 9, 1, 33, 34, 35, 36, 60, 2, 7, 8, 3]
+INTO = [11, 40, 12, 50, 13, 51, 14, 52, 20, 21, 22, 23]
+NAMES = [f"layer {i}" for i in range(LAYERS)]
+
+
+class Buggy(WorkerAdapter):
+    """Has a bug at one point, as often as *bugs* says."""
+
+    point, bugs = "", 0
+
+    def _meet(self, point: str) -> None:
+        if point == self.point and self.bugs:
+            self.bugs -= 1
+            raise ValueError("nobody thought of this")
+
+    def _slots_known(self, spec: StoreSpec | LoadSpec) -> None:
+        self._meet("slots known")
+
+    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
+        self._meet("half copied")
+
+    def _before_commit(self, spec: StoreSpec) -> None:
+        self._meet("before commit")
+
+    def _before_valid(self, spec: LoadSpec) -> None:
+        self._meet("before valid")
+
+    def _layer_copied(self, spec: StoreSpec | LoadSpec, layer: int) -> None:
+        self._meet(f"layer {layer}")
+
+
+def buggy(sides: MakeSide, server: ServerProcess) -> tuple[Side, Buggy]:
+    one = sides(server.address, make_kv(1), worker=Buggy)
+    assert isinstance(one.worker, Buggy)
+    return one, one.worker
+
+
+def works(one: Side, request: str = "after") -> None:
+    """The adapter stores and loads as if nothing had been."""
+    one.store(request, OTHERS, FROM)
+    assert one.lookup(f"{request} it", OTHERS) == 3 * CHUNK
+    assert one.load(f"{request} it", 3 * CHUNK, INTO) == set()
+    assert same_blocks(one.kv, FROM, one.kv, INTO)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> int:
+    """How often it was logged, with its traceback."""
+    return sum(record.levelno == logging.ERROR and record.exc_info is not None for record in caplog.records)
+
+
+@pytest.mark.parametrize("point", ["slots known", "half copied", "before commit"])
+def test_a_bug_in_a_stores_copy_drops_that_store_and_no_more(
+    live_server: ServerProcess, sides: MakeSide, caplog: pytest.LogCaptureFixture, point: str
+) -> None:
+    one, worker = buggy(sides, live_server)
+    worker.point, worker.bugs = point, 1
+    one.store("r", TOKENS, FROM)
+    assert worker.statistics() == {"running": 0, "dropped_unavailable": 3, "copy_bugs": 1}
+    assert told(caplog) == 1
+    assert one.lookup("q", TOKENS) == 0
+    wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
+    works(one)
+
+
+@pytest.mark.parametrize("point", ["slots known", "half copied", "before valid"])
+def test_a_bug_in_a_retrieves_copy_fails_its_blocks_and_no_more(
+    live_server: ServerProcess, sides: MakeSide, caplog: pytest.LogCaptureFixture, point: str
+) -> None:
+    one, worker = buggy(sides, live_server)
+    one.store("r", TOKENS, FROM)
+    assert one.lookup("q", TOKENS) == 3 * CHUNK
+    worker.point, worker.bugs = point, 1
+    assert one.load("q", 3 * CHUNK, INTO) == set(INTO)
+    assert worker.statistics()["copy_bugs"] == told(caplog) == 1
+    wait_until(lambda: live_server.held["pins"] == 0)
+    works(one)
+
+
+def test_a_bug_in_a_store_by_layers_drops_that_step_and_no_more(
+    live_server: ServerProcess, sides: MakeSide, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, worker = buggy(sides, live_server)
+    worker.point, worker.bugs = NAMES[1], 1
+    one.scheduler.extend("r", TOKENS)
+    worker.layered.start_stores([one.scheduler.store_spec("r", 0, FROM)])
+    for name in NAMES:
+        worker.layered.layer_written(name)
+    worker.layered.finish_stores()
+    worker.wait_stores()
+    wait_until(lambda: worker.statistics() == {"running": 0, "dropped_unavailable": 3, "copy_bugs": 1})
+    assert told(caplog) == 1
+    assert one.lookup("q", TOKENS) == 0
+    wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
+    works(one)
+
+
+def test_a_bug_in_a_retrieve_by_layers_fails_its_blocks_and_keeps_no_layer_waiting(
+    live_server: ServerProcess, sides: MakeSide, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, worker = buggy(sides, live_server)
+    one.store("r", TOKENS, FROM)
+    assert one.lookup("q", TOKENS) == 3 * CHUNK
+    spec = one.scheduler.update_after_alloc("q", 3 * CHUNK, block_ids=INTO)
+    assert spec is not None
+    worker.point, worker.bugs = NAMES[1], 1
+    worker.layered.start_retrieves([spec])
+    for name in NAMES:
+        worker.layered.wait_layer(name)
+    worker.layered.wait_retrieves()
+    assert worker.take_failed_blocks() == set(INTO)
+    assert worker.statistics()["copy_bugs"] == told(caplog) == 1
+    wait_until(lambda: live_server.held["pins"] == 0)
+    works(one)
+
+
+@pytest.mark.parametrize(
+    ("failure", "when"),
+    [
+        (Gone("it went"), "the first time"),
+        (Gone("it went"), "later"),
+        (ProtocolError("no sentence of ours"), "later"),  # the first time it is refused: no server of ours
+        (ValueError("nobody thought of this"), "the first time"),
+        (ValueError("nobody thought of this"), "later"),
+    ],
+)
+def test_a_link_tries_again_whatever_ended_its_connection(
+    live_server: ServerProcess, failure: Exception, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fails = [] if when == "later" else [failure]
+
+    async def connected(client: Client) -> None:
+        if fails:
+            raise fails.pop()
+
+    hello = Hello(PROTOCOL_VERSION, "a link", os.urandom(16), Role.OBSERVER, "")
+    link = Link(live_server.address, hello, connected=connected, lost=lambda: None)
+    link.start(30.0)
+    try:
+        if when == "later":
+            first = link.client
+            assert first is not None
+            fails.append(failure)
+            link.post(first._connection.close)
+            wait_until(lambda: not fails)
+        wait_until(lambda: link.client is not None)
+        assert link.alive
+        assert told(caplog) == isinstance(failure, ValueError)
+    finally:
+        link.stop(30.0)
+
+
+def test_a_server_that_dies_as_it_says_that_it_opened_the_kv_is_waited_for_again(
+    live_server: ServerProcess, sides: MakeSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, asked = os.pidfd_open, []
+
+    def pidfd_open(pid: int, flags: int = 0) -> int:
+        asked.append(pid)
+        if len(asked) == 1:
+            raise ProcessLookupError("no such process")
+        return opened(pid, flags)
+
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    plain = make_kv(1)
+    kv = dict(plain)
+    memory = shared_tensor(sum(t.nbytes for t in plain.values())).view(torch.float32)
+    layers = memory.view(LAYERS, *plain[NAMES[0]].shape)
+    for (name, tensor), layer in zip(plain.items(), layers, strict=True):
+        kv[name] = layer.copy_(tensor)
+    one = sides(live_server.address, kv)
+    live_server.kill()
+    live_server.start()
+    wait_until(lambda: one.scheduler.is_healthy() and one.worker.is_healthy())
+    assert one.worker.path == "device"
+    assert len(asked) == 2
+    works(one)
