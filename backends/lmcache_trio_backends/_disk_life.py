@@ -65,7 +65,7 @@ class DiskLife:
         self._wake = trio.Event()
         self._due = math.inf
         self._unflushed = False
-        self.reading = Reading(self._directory, self._files, self._worker)
+        self.reading = Reading(self._directory, self._files, self._worker, counts)
         self.ready = self.reading.ready
 
     @property
