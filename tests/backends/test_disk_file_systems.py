@@ -162,6 +162,19 @@ def test_o_direct_is_refused_by_name_where_the_kernel_refuses_it(there: Path) ->
         pytest.skip(f"O_DIRECT on {there.name}: this kernel takes it")
 
 
+@on("ramfs")
+async def test_a_file_system_without_fallocate_is_refused_though_the_c_library_would_make_do(there: Path) -> None:
+    """glibc emulates posix_fallocate by writing, which gives no bytes away on such a file system: ramfs has no size."""
+    fd = os.open(there / "try", os.O_RDWR | os.O_CREAT, 0o600)
+    os.posix_fallocate(fd, 0, 4096)
+    os.close(fd)
+    with pytest.raises(ConfigError, match="fallocate") as caught:
+        async with disk_tier(there / "kv").open():
+            pass
+    assert caught.value.key == "path"
+    assert not (there / "kv" / "probe").exists()
+
+
 @on("ext4", megabytes=64)
 async def test_its_files_take_no_more_of_a_real_file_system_than_its_size(there: Path) -> None:
     size = 24 * MIB
