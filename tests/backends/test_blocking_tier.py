@@ -1,8 +1,8 @@
-"""A tier out of blocking methods: where they run, and what becomes of their errors. That it is one, the how-to shows."""
+"""A tier out of blocking methods: where they run, and what becomes of their errors. The how-to has a whole one."""
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import attrs
 import pytest
@@ -61,7 +61,7 @@ async def test_an_os_error_is_unavailable_in_every_call_and_a_bug_stays_one() ->
     tier = ScriptedTier(NoConfig())
     key = key_of(1)
     async with tier.open():
-        calls = [
+        calls: list[Callable[[], Awaitable[object]]] = [
             lambda: tier.contains([key]),
             lambda: tier.load([load_of(key)]),
             lambda: tier.store([record_of(key)]),
