@@ -197,7 +197,8 @@ class IndexFile:
 
     def forget(self, namespace: bytes, generation: int) -> None:
         """Rows of *namespace* up to *generation* are dead from now on, whenever they are erased."""
-        self._do("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (namespace, generation))
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (namespace, generation))
 
     def forgotten(self) -> list[tuple[bytes, int]]:
         """What `forget` was told. Damaged: it can't be told any more what is dead."""
@@ -209,11 +210,12 @@ class IndexFile:
 
     def all_erased(self, namespace: bytes) -> None:
         """No row of *namespace* is dead any more."""
-        self._do("DELETE FROM forgotten WHERE namespace = ?", (namespace,))
+        with self._transaction() as db:
+            db.execute("DELETE FROM forgotten WHERE namespace = ?", (namespace,))
 
     def checkpoint(self) -> None:
         """Bring all that was published to the disk itself."""
-        self._do("PRAGMA wal_checkpoint(FULL)")
+        self._checkpoint("FULL")
 
     def close(self) -> None:
         """Idempotent. The last checkpoint is made here, and the WAL is gone."""
@@ -234,8 +236,23 @@ class IndexFile:
         try:
             yield self._db
             self._db.execute("COMMIT")
+            self._write_back_if_due()
         except BaseException:
             if self._db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):  # the first error is the one to tell
                     self._db.execute("ROLLBACK")
             raise
+
+    def _write_back_if_due(self) -> None:
+        """SQLite says nothing when a checkpoint of its own fails, and the log grows on: then make one that says so.
+
+        They are due at half of the room, and no transaction takes more than a quarter: past both, one has failed.
+        """
+        wal = self.path.with_name(self.path.name + "-wal")
+        if wal.stat().st_size > self._wal_room * 3 // 4:
+            self._checkpoint("TRUNCATE")
+
+    def _checkpoint(self, mode: str) -> None:
+        (busy, _, _) = self._do(f"PRAGMA wal_checkpoint({mode})").fetchone()
+        if busy:
+            raise sqlite3.OperationalError("the log could not be written back: the index file is in use")

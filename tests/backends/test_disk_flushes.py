@@ -2,11 +2,16 @@
 
 import errno
 import os
+import resource
+import sqlite3
 from pathlib import Path
+from random import Random
 
 import pytest
 import trio
 from lmcache_trio_backends import _disk_life
+from lmcache_trio_backends._disk_index import IndexFile
+from lmcache_trio_backends._disk_rows import Row, pack
 from lmcache_trio_backends._disk_slabs import Slabs
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
@@ -82,3 +87,39 @@ async def test_a_flush_that_fails_in_one_store_fails_those_that_come_after_it(
     async with tier.open():
         assert list(await tier.contains([key_of(1), key_of(2)])) == [False, False]
         assert list(await tier.store([record_of(key_of(1))])) == [True]
+
+
+# ---- the index file's log
+
+
+def some_rows(count: int, generation: int) -> list[Row]:
+    random = Random(0)
+    keys = [random.randbytes(64) for _ in range(count)]
+    return sorted((key, b"", 4096 * n, generation, 1, pack([1], [0])) for n, key in enumerate(keys))
+
+
+def test_a_log_that_cannot_be_written_back_fails_and_stays_within_its_room(tmp_path: Path) -> None:
+    """SQLite keeps a failure of the checkpoints that it makes itself to itself, and lets the log grow on."""
+    room = MIB
+    index = IndexFile(tmp_path / "index", room=64 * MIB, wal_room=room, flush=False)
+    index.open()
+    rows = some_rows(20_000, 1)
+    batches = [rows[i : i + index.batch] for i in range(0, len(rows), index.batch)]
+    for batch in batches:
+        index.publish(batch)
+    assert (tmp_path / "index-wal").stat().st_size <= room
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert (tmp_path / "index").stat().st_size > 2 * room
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * room, limits[1]))  # what lies behind can't be written, the log can
+    try:
+        with pytest.raises(sqlite3.Error):
+            for batch in reversed(batches):
+                index.touch([(n, row[0], row[3]) for n, row in enumerate(batch, 2)])
+                assert (tmp_path / "index-wal").stat().st_size <= room
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "index-wal").stat().st_size <= room
+    index.close()
+    index.open()
+    assert len(index.page(b"", 30_000)) == 20_000
+    index.close()
