@@ -58,6 +58,8 @@ class Directory:
         self._clock = 0
         self._last_generation = 0
         self._chunks = 0
+        self.overlaid = 0
+        """Rows that `rebuild` found to name bytes of another."""
 
     # ---- reading
 
@@ -260,6 +262,7 @@ class Directory:
                     continue
                 if start < end or start % ALIGNMENT or start + extent > taken or not extent:
                     strays.append(row)
+                    self.overlaid += start < end
                     continue
                 if start > end:
                     gaps.append((end, start - end))

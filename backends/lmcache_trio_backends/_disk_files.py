@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_index import IndexFile
+from lmcache_trio_backends._disk_rows import ALIGNMENT
 from lmcache_trio_backends._disk_slabs import Lock, Slabs, probe
 
 __all__ = ["Files"]
@@ -21,7 +22,7 @@ class Files:
     def __init__(self, config: DiskConfig, budget: Budget) -> None:
         self._config = config
         self._path = Path(config.path)
-        self._slab_size = config.slab_size // 4096 * 4096
+        self._slab_size = config.slab_size // ALIGNMENT * ALIGNMENT
         self._lock: Lock | None = None
         flush = config.durability == "power"
         self.index = IndexFile(self._path / "index", room=budget.index, wal_room=budget.wal, flush=flush)
@@ -37,7 +38,7 @@ class Files:
                 self.index.remove()
             self.index.open()
             slab_size = self.index.fact("slab_size")
-            if slab_size is None:  # a new index: nothing names the bytes of any slab
+            if slab_size is None or slab_size <= 0 or slab_size % ALIGNMENT:  # new: nothing names the bytes of any slab
                 self.slabs.remove()
                 slab_size = self.index.fact("slab_size", self._slab_size) or self._slab_size
             self.slabs.slab_size = slab_size

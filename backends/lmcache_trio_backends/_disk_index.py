@@ -1,30 +1,37 @@
 """The index file: SQLite in WAL mode, one row a chunk. Every method blocks, and all run in one thread of its own.
 
-It keeps what `_disk_directory` decided and decides nothing. One connection, opened exclusively, so there is no shared
-memory file beside it, every checkpoint completes, and the WAL stays as small as it was promised to: it is written back
-into the file whenever half of its room is filled, and no transaction is larger than a quarter.
+It keeps what `_disk_directory` decided and decides nothing; but what can be no row of ours is erased. One connection,
+opened exclusively, so there is no shared memory file beside it, every checkpoint completes, and the WAL stays as small
+as it was promised to: it is written back into the file whenever half of its room is filled, and no transaction is
+larger than a quarter.
 """
 
 import contextlib
+import logging
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from lmcache_trio.errors import ConfigError
-from lmcache_trio_backends._disk_rows import Doomed, Row
+from lmcache_trio_backends._disk_rows import Doomed, Row, is_sound
 
-__all__ = ["PAGE", "IndexFile", "is_corrupt"]
+__all__ = ["PAGE", "Damaged", "IndexFile", "is_corrupt"]
+
+log = logging.getLogger("lmcache_trio.disk")
 
 PAGE = 4096
 _VERSION = 1
 _COLUMNS = "key, parent, place, generation, recency, shards"
+_TYPES = {"key": "blob", "parent": "blob", "place": "integer", "generation": "integer", "recency": "integer"}
+_TYPED = " AND ".join(f"typeof({name}) = '{kind}'" for name, kind in {**_TYPES, "shards": "blob"}.items())
 _AS_TEXT = (
-    "SELECT group_concat(hex(key) || ' ' || hex(parent) || ' ' || place || ' ' || generation || ' ' || recency"
-    " || ' ' || hex(shards)) FROM"
+    f"SELECT group_concat(hex(key) || CASE WHEN {_TYPED} THEN ' ' || hex(parent) || ' ' || place || ' ' || generation"
+    " || ' ' || recency || ' ' || hex(shards) ELSE '' END) FROM"
 )
-"""All rows in one. sqlite3 gives the interpreter lock away at each row and may wait 5 ms for it each time when the loop
-is busy: 400 rows would then take 2 s, and whoever asks next waits behind them. Changes are few statements likewise."""
+"""All rows in one, and of those with values of other types the keys alone. sqlite3 gives the interpreter lock away at
+each row and may wait 5 ms for it each time when the loop is busy: 400 rows would then take 2 s, and whoever asks next
+waits behind them. Changes are few statements likewise."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS chunks (
     key BLOB PRIMARY KEY, parent BLOB NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL,
@@ -36,15 +43,22 @@ _MAX_ROWS = 400
 """Rows that one statement names: SQLite takes 32,766 variables."""
 
 
+class Damaged(sqlite3.DatabaseError):
+    """The file is a database, but not one that we wrote."""
+
+
 def is_corrupt(exc: BaseException) -> bool:
-    """Whether SQLite says that the file is no sound database, rather than that it could not be read or written."""
-    return isinstance(exc, sqlite3.DatabaseError) and getattr(exc, "sqlite_errorcode", 0) & 0xFF in (
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_NOTADB,
-    )
+    """Whether the file is no sound database, rather than that it could not be read or written."""
+    code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+    return isinstance(exc, Damaged) or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 T = TypeVar("T")
+
+
+def _row(key: str, parent: str, place: str, generation: str, recency: str, shards: str) -> Row:
+    blob = bytes.fromhex
+    return blob(key), blob(parent), int(place), int(generation), int(recency), blob(shards)
 
 
 def _pieces(many: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -60,6 +74,8 @@ class IndexFile:
         self._wal_room = wal_room
         self._flush = flush
         self._db: sqlite3.Connection | None = None
+        self.damaged = 0
+        """Rows that were none, and are erased."""
 
     @property
     def batch(self) -> int:
@@ -67,15 +83,25 @@ class IndexFile:
         return max(1, self._wal_room // 4 // (2 * (PAGE + 24)) - 2)
 
     def open(self) -> None:
-        """Open or make it. A file that is corrupt is removed and made anew: what it named can be computed again."""
+        """Open or make it. One that is corrupt, or larger than its room, is made anew: it all can be computed again.
+
+        It is larger when the tier had a larger size before, and many small chunks. To make it smaller SQLite would need
+        as much space again, and most of what it names lay in the slabs that are cut off now.
+        """
         try:
             self._connect()
+            (pages,) = self._do("PRAGMA page_count").fetchone()
+            if pages * PAGE <= self._room:
+                return
+            log.warning("%s has %d bytes where %d may be: it is begun anew", self.path, pages * PAGE, self._room)
+            self.close()
         except sqlite3.DatabaseError as exc:
             self.close()
             if not is_corrupt(exc):
                 raise
-            self.remove()
-            self._connect()
+            log.warning("%s: %s: it is begun anew", self.path, exc)
+        self.remove()
+        self._connect()
 
     def remove(self) -> None:
         """Delete it and its WAL."""
@@ -103,19 +129,25 @@ class IndexFile:
         db.execute(
             "INSERT INTO facts VALUES ('opened', 1) ON CONFLICT DO UPDATE SET value = value + 1"
         )  # can it be written?
+        db.execute("DELETE FROM chunks WHERE key <= x''")  # keys that are no bytes: `page` would never come to them
+        self.damaged += db.execute("SELECT changes()").fetchone()[0]
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a former server may have had more room for it
 
     def fact(self, name: str, value: int | None = None) -> int | None:
         """The number kept under *name*; *value*, where given, is kept first."""
         if value is not None:
             self._do("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
-        found = self._do("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        found = self._do("SELECT value FROM facts WHERE name = ? AND typeof(value) = 'integer'", (name,)).fetchone()
         return None if found is None else int(found[0])
 
     def page(self, after: bytes, limit: int) -> list[Row]:
-        """Up to *limit* rows whose keys follow *after*, in order."""
+        """Up to *limit* rows whose keys follow *after*, in order; none when there are none."""
         some = f"(SELECT {_COLUMNS} FROM chunks WHERE key > ? ORDER BY key LIMIT ?)"
-        return sorted(self._rows(some, (after, limit)))
+        while True:
+            before = self.damaged
+            rows = sorted(self._rows(some, (after, limit)))
+            if rows or self.damaged == before:
+                return rows
 
     def find(self, keys: Sequence[bytes]) -> list[Row]:
         """The rows of those *keys* that are there, in any order."""
@@ -126,12 +158,22 @@ class IndexFile:
         return found
 
     def _rows(self, source: str, parameters: Sequence[object]) -> list[Row]:
+        """The rows of *source*. What cannot be one is erased, and counted as damaged."""
         (text,) = self._do(f"{_AS_TEXT} {source}", parameters).fetchone()
-        if text is None:
-            return []
-        fields = [row.split(" ") for row in text.split(",")]
-        blob = bytes.fromhex
-        return [(blob(k), blob(p), int(o), int(g), int(r), blob(s)) for k, p, o, g, r, s in fields]
+        sound: list[Row] = []
+        damaged: list[bytes] = []
+        for line in () if text is None else text.split(","):
+            key, *rest = line.split(" ")
+            row = _row(key, *rest) if rest else None
+            if row is not None and is_sound(row):
+                sound.append(row)
+            else:
+                damaged.append(bytes.fromhex(key))
+        self.damaged += len(damaged)
+        for i in range(0, len(damaged), self.batch):
+            with self._transaction() as db:
+                db.executemany("DELETE FROM chunks WHERE key = ?", [(key,) for key in damaged[i : i + self.batch]])
+        return sound
 
     def publish(self, rows: Sequence[Row]) -> None:
         """Keep *rows*, all or none, at most `batch`."""
@@ -155,19 +197,25 @@ class IndexFile:
 
     def forget(self, namespace: bytes, generation: int) -> None:
         """Rows of *namespace* up to *generation* are dead from now on, whenever they are erased."""
-        self._do("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (namespace, generation))
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (namespace, generation))
 
     def forgotten(self) -> list[tuple[bytes, int]]:
-        """What `forget` was told."""
-        return self._do("SELECT namespace, generation FROM forgotten").fetchall()
+        """What `forget` was told. Damaged: it can't be told any more what is dead."""
+        found = self._do("SELECT namespace, generation FROM forgotten").fetchall()
+        for namespace, generation in found:
+            if not isinstance(namespace, bytes) or len(namespace) != 32 or not isinstance(generation, int):
+                raise Damaged(f"a note of what was deleted is damaged in {self.path}")
+        return found
 
     def all_erased(self, namespace: bytes) -> None:
         """No row of *namespace* is dead any more."""
-        self._do("DELETE FROM forgotten WHERE namespace = ?", (namespace,))
+        with self._transaction() as db:
+            db.execute("DELETE FROM forgotten WHERE namespace = ?", (namespace,))
 
     def checkpoint(self) -> None:
         """Bring all that was published to the disk itself."""
-        self._do("PRAGMA wal_checkpoint(FULL)")
+        self._checkpoint("FULL")
 
     def close(self) -> None:
         """Idempotent. The last checkpoint is made here, and the WAL is gone."""
@@ -188,8 +236,23 @@ class IndexFile:
         try:
             yield self._db
             self._db.execute("COMMIT")
+            self._write_back_if_due()
         except BaseException:
             if self._db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):  # the first error is the one to tell
                     self._db.execute("ROLLBACK")
             raise
+
+    def _write_back_if_due(self) -> None:
+        """SQLite says nothing when a checkpoint of its own fails, and the log grows on: then make one that says so.
+
+        They are due at half of the room, and no transaction takes more than a quarter: past both, one has failed.
+        """
+        wal = self.path.with_name(self.path.name + "-wal")
+        if wal.stat().st_size > self._wal_room * 3 // 4:
+            self._checkpoint("TRUNCATE")
+
+    def _checkpoint(self, mode: str) -> None:
+        (busy, _, _) = self._do(f"PRAGMA wal_checkpoint({mode})").fetchone()
+        if busy:
+            raise sqlite3.OperationalError("the log could not be written back: the index file is in use")

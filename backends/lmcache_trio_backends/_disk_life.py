@@ -65,7 +65,7 @@ class DiskLife:
         self._wake = trio.Event()
         self._due = math.inf
         self._unflushed = False
-        self.reading = Reading(self._directory, self._files, self._worker)
+        self.reading = Reading(self._directory, self._files, self._worker, counts)
         self.ready = self.reading.ready
 
     @property
@@ -217,7 +217,7 @@ class DiskLife:
     async def _publish(self, writes: dict[int, Write], transfer: Transfer, taken: list[bool]) -> None:
         """Rows into the index file, then into the directory. What is published, or may be, leaves *writes*."""
         if self._config.durability == "power":
-            await self._worker.run(self._files.slabs.flush)
+            await self._worker.flush(self._files.slabs.flush)
         done = [(i, write, transfer.sums_of(n)) for n, (i, write) in enumerate(writes.items())]
         whole = [(i, write, sums) for i, write, sums in done if sums is not None]
         for i, _, _ in whole:
@@ -249,7 +249,7 @@ class DiskLife:
     # ---- keeping house
 
     async def keep_house(self) -> None:
-        """Erase what is doomed as it comes; write recency, and flush, when it is due."""
+        """Erase what is doomed as it comes; write recency, and flush, when it is due. A failure fails the tier."""
         await self.ready.wait()
         try:
             while True:
@@ -261,7 +261,7 @@ class DiskLife:
                     self._due = math.inf
                     await self._flush()
         except Unavailable as exc:
-            log.warning("%s", exc)
+            log.warning("%s", self._worker.fail(exc))  # nobody waits for this task: the next call is told
 
     def _expect_flush(self) -> None:
         if self._due == math.inf:
@@ -273,7 +273,7 @@ class DiskLife:
             await self._worker.ask(self._files.index.touch, touched)
         if self._config.durability == "periodic" and self._unflushed:
             self._unflushed = False
-            await self._worker.run(self._files.slabs.flush)
+            await self._worker.flush(self._files.slabs.flush)
             await self._worker.ask(self._files.index.checkpoint)
 
     # ---- files

@@ -5,6 +5,7 @@ rest by query, which waits for one page of the reading at most. Until the end no
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import trio
@@ -27,12 +28,16 @@ SMALL_PAGES = 50
 
 
 class Reading:
-    """`ready` is set at the end, or when the index file failed; `under_way` when the tier may be used."""
+    """`ready` is set at the end, or when the index file failed; `under_way` when the tier may be used.
 
-    def __init__(self, directory: Directory, files: Files, worker: Worker) -> None:
+    Rows that are damaged are dropped, and counted in *counts* as `corrupt`.
+    """
+
+    def __init__(self, directory: Directory, files: Files, worker: Worker, counts: "Counter[str]") -> None:
         self._directory = directory
         self._files = files
         self._worker = worker
+        self._counts = counts
         self._read_to = b""  # names up to this one are in the directory
         self._all_read = False
         self.ready = trio.Event()
@@ -53,6 +58,9 @@ class Reading:
                 self._directory.quarantine(read)
         except Unavailable as exc:
             log.warning("%s", exc)  # whoever waits for it is told the same
+        if damaged := self._files.index.damaged + self._directory.overlaid:
+            log.warning("%s: %d rows were damaged and are dropped", self._files.index.path, damaged)
+            self._counts["corrupt"] += damaged
         self.ready.set()
         self.under_way.set()
 

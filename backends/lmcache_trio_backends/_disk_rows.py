@@ -23,6 +23,7 @@ __all__ = [
     "Write",
     "extent_of",
     "index_cost",
+    "is_sound",
     "name_of",
     "pack",
     "round_up",
@@ -36,6 +37,8 @@ _NAME = 32
 _SHARD = struct.Struct("<QQ")
 _TABLES = 256
 """Tables a namespace, by the digest's first byte: growing or sorting a million entries at once would stop the loop."""
+_LIMIT = 1 << 61
+"""No generation, recency, place or extent is as large. A flipped bit below it leaves room to count on from there."""
 _BLOCK = 256
 """Rows by which the arrays grow."""
 
@@ -72,6 +75,16 @@ def unpack(packed: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The inverse of `pack`."""
     numbers = struct.unpack(f"<{len(packed) // 8}Q", packed)
     return numbers[::2], numbers[1::2]
+
+
+def is_sound(row: Row) -> bool:
+    """Whether we may have written *row*. Where other rows lie, and where the slabs end, it can't tell."""
+    key, parent, offset, generation, recency, shards = row
+    if len(key) != 2 * _NAME or len(parent) not in (0, _NAME) or not shards or len(shards) % _SHARD.size:
+        return False
+    if not (0 <= offset < _LIMIT and 0 < generation < _LIMIT and 0 <= recency < _LIMIT) or offset % ALIGNMENT:
+        return False
+    return 0 < extent_of(unpack(shards)[0]) < _LIMIT
 
 
 @attrs.frozen

@@ -1,10 +1,11 @@
 """The slab files: preallocated bytes, read and written in place. Every method here blocks, and runs in a thread.
 
 The slabs are one row of bytes: slab i holds [i * slab_size, (i + 1) * slab_size), all of one size but the last, and an
-extent may cross from one to the next. A slab is taken with `posix_fallocate`, so a full disk says so then and there,
-and a chunk that was given room has it. This module knows no chunks and keeps nothing but open files.
+extent may cross from one to the next. A slab is taken with `fallocate`, so a full disk says so then and there, and
+a chunk that was given room has it. This module knows no chunks and keeps nothing but open files.
 """
 
+import ctypes
 import errno
 import fcntl
 import itertools
@@ -19,7 +20,7 @@ import numpy as np
 from lmcache_trio.errors import ConfigError
 from lmcache_trio_backends._disk_rows import ALIGNMENT, round_up
 
-__all__ = ["ByteIO", "Lock", "Slabs", "probe"]
+__all__ = ["ByteIO", "Lock", "Slabs", "fallocate", "probe"]
 
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _CANT_ALLOCATE = "can't set space aside (fallocate); use ext4, XFS or tmpfs"
@@ -123,7 +124,7 @@ class Slabs:
             _flush_directory(self._directory)  # or a power failure takes the file whose bytes were flushed
         have = self.taken - start
         try:
-            os.posix_fallocate(self._fds[index], have, length - have)
+            fallocate(self._fds[index], have, length - have)
         except OSError as exc:
             os.ftruncate(self._fds[index], have)  # what the attempt took goes back
             if exc.errno in _NO_FALLOCATE:
@@ -176,6 +177,21 @@ class Slabs:
             at += size
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)  # a 64-bit off_t
+
+
+def fallocate(fd: int, offset: int, length: int) -> None:
+    """fallocate(2) itself, without the lock of the interpreter. OSError where the file system has none.
+
+    `os.posix_fallocate` makes do there: the C library writes a byte into each block, which promises nothing on a file
+    system that writes elsewhere next time, and takes its time.
+    """
+    while _libc.fallocate(fd, 0, offset, length):
+        if (number := ctypes.get_errno()) != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
 def _flush_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -189,7 +205,7 @@ def probe(directory: Path, *, direct: bool) -> None:
     path = directory / "probe"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(fd, 0, ALIGNMENT)
+        fallocate(fd, 0, ALIGNMENT)
         if direct:
             os.close(fd)
             fd = -1

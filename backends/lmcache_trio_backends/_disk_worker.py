@@ -1,7 +1,8 @@
 """How the disk tier waits for its threads: one for the index file, a few for bytes.
 
 A call that is cancelled ends when the threads that use its buffers have returned, and not before. An index file that
-could not be written fails the tier for good, until it is opened again and reads what is really there.
+could not be written, or slabs that could not be flushed, fail the tier for good, until it is opened again and reads
+what is really there.
 """
 
 import functools
@@ -34,13 +35,19 @@ class Worker:
         self.corrupt = False
 
     def check(self) -> None:
-        """Unavailable once the index file has failed."""
+        """Unavailable once the tier has failed."""
         if self.failed is not None:
             raise Unavailable(str(self.failed))
 
     def unavailable(self, exc: BaseException) -> Unavailable:
         """*exc* as callers know it."""
         return Unavailable(f"the disk tier in {str(self._path)!r}: {exc}")
+
+    def fail(self, exc: BaseException) -> Unavailable:
+        """Every call fails from now on; returns why."""
+        if self.failed is None:
+            self.failed = exc if isinstance(exc, Unavailable) else self.unavailable(exc)
+        return self.failed
 
     async def ask(self, fn: Callable[..., T], *args: object) -> T:
         """Run it in the index file's thread. A failure is for good."""
@@ -49,8 +56,17 @@ class Worker:
             return await self.index_thread.run(fn, *args)
         except (OSError, sqlite3.Error) as exc:
             self.corrupt = self.corrupt or is_corrupt(exc)
-            self.failed = self.unavailable(exc)
-            raise self.failed from exc
+            raise self.fail(exc) from exc
+
+    async def flush(self, fn: Callable[[], None]) -> None:
+        """Run it in one of the threads for bytes. A failure is for good.
+
+        The kernel tells of bytes that it lost only once, to whoever flushes first; the next flush succeeds.
+        """
+        try:
+            await offload(fn, limiter=self._limiter)
+        except OSError as exc:
+            raise self.fail(exc) from exc
 
     async def run(self, fn: Callable[..., T]) -> T:
         """Run it in one of the threads for bytes."""

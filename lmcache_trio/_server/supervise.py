@@ -49,9 +49,11 @@ __all__ = ["Server", "open_server", "serve"]
 log = logging.getLogger("lmcache_trio.server")
 
 NONCE_PAGE = 4096
-AFTER_GRACE = 0.5
-"""Seconds past the grace after which a process that still runs is ended: a thread of it hangs, maybe for ever. What is
-on a disk is safe at any moment, so all that a longer wait would buy is a kinder exit status."""
+ENDING = 0.5
+"""Seconds of a process's grace that are kept for the end itself, behind copies and tiers. It may take them anyway."""
+LAST = 0.2
+"""Seconds before the grace is over at which a process that still runs is ended: a thread of it hangs, maybe for ever.
+What is on a disk is safe at any moment, so all that a longer wait would buy is a kinder exit status."""
 
 
 @attrs.frozen(eq=False)
@@ -214,10 +216,10 @@ def _count_tasks(nursery: trio.Nursery) -> int:
 
 
 def serve(config: Config | None = None, on_ready: Callable[[Server], None] | None = None) -> None:
-    """Serve in this process until SIGINT or SIGTERM, then drain and return; a second signal ends the process at once.
+    """Serve in this process until SIGINT or SIGTERM, then drain and return, all within the configured grace.
 
-    *on_ready* is called when clients are answered. Runs a Trio loop in the main thread. ConfigError names the setting
-    at fault.
+    A second signal ends the process at once, and the end of the grace does where a thread hangs. *on_ready* is called
+    when clients are answered. Runs a Trio loop in the main thread. ConfigError names the setting at fault.
     """
     try:
         trio.run(_serve, config, on_ready)
@@ -229,9 +231,11 @@ def serve(config: Config | None = None, on_ready: Callable[[Server], None] | Non
 
 
 async def _serve(config: Config | None, on_ready: Callable[[Server], None] | None) -> None:
+    config = Config() if config is None else config
+    grace = config.grace
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as watch:
-            async with open_server(config) as server:
+            async with open_server(attrs.evolve(config, grace=_draining(grace))) as server:
                 log.info("listening at %s", server.address)
                 gc.collect()
                 gc.freeze()  # what is there now stays: a full collection need not look at it again
@@ -239,14 +243,19 @@ async def _serve(config: Config | None, on_ready: Callable[[Server], None] | Non
                     on_ready(server)
                 first = await anext(signals)
                 log.info("%s: ending; a second signal ends it at once", signal.Signals(first).name)
-                watch.start_soon(_end_in_a_hurry, server, signals, name="second signal")
+                watch.start_soon(_end_in_a_hurry, server, signals, grace, name="second signal")
             watch.cancel_scope.cancel()
 
 
-async def _end_in_a_hurry(server: Server, signals: AsyncIterator[int]) -> None:
-    """On a second signal, or when something hangs past the grace: leave without waiting for anything or anyone."""
+def _draining(grace: float) -> float:
+    """Seconds of *grace* that copies under way and tiers have: the rest is for the end itself."""
+    return max(grace - ENDING, grace / 2)
+
+
+async def _end_in_a_hurry(server: Server, signals: AsyncIterator[int], grace: float) -> None:
+    """On a second signal, or when something hangs until the grace is over: leave without waiting for anything."""
     signum = signal.SIGTERM
-    with trio.move_on_after(server.grace + AFTER_GRACE):
+    with trio.move_on_after(max(grace - LAST, ENDING)):
         signum = signal.Signals(await anext(signals))
     log.warning("ending at once")
     server.remove_files()

@@ -165,8 +165,12 @@ class FaultyTier(Tier):
             await self.inner.delete(namespace)
 
     def statistics(self) -> dict[str, int | str]:
-        """The inner tier's, and how many faults of each kind there were."""
-        return {**self.inner.statistics(), **{f"injected_{kind}": n for kind, n in sorted(self.injected.items())}}
+        """The inner tier's, how many calls and threads hang now, and how many faults of each kind there were."""
+        return {
+            **self.inner.statistics(),
+            "hanging": self.hanging,
+            **{f"injected_{kind}": n for kind, n in sorted(self.injected.items())},
+        }
 
     async def _meet(self, operation: str) -> list[Fault]:
         """Draw this call's faults and suffer those that need no bytes; the others are returned."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from lmcache_trio_backends import _disk_life
+from lmcache_trio_backends import _disk_life, _disk_slabs
 from lmcache_trio_backends._disk_index import IndexFile
 from lmcache_trio_backends._disk_policy import SecondHit
 from lmcache_trio_backends._disk_reading import Reading
@@ -374,17 +374,6 @@ def _raise(number: int) -> Any:
     return call
 
 
-async def test_a_file_system_without_fallocate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", _raise(95))
-    with pytest.raises(ConfigError, match="fallocate") as caught:
-        async with disk_tier(tmp_path).open():
-            pass
-    assert caught.value.key == "path"
-    monkeypatch.undo()
-    async with disk_tier(tmp_path).open():
-        pass
-
-
 async def test_a_file_system_without_o_direct_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     really = os.open
 
@@ -421,7 +410,7 @@ async def test_a_full_disk_is_unavailable_and_what_was_there_is_there_when_it_is
     with pytest.raises(Unavailable, match="No space"):
         async with tier.open():
             assert all(await stored(tier, 1, 2, lengths=(MIB,)))
-            monkeypatch.setattr(os, "posix_fallocate", _raise(28))
+            monkeypatch.setattr(_disk_slabs, "fallocate", _raise(28))
             assert await loaded(tier, 1, lengths=(MIB,)) == [True]
             await stored(tier, 3, lengths=(4 * MIB,))
     with pytest.raises(Unavailable, match="No space"):

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
 from lmcache_trio.errors import ConfigError, Unavailable
@@ -44,8 +46,8 @@ def run(*command: str | Path) -> None:
 
 @pytest.fixture
 def there(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A file system of its own: the parameter is (kind, megabytes)."""
-    kind, megabytes = request.param
+    """A file system of its own: the parameter is (kind, megabytes, options of its mount)."""
+    kind, megabytes, options = request.param
     if os.geteuid():
         pytest.skip("mount: only root may")
     place = tmp_path / kind
@@ -57,7 +59,7 @@ def there(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
         with image.open("wb") as file:
             file.truncate(megabytes * MIB)
         run(f"mkfs.{kind}", "-q", image)
-        run("mount", "-o", "loop", image, place)
+        run("mount", "-o", f"loop,{options}", image, place)
     yield place
     subprocess.run(["umount", "-l", place], check=True, timeout=30)
 
@@ -66,8 +68,8 @@ def image_of(there: Path) -> Path:
     return there.with_suffix(".img")
 
 
-def on(*kinds: str, megabytes: int = 32) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("there", [(kind, megabytes) for kind in kinds], indirect=True, ids=kinds)
+def on(*kinds: str, megabytes: int = 32, options: str = "rw") -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("there", [(kind, megabytes, options) for kind in kinds], indirect=True, ids=kinds)
 
 
 @on("tmpfs", "ext4", megabytes=12)
@@ -141,8 +143,7 @@ def test_a_disk_that_the_kernel_shuts_down_under_us_is_unavailable_until_it_is_m
 
     with pytest.raises(Unavailable):
         trio.run(used_until_it_fails)
-    run("umount", there)
-    run("mount", "-o", "loop", image_of(there), there)
+    mount_again(there)
     trio.run(used_again)
 
 
@@ -162,6 +163,19 @@ def test_o_direct_is_refused_by_name_where_the_kernel_refuses_it(there: Path) ->
         pytest.skip(f"O_DIRECT on {there.name}: this kernel takes it")
 
 
+@on("ramfs")
+async def test_a_file_system_without_fallocate_is_refused_though_the_c_library_would_make_do(there: Path) -> None:
+    """glibc emulates posix_fallocate by writing, which gives no bytes away on such a file system: ramfs has no size."""
+    fd = os.open(there / "try", os.O_RDWR | os.O_CREAT, 0o600)
+    os.posix_fallocate(fd, 0, 4096)
+    os.close(fd)
+    with pytest.raises(ConfigError, match="fallocate") as caught:
+        async with disk_tier(there / "kv").open():
+            pass
+    assert caught.value.key == "path"
+    assert not (there / "kv" / "probe").exists()
+
+
 @on("ext4", megabytes=64)
 async def test_its_files_take_no_more_of_a_real_file_system_than_its_size(there: Path) -> None:
     size = 24 * MIB
@@ -173,6 +187,90 @@ async def test_its_files_take_no_more_of_a_real_file_system_than_its_size(there:
             now = os.statvfs(there)
             assert (before.f_bfree - now.f_bfree) * now.f_frsize <= size
         assert int(tier.statistics()["evicted"]) > 10
+
+
+# ---- under a live server
+
+
+@on("tmpfs", "ext4", megabytes=12)
+async def test_a_disk_that_fills_up_under_a_server_is_fenced_and_used_again_when_there_is_room(
+    live: Any, watched: Any, chain: Any, there: Path
+) -> None:
+    tier = watched.around(disk_tier(there / "kv"))
+    filler = there / "filler"
+    async with live(tier) as server:
+        assert await server.store(chain("first", 2)) == 2
+        await server.written_back()
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(b"\1" * 4096)
+        for number in range(10):  # 5 MiB, more than the slab that is there
+            assert await server.store(chain(f"more {number}", 8)) == 8
+            await server.written_back()
+        assert server.tier()["fenced"]
+        assert re.search("No space|full", server.tier()["reason"])
+        assert await server.hits(chain("more 9", 8)) == 8
+        filler.unlink()
+        await tier.wait_works_again()
+        assert await server.store(chain("last", 4)) == 4
+        await server.written_back()
+        assert (server.tier()["fenced"], server.tier()["bugs"]) == (False, 0)
+    async with live(tier) as server:
+        assert await server.hits(chain("first", 2)) == 2
+        assert await server.hits(chain("last", 4)) == 4
+
+
+@on("ext4", options="errors=remount-ro")
+async def test_a_disk_that_the_kernel_makes_read_only_under_a_server_is_fenced_until_it_is_mounted_again(
+    live: Any, watched: Any, chain: Any, there: Path
+) -> None:
+    tier = watched.around(disk_tier(there / "kv"))
+    async with live(tier) as server:
+        assert await server.store(chain("first", 2)) == 2
+        await server.written_back()
+        make_read_only(there)
+        assert await server.store(chain("second", 2)) == 2
+        await server.written_back()
+        assert server.tier()["fenced"]
+        assert await server.hits(chain("second", 2)) == 2
+        assert await server.hits(chain("first", 2)) == 2
+        await wait_probed(server)
+        assert "ead-only" in server.tier()["reason"]
+        assert await server.hits(chain("second", 2)) == 2
+        await trio.to_thread.run_sync(mount_again, there)
+        await tier.wait_works_again()
+        assert await server.store(chain("third", 2)) == 2
+        await server.written_back()
+        assert (server.tier()["fenced"], server.tier()["bugs"]) == (False, 0)
+    async with live(tier) as server:
+        assert await server.hits(chain("third", 2)) == 2
+        assert await server.hits(chain("first", 2)) in (0, 2)  # as much as the kernel wrote before
+
+
+async def wait_probed(server: Any) -> None:
+    """Until a tier that is fenced was tried again, in vain."""
+    failures = server.tier()["failures"]
+    with trio.fail_after(60):
+        while server.tier()["failures"] == failures:
+            await trio.sleep_until(server.server._state.tiers.keepers[0].calls.fence.until)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+
+
+def make_read_only(there: Path) -> None:
+    """What an ext4 that is mounted so does to itself when it finds an error, here one that it is asked to find."""
+    source = subprocess.run(["findmnt", "-no", "SOURCE", there], check=True, capture_output=True, text=True).stdout
+    trigger = Path("/sys/fs/ext4", Path(source.strip()).name, "trigger_fs_error")
+    try:
+        trigger.write_text("1")
+    except OSError as exc:
+        pytest.skip(f"{trigger}: {exc.strerror}")
+    with pytest.raises(OSError, match="Read-only"):
+        (there / "try").write_bytes(b"")
+
+
+def mount_again(there: Path) -> None:
+    subprocess.run(["umount", there], check=True, timeout=30)
+    subprocess.run(["mount", "-o", "loop", image_of(there), there], check=True, timeout=30)
 
 
 def remount(there: Path, options: str) -> None:

@@ -1,0 +1,86 @@
+"""A tier for those who would rather write plain blocking code: the waiting, and what follows from it, is done here."""
+
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar, TypeVar
+
+import trio
+
+from lmcache_trio.abc import ChunkKey, Load, Record, Tier
+from lmcache_trio.errors import Unavailable
+from lmcache_trio.threads._calls import offload
+
+__all__ = ["BlockingTier"]
+
+T = TypeVar("T")
+
+
+class BlockingTier(Tier):
+    """A `Tier` out of six methods that block: `start`, `has`, `read`, `write`, `forget`, and `statistics`.
+
+    All but the last run in threads of this tier's own, *threads* at a time; with one, as by default, they need no lock.
+    A buffer is theirs until they return, also when who asked for it was cancelled. An OSError is `Unavailable` to the
+    caller, as is every call outside of `open`. It refuses to stop a method under way.
+    """
+
+    threads: ClassVar[int] = 1
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._limiter = trio.CapacityLimiter(self.threads)  # one for all its lives: a call may outlast the first
+        self._opened = False
+
+    @abstractmethod
+    def start(self) -> None:
+        """Make ready, at each opening: what was stored before is there again, what was half written is not."""
+
+    @abstractmethod
+    def has(self, key: ChunkKey) -> bool:
+        """Whether `read` would find it."""
+
+    @abstractmethod
+    def read(self, load: Load) -> bool:
+        """Fill the buffers; False when it is absent, of other lengths, or failed verification."""
+
+    @abstractmethod
+    def write(self, record: Record) -> bool:
+        """Keep it, as a whole or not at all; False when it is not taken. What is there already is True."""
+
+    @abstractmethod
+    def forget(self, namespace: bytes) -> None:
+        """Drop every chunk of *namespace*."""
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Call `start`, and take calls until the block is left."""
+        self._opened = True
+        try:
+            await self._run(self.start)
+            yield
+        finally:
+            self._opened = False
+
+    async def contains(self, keys: Sequence[ChunkKey]) -> Sequence[bool]:
+        """`has`, for each."""
+        return await self._run(lambda: [self.has(key) for key in keys])
+
+    async def load(self, loads: Sequence[Load]) -> Sequence[bool]:
+        """`read`, for each."""
+        return await self._run(lambda: [self.read(load) for load in loads])
+
+    async def store(self, records: Sequence[Record]) -> Sequence[bool]:
+        """`write`, for each."""
+        return await self._run(lambda: [self.write(record) for record in records])
+
+    async def delete(self, namespace: bytes) -> None:
+        """`forget` it."""
+        await self._run(lambda: self.forget(namespace))
+
+    async def _run(self, fn: Callable[[], T]) -> T:
+        if not self._opened:
+            raise Unavailable(f"the tier {type(self).__name__} is not open")
+        try:
+            return await offload(fn, limiter=self._limiter)
+        except OSError as exc:  # the server fences the tier, and opens it again when it works
+            raise Unavailable(f"{type(self).__name__}: {exc}") from exc

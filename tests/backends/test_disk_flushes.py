@@ -1,0 +1,125 @@
+"""What the disk tier does when the disk does not take what it was to keep: nothing fails in silence."""
+
+import errno
+import os
+import resource
+import sqlite3
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+from lmcache_trio_backends import _disk_life
+from lmcache_trio_backends._disk_index import IndexFile
+from lmcache_trio_backends._disk_rows import Row, pack
+from lmcache_trio_backends._disk_slabs import Slabs
+from lmcache_trio_backends.disk import DiskConfig, DiskTier
+
+from lmcache_trio.errors import Unavailable
+from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
+
+MIB = 1 << 20
+
+
+def disk_tier(path: Path, durability: str) -> DiskTier:
+    return DiskTier(DiskConfig(path=str(path), size=24 * MIB, slab_size=4 * MIB, durability=durability))
+
+
+class FailingFlush:
+    """`Slabs.flush`, which fails in its first *times* calls. `called` is set in the loop after each."""
+
+    def __init__(self, times: int) -> None:
+        self.calls = 0
+        self.called = trio.Event()
+        self._times = times
+        self._token = trio.lowlevel.current_trio_token()
+        self._really = Slabs.flush
+
+    def __call__(self, slabs: Slabs) -> None:
+        self.calls += 1
+        self._token.run_sync_soon(self.called.set)
+        if self.calls <= self._times:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._really(slabs)
+
+
+async def test_a_periodic_flush_that_fails_fails_the_tier_until_it_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = FailingFlush(times=1)
+    monkeypatch.setattr(Slabs, "flush", lambda slabs: flush(slabs))
+    monkeypatch.setattr(_disk_life, "FLUSH_SECONDS", 0.02)
+    tier = disk_tier(tmp_path, "periodic")
+    async with tier.open():
+        assert list(await tier.store([record_of(key_of(1))])) == [True]
+        with trio.fail_after(5):
+            await flush.called.wait()
+            with pytest.raises(Unavailable, match="Input/output error"):
+                while True:  # until the loop has heard of it
+                    await tier.contains([key_of(1)])
+        with pytest.raises(Unavailable, match="Input/output error"):
+            await tier.store([record_of(key_of(2))])
+        with pytest.raises(Unavailable, match="Input/output error"):
+            await tier.load([load_of(key_of(1))])
+        with pytest.raises(Unavailable, match="Input/output error"):
+            await tier.delete(key_of(1).namespace)
+    flush.called = trio.Event()
+    async with tier.open():
+        assert list(await tier.store([record_of(key_of(3))])) == [True]
+        with trio.fail_after(5):
+            await flush.called.wait()  # the promise is kept again
+        load = load_of(key_of(3))
+        assert list(await tier.load([load])) == [True]
+        assert is_right(load)
+
+
+async def test_a_flush_that_fails_in_one_store_fails_those_that_come_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of bytes that it lost once: the next flush succeeds, and says nothing of them."""
+    flush = FailingFlush(times=1)
+    monkeypatch.setattr(Slabs, "flush", lambda slabs: flush(slabs))
+    tier = disk_tier(tmp_path, "power")
+    async with tier.open():
+        for number in (1, 2):
+            with pytest.raises(Unavailable, match="Input/output error"):
+                await tier.store([record_of(key_of(number))])
+    async with tier.open():
+        assert list(await tier.contains([key_of(1), key_of(2)])) == [False, False]
+        assert list(await tier.store([record_of(key_of(1))])) == [True]
+
+
+# ---- the index file's log
+
+
+def some_rows(count: int, generation: int) -> list[Row]:
+    random = Random(0)
+    keys = [random.randbytes(64) for _ in range(count)]
+    return sorted((key, b"", 4096 * n, generation, 1, pack([1], [0])) for n, key in enumerate(keys))
+
+
+def test_a_log_that_cannot_be_written_back_fails_and_stays_within_its_room(tmp_path: Path) -> None:
+    """SQLite keeps a failure of the checkpoints that it makes itself to itself, and lets the log grow on."""
+    room = MIB
+    index = IndexFile(tmp_path / "index", room=64 * MIB, wal_room=room, flush=False)
+    index.open()
+    rows = some_rows(20_000, 1)
+    batches = [rows[i : i + index.batch] for i in range(0, len(rows), index.batch)]
+    for batch in batches:
+        index.publish(batch)
+    assert (tmp_path / "index-wal").stat().st_size <= room
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert (tmp_path / "index").stat().st_size > 2 * room
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * room, limits[1]))  # what lies behind can't be written, the log can
+    try:
+        with pytest.raises(sqlite3.Error):
+            for batch in reversed(batches):
+                index.touch([(n, row[0], row[3]) for n, row in enumerate(batch, 2)])
+                assert (tmp_path / "index-wal").stat().st_size <= room
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "index-wal").stat().st_size <= room
+    index.close()
+    index.open()
+    assert len(index.page(b"", 30_000)) == 20_000
+    index.close()

@@ -1,0 +1,128 @@
+"""A live server whose disk fails, hangs, or is taken away: fenced, as if it were not there, and used when it works."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from lmcache_trio_backends.disk import DiskConfig, DiskTier
+
+from lmcache_trio.testing.faulty_tier import Fault
+
+MIB = 1 << 20
+
+
+def disk(path: Path) -> DiskTier:
+    return DiskTier(DiskConfig(path=str(path), size=24 * MIB, slab_size=4 * MIB))
+
+
+async def on_disk(live: Any, tier: Any, *chains: list[bytes]) -> None:
+    """*chains* are on the disk, and a server that is opened now has none of them in memory."""
+    async with live(tier) as server:
+        for chain in chains:
+            assert await server.store(chain) == len(chain)
+        await server.written_back()
+        assert server.tier()["backend"]["chunks"] == sum(map(len, chains))
+
+
+@pytest.mark.parametrize("kind", ["error", "no_space"])
+async def test_a_disk_that_fails_in_a_load_is_fenced_and_opened_again_and_gives_hits_again(
+    live: Any, watched: Any, chain: Any, tmp_path: Path, kind: str
+) -> None:
+    tier = watched.around(disk(tmp_path / "kv"))
+    await on_disk(live, tier, chain("one", 2), chain("other", 3))
+    async with live(tier) as server:
+        await server.store(chain("memory", 2))
+        tier.faults.append(Fault(kind, on="load", rate=1))
+        assert await server.hits(chain("one", 2)) == 0
+        tier.faults.clear()
+        assert (server.tier()["fenced"], server.tier()["failures"]) == (True, 1)
+        assert "injected" in server.tier()["reason"]
+        assert await server.hits(chain("memory", 2)) == 2
+        assert await server.hits(chain("other", 3)) == 0  # nobody asks a tier that is fenced
+        assert await server.store(chain("meanwhile", 2)) == 2
+        await tier.wait_works_again()
+        assert not server.tier()["fenced"]
+        assert await server.hits(chain("other", 3)) == 3
+        if kind == "error":  # what stood in the bad sector is gone, and can be stored again
+            assert await server.hits(chain("one", 2)) == 0
+            assert await server.store(chain("one", 2)) == 2
+        assert await server.hits(chain("one", 2)) == 2
+        assert server.tier()["bugs"] == 0
+
+
+@pytest.mark.parametrize("on", ["contains", "store", "load"])
+async def test_a_disk_that_hangs_in_a_thread_is_fenced_and_used_again_when_the_call_has_returned(
+    live: Any, watched: Any, chain: Any, tmp_path: Path, on: str
+) -> None:
+    tier = watched.around(disk(tmp_path / "kv"))
+    await on_disk(live, tier, chain("one", 2))
+    async with live(tier, tier_timeout=0.3) as server:
+        await server.store(chain("memory", 2))
+        await server.written_back()
+        tier.faults.append(Fault("hang_thread", on=on, rate=1))
+        if on == "store":
+            await server.store(chain("new", 1))
+        else:
+            assert await server.hits(chain("one", 2), budget=0.1) == 0
+        with trio.fail_after(60):
+            await tier.wait_hanging(1)
+            await server.server._state.tiers.keepers[0].calls.watch()  # until it is fenced
+        assert "not returned" in server.tier()["reason"]
+        assert await server.hits(chain("memory", 2)) == 2
+        assert await server.hits(chain("one", 2)) == 0
+        tier.faults.clear()
+        tier.release()
+        await tier.wait_works_again()
+        assert await server.hits(chain("one", 2)) == 2
+        assert server.tier()["bugs"] == 0
+
+
+async def test_a_directory_that_is_removed_costs_what_was_in_it_and_is_made_again(
+    live: Any, watched: Any, chain: Any, tmp_path: Path
+) -> None:
+    tier = watched.around(disk(tmp_path / "kv"))
+    await on_disk(live, tier, chain("one", 2))
+    async with live(tier) as server:
+        await server.store(chain("memory", 2))
+        await server.written_back()
+        shutil.rmtree(tmp_path / "kv")
+        assert await server.hits(chain("memory", 2)) == 2
+        assert await server.hits(chain("one", 2)) == 0
+        assert server.tier()["fenced"]
+        assert "was removed" in server.tier()["reason"]
+        assert await server.hits(chain("memory", 2)) == 2
+        await tier.wait_works_again()
+        assert await server.hits(chain("one", 2)) == 0
+        assert await server.store(chain("one", 2)) == 2
+        await server.written_back()
+    async with live(tier) as server:
+        assert await server.hits(chain("one", 2)) == 2
+
+
+async def test_a_directory_that_cannot_be_made_again_is_named_until_it_can(
+    live: Any, watched: Any, chain: Any, tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    tier = watched.around(disk(place / "kv"))
+    await on_disk(live, tier, chain("one", 2))
+    async with live(tier) as server:
+        await server.store(chain("memory", 2))
+        await server.written_back()
+        shutil.rmtree(place)
+        place.write_bytes(b"in the way")
+        assert await server.hits(chain("one", 2)) == 0
+        assert server.tier()["fenced"]
+        keeper = server.server._state.tiers.keepers[0]
+        with trio.fail_after(60):
+            while "can't be used" not in keeper.calls.fence.reason:
+                await trio.sleep_until(keeper.calls.fence.until)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+        assert str(place) in server.tier()["reason"]
+        assert await server.hits(chain("memory", 2)) == 2
+        place.unlink()
+        await tier.wait_works_again()
+        assert await server.store(chain("one", 2)) == 2
+        assert server.tier()["bugs"] == 0
