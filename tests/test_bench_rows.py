@@ -2,17 +2,20 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from lmcache_trio.bench.report import comparison, doubts
+from lmcache_trio.bench.files import PAGE, Extent, pieces, why_no_direct, written
+from lmcache_trio.bench.report import comparison, doubts, verdicts
 from lmcache_trio.bench.rows import Part, Round, Row, load_rows, percentile, save_rows, spread, summarise
 from lmcache_trio.bench.settings import NAMED_KV, ROWS, KVShape, Settings
-from lmcache_trio.errors import ConfigError
+from lmcache_trio.errors import ConfigError, Unavailable
 
 FIELDS = ["name", "clients", "n", "p50_us", "p99_us", "ops_s", "gb_s", "cpu_client_us", "cpu_server_us", "ratio"]
 
@@ -102,12 +105,84 @@ def test_two_runs_are_compared_row_by_row_also_where_one_lacks_a_row() -> None:
     assert "2" in lines["ping"]
 
 
+def test_a_row_that_one_run_lacks_has_empty_cells_and_no_ratio() -> None:
+    a = summarise({"memcpy": [a_round([1.0], moved=10**9)], "store": [a_round([2.0], moved=10**9)]})
+    b = summarise({"memcpy": [a_round([1.0], moved=10**9)], "store_device": [a_round([4.0], moved=10**9)]})
+    made = comparison(a, b, ("a.json", "b.json"))
+    names, clients, *cells = [list(column.cells) for column in made.columns]
+    assert (names, clients) == (["memcpy", "store_device", "store"], ["1"] * 3)
+    assert [column[1] for column in cells] == ["", "4,000,000", "", *["", "0.25", ""] * 3]
+    assert [column[2] for column in cells] == ["2,000,000", "", "", *["0.5", "", ""] * 3]
+
+
+def test_goals_of_copies_are_told_beside_the_table() -> None:
+    rounds = {
+        "memcpy": [a_round([1.0], moved=10**9)] * 3,
+        "store_device": [a_round([1.25], moved=10**9, server_cpu=server) for server in (0.0, 0.0, 2.0)],
+        "load_disk_warm": [a_round([2.0], moved=10**9)] * 3,
+        "load_disk_cold": [a_round([4.0], moved=10**9)] * 3,
+        "direct_read": [a_round([2.0], moved=10**9)] * 3,
+    }
+    device, disk = verdicts(rounds, Settings())
+    assert device.startswith("store_device is 0.80 x memcpy (goal 0.8); ")
+    assert "spent 100.0% (goal 5% at most)" in device
+    assert disk == "load_disk_cold is 0.50 x direct_read (goal 0.9), load_disk_warm is 0.50 x memcpy (goal 0.6)"
+    del rounds["direct_read"], rounds["store_device"]
+    assert verdicts(rounds, Settings()) == ["load_disk_warm is 0.50 x memcpy (goal 0.6)"]
+    assert verdicts({}, Settings()) == []
+    assert "caches" in verdicts({}, Settings(operation=1))[0]
+
+
+def test_a_direct_read_is_no_work_of_the_servers_and_has_the_memcpy_for_its_limit() -> None:
+    rows = summarise(
+        {
+            "memcpy": [a_round([1.0], moved=10**9)],
+            "direct_read": [a_round([4.0], moved=10**9, server_cpu=0.1)],
+            "load_disk_cold": [a_round([5.0], moved=10**9, server_cpu=0.1)],
+        }
+    )
+    assert (only(rows, "direct_read").cpu_server_us, only(rows, "direct_read").ratio) == (None, 0.25)
+    assert only(rows, "load_disk_cold").ratio == 0.2
+
+
 def test_a_noisy_machine_is_reported_and_a_quiet_one_is_not() -> None:
     quiet = {"memcpy": [a_round([0.1], moved=10**9)] * 5, "bare_round_trip": [a_round([0.001])] * 5}
     assert doubts(quiet, 0.01) == []
     noisy = {**quiet, "memcpy": [a_round([0.1 * i], moved=10**9) for i in range(1, 6)]}
     assert any("memcpy" in doubt for doubt in doubts(noisy, 0.01))
     assert any("1.50 cores" in doubt for doubt in doubts(quiet, 1.5))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_only_bytes_that_were_written_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "slab"
+    with file.open("wb") as slab:
+        os.posix_fallocate(slab.fileno(), 0, 16 * PAGE)
+        slab.truncate(32 * PAGE)
+        os.pwrite(slab.fileno(), bytes([1]) * (4 * PAGE), 2 * PAGE)
+        os.pwrite(slab.fileno(), bytes([2]) * PAGE, 20 * PAGE)
+        os.fsync(slab.fileno())
+    found = written(file)
+    data = b"".join(file.read_bytes()[one.start : one.start + one.length] for one in found)
+    assert data.count(1) == 4 * PAGE
+    assert data.count(2) == PAGE
+    assert len(data) <= 8 * PAGE  # a file system may count what lies beside them
+
+
+def test_pieces_go_round_and_round_in_order() -> None:
+    extents = [Extent(Path("a"), 100, 5), Extent(Path("b"), 0, 3)]
+    got = [(one.path.name, one.start, one.length) for one in pieces(extents, 4, 10, 2)]
+    assert got == [("a", 104, 1), ("b", 0, 2), ("b", 2, 1), ("a", 100, 2), ("a", 102, 2), ("a", 104, 1), ("b", 0, 1)]
+    assert list(pieces(extents, 4 + 8, 10, 2)) == list(pieces(extents, 4, 10, 2))
+    with pytest.raises(Unavailable):
+        list(pieces([], 0, 1, 1))
+
+
+def test_a_file_system_in_memory_has_no_direct_reads() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        assert "tmpfs" in why_no_direct(Path(folder))
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -134,6 +209,7 @@ def test_settings_come_back_as_they_went_to_the_clients() -> None:
 
 def test_the_two_limits_are_always_measured() -> None:
     assert Settings(rows=("store",)).wanted == ("memcpy", "bare_round_trip", "store")
+    assert Settings(rows=("load_disk_cold",)).wanted == ("memcpy", "bare_round_trip", "load_disk_cold", "direct_read")
     assert Settings().wanted == ROWS
 
 
@@ -141,6 +217,8 @@ def test_operations_are_whole_chunks() -> None:
     settings = Settings()
     assert (settings.operation_chunks, settings.operation_tokens, settings.operation_bytes) == (4, 1024, 128 << 20)
     assert Settings(operation=1).operation_chunks == 1
+    for kv in NAMED_KV.values():
+        assert 128 << 20 <= Settings(kv).operation_bytes < 256 << 20
 
 
 @pytest.mark.parametrize(

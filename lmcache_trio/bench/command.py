@@ -15,7 +15,7 @@ from lmcache_trio.bench import grow as growth
 from lmcache_trio.bench import plots
 from lmcache_trio.bench.machine import describe
 from lmcache_trio.bench.parked import measure_parked
-from lmcache_trio.bench.report import comparison, doubts, table
+from lmcache_trio.bench.report import comparison, doubts, table, verdicts
 from lmcache_trio.bench.rows import load_rows, save_rows, summarise
 from lmcache_trio.bench.run import measure
 from lmcache_trio.bench.settings import Settings
@@ -41,8 +41,11 @@ def run(settings: Settings, *, address: str | None, disk: Path | None, json: Pat
     out = _console()
     out.print(table(rows, settings))
     out.print(describe())
-    if measured.left_out:
-        out.print(f"left out, because they need a server of its own: {', '.join(measured.left_out)}")
+    for verdict in verdicts(measured.rounds, settings):
+        out.print(verdict)
+    for why in dict.fromkeys(measured.left_out.values()):
+        rows_out = [row for row, reason in measured.left_out.items() if reason == why]
+        out.print(f"left out: {', '.join(rows_out)}: {why}", markup=False)
     for doubt in doubts(measured.rounds, measured.others):
         out.print(doubt, style="red")
     return 0

@@ -7,30 +7,21 @@ together; `{"go": true}` by what was measured. A line that names an `error` is i
 
 import gc
 import json
-import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import attrs
 import numpy as np
 import torch
-import xxhash
 
-from lmcache_trio._wire.messages import Message
-from lmcache_trio.adapters import PollingSchedulerAdapter, WorkerAdapter
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
-from lmcache_trio.bench.settings import ROTATION, Settings
-from lmcache_trio.client import Client
+from lmcache_trio.bench.settings import DEVICE, ROTATION, Settings
+from lmcache_trio.bench.site import Site, private_kv, shared_kv
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
-from lmcache_trio.threads import Handoff
 
-__all__ = ["Host", "Job", "Site", "main"]
-
-_ARENA_SECONDS = 120.0
-"""For a server to take its arena: 4 GB/s where memory is free."""
+__all__ = ["Host", "Job", "main"]
 
 
 @attrs.frozen
@@ -42,141 +33,43 @@ class Job:
     finish: Callable[[], None] = lambda: None
 
 
-class TimedWorker(WorkerAdapter):
-    """Notes when the last copy ended, before its commit: the moment from which a writeback counts."""
-
-    copied_at = 0.0
-
-    def _before_commit(self, spec: StoreSpec) -> None:
-        self.copied_at = time.perf_counter()
-
-
-class Site:
-    """One engine at one server: both its sides."""
-
-    def __init__(self, settings: Settings, address: str, run: str, kv: Mapping[str, torch.Tensor]) -> None:
-        engine = f"bench {run} {os.getpid()}"
-        self.settings = settings
-        self.scheduler = PollingSchedulerAdapter(
-            address,
-            engine_id=engine,
-            identity=["lmcache-trio bench", run],
-            block_tokens=settings.kv.block_tokens,
-            chunk_tokens=settings.kv.chunk_tokens,
-            lookup_timeout=30.0,
-        )
-        self.worker = TimedWorker(
-            address,
-            engine_id=engine,
-            block_tokens=settings.kv.block_tokens,
-            chunk_tokens=settings.kv.chunk_tokens,
-            path="shm",
-        )
-        if self.scheduler._link.client is None or self.worker._link.client is None:
-            raise Unavailable(f"no server answers at {address}")
-        self._warm_arena(self.worker._link.client)
-        self.worker.register_kv_caches(kv)
-        self.scheduler._link.call(self.client.ping, timeout=10)  # news of the namespace came before its reply
-        if not self.scheduler.is_healthy():
-            raise Unavailable("the server did not take this engine's layout; its log says why")
-
-    @property
-    def client(self) -> Client:
-        """The scheduler's connection: what an adapter's lookups go through."""
-        client = self.scheduler._link.client
-        if client is None:
-            raise Unavailable("the server is gone")
-        return client
-
-    @staticmethod
-    def _warm_arena(client: Client) -> None:
-        """Wait until the server has its arena, and put all of it into this process' page tables."""
-        if client.arena is None:
-            raise Unavailable(f"this client got no arena: {client.arena_note}")
-        grown: Handoff[bool] = Handoff()
-
-        def look(message: Message) -> None:
-            if client.taken >= client.arena_size:
-                grown.set(True)
-
-        client.on_push = look
-        if client.taken < client.arena_size and grown.wait(_ARENA_SECONDS) is None:
-            raise Unavailable(f"the server took {client.taken} of {client.arena_size} bytes of its arena, and no more")
-        client.arena._populate(0, client.arena_size)
-
-    def store_specs(self, prompts: Mapping[str, list[int]], blocks: Callable[[int], list[int]]) -> list[StoreSpec]:
-        for request_id, tokens in prompts.items():
-            self.scheduler.extend(request_id, tokens)
-        return [self.scheduler.store_spec(request_id, 0, blocks(i)) for i, request_id in enumerate(prompts)]
-
-    def load_specs(self, prompts: Mapping[str, list[int]], blocks: Callable[[int], list[int]]) -> list[LoadSpec]:
-        """Look *prompts* up: all must be there."""
-        specs = []
-        for i, (request_id, tokens) in enumerate(prompts.items()):
-            self.lookup(request_id, tokens)
-            spec = self.scheduler.update_after_alloc(request_id, len(tokens), block_ids=blocks(i))
-            assert spec is not None
-            specs.append(spec)
-        return specs
-
-    def lookup(self, request_id: str, tokens: list[int]) -> None:
-        self.scheduler.maybe_submit_lookup_request(request_id, tokens)
-        found = self.scheduler.check_lookup_result(request_id)
-        if found != len(tokens):
-            raise Unavailable(f"{found} of {len(tokens)} tokens were found: something was evicted or dropped")
-
-    def end(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self.scheduler.end_session(request_id)
-        self.scheduler._link.call(self.client.ping, timeout=30)  # in order: they have ended now
-
-    def count_stored(self) -> int:
-        return self.worker.statistics().get("stored_chunks", 0)
-
-    def close(self) -> None:
-        self.worker.shutdown()
-        self.scheduler.shutdown()
-
-
 class Host:
-    """The process: its paged KV, its prompts, and one site a server."""
+    """The process: its prompts, and its engines: one at each server, and one whose KV the server moves."""
 
     def __init__(self, settings: Settings, rank: int, run: str, addresses: Sequence[str], directory: str) -> None:
         torch.set_num_threads(1)
         self.settings = settings
         self.rank = rank
         self.directory = directory
-        self.kv = make_kv(settings)
-        self.sites = [Site(settings, address, run, self.kv) for address in addresses]
+        self.left_out: dict[str, str] = {}
+        """Rows that can't be measured, and why."""
+        self.site = Site(settings, addresses[0], run, private_kv(settings), "shm")
+        self.device_site: Site | None = None
+        if not set(DEVICE).isdisjoint(settings.rows):
+            try:
+                self.device_site = Site(settings, addresses[0], run, shared_kv(settings), "device")
+            except Unavailable as exc:
+                self.left_out |= dict.fromkeys(DEVICE, str(exc))
+        self.disk_site = Site(settings, addresses[1], run, self.site.kv, "shm") if len(addresses) > 1 else None
         shared = np.random.default_rng(int.from_bytes(run.encode()[:8], "little"))
         self.hot = shared.integers(0, 1 << 30, settings.prompt_chunks * settings.kv.chunk_tokens).tolist()
         self.rng = np.random.default_rng(secrets.randbits(64))
         order = np.random.default_rng(rank).permutation(ROTATION * self._operation_blocks)
         self._order: list[int] = order.tolist()
         self._names = 0
-        self.stored: dict[str, list[int]] = {}
-        """What the last `store` left in memory, for a retrieve."""
-        self.stored_hash = 0
-        """Of the bytes of the last of them."""
         self.written: dict[str, list[int]] = {}
         """What the last `writeback_disk` left on disk, for a load."""
+        self.directly_read = 0
+        """Operations' worth of the tier's bytes."""
 
     @cached_property
     def buffers(self) -> list[torch.Tensor]:
         """Warm private memory for memcpy: `ROTATION` operations' worth of sources, and as much of targets."""
         return [torch.full((self.settings.operation_bytes,), i, dtype=torch.uint8) for i in range(2 * ROTATION)]
 
-    def hash_of(self, blocks: list[int]) -> int:
-        """Of the bytes of *blocks*, in all layers."""
-        found = xxhash.xxh3_64()
-        index = torch.tensor(blocks)
-        for tensor in self.kv.values():
-            found.update(tensor[:, index].view(torch.uint8).flatten().numpy().data)
-        return found.intdigest()
-
     @property
-    def site(self) -> Site:
-        return self.sites[0]
+    def sites(self) -> list[Site]:
+        return [site for site in (self.site, self.disk_site, self.device_site) if site is not None]
 
     @property
     def _operation_blocks(self) -> int:
@@ -213,30 +106,15 @@ class Host:
             site.close()
 
 
-def make_kv(settings: Settings) -> dict[str, torch.Tensor]:
-    """One tensor a layer, as engines make them: (2, blocks, block tokens, heads, head dim). No two blocks are alike."""
-    kv = settings.kv
-    blocks = ROTATION * settings.operation_tokens // kv.block_tokens
-    shape = (2, blocks, kv.block_tokens, kv.kv_heads, kv.head_dim)
-    made = {}
-    for i in range(kv.layers):
-        tensor = torch.empty(shape, dtype=getattr(torch, kv.torch_dtype))
-        flat = tensor.view(torch.uint8).flatten().numpy()
-        words = flat[: flat.size // 4 * 4].view(np.uint32)
-        words[:] = np.arange(i * words.size, (i + 1) * words.size, dtype=np.uint64).astype(np.uint32)
-        made[f"layers.{i}"] = tensor
-    return made
-
-
 def main(arguments: Sequence[str]) -> None:
     settings, rank, run = Settings.of_json(arguments[0]), int(arguments[1]), arguments[2]
     addresses, directory = [arguments[3], *arguments[4:5]], arguments[5] if len(arguments) > 5 else ""
     try:
         host = Host(settings, rank, run, addresses, directory)
-        pids = [site.client._connection.peer_pid for site in host.sites]
+        servers = [site for site in (host.site, host.disk_site) if site is not None]
         gc.collect()
         gc.freeze()  # as engines do
-        _say(ready=True, pids=pids)
+        _say(pids=[site.client._connection.peer_pid for site in servers], left_out=host.left_out)
         serve(host)
         host.close()
     except LMCacheTrioError as exc:

@@ -17,13 +17,19 @@ def cpu_seconds(pid: int) -> float | None:
 
     Time of threads that ended is lost: a server keeps its threads.
     """
-    total = 0
     try:
-        for task in os.scandir(f"/proc/{pid}/task"):
-            total += int(Path(task.path, "schedstat").read_bytes().split()[0])
+        with os.scandir(f"/proc/{pid}/task") as tasks:
+            total = sum(_nanoseconds(task.path) for task in tasks)
     except (OSError, ValueError, IndexError):
         return None
     return total / 1e9 if total else _ticks(pid)
+
+
+def _nanoseconds(task: str) -> int:
+    try:
+        return int(Path(task, "schedstat").read_bytes().split()[0])
+    except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile, or the kernel keeps none
+        return 0
 
 
 def _ticks(pid: int) -> float | None:

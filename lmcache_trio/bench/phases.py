@@ -10,6 +10,7 @@ from lmcache_trio._wire.codec import unpack_offsets
 from lmcache_trio.bench import lookups, tiers
 from lmcache_trio.bench.host import Host, Job
 from lmcache_trio.bench.settings import ROTATION
+from lmcache_trio.bench.site import Site
 from lmcache_trio.errors import Unavailable
 
 __all__ = ["PHASES"]
@@ -62,7 +63,31 @@ def memcpy_shm(host: Host, n: int) -> Job:
 
 def store(host: Host, n: int) -> Job:
     """Blocks to slots, from the call until the server has published them: prompts that are new to it."""
-    site = host.site
+    return _store(host, host.site, n)
+
+
+def retrieve(host: Host, n: int) -> Job:
+    """Slots to blocks, from the call until what was read is known to be valid: what the last `store` left."""
+    return _retrieve(host, host.site, n)
+
+
+def store_device(host: Host, n: int) -> Job:
+    """As `store`, by an engine that only names its blocks: the server moves them."""
+    return _store(host, _device(host), n)
+
+
+def retrieve_device(host: Host, n: int) -> Job:
+    """As `retrieve`, likewise: what the last `store_device` left."""
+    return _retrieve(host, _device(host), n)
+
+
+def _device(host: Host) -> Site:
+    if host.device_site is None:
+        raise Unavailable(host.left_out["store_device"])
+    return host.device_site
+
+
+def _store(host: Host, site: Site, n: int) -> Job:
     prompts = host.fresh_prompts(n)
     specs = site.store_specs(prompts, host.blocks)
     before = site.count_stored()
@@ -71,8 +96,8 @@ def store(host: Host, n: int) -> Job:
         stored = site.count_stored() - before
         if stored != n * host.settings.operation_chunks:
             raise Unavailable(f"only {stored} chunks were stored: {site.worker.statistics()}")
-        host.stored = prompts
-        host.stored_hash = host.hash_of(host.blocks(n - 1))
+        site.stored = prompts
+        site.stored_hash = site.hash_of(host.blocks(n - 1))
         site.end(list(prompts))
 
     def run() -> list[float]:
@@ -81,18 +106,16 @@ def store(host: Host, n: int) -> Job:
     return Job(run, n * host.settings.operation_bytes, finish)
 
 
-def retrieve(host: Host, n: int) -> Job:
-    """Slots to blocks, from the call until what was read is known to be valid: what the last `store` left."""
-    site = host.site
-    prompts = {host.name(): tokens for tokens in list(host.stored.values())[-n:]}
+def _retrieve(host: Host, site: Site, n: int) -> Job:
+    prompts = {host.name(): tokens for tokens in list(site.stored.values())[-n:]}
     if len(prompts) != n:
-        raise Unavailable("retrieve needs what store left: measure store too")
+        raise Unavailable("a retrieve needs what a store left: measure that too")
     specs = site.load_specs(prompts, lambda i: host.blocks(i + 1))
 
     def finish() -> None:
         if site.worker.take_failed_blocks():
             raise Unavailable("a retrieve failed")
-        if host.hash_of(host.blocks(n)) != host.stored_hash:
+        if site.hash_of(host.blocks(n)) != site.stored_hash:
             raise Unavailable("what was retrieved is not what was stored")
         site.end(list(prompts))
 
@@ -171,7 +194,10 @@ PHASES: dict[str, Callable[[Host, int], Job]] = {
     "end_session_8k": end_session,
     "store": store,
     "retrieve": retrieve,
+    "store_device": store_device,
+    "retrieve_device": retrieve_device,
     "writeback_disk": tiers.writeback,
     "load_disk_warm": tiers.load_warm,
     "load_disk_cold": tiers.load_cold,
+    "direct_read": tiers.direct_read,
 }

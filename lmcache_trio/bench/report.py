@@ -4,16 +4,22 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from lmcache_trio.bench.rows import Round, Row, spread
-from lmcache_trio.bench.settings import KVShape, Settings
+from lmcache_trio.bench.rows import Round, Row, client_share, speed_of, spread
+from lmcache_trio.bench.settings import DEVICE, ROTATION, KVShape, Settings
 
-__all__ = ["comparison", "doubts", "table"]
+__all__ = ["comparison", "doubts", "table", "verdicts"]
 
 _SPREAD = 0.2
 """Above this, the limits themselves moved too much within one run for its ratios to be quoted."""
 _OTHERS = 0.1
 """Cores that everyone else kept busy."""
 
+_DEVICE_SPEED, _DEVICE_SHARE = 0.8, 0.05
+_COLD_SPEED, _WARM_SPEED = 0.9, 0.6
+"""Goals of the project's own."""
+_UNCACHED = 512 << 20
+
+_COMPARED = {"p50_us": "p50 µs", "ops_s": "ops/s", "gb_s": "GB/s", "ratio": "ratio"}
 _COLUMNS = ("row", "clients", "n", "p50 µs", "p99 µs", "ops/s", "GB/s", "client µs", "server µs", "ratio")
 
 
@@ -36,7 +42,7 @@ def table(rows: Sequence[Row], settings: Settings) -> Table:
 def doubts(rounds: Mapping[str, Sequence[Round]], others: float) -> list[str]:
     """Why the figures should not be quoted: one sentence each; none on a quiet machine."""
     found = []
-    for name, figure in (("memcpy", "bandwidth"), ("bare_round_trip", "p50")):
+    for name, figure in (("memcpy", "bandwidth"), ("bare_round_trip", "p50"), ("direct_read", "bandwidth")):
         if name in rounds and len(rounds[name]) > 1:
             width = spread([getattr(r, figure) for r in rounds[name]])
             if width > _SPREAD:
@@ -46,21 +52,42 @@ def doubts(rounds: Mapping[str, Sequence[Round]], others: float) -> list[str]:
     return found
 
 
+def verdicts(rounds: Mapping[str, Sequence[Round]], settings: Settings) -> list[str]:
+    """What the copies reached of their goals, one sentence each, where the table alone does not say it."""
+    memcpy, told = rounds.get("memcpy", ()), []
+    if ROTATION * settings.operation_bytes < _UNCACHED:
+        told.append(f"operations are small: copies rotate over less than {_UNCACHED >> 20} MiB, and caches help them")
+    for name in DEVICE:
+        speed, share = speed_of(rounds.get(name, ()), memcpy), client_share(rounds.get(name, ()))
+        if speed is not None and share is not None:
+            told.append(
+                f"{name} is {speed:.2f} x memcpy (goal {_DEVICE_SPEED:g}); of the copy's processor time the engine's"
+                f" process spent {share:.1%} (goal {_DEVICE_SHARE:.0%} at most)"
+            )
+    loads = [("load_disk_cold", "direct_read", _COLD_SPEED), ("load_disk_warm", "memcpy", _WARM_SPEED)]
+    found = [
+        f"{name} is {speed:.2f} x {limit} (goal {goal:g})"
+        for name, limit, goal in loads
+        if (speed := speed_of(rounds.get(name, ()), rounds.get(limit, ()))) is not None
+    ]
+    return told + ([", ".join(found)] if found else [])
+
+
 def comparison(before: Sequence[Row], after: Sequence[Row], names: tuple[str, str]) -> Table:
-    """Two runs side by side, and what the second is of the first: below 1 is faster for times, above 1 for the rest."""
+    """Two runs side by side, and what the second is of the first: below 1 is faster for times, above 1 for rates.
+
+    A row that one of them lacks leaves its cells empty."""
     made = Table(title=f"A: {names[0]}, B: {names[1]}")
-    for name in ("row", "clients", "p50 A", "p50 B", "B/A", "ops/s A", "ops/s B", "B/A", "GB/s A", "GB/s B", "B/A"):
+    columns = [name for what in _COMPARED.values() for name in (f"{what} A", f"{what} B", "B/A")]
+    for name in ("row", "clients", *columns):
         made.add_column(name, justify="left" if name == "row" else "right")
-    known = {(row.name, row.clients): row for row in before}
-    for b in after:
-        a = known.pop((b.name, b.clients), None)
+    one, other = ({(row.name, row.clients): row for row in rows} for rows in (before, after))
+    for key in dict.fromkeys([*other, *one]):
         cells = []
-        for field in ("p50_us", "ops_s", "gb_s"):
-            one, other = getattr(a, field, None), getattr(b, field)
-            cells += [_figure(one), _figure(other), _figure(other / one if one and other else None)]
-        made.add_row(b.name, str(b.clients), *cells)
-    for a in known.values():
-        made.add_row(a.name, str(a.clients), *(c for v in (a.p50_us, a.ops_s, a.gb_s) for c in (_figure(v), "", "")))
+        for field in _COMPARED:
+            a, b = getattr(one.get(key), field, None), getattr(other.get(key), field, None)
+            cells += [_figure(a), _figure(b), _figure(b / a if a and b else None)]
+        made.add_row(key[0], str(key[1]), *cells)
     return made
 
 

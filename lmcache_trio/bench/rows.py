@@ -16,9 +16,21 @@ import attrs
 from lmcache_trio.bench.settings import COPIES, DISK
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["Part", "Round", "Row", "load_rows", "percentile", "save_rows", "spread", "summarise"]
+__all__ = [
+    "Part",
+    "Round",
+    "Row",
+    "client_share",
+    "load_rows",
+    "percentile",
+    "save_rows",
+    "speed_of",
+    "spread",
+    "summarise",
+]
 
 _COPYING = frozenset((*COPIES, *DISK))
+_WITHOUT_SERVER = ("memcpy", "memcpy_shm", "direct_read")
 
 
 @attrs.frozen
@@ -98,6 +110,7 @@ def summarise(measured: Mapping[str, Sequence[Round]]) -> list[Row]:
 
 def _row(name: str, rounds: Sequence[Round], measured: Mapping[str, Sequence[Round]]) -> Row:
     copying = name in _COPYING
+    limits = measured.get("memcpy" if copying else "bare_round_trip", ())
     servers = [r.server_cpu / r.operations for r in rounds if r.server_cpu is not None]
     return Row(
         name,
@@ -108,18 +121,27 @@ def _row(name: str, rounds: Sequence[Round], measured: Mapping[str, Sequence[Rou
         median(r.operations / r.seconds for r in rounds),
         median(r.bandwidth for r in rounds) / 1e9 if copying else None,
         _micro([sum(part.cpu for part in r.parts) / r.operations for r in rounds]),
-        _micro(servers) if servers and not name.startswith("memcpy") else None,
-        _ratio(rounds, measured.get("memcpy" if copying else "bare_round_trip", ()), copying),
+        _micro(servers) if servers and name not in _WITHOUT_SERVER else None,
+        speed_of(rounds, limits) if copying else _delay(rounds, limits),
     )
 
 
-def _ratio(rounds: Sequence[Round], limits: Sequence[Round], copying: bool) -> float | None:
-    pairs = list(zip(rounds, limits, strict=False))
-    if not pairs:
-        return None
-    if copying:
-        return median(r.bandwidth / limit.bandwidth for r, limit in pairs)
-    return median(r.p50 / limit.p50 for r, limit in pairs)
+def speed_of(rounds: Sequence[Round], limits: Sequence[Round]) -> float | None:
+    """GB/s of *rounds* by that of *limits*, round by round: the median. None without limits."""
+    shares = [r.bandwidth / limit.bandwidth for r, limit in zip(rounds, limits, strict=False)]
+    return median(shares) if shares else None
+
+
+def client_share(rounds: Sequence[Round]) -> float | None:
+    """What the client spent of the processor time that it and the server spent. None: the server's is not known."""
+    spent = [(sum(part.cpu for part in r.parts), r.server_cpu) for r in rounds]
+    shares = [ours / (ours + server) for ours, server in spent if server is not None]
+    return median(shares) if shares else None
+
+
+def _delay(rounds: Sequence[Round], limits: Sequence[Round]) -> float | None:
+    shares = [r.p50 / limit.p50 for r, limit in zip(rounds, limits, strict=False)]
+    return median(shares) if shares else None
 
 
 def _micro(seconds: Sequence[float]) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 import attrs
 import trio
 
+from lmcache_trio.bench.files import why_no_direct
 from lmcache_trio.bench.machine import Meter, cpu_seconds
 from lmcache_trio.bench.rows import Part, Round
 from lmcache_trio.bench.settings import COPIES, DISK, Settings
@@ -36,11 +37,11 @@ _MAX_PARENT = 50
 
 @attrs.frozen
 class Measured:
-    """All rounds of all rows, and the share of the machine that others used meanwhile."""
+    """All rounds of all rows, the share of the machine that others used meanwhile, and why a row is not there."""
 
     rounds: dict[str, list[Round]]
     others: float
-    left_out: tuple[str, ...] = ()
+    left_out: dict[str, str]
 
 
 class Child:
@@ -137,7 +138,7 @@ async def measure(
     *disk* is where the tier's folder is made; *tell* is told what is done now, how much was done, and of how much.
     """
     wanted = settings.wanted if address is None else tuple(row for row in settings.wanted if row not in DISK)
-    left_out = tuple(row for row in settings.wanted if row not in wanted)
+    left_out = {row: "it needs a server of the benchmark's own" for row in settings.wanted if row not in wanted}
     if address is not None:
         async with open_client(address, name="lmcache-trio bench"):
             pass  # `Unavailable` at once if nobody is there: an adapter would wait for somebody
@@ -151,6 +152,8 @@ async def measure(
                 tier_folder = str(await stack.enter_async_context(scratch(disk)))
                 addresses.append(f"ipc://{folder}/disk.ipc")
                 await stack.enter_async_context(serving(addresses[1], _disk_sets(settings, tier_folder), folder))
+                if "direct_read" in wanted and (why := why_no_direct(Path(tier_folder))):
+                    left_out["direct_read"] = why
         tell("clients", 0, 0)
         run = secrets.token_hex(8)
         hosts = []
@@ -158,8 +161,11 @@ async def measure(
             arguments = ["-m", "lmcache_trio.bench.host", settings.as_json(), str(rank), run, *addresses]
             arguments += [tier_folder] if tier_folder else []
             hosts.append(await stack.enter_async_context(child(arguments, folder / "host.log")))
-        [pids, *_] = [(await host.hear())["pids"] for host in hosts]
-        rounds, others = await _rounds(settings, wanted, hosts, pids, tell)
+        said = [await host.hear() for host in hosts]
+        for one in said:
+            left_out |= {row: why for row, why in one["left_out"].items() if row in wanted}
+        wanted = tuple(row for row in wanted if row not in left_out)
+        rounds, others = await _rounds(settings, wanted, hosts, said[0]["pids"], tell)
     return Measured(rounds, others, left_out)
 
 

@@ -8,14 +8,27 @@ import attrs
 from lmcache_trio.config import parse_size
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["COPIES", "DISK", "LOOKUPS", "NAMED_KV", "PROMPT_TOKENS", "ROTATION", "ROWS", "KVShape", "Settings"]
+__all__ = [
+    "COPIES",
+    "DEVICE",
+    "DISK",
+    "LOOKUPS",
+    "NAMED_KV",
+    "PROMPT_TOKENS",
+    "ROTATION",
+    "ROWS",
+    "KVShape",
+    "Settings",
+    "size_of",
+]
 
-COPIES = ("memcpy", "memcpy_shm", "store", "retrieve")
+DEVICE = ("store_device", "retrieve_device")
+COPIES = ("memcpy", "memcpy_shm", "store", "retrieve", *DEVICE)
 LOOKUPS = (
     *("bare_round_trip", "ping", "lookup_8k_hit", "lookup_8k_miss"),
     *("sync_lookup_8k_hit", "lookup_8k_extend", "end_session_8k"),
 )
-DISK = ("writeback_disk", "load_disk_warm", "load_disk_cold")
+DISK = ("writeback_disk", "load_disk_warm", "load_disk_cold", "direct_read")
 ROWS = (*COPIES[:2], *LOOKUPS, *COPIES[2:], *DISK)
 """In the order in which a round measures them: a load finds what the writeback before it left."""
 
@@ -91,9 +104,9 @@ NAMED_KV = {
 
 @attrs.frozen
 class Settings:
-    """One run. *operation* is the bytes of a store or retrieve, rounded to whole chunks; counts are a client's.
+    """One run. *operation* is the bytes of a store or retrieve, rounded up to whole chunks; counts are a client's.
 
-    *rows* are those to be measured; the two limits, memcpy and the bare round trip, always are.
+    *rows* are those to be measured; memcpy and the bare round trip always are, and a cold load's limit with it.
     """
 
     kv: KVShape = KVShape()
@@ -118,7 +131,8 @@ class Settings:
     @property
     def wanted(self) -> tuple[str, ...]:
         """The rows to measure, in order."""
-        return tuple(name for name in ROWS if name in self.rows or name in ("memcpy", "bare_round_trip"))
+        limits = {"memcpy", "bare_round_trip", *(["direct_read"] if "load_disk_cold" in self.rows else [])}
+        return tuple(name for name in ROWS if name in self.rows or name in limits)
 
     @property
     def copies(self) -> int:
@@ -127,7 +141,7 @@ class Settings:
 
     @property
     def operation_chunks(self) -> int:
-        return max(1, round(self.operation / self.kv.chunk_bytes))
+        return -(-self.operation // self.kv.chunk_bytes)
 
     @property
     def operation_tokens(self) -> int:

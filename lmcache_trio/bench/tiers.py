@@ -2,27 +2,35 @@
 
 A writeback is timed from the moment at which the worker's copy ended until the tier counts the chunks; a load from the
 lookup until its answer: tier to slots, hit by hit, through the prefetch of the server. Warm is read from the page
-cache, cold after it was told to drop the tier's files.
+cache, cold after it was told to drop the tier's files. Beside the cold load stands what it is held to: a plain direct
+read of as many of the tier's bytes, without index, checksums or slots.
 """
 
+import mmap
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-from lmcache_trio.bench.host import Host, Job, Site
+from lmcache_trio.bench import files
+from lmcache_trio.bench.host import Host, Job
+from lmcache_trio.bench.site import Site
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.threads import Handoff
 
-__all__ = ["load_cold", "load_warm", "writeback"]
+__all__ = ["direct_read", "load_cold", "load_warm", "writeback"]
 
 _SECONDS = 60.0
 _PAUSE = 0.004
 """Seconds between two looks at the tier's counter: nothing tells of a writeback's end."""
+DIRECT_PIECE = 32 << 20
+"""Bytes of one direct read: a chunk of the default shape, as a load asks for them in a row. The kernel splits it
+anyway: 8, 32 and 128 MiB read alike here, within what the disk varied by of itself."""
 
 
 def writeback(host: Host, n: int) -> Job:
     """One operation after the other, each waited for."""
-    site = host.sites[1]
+    site = _disk(host)
     prompts = host.fresh_prompts(n)
     specs = site.store_specs(prompts, host.blocks)
 
@@ -44,7 +52,7 @@ def writeback(host: Host, n: int) -> Job:
 
 def load_warm(host: Host, n: int) -> Job:
     """What the last writeback left, oldest first: it is not in memory any more when its turn comes."""
-    site = host.sites[1]
+    site = _disk(host)
     prompts = {host.name(): tokens for tokens in list(host.written.values())[:n]}
     if len(prompts) != n:
         raise Unavailable("a load from disk needs what writeback_disk left: measure that too")
@@ -69,23 +77,50 @@ def load_warm(host: Host, n: int) -> Job:
 
 def load_cold(host: Host, n: int) -> Job:
     """The same, after the page cache was told to forget the tier's files."""
-    if host.rank == 0:
-        for path in Path(host.directory).rglob("*"):
-            if path.is_file():
-                _forget(path)
+    _forget(host)
     return load_warm(host, n)
 
 
-def _forget(path: Path) -> None:
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return
-    try:
-        os.fsync(file)  # pages that are not on the disk yet stay
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(file)
+def direct_read(host: Host, n: int) -> Job:
+    """As many bytes of the slabs as a load of this round moves: one thread, in order, into one warm buffer.
+
+    Each round, and each client, goes on where the one before it ended.
+    """
+    _forget(host)
+    extents = [extent for path in sorted(Path(host.directory).rglob("slab-*")) for extent in files.written(path)]
+    size = max(files.PAGE, host.settings.operation_bytes // files.PAGE * files.PAGE)
+    buffer = memoryview(mmap.mmap(-1, min(DIRECT_PIECE, size)))
+    buffer[:] = bytes(len(buffer))
+    first = host.directly_read * host.settings.clients + host.rank * n
+    host.directly_read += n
+
+    def run() -> list[float]:
+        times = []
+        with ExitStack() as stack:
+            opened: dict[Path, int] = {}
+            for path in {extent.path for extent in extents}:
+                opened[path] = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                stack.callback(os.close, opened[path])
+            for number in range(first, first + n):
+                began = time.perf_counter()
+                for piece in files.pieces(extents, number * size, size, len(buffer)):
+                    files.read_direct(opened[piece.path], piece, buffer)
+                times.append(time.perf_counter() - began)
+        return times
+
+    return Job(run, n * size)
+
+
+def _forget(host: Host) -> None:
+    """The first of several clients does it for all: they begin when all have said that they are ready."""
+    if host.rank == 0:
+        files.forget(Path(host.directory))
+
+
+def _disk(host: Host) -> Site:
+    if host.disk_site is None:
+        raise Unavailable("there is no server with a disk tier")
+    return host.disk_site
 
 
 def _written(site: Site) -> int:
