@@ -62,6 +62,10 @@ from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
 __all__ = ["Client", "Storing", "connect", "open_client", "serve_connection"]
 
 
+TAKE_UP = 5.0
+"""Seconds that a WELCOME stands: what the server waits for a client to take it up, too."""
+
+
 @attrs.frozen
 class Storing:
     """A store in progress: fill *slots*, writable bytes by the position of their chunk in what was asked.
@@ -307,6 +311,13 @@ async def serve_connection(
         raise failure
 
 
+async def _take_up(address: str) -> Connection:
+    """The connection that a WELCOME named, while it stands: NNG itself goes on trying an address that is gone."""
+    with trio.move_on_after(TAKE_UP):
+        return await dial_pair(address)
+    raise Unavailable(f"the server went away, or did not open {address} within {TAKE_UP:g} s")
+
+
 @asynccontextmanager
 async def connect(address: str, hello: Hello) -> AsyncIterator[Client]:
     """As `open_client`, from a ready introduction: the same token again tells the server that this is a reconnect."""
@@ -318,7 +329,7 @@ async def connect(address: str, hello: Hello) -> AsyncIterator[Client]:
         raise ProtocolError(f"cannot speak with the server at {address}: {exc}") from exc
     if isinstance(reply, Refused):
         raise error_of(reply.kind, f"the server at {address} refused: {reply.reason}")
-    connection = await dial_pair(reply.address)
+    connection = await _take_up(reply.address)
     try:
         arena = None
         if hello.role is Role.WORKER and reply.arena_path:

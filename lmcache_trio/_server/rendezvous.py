@@ -14,7 +14,7 @@ from lmcache_trio._server.state import Client, Engine, State
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, ErrorKind, Hello, Refused, Role, Welcome
 from lmcache_trio._wire.protocol import check_hello
-from lmcache_trio.errors import Misuse, ProtocolError
+from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 __all__ = ["Admission", "dismiss", "new_boot", "receive_hello", "welcome"]
 
@@ -22,6 +22,13 @@ NO_ARENA = (
     "the server cannot see this client's process (another pid namespace, or TCP), so it could not tell when a dead "
     "client's copies have ended; use unix:// or ipc:// in one pid namespace (docker: --pid), share /dev/shm (--ipc)"
 )
+
+
+_KINDS: dict[type[LMCacheTrioError], ErrorKind] = {
+    ProtocolError: ErrorKind.PROTOCOL,
+    Misuse: ErrorKind.MISUSE,
+    Unavailable: ErrorKind.UNAVAILABLE,
+}
 
 
 @attrs.frozen
@@ -46,12 +53,9 @@ def receive_hello(state: State, frame: bytes, peer_pid: int | None) -> Admission
         _check(state, hello)
         replaced = tuple(_replaced_by(state, hello, peer_pid))
         pidfd = _open_pidfd(peer_pid)
-    except ProtocolError as exc:
+    except (ProtocolError, Misuse, Unavailable) as exc:
         state.counted["refused"] += 1
-        return Admission(None, encode(Refused(ErrorKind.PROTOCOL, str(exc)[:4000])))
-    except Misuse as exc:
-        state.counted["refused"] += 1
-        return Admission(None, encode(Refused(ErrorKind.MISUSE, str(exc)[:4000])))
+        return Admission(None, encode(Refused(_KINDS[type(exc)], str(exc)[:4000])))
     for former in replaced:
         dismiss(state, former)
     return Admission(state.admit(hello, peer_pid, pidfd), replaced=replaced)
@@ -76,9 +80,9 @@ def welcome(state: State, client: Client, address: str) -> Welcome:
 
 
 def _check(state: State, hello: Hello) -> None:
-    """Misuse if it does not fit to the server as it is now."""
+    """Misuse if it does not fit to the clients that are here, Unavailable while nobody is let in."""
     if state.stopping:
-        raise Misuse("the server is stopping; connect again when it is back")
+        raise Unavailable("the server is stopping; connect again when it is back")
     engine = state.engines.get(hello.engine) if hello.role is not Role.OBSERVER else None
     if engine is not None and engine.shards != hello.shards and _others(engine, hello):
         raise Misuse(
@@ -88,7 +92,8 @@ def _check(state: State, hello: Hello) -> None:
 
 
 def _others(engine: Engine, hello: Hello) -> bool:
-    return any(client.hello.token != hello.token for client in engine.clients())
+    """Clients that live: one whose process was killed may be here a moment longer than its successor needs."""
+    return any(client.hello.token != hello.token and not client.has_exited() for client in engine.clients())
 
 
 def _replaced_by(state: State, hello: Hello, peer_pid: int | None) -> Iterator[Client]:
@@ -110,6 +115,8 @@ def _replaced_by(state: State, hello: Hello, peer_pid: int | None) -> Iterator[C
                 "each engine an engine id of its own"
             )
         yield holder
+    if engine.shards != hello.shards:
+        yield from engine.clients()  # all of them dead, or `_check` had refused
 
 
 def _open_pidfd(pid: int | None) -> int | None:

@@ -42,7 +42,7 @@ from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused
 from lmcache_trio.abc import Device, Memory, Tier
 from lmcache_trio.config import Config
-from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError
+from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Unavailable
 
 __all__ = ["Server", "open_server", "serve"]
 
@@ -175,8 +175,8 @@ async def _admit(state: State, front: Rendezvous, connections: trio.Nursery) -> 
     while True:
         try:
             introduction = await front.accept()
-        except Gone:
-            return
+        except Gone as exc:  # it is closed behind this task: a server that nobody can reach would only hold memory
+            raise Unavailable(f"nobody can connect to {front.address} any more, so the server ends: {exc}") from exc
         admission = rendezvous.receive_hello(state, introduction.hello, introduction.peer_pid)
         client = admission.client
         if client is None:

@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from lmcache_trio import Unavailable, open_client
 from lmcache_trio._server.handlers import answer_of
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import (
@@ -113,6 +114,10 @@ async def test_leaving_waits_for_copies_under_way_and_gives_out_nothing_more(rig
         await trio.testing.wait_all_tasks_blocked()
         assert not stopped.is_set()
         assert (await worker.reserve(1, digests(2, "more"))).dropped == {"stopping": 2}
+        # An engine that starts meanwhile must wait for the next server, and not take it for a wrong setting
+        with pytest.raises(Unavailable, match="the server is stopping"):
+            async with open_client(rig.server.address):
+                pass
         assert (await worker.get(Committed, Commit, made.reservation)).published == 2
         with trio.fail_after(60):
             await stopped.wait()

@@ -1,0 +1,69 @@
+"""A server that goes away between its WELCOME and the connection that it named: no client waits for that for ever."""
+
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+import lmcache_trio.client
+from lmcache_trio import Unavailable, open_client
+from lmcache_trio._transport import listen
+from lmcache_trio._wire.codec import encode
+from lmcache_trio._wire.messages import Welcome
+from lmcache_trio.adapters import SchedulerAdapter
+from lmcache_trio.testing.sides import ServerProcess, wait_until
+
+
+@pytest.fixture
+async def welcoming(tmp_path: Path) -> AsyncIterator[str]:
+    """The address of a server whose welcomes name a socket behind which nobody speaks NNG's protocol."""
+    front = listen(f"ipc://{tmp_path}/front")
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(f"{tmp_path}/pair")
+        mute.listen()
+
+        async def welcome() -> None:
+            while True:
+                introduction = await front.accept()
+                introduction.reply(encode(Welcome(1, f"ipc://{tmp_path}/pair", b"boot", 256)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(welcome)
+            yield f"ipc://{tmp_path}/front"
+            nursery.cancel_scope.cancel()
+    front.close()
+
+
+async def test_a_welcome_that_leads_nowhere_is_given_up(welcoming: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmcache_trio.client, "TAKE_UP", 0.1)
+    with trio.fail_after(5), pytest.raises(Unavailable, match="did not open"):
+        async with open_client(welcoming):
+            pass
+
+
+@pytest.mark.parametrize("scheme", ["unix", "ipc"])
+def test_an_adapter_whose_server_was_killed_behind_its_welcome_finds_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    server = ServerProcess(f"{scheme}://{tmp_path}/s.sock")
+    server.start()
+    real, killed = lmcache_trio.client.dial_pair, []
+
+    async def dial_pair(address: str) -> object:
+        if not killed:
+            killed.append(address)
+            server.kill()
+        return await real(address)
+
+    monkeypatch.setattr(lmcache_trio.client, "TAKE_UP", 0.5)
+    monkeypatch.setattr(lmcache_trio.client, "dial_pair", dial_pair)
+    adapter = SchedulerAdapter(server.address, engine_id="e", identity=["m"], block_tokens=4, connect_timeout=0.1)
+    try:
+        wait_until(lambda: bool(killed))
+        server.start()
+        wait_until(lambda: adapter._link.client is not None)
+    finally:
+        adapter.shutdown()
+        server.kill()
