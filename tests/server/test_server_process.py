@@ -96,7 +96,10 @@ async def _in_mid_store(connect: Any, address: str, digests: Any) -> tuple[Any, 
     worker = await connect(address, Role.WORKER)
     await worker.register()
     await scheduler.lookup(1, digests(2))
-    return scheduler, worker, (await worker.reserve(1, digests(2))).reservation
+    with trio.fail_after(60):
+        while not (made := await worker.reserve(1, digests(2))).reservation:
+            pass  # it answers before it has the first piece of its arena
+    return scheduler, worker, made.reservation
 
 
 async def test_sigterm_in_mid_store_lets_the_copy_end_and_leaves_no_file(
