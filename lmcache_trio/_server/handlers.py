@@ -1,8 +1,8 @@
 """One plain function a sentence: `(state, client, message) -> reply | None`, called inline by the connection's reader.
 
-Nothing here waits. A request that fails raises an error of `lmcache_trio.errors`, which becomes an ErrorReply of its
-kind; `ProtocolError` ends the connection too. Any other exception is a bug in one handler: it is logged, counted and
-answered, and ends nothing else.
+Nothing here waits. Who may say what is `_wire.protocol`'s to know. A request that fails raises an error of
+`lmcache_trio.errors`, which becomes an ErrorReply of its kind; `ProtocolError` ends the connection too. Any other
+exception is a bug in one handler: it is logged, counted and answered, and ends nothing else.
 """
 
 import json
@@ -42,33 +42,39 @@ from lmcache_trio._wire.messages import (
     Statistics,
     StatisticsReply,
 )
+from lmcache_trio._wire.protocol import FROM_CLIENT, speakers
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
-__all__ = ["answer_of", "error_reply", "handle"]
+__all__ = ["HANDLERS", "answer_of", "error_reply", "handle"]
 
 log = logging.getLogger("lmcache_trio.server")
 
 
 def handle(state: State, client: Client, message: Message) -> Message | None:
     """Carry out *message* and return the reply, an ErrorReply included; ProtocolError when it was out of place."""
-    entry = _HANDLERS.get(type(message))
-    if entry is None:
-        raise ProtocolError(f"{type(message).__name__} is not for a client to say here")
-    handler, roles = entry
+    kind = type(message)
+    if kind not in FROM_CLIENT[client.hello.role]:
+        return _out_of_place(client, message)
     try:
-        if client.hello.role not in roles:
-            raise Misuse(
-                f"{type(message).__name__} is for a {' or '.join(_NAMES[r] for r in roles)} to say, not for {client}"
-            )
-        return handler(state, client, message)
+        return HANDLERS[kind](state, client, message)
     except ProtocolError:
         raise
     except LMCacheTrioError as exc:
         return error_reply(message, exc)
     except Exception as exc:  # a bug of ours: contained here, and told to everyone whom it may concern
         state.counted["handler_bugs"] += 1
-        log.exception("bug in the handler of %s for %s", type(message).__name__, client)
+        log.exception("bug in the handler of %s for %s", kind.__name__, client)
         return error_reply(message, Unavailable(f"internal error of the server: {exc!r}; see its log"))
+
+
+def _out_of_place(client: Client, message: Message) -> Message | None:
+    """What a client of another role may say costs its sender the request; what none may say, the connection."""
+    kind = type(message)
+    roles = speakers(kind)
+    if not roles:
+        raise ProtocolError(f"{kind.__name__} is not for a client to say here")
+    names = " or ".join(_NAMES[role] for role in roles)
+    return error_reply(message, Misuse(f"{kind.__name__} is for {names} to say, not for {client}"))
 
 
 def error_reply(message: Message | int, error: LMCacheTrioError) -> ErrorReply | None:
@@ -87,7 +93,7 @@ _KINDS: dict[type[LMCacheTrioError], ErrorKind] = {
     ProtocolError: ErrorKind.PROTOCOL,
     Unavailable: ErrorKind.UNAVAILABLE,
 }
-_NAMES = {Role.OBSERVER: "observer", Role.SCHEDULER: "scheduler", Role.WORKER: "worker"}
+_NAMES = {Role.OBSERVER: "an observer", Role.SCHEDULER: "a scheduler", Role.WORKER: "a worker"}
 
 
 def _ping(state: State, client: Client, message: Ping) -> Message:
@@ -193,20 +199,17 @@ def _copies_ended(state: State, client: Client, message: CopiesEnded) -> Message
     return Ack(message.id)
 
 
-Handler = Callable[[State, Client, Any], Message | None]
-_ANYONE = (Role.OBSERVER, Role.SCHEDULER, Role.WORKER)
-_SCHEDULER = (Role.SCHEDULER,)
-_WORKER = (Role.WORKER,)
-_HANDLERS: dict[type[Message], tuple[Handler, tuple[Role, ...]]] = {
-    Ping: (_ping, _ANYONE),
-    Statistics: (_statistics, _ANYONE),
-    CopiesEnded: (_copies_ended, _ANYONE),
-    **{sentence: (handler, _SCHEDULER) for sentence, handler in SCHEDULER_HANDLERS.items()},
-    Register: (_register, _WORKER),
-    Retrieve: (_retrieve, _WORKER),
-    Done: (_done, _WORKER),
-    Reserve: (_reserve, _WORKER),
-    Commit: (_commit, _WORKER),
-    Abort: (_abort, _WORKER),
+HANDLERS: dict[type[Message], Callable[[State, Client, Any], Message | None]] = {
+    Ping: _ping,
+    Statistics: _statistics,
+    Register: _register,
+    Retrieve: _retrieve,
+    Done: _done,
+    Reserve: _reserve,
+    Commit: _commit,
+    Abort: _abort,
+    CopiesEnded: _copies_ended,
+    **SCHEDULER_HANDLERS,
     **TRANSFER_HANDLERS,
 }
+"""One for each sentence of `protocol.FROM_CLIENT`, and for no other."""

@@ -15,7 +15,7 @@ from lmcache_trio._server.state import Client, Engine, State
 from lmcache_trio._server.transfer import TransferWorker, Work
 from lmcache_trio._wire.codec import unpack_positions
 from lmcache_trio._wire.handles import decode_export
-from lmcache_trio._wire.messages import Attach, LetGo, Message, RetrieveBlocks, Role, StoreBlocks, Stored, Withdraw
+from lmcache_trio._wire.messages import Attach, LetGo, Message, RetrieveBlocks, StoreBlocks, Stored, Withdraw
 from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
 
 __all__ = ["HANDLERS"]
@@ -118,10 +118,10 @@ def _check_blocks(blocks: tuple[int, ...], num_blocks: int) -> None:
         raise Misuse(f"block {max(blocks)} is asked for: there are {num_blocks}")
 
 
-HANDLERS: dict[type[Message], tuple[Callable[[State, Client, Any], Message | None], tuple[Role, ...]]] = {
-    Attach: (_attach, (Role.WORKER,)),
-    StoreBlocks: (_store_blocks, (Role.WORKER,)),
-    RetrieveBlocks: (_retrieve_blocks, (Role.WORKER,)),
-    Withdraw: (_withdraw, (Role.WORKER,)),
-    LetGo: (_let_go, (Role.OBSERVER,)),
+HANDLERS: dict[type[Message], Callable[[State, Client, Any], Message | None]] = {
+    Attach: _attach,
+    StoreBlocks: _store_blocks,
+    RetrieveBlocks: _retrieve_blocks,
+    Withdraw: _withdraw,
+    LetGo: _let_go,
 }

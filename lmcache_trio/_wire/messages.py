@@ -3,7 +3,8 @@
 This file says what can be said; `codec` turns sentences into bytes and back; `protocol` says what may follow what.
 Three kinds of sentence: a *request* carries an `id` of the client's choosing and gets exactly one *reply* with the same
 `id`; a *notice* carries none and gets none; a *push* comes from the server unasked. Lengths are bounded here, so that
-nothing oversize survives decoding.
+nothing oversize survives decoding. Opcodes below 16 are the rendezvous', below 40 requests, below 64 notices; what is
+above only a server says.
 
 Digests travel packed (32 bytes each), slot offsets as packed little-endian uint64, positions as packed little-endian
 uint32: a list of integers costs twenty times as much to encode.
@@ -93,7 +94,7 @@ _ID: _Validator = max_len(32)
 
 
 class Role(IntEnum):
-    """What a client is to its engine. An observer belongs to none: it may ping and read statistics."""
+    """What a client is to its engine; an observer belongs to none. What each may say: `protocol.FROM_CLIENT`."""
 
     OBSERVER = 0
     SCHEDULER = 1
@@ -280,7 +281,10 @@ class Abort(Message):
 
 @attrs.frozen
 class CopiesEnded(Message):
-    """After a reconnect: the copies that the old connection had in flight have ended; answered by Ack."""
+    """After a reconnect: the copies that the old connection had in flight have ended; answered by Ack.
+
+    *token* is the client's own, the one of its Hello.
+    """
 
     opcode: ClassVar[int] = 26
     id: Number

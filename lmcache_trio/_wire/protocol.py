@@ -15,7 +15,16 @@ from lmcache_trio._wire.codec import decode, decode_expected, encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Message, Refused, Role, Welcome
 from lmcache_trio.errors import Misuse, ProtocolError
 
-__all__ = ["FROM_CLIENT", "PUSHES", "REPLIES", "ClientProtocol", "ServerProtocol", "check_hello", "check_welcome"]
+__all__ = [
+    "FROM_CLIENT",
+    "PUSHES",
+    "REPLIES",
+    "ClientProtocol",
+    "ServerProtocol",
+    "check_hello",
+    "check_welcome",
+    "speakers",
+]
 
 REPLIES: Mapping[type[Message], type[Message]] = {
     m.Ping: m.Pong,
@@ -40,15 +49,20 @@ REPLIES: Mapping[type[Message], type[Message]] = {
 PUSHES = frozenset({m.NamespaceKnown, m.Answer, m.ArenaGrown, m.LayersDone, m.ErrorReply})
 """What the server says unasked, with id 0. An ErrorReply of that kind is its last word on the connection."""
 
-_ANYONE = frozenset({m.Ping, m.Statistics})
+_ANYONE = frozenset({m.Ping, m.Statistics, m.CopiesEnded})
 FROM_CLIENT: Mapping[Role, frozenset[type[Message]]] = {
     Role.OBSERVER: _ANYONE | {m.LetGo},
     Role.SCHEDULER: _ANYONE | {m.Lookup, m.LookupStatus, m.Reset, m.Taken, m.Release, m.Ended},
     Role.WORKER: _ANYONE
-    | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort, m.CopiesEnded}
+    | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort}
     | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.Withdraw},
 }
-"""What a client of each role may say on its own connection."""
+"""What a client of each role may say on its own connection. Whose copies a CopiesEnded speaks of, its token says."""
+
+
+def speakers(kind: type[Message]) -> tuple[Role, ...]:
+    """The roles whose clients may say a *kind* on their own connection; none for what only a server says."""
+    return tuple(role for role, sentences in FROM_CLIENT.items() if kind in sentences)
 
 
 def check_hello(frame: bytes) -> Hello:

@@ -1,26 +1,33 @@
 """Client and server are tested against each other in memory: frames of one go into the other."""
 
-from collections.abc import Callable
-from typing import Any
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, get_type_hints
 
 import attrs
 import msgspec
 import pytest
+import trio
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from lmcache_trio import Config, open_server
+from lmcache_trio._server.handlers import HANDLERS
+from lmcache_trio._transport import Connection, dial_pair, introduce
 from lmcache_trio._wire import messages as m
-from lmcache_trio._wire.codec import encode
+from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import Hello, Message, Role
 from lmcache_trio._wire.protocol import (
     FROM_CLIENT,
+    PUSHES,
     REPLIES,
     ClientProtocol,
     ServerProtocol,
     check_hello,
     check_welcome,
+    speakers,
 )
-from lmcache_trio.errors import Misuse, ProtocolError
+from lmcache_trio.errors import Gone, Misuse, ProtocolError
 
 REQUESTS: dict[type[Message], Callable[[int], Message]] = {
     m.Ping: lambda i: m.Ping(id=i),
@@ -195,6 +202,122 @@ def test_welcome_of_another_version_names_both_and_refused_is_taken() -> None:
         check_welcome(encode(attrs.evolve(welcome, version=2)))
     with pytest.raises(ProtocolError, match="where Welcome or Refused was expected"):
         check_welcome(encode(m.Ack(id=1)))
+
+
+# --- what the real server lets each role say --------------------------------------------------------------------------
+
+SENTENCES = [c for c in vars(m).values() if isinstance(c, type) and issubclass(c, Message) and c is not Message]
+ANYONE: dict[type[Message], type[Message] | None] = {
+    m.Ping: m.Pong,
+    m.Statistics: m.StatisticsReply,
+    m.CopiesEnded: m.Ack,
+}
+SAID_BY: dict[Role, dict[type[Message], type[Message] | None]] = {
+    Role.OBSERVER: ANYONE | {m.LetGo: m.Ack},
+    Role.SCHEDULER: ANYONE
+    | {m.Lookup: m.Answer, m.LookupStatus: m.Answer, m.Reset: m.Ack, m.Taken: None, m.Release: None, m.Ended: None},
+    Role.WORKER: ANYONE
+    | {m.Register: m.NamespaceKnown, m.Retrieve: m.Pinned, m.Done: m.Finished, m.Reserve: m.Reserved}
+    | {m.Commit: m.Committed, m.Abort: m.Ack, m.Attach: m.Ack, m.StoreBlocks: m.Stored}
+    | {m.RetrieveBlocks: m.Retrieved, m.Withdraw: None},
+}
+"""The protocol once more, by hand: each sentence that a client may say, and the reply that it gets (None: a notice)."""
+FROM_CLIENTS = SAID_BY[Role.OBSERVER] | SAID_BY[Role.SCHEDULER] | SAID_BY[Role.WORKER]
+
+
+def example(kind: type[Message], number: int = 5) -> Any:
+    """Some valid sentence of *kind*, with *number* for its id."""
+    plain: dict[Any, Any] = {int: 1, str: "", bytes: b"", bool: True, dict[str, int]: {}}
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name != "opcode"}
+    fields = {name: plain[hint] if hint in plain else next(iter(hint)) for name, hint in hints.items()}
+    return kind(**fields | {"id": number} if "id" in fields else fields)
+
+
+@attrs.frozen
+class Caller:
+    """A client of some role, in plain sentences."""
+
+    connection: Connection
+
+    async def say(self, message: Message) -> None:
+        await self.connection.send(encode(message))
+
+    async def hear(self) -> Message:
+        """The next reply, or the last word: not news of the arena or of the namespace."""
+        with trio.fail_after(60):
+            while True:
+                message = decode(await self.connection.receive())
+                if isinstance(message, m.ErrorReply) or getattr(message, "id", 0):
+                    return message
+
+
+@pytest.fixture
+async def call() -> AsyncIterator[Callable[[Role], Awaitable[Caller]]]:
+    async def come_in(role: Role) -> Caller:
+        introduction = hello(token=secrets.token_bytes(16), role=role, engine=secrets.token_hex(8))
+        welcome = check_welcome(await introduce(server.address, encode(introduction)))
+        assert isinstance(welcome, m.Welcome)
+        return Caller(await dial_pair(welcome.address))
+
+    config = Config(address="memory://server", memory={"backend": "cpu", "size": 1 << 18}, grace=0.0)
+    async with open_server(config) as server:
+        yield come_in
+
+
+def test_every_sentence_stands_in_one_place_and_no_client_sentence_lacks_a_handler() -> None:
+    assert {c for c in SENTENCES if c.opcode < 16} == {m.Hello, m.Welcome, m.Refused}
+    assert {c for c in SENTENCES if 16 <= c.opcode < 64} == set(FROM_CLIENTS) == set(HANDLERS)
+    assert {c for c in SENTENCES if 16 <= c.opcode < 40} == {c for c in FROM_CLIENTS if "id" in get_type_hints(c)}
+    assert {c for c in SENTENCES if c.opcode >= 64} == PUSHES | set(REPLIES.values())
+
+
+def test_every_request_and_no_notice_has_a_reply_that_is_due() -> None:
+    assert {said: reply for said, reply in FROM_CLIENTS.items() if reply is not None} == REPLIES
+    assert m.ErrorReply not in REPLIES.values()  # it answers any
+
+
+@pytest.mark.parametrize("role", Role)
+def test_the_roles_of_a_sentence_are_those_that_may_say_it(role: Role) -> None:
+    assert FROM_CLIENT[role] == set(SAID_BY[role])
+    for kind in SENTENCES:
+        assert (role in speakers(kind)) == (kind in SAID_BY[role])
+
+
+@pytest.mark.parametrize("role", Role)
+async def test_what_a_role_may_say_is_answered_in_kind_and_what_another_may_say_is_misuse_and_the_connection_lives(
+    role: Role, call: Callable[[Role], Awaitable[Caller]]
+) -> None:
+    client = await call(role)
+    for number, (kind, reply) in enumerate(FROM_CLIENTS.items(), 1):
+        await client.say(example(kind, number))
+        if reply is not None:
+            heard: Any = await client.hear()
+            assert heard.id == number
+            if kind not in SAID_BY[role]:
+                assert heard.kind is m.ErrorKind.MISUSE
+                assert heard.message.startswith(f"{kind.__name__} is for a")
+            elif type(heard) is not reply:  # it is not told of its role at least
+                assert isinstance(heard, m.ErrorReply)
+                assert "to say, not for" not in heard.message
+        await client.say(m.Ping(1000 + number))
+        answer: Any = await client.hear()
+        assert answer.id == 1000 + number
+
+
+@pytest.mark.parametrize("role", Role)
+async def test_what_no_client_may_say_ends_the_connection(
+    role: Role, call: Callable[[Role], Awaitable[Caller]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_trio._server.connection.LAST_WORD", 0.02)
+    for kind in [kind for kind in SENTENCES if kind not in FROM_CLIENTS]:
+        client = await call(role)
+        await client.say(example(kind))
+        last = await client.hear()
+        assert isinstance(last, m.ErrorReply)
+        assert last.kind is m.ErrorKind.PROTOCOL
+        assert kind.__name__ in last.message
+        with pytest.raises(Gone):
+            await client.hear()
 
 
 class Conversations(RuleBasedStateMachine):
