@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import attrs
 
 from lmcache_trio._server.state import Client, Engine, State
-from lmcache_trio._wire.codec import decode_expected, encode
+from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, ErrorKind, Hello, Refused, Role, Welcome
+from lmcache_trio._wire.protocol import check_hello
 from lmcache_trio.errors import Misuse, ProtocolError
 
 __all__ = ["Admission", "dismiss", "new_boot", "receive_hello", "welcome"]
@@ -41,7 +42,7 @@ def receive_hello(state: State, frame: bytes, peer_pid: int | None) -> Admission
     """Decide on *frame*, said by the process *peer_pid*. A client that is let in has its place when this returns."""
     pidfd = None
     try:
-        hello = decode_expected(frame, Hello)
+        hello = check_hello(frame)
         _check(state, hello)
         replaced = tuple(_replaced_by(state, hello, peer_pid))
         pidfd = _open_pidfd(peer_pid)
@@ -75,22 +76,10 @@ def welcome(state: State, client: Client, address: str) -> Welcome:
 
 
 def _check(state: State, hello: Hello) -> None:
-    if hello.version != PROTOCOL_VERSION:
-        raise ProtocolError(
-            f"this server speaks version {PROTOCOL_VERSION} of the protocol, the client {hello.version}; "
-            "install the same version of lmcache-trio on both sides"
-        )
-    if len(hello.token) != 16:
-        raise ProtocolError(f"the token has {len(hello.token)} bytes; it must be 16 random ones")
+    """Misuse if it does not fit to the server as it is now."""
     if state.stopping:
         raise Misuse("the server is stopping; connect again when it is back")
-    if hello.role is Role.OBSERVER:
-        return
-    if not hello.engine:
-        raise Misuse("a scheduler or worker must name its engine: the engine id is empty")
-    if hello.shard >= hello.shards:
-        raise Misuse(f"shard {hello.shard} of {hello.shards} does not exist; shards count from 0")
-    engine = state.engines.get(hello.engine)
+    engine = state.engines.get(hello.engine) if hello.role is not Role.OBSERVER else None
     if engine is not None and engine.shards != hello.shards and _others(engine, hello):
         raise Misuse(
             f"engine {hello.engine!r} has {engine.shards} shards for the clients that are here, but {hello.shards} for "

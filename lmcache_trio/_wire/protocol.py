@@ -66,17 +66,25 @@ def speakers(kind: type[Message]) -> tuple[Role, ...]:
 
 
 def check_hello(frame: bytes) -> Hello:
-    """The Hello that *frame* is, from a client of our own version; `ProtocolError` otherwise."""
+    """The Hello that *frame* is: in order, whatever else the server knows.
+
+    `ProtocolError`: it is none, or not one that a client of our own version says. `Misuse`: whoever runs that client
+    gave it wrong settings.
+    """
     hello = decode_expected(frame, Hello)
     if hello.version != PROTOCOL_VERSION:
         raise ProtocolError(
-            f"the client speaks version {hello.version} of the protocol, this server {PROTOCOL_VERSION}: "
+            f"this server speaks version {PROTOCOL_VERSION} of the protocol, the client {hello.version}: "
             "install the same release of lmcache-trio on both sides"
         )
+    if len(hello.token) != 16:
+        raise ProtocolError(f"the token has {len(hello.token)} bytes; it must be 16 random ones")
+    if hello.role is Role.OBSERVER:
+        return hello
+    if not hello.engine:
+        raise Misuse(f"a {hello.role.name.lower()} must name its engine: the engine id is empty")
     if hello.shard >= hello.shards:
-        raise ProtocolError(f"Hello: shard {hello.shard} of {hello.shards}: shards count from 0")
-    if not hello.engine and hello.role is not Role.OBSERVER:
-        raise ProtocolError(f"Hello: a {hello.role.name.lower()} must name its engine")
+        raise Misuse(f"shard {hello.shard} of {hello.shards} does not exist; shards count from 0")
     return hello
 
 

@@ -177,16 +177,27 @@ def test_a_request_that_was_not_sent_can_be_withdrawn() -> None:
 
 def test_hello_of_another_version_names_both() -> None:
     assert check_hello(encode(hello())) == hello()
-    with pytest.raises(ProtocolError, match=r"version 7 .* this server 1: install the same release"):
+    with pytest.raises(ProtocolError, match=r"server speaks version 1 .* client 7: install the same release"):
         check_hello(encode(hello(version=7)))
 
 
-def test_hello_of_an_impossible_shard_or_a_nameless_engine_is_refused() -> None:
-    with pytest.raises(ProtocolError, match="shard 2 of 2"):
+def test_hello_of_an_impossible_shard_or_a_nameless_engine_is_misuse_unless_it_is_an_observers() -> None:
+    with pytest.raises(Misuse, match=r"shard 2 of 2 .* count from 0"):
         check_hello(encode(hello(shard=2, shards=2)))
-    with pytest.raises(ProtocolError, match="worker must name its engine"):
-        check_hello(encode(hello(engine="")))
-    assert check_hello(encode(hello(engine="", role=Role.OBSERVER)))
+    for role in (Role.SCHEDULER, Role.WORKER):
+        with pytest.raises(Misuse, match=f"a {role.name.lower()} must name its engine"):
+            check_hello(encode(hello(engine="", role=role)))
+    assert check_hello(encode(hello(engine="", shard=1, role=Role.OBSERVER))).role is Role.OBSERVER
+
+
+@pytest.mark.parametrize("token", [b"", b"t" * 15, b"t" * 17])
+def test_hello_with_a_token_that_is_not_16_bytes_is_refused(token: bytes) -> None:
+    for role in Role:
+        with pytest.raises(ProtocolError, match=f"token has {len(token)} bytes; it must be 16 random ones"):
+            check_hello(encode(hello(token=token, role=role)))
+
+
+def test_what_is_no_hello_is_refused_by_name() -> None:
     with pytest.raises(ProtocolError, match="Ping came where Hello was expected"):
         check_hello(encode(m.Ping(id=1)))
     with pytest.raises(ProtocolError, match="Hello"):
