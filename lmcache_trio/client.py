@@ -21,7 +21,7 @@ from lmcache_trio._core.keys import join_digests
 from lmcache_trio._transport import Connection, dial_pair, introduce
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._transport.conversation import Conversation, Reply, error_of, expect
-from lmcache_trio._wire.codec import decode, encode, unpack_offsets, unpack_positions
+from lmcache_trio._wire.codec import encode, unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -56,6 +56,7 @@ from lmcache_trio._wire.messages import (
     Taken,
     Welcome,
 )
+from lmcache_trio._wire.protocol import check_welcome
 from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
 
 __all__ = ["Client", "Storing", "connect", "open_client", "serve_connection"]
@@ -310,17 +311,13 @@ async def serve_connection(
 async def connect(address: str, hello: Hello) -> AsyncIterator[Client]:
     """As `open_client`, from a ready introduction: the same token again tells the server that this is a reconnect."""
     try:
-        reply = decode(await introduce(address, encode(hello)))
+        reply = check_welcome(await introduce(address, encode(hello)))
     except Gone as exc:
         raise Unavailable(f"the server at {address} went away") from exc
+    except ProtocolError as exc:
+        raise ProtocolError(f"cannot speak with the server at {address}: {exc}") from exc
     if isinstance(reply, Refused):
         raise error_of(reply.kind, f"the server at {address} refused: {reply.reason}")
-    if not isinstance(reply, Welcome):
-        raise ProtocolError(f"the server at {address} replied {type(reply).__name__} where Welcome was due")
-    if reply.version != PROTOCOL_VERSION:
-        raise Misuse(
-            f"the server speaks protocol version {reply.version} and this client {PROTOCOL_VERSION}: upgrade one"
-        )
     connection = await dial_pair(reply.address)
     try:
         arena = None
@@ -342,6 +339,7 @@ async def open_client(
     """Connect to the server at *address*; a worker gets the arena mapped too, in `Client.arena`.
 
     `Unavailable`: nobody listens there. `Misuse`: the server does not let such a client in, and says why.
+    `ProtocolError`: it is another release's, or none.
     """
     who = name or f"pid {os.getpid()}"
     hello = Hello(PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards)

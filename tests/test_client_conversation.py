@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from lmcache_trio._transport import Connection
+from lmcache_trio._transport import Connection, listen
 from lmcache_trio._transport.memory import connection_pair
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import (
@@ -27,13 +27,14 @@ from lmcache_trio._wire.messages import (
     Ping,
     Pinned,
     Pong,
+    Refused,
     Release,
     Reserve,
     Reserved,
     Retrieve,
     Welcome,
 )
-from lmcache_trio.client import Client, serve_connection
+from lmcache_trio.client import Client, open_client, serve_connection
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 WELCOME = Welcome(1, "memory://x", b"boot", 256)
@@ -237,3 +238,31 @@ async def test_an_exception_in_the_body_comes_out_as_itself() -> None:
     with pytest.raises(KeyError):
         async with conversation():
             raise KeyError("mine")
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (encode(attrs.evolve(WELCOME, version=2)), ProtocolError, "version 2 .* this client 1: install the same"),
+        (encode(Pong(1, b"boot")), ProtocolError, "Pong came where Welcome or Refused was expected"),
+        (b"\xffgarbage", ProtocolError, "opcode 255"),
+        (encode(Refused(ErrorKind.PROTOCOL, "another version")), ProtocolError, "refused: another version"),
+        (encode(Refused(ErrorKind.MISUSE, "no engine")), Misuse, "refused: no engine"),
+        (encode(Refused(ErrorKind.UNAVAILABLE, "full")), Unavailable, "refused: full"),
+    ],
+)
+async def test_an_answer_at_the_door_that_lets_nobody_in_raises_with_the_servers_address(
+    answer: bytes, error: type[LMCacheTrioError], words: str
+) -> None:
+    door = listen("memory://door")
+
+    async def turn_away() -> None:
+        (await door.accept()).reply(answer)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(turn_away)
+            with pytest.raises(error, match=f"the server at memory://door.*{words}"):
+                async with open_client("memory://door"):
+                    raise AssertionError("it was let in")
+    door.close()
