@@ -43,9 +43,7 @@ class ClientConfig:
     poll_interval: float = attrs.field(
         default=0.005,
         validator=_seconds,
-        metadata={
-            "help": "Seconds of silence after which a waiting lookup asks for its status, and again."
-        },
+        metadata={"help": "Seconds of silence after which a waiting lookup asks for its status, and again."},
     )
 
     def __attrs_post_init__(self) -> None:

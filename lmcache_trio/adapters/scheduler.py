@@ -50,6 +50,9 @@ class SchedulerAdapter(Lookups):
     as 0 tokens. *poll_interval*: seconds of silence between questions for its status. Either is taken from
     `load_client_config` when it is not given. *lease_timeout*: no answer is offered for longer.
     `Misuse` names a setting that is wrong, or that the server refuses.
+
+    A subclass may use what is public, and read `_requests`, `_pending`, `_poll_interval`, `_clock`, `_link`,
+    `_take_answer` and `_too_late`.
     """
 
     def __init__(  # noqa: PLR0913  (keywords, each a setting of its own)
