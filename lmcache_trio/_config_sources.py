@@ -10,16 +10,16 @@ from typing import Any
 
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["gather"]
+__all__ = ["gather", "gather_client"]
 
 ENVIRONMENT_PREFIX = "LMCACHE_TRIO_"
 OTHER_VARIABLES = frozenset({"CONFIG", "LOG"})
-"""Variables with our prefix that are no settings: read by the command line itself. An adapter's begin with CLIENT_."""
+"""Variables with our prefix that are no settings: read by the command line itself. An engine's begin with CLIENT_."""
 
 
 def gather(path: Path | None, sets: Sequence[str], environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The tree from *path*, *environ* and *sets*, later ones winning; and who set a key, if it was not the file."""
-    table = _read(path) if path is not None else {}
+    table = _read(path, "--config") if path is not None else {}
     origins: dict[str, str] = {}
     for key, text, origin in (*_from_environment(environ), *_from_flags(sets)):
         _put(table, key, _value_of(text))
@@ -27,13 +27,28 @@ def gather(path: Path | None, sets: Sequence[str], environ: Mapping[str, str]) -
     return table, origins
 
 
-def _read(path: Path) -> dict[str, Any]:
+def gather_client(environ: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    """The `client` table of the file that *environ* names, with *environ* over it; and who set a key otherwise."""
+    where = ENVIRONMENT_PREFIX + "CONFIG"
+    table = _read(Path(environ[where]), where) if environ.get(where) else {}
+    origins: dict[str, str] = {}
+    prefix = ENVIRONMENT_PREFIX + "CLIENT_"
+    for name in sorted(name for name in environ if name.startswith(prefix)):
+        key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+        if not key.startswith("client."):
+            raise ConfigError(name, f"is no setting; two underscores stand for the dot: {prefix}_{key[7:].upper()}")
+        _put(table, key, _value_of(environ[name]))
+        origins[key] = f"the environment variable {name}"
+    return table.get("client", {}), origins
+
+
+def _read(path: Path, named_by: str) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise ConfigError("--config", f"cannot read {str(path)!r}: {exc.strerror}; give a TOML file") from exc
+        raise ConfigError(named_by, f"cannot read {str(path)!r}: {exc.strerror}; give a TOML file") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError("--config", f"{str(path)!r} is not TOML: {exc}") from exc
+        raise ConfigError(named_by, f"{str(path)!r} is not TOML: {exc}") from exc
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:

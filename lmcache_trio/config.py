@@ -208,9 +208,12 @@ def load_config(
     path: str | os.PathLike[str] | None = None, sets: Sequence[str] = (), environ: Mapping[str, str] = os.environ
 ) -> Config:
     """The settings from *path* (TOML), *environ* and *sets* (`"key=value"`), later ones winning."""
+    from lmcache_trio.client_config import client_config_of
+
     table, origins = _config_sources.gather(None if path is None else Path(path), sets, environ)
     if isinstance(memory := table.get("memory"), dict):
         memory.setdefault("backend", "cpu")
+    client_config_of(table.pop("client", {}))  # the engines' part of the file: theirs to use, ours to refuse
     try:
         return structure(Config, table)
     except ConfigError as exc:

@@ -30,6 +30,7 @@ from lmcache_trio.adapters.lookups import Lookups
 from lmcache_trio.adapters.prompts import Extras
 from lmcache_trio.adapters.request import Pending, Request
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.client_config import check_interval, load_client_config
 from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
 from lmcache_trio.threads import Handoff
 
@@ -46,8 +47,12 @@ class SchedulerAdapter(Lookups):
 
     *identity* names the model and all else that changes what a token's KV is; it seeds every digest. *shards*: the
     workers that hold different bytes. *lookup_timeout*: seconds until a lookup without an answer counts
-    as 0 tokens. *lease_timeout*: no answer is offered for longer.
+    as 0 tokens. *poll_interval*: seconds of silence between questions for its status. Either is taken from
+    `load_client_config` when it is not given. *lease_timeout*: no answer is offered for longer.
     `Misuse` names a setting that is wrong, or that the server refuses.
+
+    A subclass may use what is public, and read `_requests`, `_pending`, `_poll_interval`, `_clock`, `_link`,
+    `_take_answer` and `_too_late`.
     """
 
     def __init__(  # noqa: PLR0913  (keywords, each a setting of its own)
@@ -59,15 +64,18 @@ class SchedulerAdapter(Lookups):
         block_tokens: int,
         shards: int = 1,
         chunk_tokens: int | None = None,
-        lookup_timeout: float = 5.0,
-        poll_interval: float = 0.005,
+        lookup_timeout: float | None = None,
+        poll_interval: float | None = None,
         lease_timeout: float | None = None,
         connect_timeout: float = 5.0,
     ) -> None:
+        if lookup_timeout is None or poll_interval is None:
+            configured = load_client_config()
+            lookup_timeout = configured.lookup_timeout if lookup_timeout is None else lookup_timeout
+            poll_interval = configured.poll_interval if poll_interval is None else poll_interval
         _check("lookup_timeout", lookup_timeout)
         _check("poll_interval", poll_interval)
-        if poll_interval > lookup_timeout:
-            raise Misuse(f"poll_interval ({poll_interval} s) is longer than lookup_timeout ({lookup_timeout} s)")
+        check_interval(poll_interval, lookup_timeout)
         if lease_timeout is not None:
             _check("lease_timeout", lease_timeout)
         super().__init__(identity, block_tokens, chunk_tokens, lookup_timeout)

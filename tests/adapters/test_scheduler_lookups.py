@@ -52,7 +52,11 @@ def test_an_answer_stays_the_same_until_it_is_used_up(live_server: ServerProcess
     assert one.lookup("r", TOKENS) == 4 * CHUNK
 
 
-def test_a_lookup_from_memory_is_one_message_each_way(one: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lookup_from_memory_is_one_message_each_way(
+    live_server: ServerProcess, sides: MakeSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = sides(live_server.address, make_kv(1), lookup_timeout=60.0, poll_interval=30.0)  # however slow all of it is
+    one.store("stored", TOKENS, BLOCKS)
     sent: list[bytes] = []
     client = one.scheduler._link.client
     assert client is not None

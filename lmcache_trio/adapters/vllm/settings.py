@@ -5,12 +5,14 @@ A key that is not known here is refused by name: a misspelt key that is silently
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
 import attrs
 
+from lmcache_trio.client_config import check_interval, load_client_config
 from lmcache_trio.config import default_address
 from lmcache_trio.errors import ConfigError
 
@@ -42,15 +44,20 @@ class ConnectorSettings:
     layerwise: bool = False
 
 
-def parse_settings(extra: Mapping[str, Any]) -> ConnectorSettings:
-    """The settings in *extra*. ConfigError names the key at fault and what it may be."""
+def parse_settings(extra: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ConnectorSettings:
+    """The settings in *extra*, and where it says nothing, the client's in *environ* (`load_client_config`).
+
+    ConfigError names the key at fault and what it may be.
+    """
     fields = attrs.fields_dict(ConnectorSettings)
     for key in extra:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(f"{PREFIX}.{key}", f"is not known; {hint}known are {', '.join(fields)}")
-    found = ConnectorSettings(**{key: _CHECKS[key](f"{PREFIX}.{key}", value) for key, value in extra.items()})
+    given = {key: _CHECKS[key](f"{PREFIX}.{key}", value) for key, value in extra.items()}
+    found = ConnectorSettings(**{**attrs.asdict(load_client_config(environ)), **given})
+    check_interval(found.poll_interval, found.lookup_timeout, f"{PREFIX}.poll_interval")
     if found.layerwise and found.load is not LoadMode.SYNC:
         raise ConfigError(
             f"{PREFIX}.layerwise", "is true, but an asynchronous load ends between steps; add 'load': 'sync'"

@@ -50,7 +50,11 @@ def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None
         ("lookup_timeout", 0),
         ("lookup_timeout", True),
         ("lookup_timeout", float("nan")),
+        ("lookup_timeout", -1.0),
+        ("lookup_timeout", float("inf")),
+        ("poll_interval", 0),
         ("poll_interval", -1.0),
+        ("poll_interval", float("nan")),
         ("load", "lazy"),
         ("namespace", None),
         ("layerwise", "yes"),
@@ -59,6 +63,25 @@ def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None
 def test_a_value_of_the_wrong_kind_is_refused_by_name(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"kv_connector_extra_config\.{key}: "):
         parse_settings({key: value})
+
+
+@pytest.mark.parametrize(
+    "extra", [{"poll_interval": 2.0, "lookup_timeout": 1.0}, {"poll_interval": 6.0}, {"lookup_timeout": 0.001}]
+)
+def test_an_interval_that_is_longer_than_the_timeout_is_refused_by_name(extra: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"kv_connector_extra_config\.poll_interval: .* longer than lookup_timeout"):
+        parse_settings(extra, {})
+    assert parse_settings({"poll_interval": 1.0, "lookup_timeout": 1.0}, {}).poll_interval == 1.0
+
+
+def test_what_is_not_said_here_is_taken_from_the_clients_configuration() -> None:
+    environ = {"LMCACHE_TRIO_CLIENT__LOOKUP_TIMEOUT": "2", "LMCACHE_TRIO_CLIENT__POLL_INTERVAL": "1"}
+    assert parse_settings({}, environ) == ConnectorSettings(lookup_timeout=2.0, poll_interval=1.0)
+    assert parse_settings({"lookup_timeout": 3}, environ) == ConnectorSettings(lookup_timeout=3.0, poll_interval=1.0)
+    with pytest.raises(ConfigError, match=r"kv_connector_extra_config\.poll_interval: 1 s is longer"):
+        parse_settings({"lookup_timeout": 0.5}, environ)
+    with pytest.raises(ConfigError, match=r"client\.poll_interval.*LMCACHE_TRIO_CLIENT__POLL_INTERVAL"):
+        parse_settings({}, {"LMCACHE_TRIO_CLIENT__POLL_INTERVAL": "-1"})
 
 
 def test_a_failure_policy_that_ends_requests_is_refused_with_the_line_to_paste() -> None:
