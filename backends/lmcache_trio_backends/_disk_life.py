@@ -15,8 +15,7 @@ from pathlib import Path
 
 import trio
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio.abc import ChunkKey, Load, Record
+from lmcache_trio.abc import Arena, ChunkKey, Load, Record
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_directory import Directory
