@@ -6,6 +6,8 @@ keys refused; the class is made with that config, `open()` is entered, used, lef
 
 Buffers: whoever hands a buffer in gets it back when the call returns *and not before*. A cancelled call that has given
 its buffer to a thread keeps it until the thread is done (see `lmcache_trio.threads.offload`).
+
+`Arena` is the allocator of the server's own memory, for a tier that gives out ranges of its space too.
 """
 
 from abc import ABC, abstractmethod
@@ -15,11 +17,13 @@ from typing import Any, ClassVar
 
 import attrs
 
+from lmcache_trio._core.arena import Arena
 from lmcache_trio._core.exports import CudaMemory, Export, Piece, SharedMemory
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio._core.transfers import Direction
 
 __all__ = [
+    "Arena",
     "ArenaDevice",
     "Attached",
     "ChunkKey",

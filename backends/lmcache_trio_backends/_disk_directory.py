@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio.abc import ChunkKey
+from lmcache_trio.abc import Arena, ChunkKey
 from lmcache_trio.errors import Misuse
 from lmcache_trio_backends._disk_leaves import Leaves
 from lmcache_trio_backends._disk_rows import (

@@ -11,7 +11,7 @@ from pathlib import Path
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_index import IndexFile
 from lmcache_trio_backends._disk_rows import ALIGNMENT
-from lmcache_trio_backends._disk_slabs import Lock, Slabs, probe
+from lmcache_trio_backends._disk_slabs import Lock, Slabs, flush_directory, probe
 
 __all__ = ["Files"]
 
@@ -30,7 +30,11 @@ class Files:
 
     def open(self, anew: bool) -> None:
         """Lock the directory, try what is asked of its file system, open all. *anew*: begin empty."""
+        new = [path for path in (self._path, *self._path.parents) if not path.exists()]
         self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._config.durability == "power":
+            for path in reversed(new):
+                flush_directory(path.parent)
         self._lock = Lock(self._path)
         try:
             probe(self._path, direct=self._config.direct)

@@ -79,7 +79,10 @@ class IndexFile:
 
     @property
     def batch(self) -> int:
-        """Rows that one transaction may change: each dirties about two pages, and fills a quarter of the WAL's room."""
+        """Rows that one transaction may change: each dirties about two pages, all a quarter of the WAL's room.
+
+        With very many shards they are three, and more than a quarter; half of the room is still free for them.
+        """
         return max(1, self._wal_room // 4 // (2 * (PAGE + 24)) - 2)
 
     def open(self) -> None:
@@ -246,7 +249,7 @@ class IndexFile:
     def _write_back_if_due(self) -> None:
         """SQLite says nothing when a checkpoint of its own fails, and the log grows on: then make one that says so.
 
-        They are due at half of the room, and no transaction takes more than a quarter: past both, one has failed.
+        They are due at half of the room, and a transaction takes a quarter: past both, one is likely to have failed.
         """
         wal = self.path.with_name(self.path.name + "-wal")
         if wal.stat().st_size > self._wal_room * 3 // 4:

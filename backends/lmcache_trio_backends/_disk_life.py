@@ -15,8 +15,7 @@ from pathlib import Path
 
 import trio
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio.abc import ChunkKey, Load, Record
+from lmcache_trio.abc import Arena, ChunkKey, Load, Record
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_directory import Directory
@@ -24,7 +23,7 @@ from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_policy import Admission
 from lmcache_trio_backends._disk_reading import Reading
 from lmcache_trio_backends._disk_room import Room
-from lmcache_trio_backends._disk_rows import Read, Write, extent_of, name_of
+from lmcache_trio_backends._disk_rows import MAX_SHARDS, Read, Write, extent_of, name_of
 from lmcache_trio_backends._disk_slabs import ByteIO
 from lmcache_trio_backends._disk_transfer import Transfer, flat
 from lmcache_trio_backends._disk_worker import Worker
@@ -231,7 +230,7 @@ class DiskLife:
 
     async def _reserve(self, record: Record, lengths: Sequence[int]) -> Write | None:
         """Room for *record*: in a hole, in a new slab, or in place of what was least recently used."""
-        if (reason := self._refusal(record.key, extent_of(lengths))) is None:
+        if (reason := self._refusal(record.key, lengths)) is None:
             found = await self._room.make(record.key, record.parent, lengths)
             if isinstance(found, Write):
                 return found
@@ -239,8 +238,8 @@ class DiskLife:
         self._counts[f"dropped_{reason}"] += 1
         return None
 
-    def _refusal(self, key: ChunkKey, extent: int) -> str | None:
-        if not 0 < extent <= self.budget.slabs:
+    def _refusal(self, key: ChunkKey, lengths: Sequence[int]) -> str | None:
+        if len(lengths) > MAX_SHARDS or not 0 < extent_of(lengths) <= self.budget.slabs:
             return "size"
         if self._directory.knows(key):
             return "writing"

@@ -15,6 +15,7 @@ from lmcache_trio.abc import ChunkKey
 __all__ = [
     "ALIGNMENT",
     "FREE",
+    "MAX_SHARDS",
     "Doomed",
     "Read",
     "Row",
@@ -35,6 +36,8 @@ FREE = 0
 _NAME = 32
 """Bytes of a namespace, and of a digest."""
 _SHARD = struct.Struct("<QQ")
+MAX_SHARDS = 256
+"""Of one chunk: a record of so many takes one page beside its tree, and three of the log, which is planned for them."""
 _TABLES = 256
 """Tables a namespace, by the digest's first byte: growing or sorting a million entries at once would stop the loop."""
 _LIMIT = 1 << 61
@@ -62,8 +65,13 @@ def extent_of(lengths: Iterable[int]) -> int:
 
 
 def index_cost(shards: int) -> int:
-    """Bytes of the index file that one record may take: SQLite fills the pages of its tree to a third at least."""
-    return 3 * (150 + _SHARD.size * shards)
+    """Bytes of the index file that one record of at most `MAX_SHARDS` may take.
+
+    SQLite fills the pages of its tree to a third at least. Of a record of more than 1,002 bytes it keeps 489 there, and
+    the rest in a page of its own ("B-tree Cell Format" in its file format, for pages of 4,096 bytes).
+    """
+    size = 150 + _SHARD.size * shards
+    return 3 * size if size - 20 <= 1002 else 3 * (489 + 20) + 4096
 
 
 def pack(lengths: Sequence[int], sums: Sequence[int]) -> bytes:

@@ -20,7 +20,7 @@ import numpy as np
 from lmcache_trio.errors import ConfigError
 from lmcache_trio_backends._disk_rows import ALIGNMENT, round_up
 
-__all__ = ["ByteIO", "Lock", "Slabs", "fallocate", "probe"]
+__all__ = ["ByteIO", "Lock", "Slabs", "fallocate", "flush_directory", "probe"]
 
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _CANT_ALLOCATE = "can't set space aside (fallocate); use ext4, XFS or tmpfs"
@@ -121,7 +121,7 @@ class Slabs:
         length = min(self.slab_size, self.capacity - start)
         if index == len(self._fds):
             self._fds.append(os.open(self._path(index), self._flags | os.O_CREAT, 0o600))
-            _flush_directory(self._directory)  # or a power failure takes the file whose bytes were flushed
+            flush_directory(self._directory)  # or a power failure takes the file whose bytes were flushed
         have = self.taken - start
         try:
             fallocate(self._fds[index], have, length - have)
@@ -192,7 +192,8 @@ def fallocate(fd: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
-def _flush_directory(directory: Path) -> None:
+def flush_directory(directory: Path) -> None:
+    """The names in it outlive a power failure."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -15,12 +15,12 @@ nothing. What is drawn depends on the seed and on the order of calls, and on not
 """
 
 import errno
+import math
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from random import Random
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,6 +32,7 @@ from lmcache_trio.abc import ChunkKey, Load, Record, Tier
 from lmcache_trio.config import structure
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.testing.faults import BENEATH, KINDS, OF_BYTES, OPERATIONS, Fault, spoil
+from lmcache_trio.testing.gate import Gate
 from lmcache_trio.threads import offload
 
 __all__ = ["KINDS", "OPERATIONS", "ByteIO", "Fault", "FaultyConfig", "FaultyTier", "Wrappable"]
@@ -98,7 +99,8 @@ class FaultyTier(Tier):
         self.injected: Counter[str] = Counter()
         self._random = Random(config.seed)
         self._calls: Counter[str] = Counter()
-        self._gate = _Gate(config.fifo)
+        self._gate = Gate(config.fifo)
+        self._threads = trio.CapacityLimiter(math.inf)  # the loop's own are for others
         self._beneath = isinstance(inner, Wrappable)
         if isinstance(inner, Wrappable):
             inner.wrap_io = lambda io: _FaultyBytes(io, self._gate)
@@ -194,86 +196,10 @@ class FaultyTier(Tier):
         elif fault.kind == "hang":
             await self._gate.hang()
         elif fault.kind == "hang_thread":
-            await offload(self._gate.block)
+            await offload(self._gate.block, limiter=self._threads)
         else:
             number = errno.ENOSPC if fault.kind == "no_space" else errno.EIO
             raise Unavailable(f"injected: {os.strerror(number)}")
-
-
-class _Gate:
-    """Where calls hang. Threads read from a pipe whose other end is closed at the release."""
-
-    def __init__(self, fifo: str) -> None:
-        self._fifo = Path(fifo) if fifo else None
-        self._pipe: tuple[int, int] | None = None
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._released = False
-        self._event = trio.Event()
-        self._waiters: list[tuple[int, trio.Event]] = []
-        self.hanging = 0
-
-    def open(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        if self._fifo is not None:
-            with suppress(FileExistsError):
-                os.mkfifo(self._fifo, 0o600)
-        if not self._released and self._pipe is None:
-            self._pipe = os.pipe()
-
-    def release(self) -> None:
-        self._released = True
-        self._event.set()
-        if self._pipe is not None:
-            os.close(self._pipe[1])  # the readers wake; the last one out closes their end
-            self._close_when_idle()
-
-    def close(self) -> None:
-        if not self._released:
-            self.release()
-            self._released = False
-            self._event = trio.Event()
-
-    async def wait_hanging(self, count: int) -> None:
-        if self.hanging < count:
-            event = trio.Event()
-            self._waiters.append((count, event))
-            await event.wait()
-
-    async def hang(self) -> None:
-        self._note(1)
-        try:
-            await self._event.wait()
-        finally:
-            self._note(-1)
-
-    def block(self) -> None:
-        """In a thread."""
-        pipe, token = self._pipe, self._token
-        if self._released or pipe is None or token is None:
-            return
-        token.run_sync_soon(self._note, 1)
-        try:
-            if self._fifo is not None:
-                os.close(os.open(self._fifo, os.O_RDONLY))
-            else:
-                os.read(pipe[0], 1)
-        finally:
-            with suppress(trio.RunFinishedError):
-                token.run_sync_soon(self._note, -1)
-
-    def _note(self, change: int) -> None:
-        self.hanging += change
-        for count, event in self._waiters:
-            if self.hanging >= count:
-                event.set()
-        self._waiters = [(count, event) for count, event in self._waiters if not event.is_set()]
-        if self._released:
-            self._close_when_idle()
-
-    def _close_when_idle(self) -> None:
-        if self._pipe is not None and not self.hanging:
-            os.close(self._pipe[0])
-            self._pipe = None
 
 
 _faults: ContextVar[list[Fault] | None] = ContextVar("_faults", default=None)
@@ -294,7 +220,7 @@ class _active:
 class _FaultyBytes:
     """Stands between a tier and its bytes; each fault of a call strikes once, at its first read or write."""
 
-    def __init__(self, io: ByteIO, gate: _Gate) -> None:
+    def __init__(self, io: ByteIO, gate: Gate) -> None:
         self._io = io
         self._gate = gate
 

@@ -123,3 +123,29 @@ def test_a_log_that_cannot_be_written_back_fails_and_stays_within_its_room(tmp_p
     index.open()
     assert len(index.page(b"", 30_000)) == 20_000
     index.close()
+
+
+# ---- directories
+
+
+@pytest.mark.parametrize("durability", ["process", "power"])
+async def test_the_parents_of_a_directory_that_is_made_are_flushed_where_a_power_failure_is_to_be_outlived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: str
+) -> None:
+    flushed: list[str] = []
+    really = os.fsync
+
+    def fsync(fd: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{fd}"))
+        really(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / "new" / "newer" / "kv"
+    async with disk_tier(path, durability).open():
+        pass
+    parents = [str(tmp_path), str(tmp_path / "new"), str(tmp_path / "new" / "newer")]
+    assert flushed[:3] == (parents if durability == "power" else [])
+    flushed.clear()
+    async with disk_tier(path, durability).open():
+        pass
+    assert flushed == []

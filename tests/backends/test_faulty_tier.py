@@ -16,7 +16,7 @@ from lmcache_trio_backends.disk import DiskConfig, DiskTier
 from lmcache_trio._server.plugins import make_backend
 from lmcache_trio.abc import ChunkKey, Load, Record, Tier
 from lmcache_trio.errors import ConfigError, Unavailable
-from lmcache_trio.testing.faults import KINDS
+from lmcache_trio.testing.faults import KINDS, MEANT_FOR, OPERATIONS
 from lmcache_trio.testing.faulty_tier import Fault, FaultyTier
 from lmcache_trio.testing.tier_contract import MakeTier, TierContract, is_right, key_of, load_of, record_of
 
@@ -124,10 +124,10 @@ async def ask(tier: Tier, operation: str) -> list[bool]:
     return []
 
 
-OPERATIONS = ["contains", "load", "store", "delete"]
+CALLS = ["contains", "load", "store", "delete"]
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", CALLS)
 @pytest.mark.parametrize("kind", ["error", "no_space"])
 async def test_an_error_is_unavailable_in_the_nth_call_and_no_other(inner: Tier, operation: str, kind: str) -> None:
     tier = FaultyTier.around(inner, [Fault(kind, on=operation, at=(2,))])
@@ -144,7 +144,7 @@ async def test_an_error_is_unavailable_in_the_nth_call_and_no_other(inner: Tier,
         assert tier.statistics()[f"injected_{kind}"] == 1
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", CALLS)
 async def test_a_hang_ends_with_its_release_and_can_be_cancelled(inner: Tier, operation: str) -> None:
     tier = FaultyTier.around(inner, [Fault("hang", on=operation, rate=1)])
     async with tier.open():
@@ -163,7 +163,7 @@ async def test_a_hang_ends_with_its_release_and_can_be_cancelled(inner: Tier, op
             await ask(tier, operation)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", CALLS)
 async def test_a_hang_in_the_thread_ends_with_its_release_only(inner: Tier, operation: str) -> None:
     tier = FaultyTier.around(inner, [])
     async with tier.open():
@@ -203,6 +203,55 @@ async def test_a_named_pipe_releases_a_hang_from_another_process(tmp_path: Path)
                 await tier.wait_hanging(1)
                 await trio.to_thread.run_sync(lambda: fifo.open("w").close())
         assert list(await tier.contains([key_of(2)])) == [True]
+
+
+async def test_a_release_ends_the_hangs_at_a_named_pipe_too_and_those_to_come(tmp_path: Path) -> None:
+    faults = [Fault("hang_thread", on=on, rate=1) for on in ("store", "contains", "delete")]
+    tier = FaultyTier.around(disk(tmp_path / "kv"), faults, fifo=str(tmp_path / "release"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    async with tier.open():
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                for operation in ("store", "contains", "contains", "delete"):
+                    nursery.start_soon(ask, tier, operation)
+                await tier.wait_hanging(4)
+                tier.release()
+                tier.release()  # as often as one likes
+            assert tier.hanging == 0
+            await ask(tier, "store")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+async def test_a_tier_that_was_closed_and_opened_again_hangs_again(inner: Tier) -> None:
+    tier = FaultyTier.around(inner, [Fault("hang_thread", on="contains", rate=1)])
+
+    async def ask_in_vain() -> None:
+        with pytest.raises(Unavailable, match="not open"):
+            await ask(tier, "contains")
+
+    for _ in range(2):
+        async with trio.open_nursery() as nursery:
+            async with tier.open():
+                nursery.start_soon(ask_in_vain)
+                with trio.fail_after(5):
+                    await tier.wait_hanging(1)
+        assert tier.hanging == 0
+
+
+async def test_calls_that_hang_in_threads_take_none_of_the_loops_own() -> None:
+    tier = FaultyTier.around(DictTier(DictConfig()), [Fault("hang_thread", on="load", rate=1)])
+    many = 64
+    assert trio.to_thread.current_default_thread_limiter().total_tokens < many
+    async with tier.open():
+        async with trio.open_nursery() as nursery:
+            for _ in range(many):
+                nursery.start_soon(ask, tier, "load")
+            with trio.fail_after(20):
+                await tier.wait_hanging(many)
+                await trio.to_thread.run_sync(lambda: None)
+            assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+            assert tier.statistics()["hanging"] == many
+            tier.release()
 
 
 async def test_a_dropped_store_claims_to_be_done_and_a_dropped_load_is_a_miss(inner: Tier) -> None:
@@ -256,6 +305,23 @@ async def test_a_short_read_is_a_miss(inner: Tier) -> None:
         assert not is_right(load)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("on", OPERATIONS)
+def test_a_fault_that_a_call_cannot_have_is_refused_by_name(kind: str, on: str) -> None:
+    senseless = {
+        "drop": {"open"},
+        "short_read": {"open", "contains", "store", "delete"},
+        "torn_write": {"open", "contains", "load", "delete"},
+        "bit_flip": {"open", "contains", "delete"},
+    }
+    if on in senseless.get(kind, ()):
+        with pytest.raises(ConfigError, match=f"no {kind} in '{on}'") as caught:
+            Fault(kind, on=on, rate=1)
+        assert caught.value.key == "on"
+    else:
+        Fault(kind, on=on, rate=1)
+
+
 async def test_what_goes_wrong_depends_on_the_seed_alone() -> None:
     async def run(seed: int) -> list[bool]:
         tier = FaultyTier.around(DictTier(DictConfig()), [Fault("drop", on="contains", rate=0.5)], seed=seed)
@@ -268,37 +334,59 @@ async def test_what_goes_wrong_depends_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_no_wrong_byte_is_served_from_a_disk_where_everything_goes_wrong(tmp_path: Path, seed: int) -> None:
-    kinds = [kind for kind in KINDS if not kind.startswith("hang")]
-    faults = [Fault(kind, on=on, rate=0.05, seconds=0.001) for kind in kinds for on in ("load", "store", "contains")]
-    tier = FaultyTier.around(disk(tmp_path, 12 * MIB), faults, seed=seed)
+    inner = disk(tmp_path, 12 * MIB)
     counts: Counter[bool] = Counter()
 
-    async def use(user: int) -> None:
-        random = Random(seed * 100 + user)
-        for _ in range(30):
-            keys = [key_of(random.randrange(40)) for _ in range(3)]
+    async def use(tier: Tier, random: Random) -> None:
+        for _ in range(25):
+            keys = [key_of(random.randrange(40), namespace=random.randrange(2)) for _ in range(3)]
             lengths = (400_000, 4097)
             try:
-                if random.random() < 0.5:
+                what = random.random()
+                if what < 0.5:
                     await tier.store([record_of(key, lengths) for key in dict.fromkeys(keys)])
-                    continue
-                with trio.move_on_after(0.05 if random.random() < 0.1 else 5):
-                    loads = [load_of(key, lengths) for key in keys]
-                    for load, hit in zip(loads, await tier.load(loads), strict=True):
-                        assert not hit or is_right(load)
-                        counts[hit] += 1
+                elif what < 0.6:
+                    await tier.delete(keys[0].namespace)
+                elif what < 0.7:
+                    await tier.contains(keys)
+                else:
+                    with trio.move_on_after(0.05 if random.random() < 0.1 else 5):
+                        loads = [load_of(key, lengths) for key in keys]
+                        for load, hit in zip(loads, await tier.load(loads), strict=True):
+                            assert not hit or is_right(load)
+                            counts[hit] += 1
             except Unavailable as exc:
                 assert "injected" in str(exc)  # noqa: PT017 - most calls raise nothing
 
-    async with tier.open():
-        async with trio.open_nursery() as users:
-            for user in range(4):
-                users.start_soon(use, user)
-        tier.faults.clear()
-        assert int(tier.statistics()["corrupt"]) > 0
+    for hang in ("hang", "hang_thread"):
+        tier = FaultyTier.around(inner, everything(hang), seed=seed)
+        async with tier.open():
+            async with trio.open_nursery() as users:
+                for user in range(4):
+                    users.start_soon(use, tier, Random(100 * seed + user))
+                await tier.wait_hanging(1)
+                await trio.testing.wait_all_tasks_blocked(0.01)  # others may go on meanwhile, or hang too
+                tier.release()
+            assert set(tier.injected) == kinds_with(hang)
+    async with inner.open():
+        assert int(inner.statistics()["corrupt"]) > 0
         assert counts[True] > 10
-        await tier.delete(key_of(0).namespace)
-        assert (tier.statistics()["chunks"], tier.statistics()["bytes_used"]) == (0, 0)
+        for namespace in (0, 1):
+            await inner.delete(key_of(0, namespace).namespace)
+        assert (inner.statistics()["chunks"], inner.statistics()["bytes_used"]) == (0, 0)
+
+
+def everything(hang: str) -> list[Fault]:
+    """Each fault in each call that it is meant for, but of hangs this one kind: once for certain, others at random."""
+    return [
+        Fault(kind, on=on, at=(i,), rate=0.0 if kind == hang else 0.05, seconds=0.001)
+        for on in CALLS
+        for i, kind in enumerate((kind for kind in KINDS if on in MEANT_FOR[kind] and kind in kinds_with(hang)), 1)
+    ]
+
+
+def kinds_with(hang: str) -> set[str]:
+    return {kind for kind in KINDS if kind == hang or not kind.startswith("hang")}
 
 
 async def test_a_disk_that_failed_at_its_opening_opens_later(tmp_path: Path) -> None:
@@ -314,7 +402,7 @@ async def test_it_is_made_from_a_servers_configuration_by_its_entry_point(tmp_pa
     table = {
         "backend": "faulty",
         "inner": {"backend": "disk", "path": str(tmp_path), "size": "8MiB"},
-        "faults": [{"kind": "drop", "on": "load", "at": [1]}, {"kind": "delay", "rate": 0.0}],
+        "faults": [{"kind": "drop", "on": "load", "at": [1]}, {"kind": "delay", "at": [9]}],
         "seed": 3,
     }
     tier = make_backend("tiers", "tiers.0", table, Tier)  # type: ignore[type-abstract]
@@ -331,8 +419,13 @@ async def test_it_is_made_from_a_servers_configuration_by_its_entry_point(tmp_pa
         ({"inner": {"backend": "dusk"}}, "tiers.0.inner.backend"),
         ({"inner": {"backend": "disk", "size": "1KiB", "path": "/x"}}, "tiers.0.inner.size"),
         ({"faults": [{"kind": "flood"}]}, "tiers.0.faults.0.kind"),
-        ({"faults": [{"kind": "drop"}, {"kind": "drop", "on": "close"}]}, "tiers.0.faults.1.on"),
+        ({"faults": [{"kind": "drop", "rate": 1}, {"kind": "drop", "on": "close"}]}, "tiers.0.faults.1.on"),
         ({"faults": [{"kind": "drop", "rate": 1.5}]}, "tiers.0.faults.0.rate"),
+        ({"faults": [{"kind": "drop", "rate": float("nan")}]}, "tiers.0.faults.0.rate"),
+        ({"faults": [{"kind": "drop"}]}, "tiers.0.faults.0.rate"),
+        ({"faults": [{"kind": "drop", "at": [0]}]}, "tiers.0.faults.0.at"),
+        ({"faults": [{"kind": "delay", "rate": 1.0, "seconds": -1.0}]}, "tiers.0.faults.0.seconds"),
+        ({"faults": [{"kind": "torn_write", "on": "load", "rate": 1.0}]}, "tiers.0.faults.0.on"),
         ({"faults": [{"kind": "drop", "rat": 1.0}]}, "tiers.0.faults.0.rat"),
     ],
 )
