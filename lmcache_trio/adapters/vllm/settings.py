@@ -7,10 +7,11 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 
+from lmcache_trio.adapters.device_path import Path
 from lmcache_trio.config import default_address
 from lmcache_trio.errors import ConfigError
 
@@ -31,6 +32,7 @@ class ConnectorSettings:
     """One engine's settings. *namespace* keeps engines apart that would otherwise share chunks.
 
     *layerwise*, with `load = sync` alone: a step begins before its last layer is loaded, and stores as layers finish.
+    *path*: who moves the KV. `auto`: the server where it can open the engine's memory, else the engine's own process.
     """
 
     address: str = attrs.field(factory=default_address)
@@ -40,6 +42,7 @@ class ConnectorSettings:
     load: LoadMode = LoadMode.ASYNC
     namespace: str = ""
     layerwise: bool = False
+    path: Path = "auto"
 
 
 def parse_settings(extra: Mapping[str, Any]) -> ConnectorSettings:
@@ -113,6 +116,13 @@ def _load(key: str, value: Any) -> LoadMode:
         raise ConfigError(key, f"is {value!r}; give 'async' or 'sync'") from None
 
 
+def _path(key: str, value: Any) -> Path:
+    if value not in get_args(Path):
+        raise ConfigError(key, f"is {value!r}; give {', '.join(map(repr, get_args(Path)))}")
+    found: Path = value
+    return found
+
+
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "address": _address,
     "sync_lookup": _truth,
@@ -120,5 +130,6 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "poll_interval": _seconds,
     "load": _load,
     "layerwise": _truth,
+    "path": _path,
     "namespace": _text,
 }
