@@ -89,9 +89,14 @@ class Batch:
 
 
 class Transfers:
-    """All transfers that have not ended. Sizes in bytes: *in_flight* with the device, *batch* at once."""
+    """All transfers that have not ended. Sizes in bytes: *in_flight* with the device, *batch* at once.
 
-    def __init__(self, *, in_flight: int = 64 << 20, batch: int = 32 << 20, turns: int = 4) -> None:
+    Two batches fit, so that the second is there when the first ends. Between two the host's device loses 0.3 ms to the
+    loop that looks after the first, where 32 MiB take it 4.5 ms; a load that comes waits for 128 MiB at most, 18 ms.
+    A batch has half as much while the other direction waits.
+    """
+
+    def __init__(self, *, in_flight: int = 128 << 20, batch: int = 64 << 20, turns: int = 4) -> None:
         if in_flight < 1 or batch < 1 or turns < 1:
             raise Misuse("in_flight, batch and turns must be 1 or more")
         self._in_flight = in_flight
@@ -207,13 +212,17 @@ class Transfers:
             return Direction.LOAD
         return Direction.STORE if stores else None
 
+    @property
+    def _batch_now(self) -> int:
+        return self._batch // 2 if all(self._queues.values()) else self._batch
+
     def _cut(self, transfer: Transfer, size: int) -> tuple[Part, int]:
         """The units of *transfer* that still fit into a batch that has *size* bytes, and their bytes."""
         at, more = transfer.started, 0
         while at < len(transfer.units):
             unit = transfer.units[at]
             alone = not size and not more
-            room = min(self._batch, self._in_flight - self._bytes_running)
+            room = min(self._batch_now, self._in_flight - self._bytes_running)
             if not alone and size + more + unit > room:
                 break
             more += unit

@@ -182,7 +182,7 @@ class LayeredMoves:
         spec, worker = job.spec, self._worker
         assert isinstance(spec, LoadSpec)
         try:
-            if spec.lease and await worker._device.retrieve(client, spec, lambda n: loads.reached([job], n)):
+            if spec.lease and await worker._device.retrieve(client, job, lambda n: loads.reached([job], n)):
                 worker._jobs.count("retrieved_chunks", spec.count)
                 worker._jobs.end(job, failed=False)
         except LMCacheTrioError as exc:

@@ -264,7 +264,7 @@ class WorkerAdapter:
                 self._jobs.count(f"dropped_{reason}", number)
             self._jobs.count("stored_chunks", stored.copied)
             self._jobs.end(job, failed=False)
-        elif spec.lease and await self._device.retrieve(client, spec):
+        elif spec.lease and await self._device.retrieve(client, job):
             self._jobs.count("retrieved_chunks", spec.count)
             self._jobs.end(job, failed=False)
 

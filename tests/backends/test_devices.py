@@ -4,14 +4,19 @@ import fcntl
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lmcache_trio_backends.auto_device import AutoConfig, AutoDevice
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
-from lmcache_trio_backends.host_device import HostConfig, HostDevice
+from lmcache_trio_backends.host_device import HostConfig, HostDevice, _Opened, copy_blocks
 
 from lmcache_trio._core.exports import DType, TensorView
 from lmcache_trio.abc import Copy, CudaMemory, Device, Direction, Export, Memory, SharedMemory
@@ -205,6 +210,33 @@ async def test_engines_that_come_at_once_share_one_device(monkeypatch: pytest.Mo
     assert SlowToOpen.made == 1
 
 
+async def test_pages_of_the_arena_that_come_after_an_engine_are_entered_before_its_copies() -> None:
+    """One by one, under a copy, they cost five times as much as the copy."""
+    memory, region = CpuMemory(CpuConfig(size=40 << 20)), SharedRegion(4 * 4096)
+    device = HostDevice(HostConfig())
+    async with memory.open(), device.open(memory):
+        await device.arena_grew()
+        assert entered(memory) < 1 << 20, "nobody needs them yet"
+        first = await memory.grow()
+        attached = await device.attach(export(region.memory()), os.getpid())
+        assert entered(memory) >= first - 4096
+        while await memory.grow() < memory.size:
+            pass
+        await device.arena_grew()
+        assert entered(memory) >= memory.size - 4096
+        device.detach(attached)
+
+
+def entered(memory: Memory) -> int:
+    """Bytes of *memory* that this process has in its page table."""
+    with open("/proc/self/smaps") as maps:
+        lines = iter(maps)
+        for line in lines:
+            if line.rstrip().endswith(memory.path):
+                return 1024 * int(next(entry for entry in lines if entry.startswith("Rss:")).split()[1])
+    return 0
+
+
 def test_a_region_goes_with_its_last_view() -> None:
     region = SharedRegion(1 << 20)
     fd, view = region.descriptor, region.take_array()[5:10]
@@ -214,6 +246,97 @@ def test_a_region_goes_with_its_last_view() -> None:
     del view
     with pytest.raises(OSError):
         os.fstat(fd)
+
+
+# --- every layout there is ------------------------------------------------------------------------------------------
+
+
+class Bytes:
+    """An arena without a file."""
+
+    def __init__(self, size: int) -> None:
+        self.bytes = bytearray(size)
+
+    def view(self, offset: int, length: int) -> memoryview:
+        return memoryview(self.bytes)[offset : offset + length]
+
+
+@attrs.frozen
+class Case:
+    """An export, what its allocations hold, and a copy of it."""
+
+    export: Export
+    held: list[bytes]
+    direction: Direction
+    chunk_blocks: int
+    blocks: list[int]
+    layers: tuple[int, int]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    num_blocks = draw(st.sampled_from([1, 3, 4, 7]))
+    ends = [0] * draw(st.integers(1, 2))
+    views = []
+    for _ in range(draw(st.integers(1, 5))):
+        allocation = draw(st.integers(0, len(ends) - 1))
+        length, gap = draw(st.sampled_from([1, 4, 4, 5])), draw(st.sampled_from([0, 0, 4]))
+        start = ends[allocation] + draw(st.sampled_from([0, 0, 1, 4, 8]))
+        step = length + gap
+        if draw(st.booleans()):
+            view = TensorView(allocation, start, DType.uint8, (2, num_blocks, length), (num_blocks * step, step, 1))
+            ends[allocation] = start + 2 * num_blocks * step
+        else:
+            view = TensorView(allocation, start, DType.uint8, (num_blocks, length), (step, 1))
+            ends[allocation] = start + num_blocks * step
+        views.append(view)
+    sizes = [end or 1 for end in ends]
+    made = Export(tuple(SharedMemory(size, 3, 1, b"n" * 16) for size in sizes), tuple(views), num_blocks)
+    direction, width = draw(st.sampled_from(Direction)), draw(st.integers(1, min(3, num_blocks)))
+    chunks = draw(st.integers(1, num_blocks // width))
+    blocks = draw(st.permutations(range(num_blocks)))[: chunks * width]
+    if direction is Direction.LOAD:
+        blocks = [draw(st.sampled_from([block, block, -1])) for block in blocks]
+    first = draw(st.integers(0, len(views) - 1))
+    held = [draw(st.randoms()).randbytes(size) for size in sizes]
+    return Case(made, held, direction, width, blocks, (first, draw(st.integers(first + 1, len(views)))))
+
+
+def byte_by_byte(case: Case, slots: list[int], engine: list[bytearray], arena: bytearray) -> None:
+    """What the copy is to do, without a thought for speed."""
+    at = 0
+    for number, layer in enumerate(case.export.pieces):
+        for piece in layer:
+            for i, block in enumerate(case.blocks):
+                chunk, place = divmod(i, case.chunk_blocks)
+                for byte in range(piece.length):
+                    here = slots[chunk] + at + place * piece.length + byte
+                    there = piece.offset + block * piece.stride + byte
+                    if block < 0 or not case.layers[0] <= number < case.layers[1]:
+                        continue
+                    if case.direction is Direction.STORE:
+                        arena[here] = engine[piece.allocation][there]
+                    else:
+                        engine[piece.allocation][there] = arena[here]
+            at += case.chunk_blocks * piece.length
+
+
+@given(case=cases())
+@settings(max_examples=300, deadline=None)
+def test_the_host_device_moves_every_layout_byte_for_byte(case: Case) -> None:
+    chunks = len(case.blocks) // case.chunk_blocks
+    slot = case.chunk_blocks * case.export.block_bytes
+    slots = [5 + i * (slot + 3) for i in reversed(range(chunks))]
+    memory: Any = Bytes(10 + chunks * (slot + 3))
+    memory.bytes[:] = Random(7).randbytes(len(memory.bytes))
+    engine, arena = [bytearray(held) for held in case.held], bytearray(memory.bytes)
+    byte_by_byte(case, slots, engine, arena)
+    maps = [np.frombuffer(bytearray(held), dtype=np.uint8) for held in case.held]
+    copy = Copy(_Opened(case.export, maps), case.direction, slots, case.blocks, case.chunk_blocks, case.layers)
+    of_layers = case.export.pieces[case.layers[0] : case.layers[1]]
+    assert copy_blocks(copy, memory) == chunks * case.chunk_blocks * sum(p.length for layer in of_layers for p in layer)
+    assert [held.tobytes() for held in maps] == [bytes(held) for held in engine]
+    assert memory.bytes == arena
 
 
 def mappings(region: SharedRegion) -> int:
