@@ -102,7 +102,7 @@ async def open_server(
     try:
         async with memory.open(), trio.open_nursery() as upkeep:
             state = _make_state(config, memory, tiers, upkeep)
-            upkeep.start_soon(_grow, state, name="memory")
+            await upkeep.start(_grow, state, name="memory")
             upkeep.start_soon(state.clock.run, name="clock")
             async with _branch() as start_tier:
                 await state.tiers.open(start_tier, _branch)
@@ -155,19 +155,29 @@ def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: t
     return state
 
 
-async def _grow(state: State) -> None:
-    """Take the arena piece by piece, until it is whole or the file system has no more."""
-    while True:
-        taken = await state.memory.grow()
-        if taken == state.taken:
-            return
-        state.taken = taken
-        state.index.grow(taken)
-        if state.transfer is not None:
-            state.transfer.arena_grew()
-        for client in state.clients.values():
-            if client.pidfd is not None:
-                client.send(ArenaGrown(taken))
+async def _grow(state: State, *, task_status: trio.TaskStatus[None]) -> None:
+    """Take the arena piece by piece, until it is whole or the file system has no more.
+
+    Started once the first is there: whoever is let in before would have what it stores refused as too large.
+    """
+    grew = await _take_piece(state)
+    task_status.started()
+    while grew:
+        grew = await _take_piece(state)
+
+
+async def _take_piece(state: State) -> bool:
+    taken = await state.memory.grow()
+    if taken == state.taken:
+        return False
+    state.taken = taken
+    state.index.grow(taken)
+    if state.transfer is not None:
+        state.transfer.arena_grew()
+    for client in state.clients.values():
+        if client.pidfd is not None:
+            client.send(ArenaGrown(taken))
+    return True
 
 
 async def _admit(state: State, front: Rendezvous, connections: trio.Nursery) -> None:

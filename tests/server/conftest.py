@@ -16,7 +16,6 @@ from lmcache_trio._transport import Connection, dial_pair, introduce
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import (
     Answer,
-    ArenaGrown,
     Commit,
     Committed,
     Ended,
@@ -148,11 +147,6 @@ class Peer:
 
     async def end(self, session: int) -> None:
         await self.tell(Ended(session))
-
-    async def room(self) -> None:
-        """Wait until the server has some of its arena: it lets clients in before."""
-        if not self.welcome.taken:
-            await self.pushed(ArenaGrown)
 
     async def gone(self) -> list[Message]:
         """Wait until the server ends the connection; what it said until then."""
