@@ -9,13 +9,12 @@ from typing import TypeVar
 import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from lmcache_trio.bench import grow as growth
 from lmcache_trio.bench import plots
 from lmcache_trio.bench.machine import describe
 from lmcache_trio.bench.parked import measure_parked
-from lmcache_trio.bench.report import comparison, doubts, table, verdicts
+from lmcache_trio.bench.report import comparison, doubts, parked_table, parked_verdicts, table, verdicts
 from lmcache_trio.bench.rows import load_rows, save_rows, summarise
 from lmcache_trio.bench.run import measure
 from lmcache_trio.bench.settings import Settings
@@ -63,15 +62,17 @@ def parked(count: int, rounds: int) -> int:
         raise ConfigError("--parked", f"{count} is out of range; give 1 to {MOST_PARKED}")
     if rounds < 1:
         raise ConfigError("--rounds", f"{rounds} is too few; give 1 or more")
-    figures = trio.run(measure_parked, count, rounds)
-    shown = Table(title=f"{count} lookups parked on a disk that hangs, {rounds} rounds", title_justify="left")
-    for column in ("µs", "idle p50", "idle p99", "parked p50", "parked p99", "p99 parked / idle"):
-        shown.add_column(column, justify="right" if column != "µs" else "left")
-    for verb, each in figures.items():
-        times = (each.idle_p50, each.idle_p99, each.parked_p50, each.parked_p99)
-        shown.add_row(verb, *(f"{seconds * 1e6:.0f}" for seconds in times), f"{each.ratio:.2f}")
+    measured = _with_progress(lambda tell: measure_parked(count, rounds, tell))
+    if measured is None:
+        return 128 + signal.SIGTERM
     out = _console()
-    out.print(shown)
+    out.print("a lookup is of 8,192 tokens; a store or retrieve copies one chunk of 64 KiB; all through the adapters")
+    for call, found in measured.items():
+        out.print(parked_table(call, found, count, rounds))
+        for line in parked_verdicts(found):
+            out.print(line)
+        for doubt in doubts({}, found.others):
+            out.print(doubt, style="red")
     out.print(describe())
     return 0
 
