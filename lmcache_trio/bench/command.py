@@ -14,16 +14,18 @@ from lmcache_trio.bench import grow as growth
 from lmcache_trio.bench import plots
 from lmcache_trio.bench.machine import describe
 from lmcache_trio.bench.parked import measure_parked
-from lmcache_trio.bench.report import comparison, doubts, parked_table, parked_verdicts, table, verdicts
+from lmcache_trio.bench.records import measure_records
+from lmcache_trio.bench.report import comparison, doubts, parked_table, parked_verdicts, start_lines, table, verdicts
 from lmcache_trio.bench.rows import load_rows, save_rows, summarise
 from lmcache_trio.bench.run import measure
 from lmcache_trio.bench.settings import Settings
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["compare", "grow", "parked", "run"]
+__all__ = ["compare", "grow", "parked", "records", "run"]
 
 T = TypeVar("T")
 MOST_PARKED = 10_000
+MOST_RECORDS = 10_000_000
 Tell = Callable[[str, int, int], None]
 
 
@@ -73,6 +75,20 @@ def parked(count: int, rounds: int) -> int:
             out.print(line)
         for doubt in doubts({}, found.others):
             out.print(doubt, style="red")
+    out.print(describe())
+    return 0
+
+
+def records(count: int, disk: Path | None = None) -> int:
+    """Print how a server starts whose disk tier knows *count* chunks. Returns the exit status."""
+    if not 0 < count <= MOST_RECORDS:
+        raise ConfigError("--records", f"{count} is out of range; give 1 to {MOST_RECORDS}")
+    starts = _with_progress(lambda tell: measure_records(count, tell, disk))
+    if starts is None:
+        return 128 + signal.SIGTERM
+    out = _console()
+    for line in start_lines(starts, count):
+        out.print(line)
     out.print(describe())
     return 0
 

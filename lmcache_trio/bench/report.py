@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from lmcache_trio.bench.parked import Parked
+from lmcache_trio.bench.records import Start, typical
 from lmcache_trio.bench.rows import Round, Row, client_share, speed_of, spread
 from lmcache_trio.bench.settings import DEVICE, ROTATION, KVShape, Settings
 
-__all__ = ["comparison", "doubts", "parked_table", "parked_verdicts", "table", "verdicts"]
+__all__ = ["comparison", "doubts", "parked_table", "parked_verdicts", "start_lines", "table", "verdicts"]
 
 _SPREAD = 0.2
 """Above this, the limits themselves moved too much within one run for its ratios to be quoted."""
@@ -19,6 +20,7 @@ _DEVICE_SPEED, _DEVICE_SHARE = 0.8, 0.05
 _COLD_SPEED, _WARM_SPEED = 0.9, 0.6
 """Goals of the project's own."""
 _PARKED_RATIO = 2.0
+_READY_SECONDS = 1.0
 _UNCACHED = 512 << 20
 
 _COMPARED = {"p50_us": "p50 µs", "ops_s": "ops/s", "gb_s": "GB/s", "ratio": "ratio"}
@@ -94,6 +96,19 @@ def parked_verdicts(found: Parked) -> list[str]:
         f"{verb}: {'kept' if each.ratio <= _PARKED_RATIO else 'missed'}: p99 is {each.ratio:.2f} x the idle server's"
         f" (goal {_PARKED_RATIO:g} at most)"
         for verb, each in found.figures.items()
+    ]
+
+
+def start_lines(starts: Sequence[Start], count: int) -> list[str]:
+    """How a server with *count* records starts, one figure a line."""
+    each = typical(starts)
+    how = "by query" if each.by_query else "after all was read, so not by query"
+    verdict = "kept" if each.ready < _READY_SECONDS else "missed"
+    return [
+        f"{count:,} records, page cache dropped, medians of {len(starts)} starts, seconds after the start of serve:",
+        f"ready: {each.ready:.2f} s (goal under {_READY_SECONDS:g}: {verdict}); one without a tier: {each.empty:.2f} s",
+        f"a lookup answered, {how}: {each.answered:.2f} s; it took {each.lookup * 1e3:.1f} ms",
+        f"all records read: {each.read:.2f} s",
     ]
 
 
