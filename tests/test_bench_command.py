@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import trio
 
-from lmcache_trio.bench import plots
+from lmcache_trio.bench import command, plots
 from lmcache_trio.bench.files import why_no_direct
 from lmcache_trio.bench.grow import Grown, Plan, Point, grow
 from lmcache_trio.bench.machine import Meter, anonymous_bytes, cpu_seconds, describe
+from lmcache_trio.bench.records import Start, measure_records, typical
+from lmcache_trio.bench.report import start_lines
 from lmcache_trio.bench.settings import ROWS
+from lmcache_trio.errors import ConfigError
 from lmcache_trio.testing.sides import wait_until
 
 SMALL = ["--kv", "layers=2,kv_heads=1,head_dim=64", "--operation", "1MiB", "--rounds", "1", "--lookups", "5"]
@@ -156,6 +159,40 @@ def test_plots_are_drawn_of_every_series(tmp_path: Path) -> None:
     assert [file.name for file in files] == ["lookup_by_length.svg", "lookup_by_index.svg", "lookups_by_clients.svg"]
     for file in files:
         assert "<svg" in file.read_text()
+
+
+# --- how it starts ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_server_whose_tier_knows_many_chunks_is_started_and_asked(folder: Path) -> None:
+    told: list[str] = []
+    with trio.fail_after(100):
+        starts = await measure_records(5000, lambda what, done, whole: told.append(what), folder)
+    assert len(starts) == 3
+    for start in starts:
+        assert start.empty > 0
+        assert 0 < start.lookup < start.answered
+        assert 0 < start.ready < start.answered < start.read
+    assert {"records", "starts"} == set(told)
+    assert list(folder.iterdir()) == []
+
+
+def test_how_it_starts_is_the_median_of_each_and_held_to_a_second() -> None:
+    two = [Start(0.2, 0.5, 0.7, 3.0, 0.02, True), Start(0.3, 0.4, 0.6, 9.0, 0.01, True)]
+    starts = [*two, Start(0.1, 2, 3, 4, 1, False)]
+    assert typical(starts) == Start(0.2, 0.5, 0.7, 4.0, 0.02, False)
+    said = "\n".join(start_lines(starts, 1_000_000))
+    assert "1,000,000 records" in said
+    assert "ready: 0.50 s (goal under 1: kept); one without a tier: 0.20 s" in said
+    assert "not by query: 0.70 s; it took 20.0 ms" in said
+    assert "all records read: 4.00 s" in said
+    assert "missed" in "".join(start_lines(starts[2:], 1))
+    assert ", by query" in "".join(start_lines(two, 1))
+
+
+def test_a_number_of_records_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--records"):
+        command.records(0)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

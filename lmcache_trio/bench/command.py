@@ -9,22 +9,23 @@ from typing import TypeVar
 import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from lmcache_trio.bench import grow as growth
 from lmcache_trio.bench import plots
 from lmcache_trio.bench.machine import describe
 from lmcache_trio.bench.parked import measure_parked
-from lmcache_trio.bench.report import comparison, doubts, table, verdicts
+from lmcache_trio.bench.records import measure_records
+from lmcache_trio.bench.report import comparison, doubts, parked_table, parked_verdicts, start_lines, table, verdicts
 from lmcache_trio.bench.rows import load_rows, save_rows, summarise
 from lmcache_trio.bench.run import measure
 from lmcache_trio.bench.settings import Settings
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["compare", "grow", "parked", "run"]
+__all__ = ["compare", "grow", "parked", "records", "run"]
 
 T = TypeVar("T")
 MOST_PARKED = 10_000
+MOST_RECORDS = 10_000_000
 Tell = Callable[[str, int, int], None]
 
 
@@ -63,15 +64,31 @@ def parked(count: int, rounds: int) -> int:
         raise ConfigError("--parked", f"{count} is out of range; give 1 to {MOST_PARKED}")
     if rounds < 1:
         raise ConfigError("--rounds", f"{rounds} is too few; give 1 or more")
-    figures = trio.run(measure_parked, count, rounds)
-    shown = Table(title=f"{count} lookups parked on a disk that hangs, {rounds} rounds", title_justify="left")
-    for column in ("µs", "idle p50", "idle p99", "parked p50", "parked p99", "p99 parked / idle"):
-        shown.add_column(column, justify="right" if column != "µs" else "left")
-    for verb, each in figures.items():
-        times = (each.idle_p50, each.idle_p99, each.parked_p50, each.parked_p99)
-        shown.add_row(verb, *(f"{seconds * 1e6:.0f}" for seconds in times), f"{each.ratio:.2f}")
+    measured = _with_progress(lambda tell: measure_parked(count, rounds, tell))
+    if measured is None:
+        return 128 + signal.SIGTERM
     out = _console()
-    out.print(shown)
+    out.print("a lookup is of 8,192 tokens; a store or retrieve copies one chunk of 64 KiB; all through the adapters")
+    for call, found in measured.items():
+        out.print(parked_table(call, found, count, rounds))
+        for line in parked_verdicts(found):
+            out.print(line)
+        for doubt in doubts({}, found.others):
+            out.print(doubt, style="red")
+    out.print(describe())
+    return 0
+
+
+def records(count: int, disk: Path | None = None) -> int:
+    """Print how a server starts whose disk tier knows *count* chunks. Returns the exit status."""
+    if not 0 < count <= MOST_RECORDS:
+        raise ConfigError("--records", f"{count} is out of range; give 1 to {MOST_RECORDS}")
+    starts = _with_progress(lambda tell: measure_records(count, tell, disk))
+    if starts is None:
+        return 128 + signal.SIGTERM
+    out = _console()
+    for line in start_lines(starts, count):
+        out.print(line)
     out.print(describe())
     return 0
 

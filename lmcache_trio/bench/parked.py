@@ -1,36 +1,47 @@
 """What other clients notice of lookups that are parked on a tier that hangs: their latencies, without and with them.
 
-A server of its own, with a disk every thread of which hangs from its second question on. One engine looks up, retrieves
-and stores in turn, all in memory, while another one's lookups wait; idle and parked take turns, so that a machine that
-drifts drifts for both. It measures and prints nothing.
+Two ways to hang, each with a server of its own: no question to the disk is answered; or every load is stuck in a
+thread with its slot reserved, for chunks that only the disk has. One engine, a process, looks up, stores and retrieves,
+all in memory and every byte copied, while another one's lookups wait. Idle and parked take turns, so that a machine
+that drifts drifts for both: the disk hangs while nobody has a named pipe open for writing. It prints nothing.
 """
 
 import itertools
+import os
 import secrets
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
 from statistics import median
+from typing import Any, Literal
 
 import attrs
 import trio
 
 from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio._wire.messages import Role
-from lmcache_trio.bench.rows import percentile
-from lmcache_trio.bench.run import scratch, serving
+from lmcache_trio.bench.machine import Meter
+from lmcache_trio.bench.rows import Round
+from lmcache_trio.bench.run import Child, ask, child, play, scratch, serving
+from lmcache_trio.bench.settings import KVShape, Settings
 from lmcache_trio.client import Client, open_client
 from lmcache_trio.errors import Unavailable
 
-__all__ = ["VERBS", "Figures", "measure_parked"]
+__all__ = ["CALLS", "VERBS", "Figures", "Parked", "measure_parked"]
 
-VERBS = ("lookup", "retrieve", "store")
-HOT_CHUNKS = 32
-"""An 8k prompt."""
-SHARD = 64 << 10
-"""Small, because bytes are not what is measured."""
+Call = Literal["contains", "load"]
+CALLS: tuple[Call, ...] = ("contains", "load")
+"""Of the tier's, that hang."""
+VERBS = {"lookup": "sync_lookup_8k_hit", "store": "store", "retrieve": "retrieve"}
+"""What is told, and the row of the benchmark that it is, of small chunks; a retrieve reads what the store left."""
+KV = KVShape(layers=2, kv_heads=1, head_dim=32)
+"""64 KiB a chunk: small, because bytes are not what is measured."""
 OPERATIONS = 500
 """Of each verb, in a round."""
+_PARKED_BYTES = 4096
+"""Of a chunk that is waited for."""
+_FILL = 512
 _WAIT = 600
 """Seconds that a parked lookup is let wait: longer than the run."""
 
@@ -52,101 +63,195 @@ class Figures:
         return self.parked_p99 / self.idle_p99
 
 
-async def measure_parked(parked: int, rounds: int) -> dict[str, Figures]:
-    """*parked* lookups wait at the same time. `Unavailable` when it could not be measured."""
-    samples: dict[tuple[str, bool], list[list[float]]] = {(verb, on): [] for verb in VERBS for on in (False, True)}
+@attrs.frozen
+class Parked:
+    """By verb; how many loads were stuck with a slot reserved; and the cores that other processes kept busy."""
+
+    figures: dict[str, Figures]
+    loading: int
+    others: float
+
+
+async def measure_parked(count: int, rounds: int, tell: Callable[[str, int, int], None]) -> dict[Call, Parked]:
+    """*count* lookups wait at the same time. `Unavailable` when it could not be measured."""
+    found: dict[Call, Parked] = {}
+    for number, call in enumerate(CALLS):
+
+        def told(i: int, call: Call = call, before: int = number * (rounds + 1)) -> None:
+            tell(f"{call} hangs", before + i, len(CALLS) * (rounds + 1))
+
+        async with scratch() as folder:
+            found[call] = await _measure(call, count, rounds, folder, told)
+    return found
+
+
+async def _measure(call: Call, count: int, rounds: int, folder: Path, tell: Callable[[int], None]) -> Parked:
+    address, disk = f"ipc://{folder}/server.ipc", _disk(folder, rounds)
+    prompts = [_digests(count) for _ in range(rounds + 1)]  # what was loaded in one round could be a hit in the next
+    tell(0)
+    if call == "load":
+        async with serving(address, _sets(disk), folder):
+            await _fill(address, [digest for some in prompts for digest in some])
+    samples: dict[bool, list[dict[str, Round]]] = {False: [], True: []}
+    loading = 0
     async with AsyncExitStack() as stack:
-        folder = await stack.enter_async_context(scratch())
-        address = f"ipc://{folder}/server.ipc"
-        await stack.enter_async_context(serving(address, _sets(str(folder)), folder))
-        scheduler, worker = await _engine(stack, address, "measured")
-        other, _ = await _engine(stack, address, "parked")
-        hot = await _stored(scheduler, worker)
-        for i in range(rounds + 1):
-            for on in (False, True):
-                async with _parked(other, worker, parked if on else 0):
-                    times = await _round(scheduler, worker, hot)
-                for verb in VERBS:
-                    samples[verb, on] += [times[verb]] if i else []  # the first round warms
-    return {
-        verb: Figures(
-            *(
-                median(percentile(times, share) for times in samples[verb, on])
-                for on in (False, True)
-                for share in (0.5, 0.99)
-            )
-        )
-        for verb in VERBS
-    }
+        valve = stack.enter_context(_Valve(folder / "valve"))
+        faulty = {"backend": "faulty", "fifo": str(valve.path), **{f"inner.{key}": disk[key] for key in disk}}
+        faulty |= {"faults.0.kind": "hang_thread", "faults.0.on": call, "faults.0.rate": 1.0}
+        server = await stack.enter_async_context(serving(address, _sets(faulty), folder))
+        settings = Settings(KV, operation=1, rows=tuple(VERBS.values()))
+        arguments = ["-m", "lmcache_trio.bench.host", settings.as_json(), "0", secrets.token_hex(8), address]
+        host = await stack.enter_async_context(child(arguments, folder / "host.log"))
+        await host.hear()
+        scheduler, worker = await _engine(stack, address)
+        settled = trio.lowlevel.checkpoint if call == "load" else partial(_until, worker, _has_written)
+        everyone = [os.getpid(), server.process.pid, host.process.pid]
+        before = Meter.read(everyone)
+        for i in range(rounds + 1):  # the first is a rehearsal
+            tell(i)
+            idle = await _round(host, partial(_until, worker, _is_idle))
+            async with _parked(scheduler, worker, valve, prompts[i]):
+                parked = await _round(host, settled)
+                loading = max(loading, (await worker.statistics())["tiers"][0]["loads_in_flight"])
+            if i:
+                samples[False].append(idle)
+                samples[True].append(parked)
+            else:
+                before = Meter.read(everyone)
+        others = Meter.read(everyone).others_since(before)
+    return Parked({verb: _figures(samples, verb) for verb in VERBS}, loading, others)
 
 
-def _sets(folder: str) -> list[str]:
-    tier = {"backend": "faulty", "inner.backend": "disk", "inner.path": f"{folder}/tier", "inner.size": "64MiB"}
-    fault = {"kind": "hang_thread", "on": "contains", "at": "[2]"}
-    tier |= {f"faults.0.{key}": value for key, value in fault.items()}
+def _figures(samples: dict[bool, list[dict[str, Round]]], verb: str) -> Figures:
+    rounds = {on: [one[verb] for one in samples[on]] for on in (False, True)}
+    return Figures(*(median(figure(r) for r in rounds[on]) for on in (False, True) for figure in (_p50, _p99)))
+
+
+def _p50(r: Round) -> float:
+    return r.p50
+
+
+def _p99(r: Round) -> float:
+    return r.p99
+
+
+class _Valve:
+    """While it is open, somebody has the pipe open for writing, and no call hangs. Made open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = -1
+
+    def open(self) -> None:
+        self._fd = os.open(self.path, os.O_RDWR)  # waits for no reader
+
+    def close(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
+
+    def __enter__(self) -> "_Valve":
+        os.mkfifo(self.path, 0o600)
+        self.open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._fd >= 0:
+            self.close()
+
+
+def _disk(folder: Path, rounds: int) -> dict[str, Any]:
+    """With room for all that is written back, so that nothing is evicted that is to be waited for."""
+    written = 2 * (rounds + 1) * OPERATIONS * KV.chunk_bytes
+    return {"backend": "disk", "path": f"{folder}/tier", "size": 2 * written + (256 << 20), "slab_size": 256 << 20}
+
+
+def _sets(tier: dict[str, Any]) -> list[str]:
     return [
         *(f"tiers.0.{key}={value}" for key, value in tier.items()),
         *("memory.size=256MiB", f"tier_timeout={_WAIT * 2}", f"prefetch_budget={_WAIT}", "device.backend=none"),
     ]
 
 
-async def _engine(stack: AsyncExitStack, address: str, name: str) -> tuple[Client, Client]:
-    scheduler = await stack.enter_async_context(open_client(address, role=Role.SCHEDULER, engine=name))
-    worker = await stack.enter_async_context(open_client(address, role=Role.WORKER, engine=name))
-    await worker.register(bytes(DIGEST_BYTES), SHARD, 16)
-    return scheduler, worker
-
-
 def _digests(count: int) -> list[bytes]:
     return [secrets.token_bytes(DIGEST_BYTES) for _ in range(count)]
 
 
-async def _stored(scheduler: Client, worker: Client) -> list[bytes]:
-    hot, session = _digests(HOT_CHUNKS), next(_sessions)
-    await scheduler.lookup(session, hot, budget=0)
-    async with worker.storing(session, b"", hot) as storing:
-        if len(storing.slots) != HOT_CHUNKS:
-            raise Unavailable(f"the server dropped what was to be looked up: {storing.dropped}")
-    scheduler.end(session)
-    return hot
+async def _engine(stack: AsyncExitStack, address: str) -> tuple[Client, Client]:
+    """The other engine's scheduler and worker. Its namespace is the same at every server."""
+    worker = await stack.enter_async_context(open_client(address, role=Role.WORKER, engine="parked"))
+    await worker.register(bytes(DIGEST_BYTES), _PARKED_BYTES, 16)
+    return await stack.enter_async_context(open_client(address, role=Role.SCHEDULER, engine="parked")), worker
+
+
+async def _fill(address: str, prompts: Sequence[bytes]) -> None:
+    """Have the disk hold *prompts*, chunks of whatever bytes: nobody will see them."""
+    async with AsyncExitStack() as stack:
+        scheduler, worker = await _engine(stack, address)
+        for first in range(0, len(prompts), _FILL):
+            some, session = prompts[first : first + _FILL], next(_sessions)
+            await scheduler.lookup(session, [])
+            made = await worker.reserve(session, b"", some)
+            if await worker.commit(made.reservation) != len(some):
+                raise Unavailable(f"the server dropped what was to be looked up: {dict(made.dropped)}")
+            scheduler.end(session)
+            await _until(worker, partial(_has_stored, first + len(some)))
 
 
 @asynccontextmanager
-async def _parked(client: Client, observer: Client, count: int) -> AsyncIterator[None]:
+async def _parked(client: Client, observer: Client, valve: _Valve, prompts: Sequence[bytes]) -> AsyncIterator[None]:
+    """All of *prompts* wait in the body; after it nothing waits, hangs or is owed to the disk."""
+    valve.close()
     async with trio.open_nursery() as nursery:
-        for _ in range(count):
-            nursery.start_soon(_park, client)
-        with trio.fail_after(60):
-            while (await observer.statistics())["held"]["prefetches"] != count:
-                pass
+        for first in range(0, len(prompts), _FILL):
+            for digest in prompts[first : first + _FILL]:
+                nursery.start_soon(_park, client, digest)
+            await _until(observer, partial(_waits, len(prompts[: first + _FILL])))
         yield
         nursery.cancel_scope.cancel()
+    valve.open()
+    await _until(observer, _is_idle)
 
 
-async def _park(client: Client) -> None:
+def _has_stored(count: int, said: dict[str, Any]) -> bool:
+    return bool(said["tiers"][0]["stores"] >= count)
+
+
+def _waits(count: int, said: dict[str, Any]) -> bool:
+    return bool(said["held"]["prefetches"] == count and said["tiers"][0]["calls"])
+
+
+def _is_idle(said: dict[str, Any]) -> bool:
+    return not said["held"]["prefetches"] and not said["tiers"][0]["loads_in_flight"] and _has_written(said)
+
+
+def _has_written(said: dict[str, Any]) -> bool:
+    return not said["tiers"][0]["bytes_queued"]
+
+
+async def _until(client: Client, there: Callable[[dict[str, Any]], bool]) -> None:
+    with trio.move_on_after(60):
+        while not there(said := await client.statistics()):
+            tier = said["tiers"][0]
+            if tier["fenced"]:
+                raise Unavailable(f"the disk tier is fenced: {tier['reason']}")
+        return
+    raise Unavailable("the server did not come to the state that was to be measured within a minute")
+
+
+async def _park(client: Client, digest: bytes) -> None:
     session = next(_sessions)
     try:
-        await client.lookup(session, _digests(8), budget=_WAIT)
+        await client.lookup(session, [digest], budget=_WAIT)
         raise Unavailable("a lookup was answered that was to wait")
     finally:
         client.end(session)
 
 
-async def _round(scheduler: Client, worker: Client, hot: list[bytes]) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {verb: [] for verb in VERBS}
-    for session in itertools.islice(_sessions, OPERATIONS):
-        fresh, began = _digests(1), time.perf_counter()
-        answer = await scheduler.lookup(session, hot)
-        looked_up = time.perf_counter()
-        if answer.chunks != len(hot):
-            raise Unavailable(f"{answer.chunks} chunks were found where {len(hot)} are")
-        await worker.done((await worker.retrieve(answer.lease, 0, len(hot))).pin)
-        retrieved = time.perf_counter()
-        reserved = await worker.reserve(session, b"", fresh)
-        if await worker.commit(reserved.reservation) != 1:
-            raise Unavailable("a chunk was not stored")
-        stored = time.perf_counter()
-        scheduler.end(session)
-        for verb, seconds in zip(VERBS, (looked_up - began, retrieved - looked_up, stored - retrieved), strict=True):
-            times[verb].append(seconds)
-    return times
+async def _round(host: Child, settled: Callable[[], Awaitable[None]]) -> dict[str, Round]:
+    """*settled* comes before each verb: whatever can be written back of the one before has been by then."""
+    found = {}
+    for verb, row in VERBS.items():
+        await ask([host], hot=True)
+        await settled()
+        found[verb] = await play(row, OPERATIONS, [host], None)
+    return found

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from lmcache_trio.bench.parked import Parked
+from lmcache_trio.bench.records import Start, typical
 from lmcache_trio.bench.rows import Round, Row, client_share, speed_of, spread
 from lmcache_trio.bench.settings import DEVICE, ROTATION, KVShape, Settings
 
-__all__ = ["comparison", "doubts", "table", "verdicts"]
+__all__ = ["comparison", "doubts", "parked_table", "parked_verdicts", "start_lines", "table", "verdicts"]
 
 _SPREAD = 0.2
 """Above this, the limits themselves moved too much within one run for its ratios to be quoted."""
@@ -17,6 +19,8 @@ _OTHERS = 0.1
 _DEVICE_SPEED, _DEVICE_SHARE = 0.8, 0.05
 _COLD_SPEED, _WARM_SPEED = 0.9, 0.6
 """Goals of the project's own."""
+_PARKED_RATIO = 2.0
+_READY_SECONDS = 1.0
 _UNCACHED = 512 << 20
 
 _COMPARED = {"p50_us": "p50 µs", "ops_s": "ops/s", "gb_s": "GB/s", "ratio": "ratio"}
@@ -71,6 +75,41 @@ def verdicts(rounds: Mapping[str, Sequence[Round]], settings: Settings) -> list[
         if (speed := speed_of(rounds.get(name, ()), rounds.get(limit, ()))) is not None
     ]
     return told + ([", ".join(found)] if found else [])
+
+
+def parked_table(call: str, found: Parked, count: int, rounds: int) -> Table:
+    """What others noticed of *count* lookups that waited for a disk whose *call* hung."""
+    stuck = f"; {found.loading} loads stuck with their slots reserved" if found.loading else ""
+    title = f"{count} lookups parked on a disk whose {call} hangs, {rounds} rounds{stuck}"
+    made = Table(title=title, title_justify="left", min_width=len(title))
+    for column in ("µs", "idle p50", "idle p99", "parked p50", "parked p99", "p99 parked / idle"):
+        made.add_column(column, justify="right" if column != "µs" else "left")
+    for verb, each in found.figures.items():
+        times = (each.idle_p50, each.idle_p99, each.parked_p50, each.parked_p99)
+        made.add_row(verb, *(f"{seconds * 1e6:.0f}" for seconds in times), f"{each.ratio:.2f}")
+    return made
+
+
+def parked_verdicts(found: Parked) -> list[str]:
+    """One sentence a verb: did it keep its latency?"""
+    return [
+        f"{verb}: {'kept' if each.ratio <= _PARKED_RATIO else 'missed'}: p99 is {each.ratio:.2f} x the idle server's"
+        f" (goal {_PARKED_RATIO:g} at most)"
+        for verb, each in found.figures.items()
+    ]
+
+
+def start_lines(starts: Sequence[Start], count: int) -> list[str]:
+    """How a server with *count* records starts, one figure a line."""
+    each = typical(starts)
+    how = "by query" if each.by_query else "after all was read, so not by query"
+    verdict = "kept" if each.ready < _READY_SECONDS else "missed"
+    return [
+        f"{count:,} records, page cache dropped, medians of {len(starts)} starts, seconds after the start of serve:",
+        f"ready: {each.ready:.2f} s (goal under {_READY_SECONDS:g}: {verdict}); one without a tier: {each.empty:.2f} s",
+        f"a lookup answered, {how}: {each.answered:.2f} s; it took {each.lookup * 1e3:.1f} ms",
+        f"all records read: {each.read:.2f} s",
+    ]
 
 
 def comparison(before: Sequence[Row], after: Sequence[Row], names: tuple[str, str]) -> Table:

@@ -27,7 +27,7 @@ from lmcache_trio.bench.settings import COPIES, DISK, Settings
 from lmcache_trio.client import open_client
 from lmcache_trio.errors import Unavailable
 
-__all__ = ["Measured", "child", "measure", "scratch", "serving"]
+__all__ = ["Child", "Measured", "ask", "child", "measure", "play", "scratch", "serving"]
 
 _READY_SECONDS = 60.0
 _PHASE_SECONDS = 300.0
@@ -182,9 +182,9 @@ async def _rounds(
     for number in range(settings.rounds + 1):  # the first is a rehearsal
         for i, name in enumerate(wanted):
             tell(name, number * len(wanted) + i, (settings.rounds + 1) * len(wanted))
-            await _ask(hosts[:1], hot=True)
+            await ask(hosts[:1], hot=True)
             n = settings.disk_copies if name in DISK else settings.copies if name in COPIES else settings.lookups
-            measured = await _round(name, n, hosts, servers[1] if name in DISK else servers[0])
+            measured = await play(name, n, hosts, servers[1] if name in DISK else servers[0])
             if number:
                 rounds[name].append(measured)
             else:
@@ -192,15 +192,17 @@ async def _rounds(
     return rounds, Meter.read(everyone).others_since(before)
 
 
-async def _round(name: str, n: int, hosts: Sequence[Child], server: int | None) -> Round:
-    await _ask(hosts, prepare=name, n=n)
+async def play(name: str, n: int, hosts: Sequence[Child], server: int | None) -> Round:
+    """*n* operations of row *name* by each of *hosts*, all at the same time."""
+    await ask(hosts, prepare=name, n=n)
     before = cpu_seconds(server) if server else None
-    parts = [Part(**said) for said in await _ask(hosts, go=True)]
+    parts = [Part(**said) for said in await ask(hosts, go=True)]
     after = cpu_seconds(server) if server else None
     return Round(parts, None if before is None or after is None else after - before)
 
 
-async def _ask(hosts: Sequence[Child], **what: object) -> list[dict[str, Any]]:
+async def ask(hosts: Sequence[Child], **what: object) -> list[dict[str, Any]]:
+    """Say it to all of *hosts*, and hear their answers."""
     for host in hosts:
         await host.say(**what)
     return [await host.hear() for host in hosts]
