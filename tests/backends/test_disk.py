@@ -24,6 +24,7 @@ from lmcache_trio.config import structure
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.testing.faulty_tier import Fault, FaultyTier
 from lmcache_trio.testing.tier_contract import (
+    Footprint,
     MakeTier,
     TierContract,
     content,
@@ -61,6 +62,10 @@ class TestDisk(TierContract):
     @pytest.fixture
     def make_tier(self, tmp_path: Path) -> MakeTier:
         return lambda size: disk_tier(tmp_path / "kv", size)
+
+    @pytest.fixture
+    def footprint(self, tmp_path: Path) -> Footprint:
+        return lambda: physical(tmp_path / "kv")
 
 
 class TestDiskDirect(TierContract):
