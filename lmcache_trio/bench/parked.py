@@ -57,7 +57,7 @@ async def measure_parked(parked: int, rounds: int) -> dict[str, Figures]:
     samples: dict[tuple[str, bool], list[list[float]]] = {(verb, on): [] for verb in VERBS for on in (False, True)}
     async with AsyncExitStack() as stack:
         folder = await stack.enter_async_context(scratch())
-        address = f"ipc://{folder}/server.ipc"
+        address = f"unix://{folder}/server.sock"
         await stack.enter_async_context(serving(address, _sets(str(folder)), folder))
         scheduler, worker = await _engine(stack, address, "measured")
         other, _ = await _engine(stack, address, "parked")
