@@ -41,10 +41,10 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | 
 
 
 def default_address(environ: Mapping[str, str] = os.environ) -> str:
-    """The ipc address that servers and clients of one user meet at when none is given."""
+    """The address that servers and clients of one user meet at when none is given."""
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     where = f"{runtime}/lmcache-trio" if runtime.startswith("/") else f"/tmp/lmcache-trio-{os.getuid()}"
-    return f"ipc://{where}/server.ipc"
+    return f"unix://{where}/server.sock"
 
 
 def parse_size(text: str) -> int:
@@ -125,7 +125,7 @@ class Config:
     address: str = attrs.field(
         factory=default_address,
         validator=_address,
-        metadata={"help": "Where clients find the server: ipc://PATH, or tcp:// on loopback."},
+        metadata={"help": "Where clients find the server: unix://PATH, ipc://PATH, or tcp:// on loopback."},
     )
     chunk_tokens: int = attrs.field(
         default=256,

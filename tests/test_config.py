@@ -72,6 +72,8 @@ def test_a_value_that_is_no_toml_is_the_string_that_it_is() -> None:
         ("address=5", "address", "give a string"),
         ("address=here", "address", "is no address"),
         ("address=udp://x", "address", "no transport"),
+        ("address=unix://relative", "address", "absolute"),
+        ("address=unix:///" + "x" * 100, "address", "shorter"),
         ("address=ipc://relative", "address", "absolute"),
         ("address=ipc:///" + "x" * 100, "address", "shorter"),
         ("address=tcp://127.0.0.1", "address", "has no port"),
@@ -113,9 +115,9 @@ def test_a_file_that_is_not_there_or_no_toml_is_named(tmp_path: Path) -> None:
 
 
 def test_the_default_address_is_private_to_the_user() -> None:
-    assert default_address({"XDG_RUNTIME_DIR": "/run/user/7"}) == "ipc:///run/user/7/lmcache-trio/server.ipc"
+    assert default_address({"XDG_RUNTIME_DIR": "/run/user/7"}) == "unix:///run/user/7/lmcache-trio/server.sock"
     for environ in ({}, {"XDG_RUNTIME_DIR": ""}, {"XDG_RUNTIME_DIR": "relative"}):
-        assert default_address(environ) == f"ipc:///tmp/lmcache-trio-{os.getuid()}/server.ipc"
+        assert default_address(environ) == f"unix:///tmp/lmcache-trio-{os.getuid()}/server.sock"
 
 
 def test_a_config_is_checked_when_it_is_made_in_code_too() -> None:

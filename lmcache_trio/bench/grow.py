@@ -84,7 +84,7 @@ async def _ready(plan: Plan, folder: Path, tell: Tell) -> float:
     for number in range(3):
         tell("start", number, 3)
         began = time.perf_counter()
-        async with serving(f"ipc://{folder}/ready{number}.ipc", [f"memory.size={plan.ready_arena}"], folder):
+        async with serving(f"unix://{folder}/ready{number}.sock", [f"memory.size={plan.ready_arena}"], folder):
             took.append(time.perf_counter() - began)
     return median(took)
 
@@ -124,7 +124,7 @@ async def _by_index(plan: Plan, folder: Path, figures: dict[str, float], tell: T
 async def _by_clients(plan: Plan, folder: Path, tell: Tell) -> list[Point]:
     points = []
     run = secrets.token_hex(8)
-    address = f"ipc://{folder}/clients.ipc"
+    address = f"unix://{folder}/clients.sock"
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(serving(address, _sets(2), folder))
         clients: list[Child] = []
@@ -141,7 +141,7 @@ async def _by_clients(plan: Plan, folder: Path, tell: Tell) -> list[Point]:
 
 async def _pair(stack: AsyncExitStack, folder: Path, name: str, documents: int) -> tuple[Child, Child]:
     """A watched server with room for *documents*, and a client of it."""
-    address = f"ipc://{folder}/{name}.ipc"
+    address = f"unix://{folder}/{name}.sock"
     server = await stack.enter_async_context(
         serving(address, _sets(documents), folder, "lmcache_trio.bench.watched", ())
     )

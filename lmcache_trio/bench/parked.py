@@ -86,7 +86,7 @@ async def measure_parked(count: int, rounds: int, tell: Callable[[str, int, int]
 
 
 async def _measure(call: Call, count: int, rounds: int, folder: Path, tell: Callable[[int], None]) -> Parked:
-    address, disk = f"ipc://{folder}/server.ipc", _disk(folder, rounds)
+    address, disk = f"unix://{folder}/server.sock", _disk(folder, rounds)
     prompts = [_digests(count) for _ in range(rounds + 1)]  # what was loaded in one round could be a hit in the next
     tell(0)
     if call == "load":

@@ -145,12 +145,12 @@ async def measure(
     async with AsyncExitStack() as stack:
         folder = await stack.enter_async_context(scratch())
         tell("servers", 0, 0)
-        addresses, tier_folder = [address or f"ipc://{folder}/server.ipc"], ""
+        addresses, tier_folder = [address or f"unix://{folder}/server.sock"], ""
         if address is None:
             await stack.enter_async_context(serving(addresses[0], _main_sets(settings), folder))
             if any(row in DISK for row in wanted):
                 tier_folder = str(await stack.enter_async_context(scratch(disk)))
-                addresses.append(f"ipc://{folder}/disk.ipc")
+                addresses.append(f"unix://{folder}/disk.sock")
                 await stack.enter_async_context(serving(addresses[1], _disk_sets(settings, tier_folder), folder))
                 if "direct_read" in wanted and (why := why_no_direct(Path(tier_folder))):
                     left_out["direct_read"] = why

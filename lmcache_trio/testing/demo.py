@@ -166,7 +166,7 @@ async def demo(settings: Settings, progress: Progress) -> list[Row]:
     parent = tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) <= _MAX_PARENT else "/tmp"
     with tempfile.TemporaryDirectory(prefix="lmcache-trio-demo-", dir=parent) as directory:
         logs = Path(directory)
-        address = f"ipc://{directory}/server.ipc"
+        address = f"unix://{directory}/server.sock"
         arguments = ["-m", "lmcache_trio", "serve", "--address", address]
         arguments += ["--set", f"memory.size={settings.arena_bytes}", "--set", "grace=3"]
         disk = f'backend = "disk", path = "{directory}/disk", size = {settings.disk_bytes}, slab_size = {16 << 20}'

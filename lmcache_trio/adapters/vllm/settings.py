@@ -100,7 +100,7 @@ def _text(key: str, value: Any) -> str:
 
 def _address(key: str, value: Any) -> str:
     if "://" not in _text(key, value):
-        raise ConfigError(key, f"is {value!r}; give the server's, as in ipc:///run/user/1000/lmcache-trio/server.ipc")
+        raise ConfigError(key, f"is {value!r}; give the server's, as in unix:///run/user/1000/lmcache-trio/server.sock")
     return str(value)
 
 
