@@ -1,31 +1,45 @@
 """The `cuda` device: engines whose KV lies in GPU memory, opened by the driver's own handles (`cuda-bindings`).
 
-    store: engine's event --> copy stream: block by block into pinned slots --> event --> ended
-    load:                     copy stream: block by block out of pinned slots --> event --> ended
+    store:  blocks --a stream of this engine's stores--> pinned slots --the stream is empty--> ended
+    load:   pinned slots --a stream of its loads--> blocks            --the same--> ended
 
-The calls that CUDA may block in (opening a handle, registering memory, waiting for an event) run in one thread that
-holds the context; the copies themselves run on the GPU's copy engine, on a stream of their own, and cost the engine's
-process nothing. The arena is registered as pinned memory by the first copy after it has grown to its size.
+Each engine has two streams, and a thread that waits on each: no engine waits for another's copies, nor loads for
+stores. No event of an engine's is put into a stream, where one that never happens would hold all behind it: a thread of
+this engine waits for it, before the copy is even queued (`wait_event`). Opening and closing, and registering the arena
+as pinned memory, piece by piece as it grows, are done in a fourth place, one thread for all.
 
-One asynchronous copy is submitted a block and piece: runs of neighbouring blocks become one. Not measured: no GPU was
-at hand when this was written, `tests/gpu` holds it to the contract where there is one. Refused: memory of another
-device than those that this process can see, and whatever the driver does not open.
+When the driver can't say whether a stream is empty, nobody knows whether a copy still runs: `wait_ended` raises what is
+no `Unavailable` then, and that engine's memory is never closed. Not measured: no GPU was at hand when this was written,
+`tests/gpu` holds it to the contract where there is one. Copies of one engine in one direction are submitted one behind
+the other's end; the gap is not closed yet. Refused: memory of another device than those that this process can see, and
+whatever the driver does not open.
 """
 
-import ctypes
-from collections.abc import AsyncIterator, Iterator
+import logging
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
-import numpy as np
 import trio
 
-from lmcache_trio.abc import Attached, Copy, CudaMemory, Device, Direction, Export, Memory, Ticket
-from lmcache_trio.errors import Misuse, Unavailable
+from lmcache_trio.abc import ArenaDevice, Attached, Copy, CudaMemory, Direction, EventDevice, Export, Memory, Ticket
+from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
 from lmcache_trio.threads import DedicatedThread
+from lmcache_trio_backends._cuda_driver import (
+    Context,
+    call,
+    driver,
+    make_context,
+    open_memory,
+    submit,
+    wait_event,
+)
+from lmcache_trio_backends._cuda_moves import PIN, address_of, moves_of
 
 __all__ = ["CudaConfig", "CudaDevice"]
+
+log = logging.getLogger("lmcache_trio.device")
 
 _PAGE = 4096
 
@@ -35,21 +49,36 @@ class CudaConfig:
     """The `cuda` device has no settings."""
 
 
+class _Lane:
+    """One engine's copies in one direction."""
+
+    def __init__(self, name: str) -> None:
+        self.thread = DedicatedThread(f"lmcache-trio cuda {name}")
+        self.stream = call(driver().cuStreamCreate, driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+
 class _Opened(Attached):
     """*bases*: where each allocation begins, in this process' view of the device."""
 
-    def __init__(self, export: Export, context: Any, stream: Any, bases: list[int]) -> None:
+    def __init__(self, export: Export, context: Context) -> None:
         super().__init__(export)
-        self.context, self.stream, self.bases = context, stream, bases
+        self.context = context
+        self.bases: list[int] = []
+        self.lanes: dict[Direction, _Lane] = {}
+        self.events = DedicatedThread("lmcache-trio cuda events")
+        self.lost = False
+        """A copy of it may run for ever: nothing of it is closed."""
 
 
 class _CudaTicket(Ticket):
     def __init__(self) -> None:
         self.ended = trio.Event()
+        self.moved = 0
         self.error: Exception | None = None
+        self.lost: Exception | None = None
 
 
-class CudaDevice(Device):
+class CudaDevice(EventDevice, ArenaDevice):
     """Moves blocks of GPU memory."""
 
     Config = CudaConfig
@@ -59,8 +88,11 @@ class CudaDevice(Device):
         self._memory: Memory | None = None
         self._thread: DedicatedThread | None = None
         self._attached: set[_Opened] = set()
-        self._contexts: dict[bytes, tuple[Any, Any]] = {}  # by UUID: context, copy stream
-        self._pinned = 0  # where the registered part of the arena begins
+        self._contexts: dict[bytes, Context] = {}  # by UUID
+        self._pinning = trio.Lock()
+        self._pinned = _PAGE  # bytes of the arena that are registered
+        self._registered: list[int] = []  # addresses
+        self._pins = True
         self._copies = 0
         self._bytes = 0
 
@@ -68,208 +100,183 @@ class CudaDevice(Device):
     async def open(self, memory: Memory) -> AsyncIterator[None]:
         thread = DedicatedThread("lmcache-trio cuda device")
         try:
-            await thread.run(_initialise)
+            await thread.run(call, driver().cuInit, 0)
         except BaseException:
             thread.close()
             raise
-        self._memory, self._thread = memory, thread
+        self._memory, self._thread, self._pinned, self._pins = memory, thread, _PAGE, True
         try:
             yield
         finally:
+            lost = any(opened.lost for opened in self._attached)
             for opened in list(self._attached):
                 self.detach(opened)
             with trio.CancelScope(shield=True):
-                await thread.run(self._unpin)
+                if not lost:
+                    await thread.run(self._release)
             thread.close()
             self._memory = self._thread = None
 
     async def attach(self, export: Export, pid: int) -> Attached:
-        if self._thread is None:
+        thread = self._thread
+        if thread is None:
             raise Unavailable("the cuda device is not open")
         made: list[_Opened] = []
         try:
-            await self._thread.run(self._open, export, made)
+            await thread.run(self._open, export, made)
+            await self._pin_arena()
         except BaseException:
             for opened in made:  # opened, and then cancelled
-                self._thread.post(_close, opened, on_return=lambda: None)
+                thread.post(_close, opened, on_return=lambda: None)
             raise
         self._attached.add(made[0])
         return made[0]
 
     def start(self, copy: Copy) -> Ticket:
-        if self._thread is None:
-            raise Unavailable("the cuda device is not open")
+        opened, memory = copy.attached, self._memory
+        if not isinstance(opened, _Opened) or opened not in self._attached or memory is None:
+            raise Unavailable("this memory is not open")
         ticket = _CudaTicket()
-        self._thread.post(self._run, copy, ticket, on_return=ticket.ended.set)
+        opened.lanes[copy.direction].thread.post(
+            self._run, opened, copy, memory, ticket, on_return=lambda: self._ended(opened, ticket)
+        )
         return ticket
 
     async def wait_ended(self, ticket: Ticket) -> None:
         if not isinstance(ticket, _CudaTicket):
             raise Misuse("this ticket is another device's")
         await ticket.ended.wait()
+        if ticket.lost is not None:
+            raise RuntimeError(f"nobody knows whether a copy has ended: {ticket.lost}") from ticket.lost
         if ticket.error is not None:
             raise Unavailable(f"a copy failed: {ticket.error}") from ticket.error
+
+    async def wait_event(self, attached: Attached, event: bytes) -> None:
+        if not isinstance(attached, _Opened) or attached not in self._attached:
+            raise Unavailable("this memory is not open")
+        await attached.events.run_owned(_wait_event, attached.context, event, on_return=lambda: None)
+
+    async def arena_grew(self) -> None:
+        if self._attached:
+            await self._pin_arena()
 
     def detach(self, attached: Attached) -> None:
         if isinstance(attached, _Opened) and attached in self._attached and self._thread is not None:
             self._attached.remove(attached)
-            self._thread.post(_close, attached, on_return=lambda: None)
+            if not attached.lost:
+                self._thread.post(_close, attached, on_return=lambda: None)
 
     def statistics(self) -> dict[str, int | str]:
         return {"attached": len(self._attached), "copies": self._copies, "bytes_copied": self._bytes}
 
+    def _ended(self, opened: _Opened, ticket: _CudaTicket) -> None:
+        opened.lost = opened.lost or ticket.lost is not None
+        if ticket.error is None and ticket.lost is None:
+            self._copies += 1
+            self._bytes += ticket.moved
+        ticket.ended.set()
+
+    # --- pinned memory ----------------------------------------------------------------------------------------------
+
+    async def _pin_arena(self) -> None:
+        async with self._pinning:
+            while (end := self._pin_next()) and self._thread is not None and self._memory is not None:
+                await self._thread.run(self._register, self._memory, self._pinned, end)
+
+    def _pin_next(self) -> int:
+        """Where the piece ends that is to be registered now; 0 if none is, or if it is not whole yet."""
+        if self._memory is None or not self._pins:
+            return 0
+        found = self._memory.statistics()
+        taken, end = int(found["bytes_taken"]), self._pinned // PIN * PIN + PIN
+        if taken < end and (taken == found["bytes_size"] or found.get("limit")):
+            end = taken
+        return end if self._pinned < end <= taken else 0
+
     # --- in the thread ----------------------------------------------------------------------------------------------
+
+    def _register(self, memory: Memory, start: int, end: int) -> None:
+        address = address_of(memory, start, end - start)
+        try:
+            next(iter(self._contexts.values())).enter()
+            call(driver().cuMemHostRegister, address, end - start, driver().CU_MEMHOSTREGISTER_PORTABLE)
+        except Unavailable as exc:
+            self._pins = False
+            log.warning("the arena is not pinned from byte %d on, copies there take longer: %s", start, exc)
+        else:
+            self._registered.append(address)
+            self._pinned = end
 
     def _open(self, export: Export, made: list[_Opened]) -> None:
         first = export.memory[0]
         if not isinstance(first, CudaMemory):
             raise Unavailable("the cuda device opens CUDA memory alone")
-        context, stream = self._context(first.uuid)
-        _call(_driver().cuCtxSetCurrent, context)
-        opened = _Opened(export, context, stream, [])
+        if first.uuid not in self._contexts:
+            self._contexts[first.uuid] = make_context(first.uuid)
+        context = self._contexts[first.uuid]
+        context.enter()
+        opened = _Opened(export, context)
         try:
             for memory in export.memory:
                 if not isinstance(memory, CudaMemory) or memory.uuid != first.uuid:
                     raise Unavailable("one engine's KV lies on two devices")
-                opened.bases.append(_open_memory(memory))
+                opened.bases.append(open_memory(memory))
+            for direction in Direction:
+                opened.lanes[direction] = _Lane(direction.value)
         except BaseException:
             _close(opened)
             raise
         made.append(opened)
 
-    def _context(self, uuid: bytes) -> tuple[Any, Any]:
-        if uuid not in self._contexts:
-            for number in range(_call(_driver().cuDeviceGetCount)):
-                device = _call(_driver().cuDeviceGet, number)
-                if _uuid_of(device) == uuid:
-                    context = _call(_driver().cuDevicePrimaryCtxRetain, device)
-                    _call(_driver().cuCtxSetCurrent, context)
-                    stream = _call(_driver().cuStreamCreate, _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
-                    self._contexts[uuid] = (context, stream)
-                    break
-            else:
-                raise Unavailable("the server does not see the engine's GPU (CUDA_VISIBLE_DEVICES)")
-        return self._contexts[uuid]
+    def _release(self) -> None:
+        """Give back all that is no engine's."""
+        for context in self._contexts.values():
+            _try(context.enter)
+        while self._registered:
+            _try(call, driver().cuMemHostUnregister, self._registered.pop())
+        while self._contexts:
+            _try(self._contexts.popitem()[1].release)
 
-    def _run(self, copy: Copy, ticket: _CudaTicket) -> None:
+    # --- in a lane's thread -----------------------------------------------------------------------------------------
+
+    def _run(self, opened: _Opened, copy: Copy, memory: Memory, ticket: _CudaTicket) -> None:
+        stream, begun = opened.lanes[copy.direction].stream, False
         try:
-            opened = copy.attached
-            assert isinstance(opened, _Opened)
-            _call(_driver().cuCtxSetCurrent, opened.context)
-            try:
-                for host, gpu, length in self._moves(copy, opened):
-                    if copy.direction is Direction.STORE:
-                        _call(_driver().cuMemcpyDtoHAsync, host, gpu, length, opened.stream)
-                    else:
-                        _call(_driver().cuMemcpyHtoDAsync, gpu, host, length, opened.stream)
-                    self._bytes += length
-            finally:
-                _call(_driver().cuStreamSynchronize, opened.stream)  # what was submitted ends before the ticket does
-            self._copies += 1
+            opened.context.enter()
+            moves = list(moves_of(copy, opened.bases, memory))
+            pinned = max(copy.slots) + opened.export.block_bytes * copy.chunk_blocks <= self._pinned
+            begun = True
+            submit(opened.context, stream, moves, to_host=copy.direction is Direction.STORE, pinned=pinned)
         except Exception as exc:  # noqa: BLE001  (told to whoever waits for it)
             ticket.error = exc
-
-    def _moves(self, copy: Copy, opened: _Opened) -> Iterator[tuple[int, int, int]]:
-        """(host address, GPU address, length); blocks that lie one behind the other on both sides are one move."""
-        count, at = copy.chunk_blocks, 0
-        for number, layer in enumerate(opened.export.pieces):
-            for piece in layer:
-                if copy.layers[0] <= number < copy.layers[1]:
-                    base = opened.bases[piece.allocation] + piece.offset
-                    for i, slot in enumerate(copy.slots):
-                        host = self._address(slot, opened.export.block_bytes * count) + at
-                        blocks = copy.blocks[i * count : (i + 1) * count]
-                        for place, first, run in _runs(blocks, dense=piece.stride == piece.length):
-                            yield host + place * piece.length, base + first * piece.stride, run * piece.length
-                at += count * piece.length
-
-    def _address(self, offset: int, length: int) -> int:
-        """The address of arena bytes. The arena is registered once it is whole; until then copies are staged."""
-        assert self._memory is not None
-        address = int(np.frombuffer(self._memory.view(offset, length), dtype=np.uint8).ctypes.data)
-        if not self._pinned:
-            found = self._memory.statistics()
-            if found["bytes_taken"] == found["bytes_size"] or found.get("limit"):
-                first, size = address - offset + _PAGE, int(found["bytes_taken"]) - _PAGE
-                _call(_driver().cuMemHostRegister, first, size, _driver().CU_MEMHOSTREGISTER_PORTABLE)
-                self._pinned = first
-        return address
-
-    def _unpin(self) -> None:
-        if self._pinned:
-            _call(_driver().cuMemHostUnregister, self._pinned)
-            self._pinned = 0
+        try:
+            if begun:
+                call(driver().cuStreamSynchronize, stream)
+        except Exception as exc:  # noqa: BLE001  (as above)
+            ticket.lost = exc
+        if ticket.error is None:
+            ticket.moved = sum(move.length for move in moves)
 
 
-def _runs(blocks: Any, *, dense: bool) -> Iterator[tuple[int, int, int]]:
-    """(place in the slot, first block, how many) of the blocks that are to be touched."""
-    place = 0
-    while place < len(blocks):
-        run = 1
-        if blocks[place] >= 0:
-            while dense and place + run < len(blocks) and blocks[place + run] == blocks[place] + run:
-                run += 1
-            yield place, blocks[place], run
-        place += run
-
-
-def _initialise() -> None:
-    _call(_driver().cuInit, 0)
-
-
-def _open_memory(memory: CudaMemory) -> int:
-    handle = _driver().CUipcMemHandle()
-    _fill(handle, memory.handle)
-    flags = _driver().CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-    base = _call(_driver().cuIpcOpenMemHandle, handle, flags)
-    _, size = _call(_driver().cuMemGetAddressRange, base)
-    if size < memory.size:
-        _call(_driver().cuIpcCloseMemHandle, base)
-        raise Misuse(f"the allocation has {size} bytes, not {memory.size}")
-    return int(base)
+def _wait_event(context: Context, event: bytes) -> None:
+    context.enter()
+    wait_event(event)
 
 
 def _close(opened: _Opened) -> None:
-    _call(_driver().cuCtxSetCurrent, opened.context)
+    """Nothing of it runs. What fails is logged, and the rest closed nevertheless."""
+    _try(opened.context.enter)
+    opened.events.close()
+    for lane in opened.lanes.values():
+        lane.thread.close()
+        _try(call, driver().cuStreamDestroy, lane.stream)
+    opened.lanes.clear()
     while opened.bases:
-        _call(_driver().cuIpcCloseMemHandle, opened.bases.pop())
+        _try(call, driver().cuIpcCloseMemHandle, opened.bases.pop())
 
 
-def _wait_for_event(stream: Any, packed: bytes) -> None:
-    handle = _driver().CUipcEventHandle()
-    _fill(handle, packed)
-    event = _call(_driver().cuIpcOpenEventHandle, handle)
-    _call(_driver().cuStreamWaitEvent, stream, event, 0)
-    _call(_driver().cuEventDestroy, event)  # freed by CUDA once it is over
-
-
-def _fill(handle: Any, packed: bytes) -> None:
-    """*packed* as the bytes of a handle, whose only field is called `reserved`."""
-    if len(packed) != 64:
-        raise Misuse(f"a CUDA handle has 64 bytes, not {len(packed)}")
-    ctypes.memmove(handle.getPtr(), packed, 64)
-
-
-def _uuid_of(device: Any) -> bytes:
-    return bytes(_call(_driver().cuDeviceGetUuid, device).bytes)
-
-
-def _driver() -> Any:
-    """Imported when it is first needed, so that this module can be looked at without it."""
+def _try(fn: Any, *args: Any) -> None:
     try:
-        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
-    except ImportError as exc:
-        raise Unavailable("CUDA memory needs cuda-bindings: pip install lmcache-trio[cuda]") from exc
-    return driver
-
-
-def _call(fn: Any, *args: Any) -> Any:  # its functions have no types
-    """What *fn* gives; `Unavailable` with the driver's own words when it fails."""
-    try:
-        status, *found = fn(*args)
-    except RuntimeError as exc:  # there is no driver
-        raise Unavailable(f"{fn.__name__}: {exc}") from exc
-    if status != _driver().CUresult.CUDA_SUCCESS:
-        name = _driver().cuGetErrorName(status)[1]
-        raise Unavailable(f"{fn.__name__}: {name.decode() if name else status}")
-    return found[0] if len(found) == 1 else tuple(found) or None
+        fn(*args)
+    except LMCacheTrioError as exc:
+        log.warning("something of an engine's GPU memory was not given back: %s", exc)

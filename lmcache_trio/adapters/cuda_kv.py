@@ -1,8 +1,10 @@
 """KV on a GPU, from the engine's side: what there is to export of it, and plain copies where that can't be done.
 
-Exporting asks the driver, through `cuda-bindings`, for a handle of the whole allocation that a tensor lies in. Memory
-that the driver does not export (expandable segments, a sleep-mode allocator), and a process without `cuda-bindings`,
-raise `Unavailable`: the engine then copies for itself. Written without a GPU at hand; `tests/gpu` runs it on one.
+Exporting asks the driver, through `cuda-bindings`, for a handle of the whole allocation that a tensor lies in. It is
+asked in the loop's thread, which has no CUDA context of its own: the GPU's primary one, which is torch's, is borrowed.
+Memory that the driver does not export (expandable segments, a sleep-mode allocator), and a process without a driver or
+`cuda-bindings`, raise `Unavailable`: the engine then copies for itself. Written without a GPU at hand; `tests/gpu` runs
+it on one, `tests/backends/cuda` on a fake of the driver.
 """
 
 import ctypes
@@ -27,14 +29,25 @@ def cuda_memory_of(tensor: torch.Tensor) -> tuple[CudaMemory, int]:
         raise Unavailable("exporting CUDA memory needs cuda-bindings: pip install lmcache-trio[cuda]") from exc
 
     def call(fn: Any, *args: Any) -> Any:
-        status, *found = fn(*args)
+        try:
+            status, *found = fn(*args)
+        except RuntimeError as exc:  # there is no driver
+            raise Unavailable(f"exporting CUDA memory needs a driver ({fn.__name__}: {exc})") from exc
         if status != driver.CUresult.CUDA_SUCCESS:
             raise Unavailable(f"the driver does not export this memory ({fn.__name__}: {status.name})")
         return found[0] if len(found) == 1 else tuple(found)
 
-    base, size = call(driver.cuMemGetAddressRange, tensor.data_ptr())
-    handle = call(driver.cuIpcGetMemHandle, base)
     device = call(driver.cuDeviceGet, tensor.device.index or 0)
+    context = call(driver.cuDevicePrimaryCtxRetain, device)
+    try:
+        call(driver.cuCtxPushCurrent, context)
+        try:
+            base, size = call(driver.cuMemGetAddressRange, tensor.data_ptr())
+            handle = call(driver.cuIpcGetMemHandle, base)
+        finally:
+            call(driver.cuCtxPopCurrent)
+    finally:
+        call(driver.cuDevicePrimaryCtxRelease, device)
     uuid = bytes(call(driver.cuDeviceGetUuid, device).bytes)
     return CudaMemory(int(size), ctypes.string_at(handle.getPtr(), 64), uuid), int(base)
 
@@ -71,7 +84,7 @@ class CudaPagedKV(PagedKV):
         super().__init__(kv_caches, num_blocks=num_blocks)
 
     def fence(self) -> Any:
-        event = torch.cuda.Event(interprocess=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=True, interprocess=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 

@@ -222,15 +222,25 @@ class DeviceContract:
             await it.run(it.copy(Direction.STORE, [4096], blocks, range(1)))
             assert bytes(it.memory.view(4096, it.slot_bytes)) == whole
 
-    async def test_copies_of_one_engine_run_in_the_order_in_which_they_were_started(self, rig: "OpenRig") -> None:
+    async def test_copies_of_one_engine_in_one_direction_run_in_the_order_in_which_they_were_started(
+        self, rig: "OpenRig"
+    ) -> None:
         async with rig(Layout()) as it:
-            tickets = [it.device.start(it.copy(Direction.STORE, [4096], [0, 1, 2, 3]))]
-            tickets.append(it.device.start(it.copy(Direction.LOAD, [4096], [4, 5, 6, 7])))
-            tickets.append(it.device.start(it.copy(Direction.STORE, [4096 + it.slot_bytes], [4, 5, 6, 7])))
-            with trio.fail_after(20):
-                for ticket in reversed(tickets):
-                    await it.device.wait_ended(ticket)
-            assert bytes(it.memory.view(4096 + it.slot_bytes, it.slot_bytes)) == it.slot([0, 1, 2, 3])
+            slots = [4096, 4096 + it.slot_bytes]
+            for direction in (Direction.STORE, Direction.LOAD):
+                first = it.copy(direction, slots[:1], [0, 1, 2, 3])
+                other = it.copy(direction, slots[1:], [0, 1, 2, 3])
+                if direction is Direction.STORE:  # three into one slot
+                    other = it.copy(direction, slots[:1], [4, 5, 6, 7])
+                    await it.run(it.copy(direction, slots[1:], [8, 9, 10, 11]))
+                tickets = [it.device.start(copy) for copy in (first, other, first, other)]
+                with trio.fail_after(20):
+                    for ticket in reversed(tickets):
+                        await it.device.wait_ended(ticket)
+                if direction is Direction.STORE:
+                    assert bytes(it.memory.view(slots[0], it.slot_bytes)) == it.slot([4, 5, 6, 7])
+                else:
+                    assert it.slot([0, 1, 2, 3]) == bytes(it.memory.view(slots[1], it.slot_bytes))
 
     async def test_a_wait_that_is_cancelled_ends_no_copy_and_may_be_taken_up_again(self, rig: "OpenRig") -> None:
         async with rig(Layout()) as it:
