@@ -2,8 +2,10 @@
 
 - `settings`, `rows`, `report`: what to measure, what came of it, how it is told. They import no torch.
 - `run`: the processes and the rounds. `machine`: whose CPU time it was.
-- `host`: an engine's process, with `copies`, `lookups` and `tiers` in it.
-- `grow`, `watched`, `plots`: the same by prompt length, index size and clients.
+- `host`: an engine's process. `site`: one engine at one server. `phases`, `lookups`, `tiers`: what it does, row by row.
+- `files`: the disk tier's files, dropped from the page cache and read directly.
+- `grow`, `light`, `watched`, `plots`: the same by prompt length, index size and clients.
+- `parked`: what others notice of lookups that wait for a disk that hangs. `records`: how a server with many starts.
 
 It measures through the adapters and the protocol that engines use, and has no way in of its own but the echo that tells
 what a round trip costs. It refuses to guess: a copy that was dropped or a lookup that missed ends the run.

@@ -86,7 +86,7 @@ async def measure_parked(count: int, rounds: int, tell: Callable[[str, int, int]
 
 
 async def _measure(call: Call, count: int, rounds: int, folder: Path, tell: Callable[[int], None]) -> Parked:
-    address, disk = f"unix://{folder}/server.sock", _disk(folder, rounds)
+    address, disk = f"unix://{folder}/server.sock", _disk(folder, (rounds + 1) * (count + 2 * OPERATIONS))
     prompts = [_digests(count) for _ in range(rounds + 1)]  # what was loaded in one round could be a hit in the next
     tell(0)
     if call == "load":
@@ -159,10 +159,10 @@ class _Valve:
             self.close()
 
 
-def _disk(folder: Path, rounds: int) -> dict[str, Any]:
-    """With room for all that is written back, so that nothing is evicted that is to be waited for."""
-    written = 2 * (rounds + 1) * OPERATIONS * KV.chunk_bytes
-    return {"backend": "disk", "path": f"{folder}/tier", "size": 2 * written + (256 << 20), "slab_size": 256 << 20}
+def _disk(folder: Path, chunks: int) -> dict[str, Any]:
+    """With room for as many *chunks* and, 500 bytes each of 1/64 of it, their records: none is evicted."""
+    size = (256 << 20) + chunks * (KV.chunk_bytes + 64 * 500)
+    return {"backend": "disk", "path": f"{folder}/tier", "size": size, "slab_size": 256 << 20}
 
 
 def _sets(tier: dict[str, Any]) -> list[str]:
