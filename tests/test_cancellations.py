@@ -88,6 +88,7 @@ async def end(rig: Rig) -> None:
         rig.scheduler.end(session)
     for client in (rig.scheduler, rig.worker):
         assert await client.ping() == rig.server.boot
+        assert not client._due
         assert not client._waiters
         assert not client._answers
 

@@ -111,6 +111,60 @@ async def test_a_reply_of_the_wrong_kind_is_the_servers_fault() -> None:
                 await client.ping()
 
 
+async def test_after_a_reply_of_the_wrong_kind_nothing_is_believed_and_the_other_waiters_are_told_why() -> None:
+    async with conversation() as (client, peer):
+        told: list[object] = []
+        for _ in range(2):
+            client.request_nowait(Ping(client.new_id()), told.append)
+        for said in (Ack(1), Pong(2, b"boot")):
+            peer.connection.send_nowait(encode(said))
+        with trio.fail_after(60):
+            await peer.connection.wait_closed()
+        wrong, other = told
+        assert isinstance(wrong, ProtocolError)
+        assert isinstance(other, Unavailable)
+        assert "Ack where Pong" in str(other)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(Pong(7, b"boot"), ErrorReply(7, ErrorKind.GONE, "of what?"), NamespaceKnown(7, b"n")),
+        *(Pong(0, b"boot"), Ack(0), ErrorReply(0, ErrorKind.PROTOCOL, "a last word")),
+        *(Ping(1), Ping(0), Ended(1), WELCOME),
+    ],
+    ids=repr,
+)
+async def test_what_is_not_due_and_is_no_push_ends_the_connection_is_logged_and_passed_to_nobody(
+    said: Message, caplog: pytest.LogCaptureFixture
+) -> None:
+    passed_on: list[Message] = []
+    async with conversation() as (client, peer):
+        client.on_push = passed_on.append
+        await peer.say(said)
+        with trio.fail_after(60):
+            await client.wait_closed()
+        with pytest.raises(Unavailable):
+            await client.ping()
+        assert not passed_on
+        (record,) = caplog.records
+        assert "the server" in record.getMessage()
+
+
+async def test_a_request_is_answered_once_also_when_its_reply_was_forgotten() -> None:
+    async with conversation() as (client, peer):
+        told: list[object] = []
+        client.request_nowait(Ping(client.new_id()), told.append)
+        client.forget(1)
+        await peer.say(Pong(1, b"boot"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert not client.lost
+        await peer.say(Pong(1, b"boot"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert client.lost
+        assert not told
+
+
 async def test_a_lost_connection_raises_in_every_waiter_at_once() -> None:
     failures: list[str] = []
 
@@ -231,6 +285,8 @@ async def test_a_server_that_does_not_read_is_refused_requests_and_sent_all_noti
             client.end(session)
         with pytest.raises(Unavailable, match="does not read"):
             await client.ping()
+        assert not client._due
+        assert not client._waiters
         assert [await peer.hear() for _ in range(2000)] == [Ended(session) for session in range(2000)]
 
 

@@ -1,25 +1,32 @@
-"""One client's conversation over a connection: who waits for which reply, and what waits to be sent.
+"""One client's conversation over a connection: which reply is due, who waits for it, and what waits to be sent.
+
+    request --id--> due --reply of its kind or ErrorReply, same id--> answered      (once, in any order)
 
 Any thread may ask: it encodes and sends by itself, and one task in the loop reads and hands each reply to whoever waits
 for it. Order is kept, also when the socket has no room. A connection that is lost is over: every waiter is told at
-once, and nothing is sent or waited for any more. What the sentences are about is `client`'s affair.
+once, and nothing is sent or waited for any more. It is ended here when the server says what is not due and no push
+either: that is the server's fault, and nothing else that it says is believed. What the sentences are about is
+`client`'s affair.
 """
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import trio
 
 from lmcache_trio._transport import Connection
 from lmcache_trio._wire.codec import ECHO, decode, encode
 from lmcache_trio._wire.messages import Answer, ErrorKind, ErrorReply, Message
+from lmcache_trio._wire.protocol import PUSHES, REPLIES
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 from lmcache_trio.threads import Latch
 
 __all__ = ["Conversation", "Reply", "error_of", "expect"]
 
+log = logging.getLogger("lmcache_trio")
 _M = TypeVar("_M", bound=Message)
 Reply = Message | LMCacheTrioError
 _OUTBOX = 1024
@@ -39,12 +46,14 @@ def error_of(kind: ErrorKind, message: str) -> LMCacheTrioError:
 
 
 def expect(reply: Reply, kind: type[_M]) -> _M:
-    """*reply* if it is a *kind*; raises what it is otherwise."""
+    """*reply*; raises it if it is an error. That it is a *kind* otherwise was checked when it came."""
     if isinstance(reply, LMCacheTrioError):
         raise reply
-    if not isinstance(reply, kind):
-        raise ProtocolError(f"the server replied {type(reply).__name__} where {kind.__name__} was due")
-    return reply
+    return cast(_M, reply)
+
+
+def _nobody(reply: Reply) -> None:
+    """Nobody waits for the reply any more, or ever did."""
 
 
 class Conversation:
@@ -58,6 +67,7 @@ class Conversation:
         self._connection = connection
         self._lost: Unavailable | None = None
         self._ids = itertools.count(1)
+        self._due: dict[int, type[Message]] = {}  # by request, from its sending to its reply: also if nobody waits
         self._waiters: dict[int, Callable[[Reply], None]] = {}
         self._answers: dict[int, Callable[[Reply], None]] = {}
         self._latch = Latch()
@@ -85,10 +95,12 @@ class Conversation:
         `Unavailable` when the server is gone or does not read: *on_reply* is then never called.
         """
         if self._lost is None:
+            self._due[message.id] = REPLIES[type(message)]
             self._waiters[message.id] = on_reply
             try:
                 self._post(encode(message), refusable=True)
             except BaseException:
+                self._due.pop(message.id, None)
                 self._waiters.pop(message.id, None)
                 raise
             if self._lost is None or self._waiters.pop(message.id, None) is None:
@@ -117,7 +129,7 @@ class Conversation:
         """The server said *message* unasked. A subclass takes it from here."""
 
     async def request(self, message: Any, kind: type[_M], unwanted: Callable[[_M], None] | None = None) -> _M:
-        """Send, wait, check. Cancelled, a reply that still comes is given to *unwanted*."""
+        """Send and wait for the reply, a *kind*. Cancelled, a reply that still comes is given to *unwanted*."""
         come = trio.Event()
         found: list[Reply] = []
 
@@ -126,8 +138,8 @@ class Conversation:
             come.set()
 
         def on_late_reply(reply: Reply) -> None:
-            if unwanted is not None and isinstance(reply, kind):
-                unwanted(reply)
+            if unwanted is not None and not isinstance(reply, LMCacheTrioError):
+                unwanted(cast(_M, reply))
 
         self.request_nowait(message, on_reply)
         try:
@@ -142,11 +154,11 @@ class Conversation:
 
     def request_unheard(self, message: Any) -> None:
         """Send a request whose reply nobody wants. A server that is gone has forgotten what it is about."""
+        self._due[message.id] = REPLIES[type(message)]
         try:
-            self._waiters[message.id] = lambda reply: None
             self._post(encode(message), refusable=False)
         except Unavailable:
-            self._waiters.pop(message.id, None)
+            self._due.pop(message.id, None)
 
     async def read(self) -> None:
         """Hand out what comes, until the connection is lost."""
@@ -161,7 +173,8 @@ class Conversation:
                     self._handle(decode(frame))
         except Gone as exc:
             cause = exc
-        except ProtocolError as exc:
+        except ProtocolError as exc:  # maybe nobody waits who could be told
+            log.warning("ending the connection: %s", exc)
             cause = exc
             self._connection.close()
         finally:
@@ -203,12 +216,24 @@ class Conversation:
 
     def _handle(self, message: Message) -> None:
         self.heard += 1
+        kind = type(message)
         request = getattr(message, "id", 0)
         if request:
-            waiter = self._waiters.pop(request, None)
-            if waiter is not None:
-                waiter(error_of(message.kind, message.message) if isinstance(message, ErrorReply) else message)
+            due = self._due.pop(request, None)
+            waiter = self._waiters.pop(request, _nobody)
+            if kind is due:
+                waiter(message)
+            elif due is None:
+                raise ProtocolError(f"the server replied {kind.__name__} to request {request}: no reply to it is due")
+            elif isinstance(message, ErrorReply):
+                waiter(error_of(message.kind, message.message))
+            else:
+                fault = f"the server replied {kind.__name__} where {due.__name__} was due"
+                waiter(ProtocolError(fault))
+                raise ProtocolError(fault)
             return
+        if kind not in PUSHES:
+            raise ProtocolError(f"the server said {kind.__name__} unasked")
         if isinstance(message, ErrorReply):
             raise ProtocolError(f"the server could not read what it was sent: {message.message}")
         if isinstance(message, Answer):
@@ -222,6 +247,7 @@ class Conversation:
         with self._latch:
             self._lost = Unavailable("the connection to the server is lost")
             self._outbox.clear()
+        self._due.clear()
         for waiters in (self._waiters, self._answers):
             while waiters:
                 _, waiter = waiters.popitem()
