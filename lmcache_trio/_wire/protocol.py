@@ -1,30 +1,22 @@
-"""What may follow what, seen from either end of a client's own connection. No I/O: frames in, sentences out.
+"""What may follow what, for both ends: tables and checks. It remembers nothing and does no I/O.
 
-    request  --id--> outstanding --reply of its kind or ErrorReply, same id--> answered     (once, in any order)
-    notice   client to server, no reply        push   server to client, id 0 where it has one
+    Hello --in order--> Welcome | Refused                        at the rendezvous, `check_hello` and `check_welcome`
+    request --id--> due --reply of its kind or ErrorReply, same id--> answered      once, in any order
+    notice   client to server, no reply         push   server to client, id 0 where it has one
 
-Which sentences a client may send depends on its role. Whatever breaks a rule raises `ProtocolError` at the side that
-hears it (its connection is to be ended) and `Misuse` at the side that would say it; either way nothing has changed.
-A message costs one dictionary look-up beyond its decoding.
+`_transport.conversation` holds a client's end and what is due there; whatever is not due and no push, it takes for the
+server's fault. `_server.handlers` holds the server's, which keeps no list of ids: it answers what it is asked, if the
+client's role may ask it. Beyond its decoding a message costs either end a look-up or two.
 """
 
 from collections.abc import Mapping
 
 from lmcache_trio._wire import messages as m
-from lmcache_trio._wire.codec import decode, decode_expected, encode
+from lmcache_trio._wire.codec import decode_expected
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Message, Refused, Role, Welcome
 from lmcache_trio.errors import Misuse, ProtocolError
 
-__all__ = [
-    "FROM_CLIENT",
-    "PUSHES",
-    "REPLIES",
-    "ClientProtocol",
-    "ServerProtocol",
-    "check_hello",
-    "check_welcome",
-    "speakers",
-]
+__all__ = ["FROM_CLIENT", "PUSHES", "REPLIES", "check_hello", "check_welcome", "speakers"]
 
 REPLIES: Mapping[type[Message], type[Message]] = {
     m.Ping: m.Pong,
@@ -97,98 +89,3 @@ def check_welcome(frame: bytes) -> Welcome | Refused:
             "install the same release of lmcache-trio on both sides"
         )
     return answer
-
-
-class ClientProtocol:
-    """The client's end. `send` may run in another thread than `receive`; ids must then come from one counter."""
-
-    def __init__(self, role: Role) -> None:
-        self._role = role
-        self._may_say = FROM_CLIENT[role]
-        self._outstanding: dict[int, type[Message]] = {}
-
-    @property
-    def outstanding(self) -> int:
-        """Requests that were sent and not answered."""
-        return len(self._outstanding)
-
-    def send(self, message: Message) -> bytes:
-        """The frame for *message*; a request is outstanding from now on. If it is not sent after all: `withdraw`."""
-        kind = type(message)
-        if kind not in self._may_say:
-            raise Misuse(f"a {self._role.name.lower()} may not send {kind.__name__}")
-        reply = REPLIES.get(kind)
-        if reply is None:
-            return encode(message)
-        number: int = message.id  # type: ignore[attr-defined]
-        if number < 1 or number in self._outstanding:
-            raise Misuse(f"{kind.__name__}: id {number} must be positive and not be in use")
-        frame = encode(message)
-        self._outstanding[number] = reply
-        return frame
-
-    def withdraw(self, number: int) -> None:
-        """Request *number* was never sent."""
-        self._outstanding.pop(number, None)
-
-    def receive(self, frame: bytes) -> Message:
-        """The reply or push that *frame* is."""
-        message = decode(frame)
-        kind = type(message)
-        number = getattr(message, "id", 0)
-        if number == 0:
-            if kind not in PUSHES:
-                raise ProtocolError(f"{kind.__name__} is nothing that a server says unasked")
-            return message
-        expected = self._outstanding.get(number)
-        if expected is None:
-            raise ProtocolError(f"{kind.__name__} answers request {number}, which is not outstanding")
-        if kind is not expected and kind is not m.ErrorReply:
-            raise ProtocolError(f"{kind.__name__} answers request {number}, where {expected.__name__} was expected")
-        del self._outstanding[number]
-        return message
-
-
-class ServerProtocol:
-    """The server's end of one client's connection."""
-
-    def __init__(self, role: Role) -> None:
-        self._role = role
-        self._may_say = FROM_CLIENT[role]
-        self._outstanding: dict[int, type[Message]] = {}
-
-    @property
-    def outstanding(self) -> int:
-        """Requests that were received and not answered."""
-        return len(self._outstanding)
-
-    def receive(self, frame: bytes) -> Message:
-        """The request or notice that *frame* is."""
-        message = decode(frame)
-        kind = type(message)
-        if kind not in self._may_say:
-            raise ProtocolError(f"{kind.__name__} may not be sent by a {self._role.name.lower()}")
-        reply = REPLIES.get(kind)
-        if reply is not None:
-            number: int = message.id  # type: ignore[attr-defined]
-            if number == 0 or number in self._outstanding:
-                raise ProtocolError(f"{kind.__name__}: id {number} is in use by another request")
-            self._outstanding[number] = reply
-        return message
-
-    def send(self, message: Message) -> bytes:
-        """The frame for a reply, whose request is answered by it, or for a push."""
-        kind = type(message)
-        number = getattr(message, "id", 0)
-        if number == 0:
-            if kind not in PUSHES:
-                raise Misuse(f"{kind.__name__} with id 0 is nothing that a server says unasked")
-            return encode(message)
-        expected = self._outstanding.get(number)
-        if expected is None:
-            raise Misuse(f"{kind.__name__}: request {number} is not outstanding")
-        if kind is not expected and kind is not m.ErrorReply:
-            raise Misuse(f"{kind.__name__} answers request {number}, where {expected.__name__} was promised")
-        frame = encode(message)
-        del self._outstanding[number]
-        return frame

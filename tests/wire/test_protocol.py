@@ -1,178 +1,84 @@
-"""Client and server are tested against each other in memory: frames of one go into the other."""
+"""What may follow what, said to the real ends: a server, and a client whose server says anything at all."""
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, get_type_hints
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 import attrs
 import msgspec
 import pytest
 import trio
+import trio.testing
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lmcache_trio import Config, open_server
+from lmcache_trio import Client, Config, Role, open_server
 from lmcache_trio._server.handlers import HANDLERS
 from lmcache_trio._transport import Connection, dial_pair, introduce
+from lmcache_trio._transport.memory import connection_pair
 from lmcache_trio._wire import messages as m
 from lmcache_trio._wire.codec import decode, encode
-from lmcache_trio._wire.messages import Hello, Message, Role
-from lmcache_trio._wire.protocol import (
-    FROM_CLIENT,
-    PUSHES,
-    REPLIES,
-    ClientProtocol,
-    ServerProtocol,
-    check_hello,
-    check_welcome,
-    speakers,
-)
-from lmcache_trio.errors import Gone, Misuse, ProtocolError
+from lmcache_trio._wire.messages import ErrorKind, Hello, Message
+from lmcache_trio._wire.protocol import FROM_CLIENT, PUSHES, REPLIES, check_hello, check_welcome, speakers
+from lmcache_trio.client import serve_connection
+from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
+from lmcache_trio.threads import Portal
 
-REQUESTS: dict[type[Message], Callable[[int], Message]] = {
-    m.Ping: lambda i: m.Ping(id=i),
-    m.Statistics: lambda i: m.Statistics(id=i),
-    m.Register: lambda i: m.Register(id=i, fingerprint=b"f", shard_bytes=1, block_tokens=1),
-    m.Lookup: lambda i: m.Lookup(id=i, session=1, start=0, digests=b"", upto=0),
-    m.LookupStatus: lambda i: m.LookupStatus(id=i, session=1),
-    m.Retrieve: lambda i: m.Retrieve(id=i, lease=b"l", start=0, count=1),
-    m.Done: lambda i: m.Done(id=i, pin=b"p"),
-    m.Reserve: lambda i: m.Reserve(id=i, session=1, parent=b"", digests=b""),
-    m.Commit: lambda i: m.Commit(id=i, reservation=b"r"),
-    m.Abort: lambda i: m.Abort(id=i, reservation=b"r"),
-    m.CopiesEnded: lambda i: m.CopiesEnded(id=i, token=b"t"),
-    m.Reset: lambda i: m.Reset(id=i),
+Kind = type[Message]
+T = TypeVar("T")
+
+# The protocol once more, by hand: each sentence that a client may say, and its reply (None: a notice).
+ANYONE: dict[Kind, Kind | None] = {m.Ping: m.Pong, m.Statistics: m.StatisticsReply, m.CopiesEnded: m.Ack}
+SAID_BY: dict[Role, dict[Kind, Kind | None]] = {
+    Role.OBSERVER: ANYONE | {m.LetGo: m.Ack},
+    Role.SCHEDULER: ANYONE
+    | {m.Lookup: m.Answer, m.LookupStatus: m.Answer, m.Reset: m.Ack, m.Taken: None, m.Release: None, m.Ended: None},
+    Role.WORKER: ANYONE
+    | {m.Register: m.NamespaceKnown, m.Retrieve: m.Pinned, m.Done: m.Finished, m.Reserve: m.Reserved}
+    | {m.Commit: m.Committed, m.Abort: m.Ack, m.Attach: m.Ack, m.StoreBlocks: m.Stored}
+    | {m.RetrieveBlocks: m.Retrieved, m.Withdraw: None},
 }
-ANSWERS: dict[type[Message], Callable[[int], Message]] = {
-    m.Pong: lambda i: m.Pong(id=i, boot=b"b"),
-    m.StatisticsReply: lambda i: m.StatisticsReply(id=i, json=b"{}"),
-    m.NamespaceKnown: lambda i: m.NamespaceKnown(id=i, namespace=b""),
-    m.Answer: lambda i: m.Answer(id=i, session=1, asked=1, state=m.AnswerState.PENDING),
-    m.Pinned: lambda i: m.Pinned(id=i, pin=b"p", offsets=b""),
-    m.Finished: lambda i: m.Finished(id=i, valid=True),
-    m.Reserved: lambda i: m.Reserved(id=i, reservation=b"", positions=b"", offsets=b""),
-    m.Committed: lambda i: m.Committed(id=i, published=0),
-    m.Ack: lambda i: m.Ack(id=i),
-}
-NOTICES: list[Message] = [m.Taken(session=1, lease=b"l"), m.Release(session=1), m.Ended(session=1)]
-ERROR = m.ErrorReply(id=0, kind=m.ErrorKind.PROTOCOL, message="no")
+FROM_CLIENTS = SAID_BY[Role.OBSERVER] | SAID_BY[Role.SCHEDULER] | SAID_BY[Role.WORKER]
+REPLY_TO = {said: reply for said, reply in FROM_CLIENTS.items() if reply is not None}
+PUSHED = (m.NamespaceKnown, m.Answer, m.ArenaGrown, m.LayersDone)
+SENTENCES = [c for c in vars(m).values() if isinstance(c, type) and issubclass(c, Message) and c is not Message]
+
+
+def example(kind: Kind, number: int = 5) -> Any:
+    """Some valid sentence of *kind*, with *number* for its id."""
+    plain: dict[Any, Any] = {int: 1, str: "", bytes: b"", bool: True, dict[str, int]: {}}
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name != "opcode"}
+    fields = {name: plain[hint] if hint in plain else next(iter(hint)) for name, hint in hints.items()}
+    return kind(**fields | {"id": number} if "id" in fields else fields)
+
+
+def test_every_sentence_stands_in_one_place_and_every_one_of_a_client_has_a_handler() -> None:
+    assert {c for c in SENTENCES if c.opcode < 16} == {m.Hello, m.Welcome, m.Refused}
+    assert {c for c in SENTENCES if 16 <= c.opcode < 64} == set(FROM_CLIENTS) == set(HANDLERS)
+    assert {c for c in SENTENCES if c.opcode >= 64} == PUSHES | set(REPLIES.values())
+
+
+def test_every_request_has_a_reply_that_is_due_and_no_notice_has() -> None:
+    assert {c for c in SENTENCES if 16 <= c.opcode < 40} == set(REPLIES)
+    assert all("id" in get_type_hints(c) for c in {*REPLIES, *REPLIES.values()})
+    assert not any("id" in get_type_hints(c) for c in SENTENCES if 40 <= c.opcode < 64)
+    assert REPLY_TO == REPLIES
+    assert m.ErrorReply not in REPLIES.values()  # it answers any
+
+
+@pytest.mark.parametrize("role", Role)
+def test_the_roles_of_a_sentence_are_those_that_may_say_it(role: Role) -> None:
+    assert FROM_CLIENT[role] == set(SAID_BY[role])
+    for kind in SENTENCES:
+        assert (role in speakers(kind)) == (kind in SAID_BY[role])
+
+
+# --- at the rendezvous ------------------------------------------------------------------------------------------------
 
 
 def hello(**changes: Any) -> Hello:
     return attrs.evolve(Hello(version=1, client="c", token=b"t" * 16, role=Role.WORKER, engine="e"), **changes)
-
-
-@pytest.mark.parametrize("role", Role)
-@pytest.mark.parametrize("request_type", REQUESTS)
-def test_each_role_may_send_its_own_requests_and_no_others(role: Role, request_type: type[Message]) -> None:
-    client, server = ClientProtocol(role), ServerProtocol(role)
-    request = REQUESTS[request_type](5)
-    if request_type in FROM_CLIENT[role]:
-        assert server.receive(client.send(request)) == request
-        reply = ANSWERS[REPLIES[request_type]](5)
-        assert client.receive(server.send(reply)) == reply
-    else:
-        with pytest.raises(Misuse, match=f"{role.name.lower()} may not send {request_type.__name__}"):
-            client.send(request)
-        with pytest.raises(ProtocolError, match=request_type.__name__):
-            server.receive(encode(request))
-    assert client.outstanding == server.outstanding == 0
-
-
-@pytest.mark.parametrize("notice", NOTICES)
-def test_a_notice_is_never_outstanding(notice: Message) -> None:
-    client, server = ClientProtocol(Role.SCHEDULER), ServerProtocol(Role.SCHEDULER)
-    assert server.receive(client.send(notice)) == notice
-    assert client.outstanding == server.outstanding == 0
-    with pytest.raises(ProtocolError):
-        ServerProtocol(Role.WORKER).receive(encode(notice))
-
-
-@pytest.mark.parametrize("reply", ANSWERS.values())
-def test_a_servers_sentence_from_a_client_is_a_protocol_error(reply: Callable[[int], Message]) -> None:
-    for role in Role:
-        with pytest.raises(ProtocolError, match="may not be sent by"):
-            ServerProtocol(role).receive(encode(reply(1)))
-
-
-def test_an_id_in_use_is_refused_on_both_sides_and_changes_nothing() -> None:
-    client, server = ClientProtocol(Role.OBSERVER), ServerProtocol(Role.OBSERVER)
-    server.receive(client.send(m.Ping(id=1)))
-    with pytest.raises(Misuse, match="id 1"):
-        client.send(m.Statistics(id=1))
-    with pytest.raises(ProtocolError, match="id 1"):
-        server.receive(encode(m.Statistics(id=1)))
-    assert client.receive(server.send(m.Pong(id=1, boot=b""))) == m.Pong(id=1, boot=b"")
-
-
-def test_an_answered_id_may_be_used_again() -> None:
-    client, server = ClientProtocol(Role.OBSERVER), ServerProtocol(Role.OBSERVER)
-    for _ in range(3):
-        server.receive(client.send(m.Ping(id=1)))
-        client.receive(server.send(m.Pong(id=1, boot=b"")))
-
-
-def test_id_zero_is_no_request() -> None:
-    with pytest.raises(Misuse):
-        ClientProtocol(Role.OBSERVER).send(m.Ping(id=0))
-    with pytest.raises(ProtocolError):
-        ServerProtocol(Role.OBSERVER).receive(encode(m.Ping(id=0)))
-
-
-def test_a_reply_to_no_request_is_refused_on_both_sides() -> None:
-    with pytest.raises(ProtocolError, match="not outstanding"):
-        ClientProtocol(Role.OBSERVER).receive(encode(m.Pong(id=3, boot=b"")))
-    with pytest.raises(Misuse, match="not outstanding"):
-        ServerProtocol(Role.OBSERVER).send(m.Pong(id=3, boot=b""))
-
-
-def test_a_reply_of_another_kind_is_refused_and_the_request_stays_outstanding() -> None:
-    client, server = ClientProtocol(Role.OBSERVER), ServerProtocol(Role.OBSERVER)
-    server.receive(client.send(m.Ping(id=1)))
-    with pytest.raises(Misuse, match="where Pong was promised"):
-        server.send(m.Ack(id=1))
-    with pytest.raises(ProtocolError, match="where Pong was expected"):
-        client.receive(encode(m.Ack(id=1)))
-    assert client.outstanding == server.outstanding == 1
-
-
-def test_an_error_reply_answers_any_request() -> None:
-    client, server = ClientProtocol(Role.SCHEDULER), ServerProtocol(Role.SCHEDULER)
-    server.receive(client.send(m.Reset(id=1)))
-    client.receive(server.send(attrs.evolve(ERROR, id=1)))
-    assert client.outstanding == server.outstanding == 0
-
-
-def test_only_pushes_may_come_unasked() -> None:
-    client, server = ClientProtocol(Role.SCHEDULER), ServerProtocol(Role.SCHEDULER)
-    pushes: list[Message] = [ANSWERS[m.Answer](0), ANSWERS[m.NamespaceKnown](0), m.ArenaGrown(taken=1), ERROR]
-    for push in pushes:
-        assert client.receive(server.send(push)) == push
-    with pytest.raises(Misuse):
-        server.send(m.Ack(id=0))
-    with pytest.raises(ProtocolError):
-        client.receive(encode(m.Ack(id=0)))
-    with pytest.raises(ProtocolError):
-        client.receive(encode(m.Taken(session=1, lease=b"")))
-
-
-def test_a_malformed_frame_leaves_both_ends_as_they_were() -> None:
-    client, server = ClientProtocol(Role.OBSERVER), ServerProtocol(Role.OBSERVER)
-    frame = client.send(m.Ping(id=1))
-    with pytest.raises(ProtocolError):
-        server.receive(frame[:-1])
-    assert server.outstanding == 0
-    assert server.receive(frame) == m.Ping(id=1)
-    with pytest.raises(ProtocolError):
-        client.receive(b"\xfe")
-    assert client.outstanding == 1
-
-
-def test_a_request_that_was_not_sent_can_be_withdrawn() -> None:
-    client = ClientProtocol(Role.OBSERVER)
-    client.send(m.Ping(id=1))
-    client.withdraw(1)
-    assert client.outstanding == 0
 
 
 def test_hello_of_another_version_names_both() -> None:
@@ -207,7 +113,7 @@ def test_what_is_no_hello_is_refused_by_name() -> None:
 def test_welcome_of_another_version_names_both_and_refused_is_taken() -> None:
     welcome = m.Welcome(version=1, address="a", boot=b"b", chunk_tokens=1)
     assert check_welcome(encode(welcome)) == welcome
-    refused = m.Refused(kind=m.ErrorKind.UNAVAILABLE, reason="full")
+    refused = m.Refused(kind=ErrorKind.UNAVAILABLE, reason="full")
     assert check_welcome(encode(refused)) == refused
     with pytest.raises(ProtocolError, match=r"version 2 .* this client 1"):
         check_welcome(encode(attrs.evolve(welcome, version=2)))
@@ -215,33 +121,7 @@ def test_welcome_of_another_version_names_both_and_refused_is_taken() -> None:
         check_welcome(encode(m.Ack(id=1)))
 
 
-# --- what the real server lets each role say --------------------------------------------------------------------------
-
-SENTENCES = [c for c in vars(m).values() if isinstance(c, type) and issubclass(c, Message) and c is not Message]
-ANYONE: dict[type[Message], type[Message] | None] = {
-    m.Ping: m.Pong,
-    m.Statistics: m.StatisticsReply,
-    m.CopiesEnded: m.Ack,
-}
-SAID_BY: dict[Role, dict[type[Message], type[Message] | None]] = {
-    Role.OBSERVER: ANYONE | {m.LetGo: m.Ack},
-    Role.SCHEDULER: ANYONE
-    | {m.Lookup: m.Answer, m.LookupStatus: m.Answer, m.Reset: m.Ack, m.Taken: None, m.Release: None, m.Ended: None},
-    Role.WORKER: ANYONE
-    | {m.Register: m.NamespaceKnown, m.Retrieve: m.Pinned, m.Done: m.Finished, m.Reserve: m.Reserved}
-    | {m.Commit: m.Committed, m.Abort: m.Ack, m.Attach: m.Ack, m.StoreBlocks: m.Stored}
-    | {m.RetrieveBlocks: m.Retrieved, m.Withdraw: None},
-}
-"""The protocol once more, by hand: each sentence that a client may say, and the reply that it gets (None: a notice)."""
-FROM_CLIENTS = SAID_BY[Role.OBSERVER] | SAID_BY[Role.SCHEDULER] | SAID_BY[Role.WORKER]
-
-
-def example(kind: type[Message], number: int = 5) -> Any:
-    """Some valid sentence of *kind*, with *number* for its id."""
-    plain: dict[Any, Any] = {int: 1, str: "", bytes: b"", bool: True, dict[str, int]: {}}
-    hints = {name: hint for name, hint in get_type_hints(kind).items() if name != "opcode"}
-    fields = {name: plain[hint] if hint in plain else next(iter(hint)) for name, hint in hints.items()}
-    return kind(**fields | {"id": number} if "id" in fields else fields)
+# --- what a server lets each role say ---------------------------------------------------------------------------------
 
 
 @attrs.frozen
@@ -253,17 +133,20 @@ class Caller:
     async def say(self, message: Message) -> None:
         await self.connection.send(encode(message))
 
-    async def hear(self) -> Message:
+    async def hear(self) -> Any:
         """The next reply, or the last word: not news of the arena or of the namespace."""
         with trio.fail_after(60):
             while True:
                 message = decode(await self.connection.receive())
-                if isinstance(message, m.ErrorReply) or getattr(message, "id", 0):
+                if isinstance(message, m.ErrorReply) or getattr(message, "id", 0) > 0:
                     return message
 
 
+Call = Callable[[Role], Awaitable[Caller]]
+
+
 @pytest.fixture
-async def call() -> AsyncIterator[Callable[[Role], Awaitable[Caller]]]:
+async def call() -> AsyncIterator[Call]:
     async def come_in(role: Role) -> Caller:
         introduction = hello(token=secrets.token_bytes(16), role=role, engine=secrets.token_hex(8))
         welcome = check_welcome(await introduce(server.address, encode(introduction)))
@@ -275,101 +158,237 @@ async def call() -> AsyncIterator[Callable[[Role], Awaitable[Caller]]]:
         yield come_in
 
 
-def test_every_sentence_stands_in_one_place_and_no_client_sentence_lacks_a_handler() -> None:
-    assert {c for c in SENTENCES if c.opcode < 16} == {m.Hello, m.Welcome, m.Refused}
-    assert {c for c in SENTENCES if 16 <= c.opcode < 64} == set(FROM_CLIENTS) == set(HANDLERS)
-    assert {c for c in SENTENCES if 16 <= c.opcode < 40} == {c for c in FROM_CLIENTS if "id" in get_type_hints(c)}
-    assert {c for c in SENTENCES if c.opcode >= 64} == PUSHES | set(REPLIES.values())
-
-
-def test_every_request_and_no_notice_has_a_reply_that_is_due() -> None:
-    assert {said: reply for said, reply in FROM_CLIENTS.items() if reply is not None} == REPLIES
-    assert m.ErrorReply not in REPLIES.values()  # it answers any
-
-
-@pytest.mark.parametrize("role", Role)
-def test_the_roles_of_a_sentence_are_those_that_may_say_it(role: Role) -> None:
-    assert FROM_CLIENT[role] == set(SAID_BY[role])
-    for kind in SENTENCES:
-        assert (role in speakers(kind)) == (kind in SAID_BY[role])
-
-
 @pytest.mark.parametrize("role", Role)
 async def test_what_a_role_may_say_is_answered_in_kind_and_what_another_may_say_is_misuse_and_the_connection_lives(
-    role: Role, call: Callable[[Role], Awaitable[Caller]]
+    role: Role, call: Call
 ) -> None:
     client = await call(role)
     for number, (kind, reply) in enumerate(FROM_CLIENTS.items(), 1):
         await client.say(example(kind, number))
         if reply is not None:
-            heard: Any = await client.hear()
+            heard = await client.hear()
             assert heard.id == number
             if kind not in SAID_BY[role]:
-                assert heard.kind is m.ErrorKind.MISUSE
+                assert heard.kind is ErrorKind.MISUSE
                 assert heard.message.startswith(f"{kind.__name__} is for a")
-            elif type(heard) is not reply:  # it is not told of its role at least
+            elif type(heard) is not reply:
                 assert isinstance(heard, m.ErrorReply)
+                assert heard.kind is not ErrorKind.PROTOCOL
                 assert "to say, not for" not in heard.message
         await client.say(m.Ping(1000 + number))
-        answer: Any = await client.hear()
-        assert answer.id == 1000 + number
+        assert (await client.hear()).id == 1000 + number
 
 
 @pytest.mark.parametrize("role", Role)
 async def test_what_no_client_may_say_ends_the_connection(
-    role: Role, call: Callable[[Role], Awaitable[Caller]], monkeypatch: pytest.MonkeyPatch
+    role: Role, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmcache_trio._server.connection.LAST_WORD", 0.02)
     for kind in [kind for kind in SENTENCES if kind not in FROM_CLIENTS]:
         client = await call(role)
         await client.say(example(kind))
         last = await client.hear()
-        assert isinstance(last, m.ErrorReply)
-        assert last.kind is m.ErrorKind.PROTOCOL
+        assert (type(last), last.kind) == (m.ErrorReply, ErrorKind.PROTOCOL)
         assert kind.__name__ in last.message
         with pytest.raises(Gone):
             await client.hear()
 
 
-class Conversations(RuleBasedStateMachine):
-    """Replies in any order, each once: both ends agree with a set of ids about what is outstanding."""
+# --- what a client believes of its server -----------------------------------------------------------------------------
 
-    asked = Bundle("asked")
+ERRORS = {
+    ErrorKind.UNAVAILABLE: Unavailable,
+    ErrorKind.GONE: Gone,
+    ErrorKind.MISUSE: Misuse,
+    ErrorKind.PROTOCOL: ProtocolError,
+}
+LAST_WORD = m.ErrorReply(0, ErrorKind.PROTOCOL, "it cannot be read")
+
+
+async def converse(*, task_status: trio.TaskStatus[tuple[Client, Connection]]) -> None:
+    near, far = connection_pair()
+    async with serve_connection(near, example(m.Welcome)) as client:
+        task_status.started((client, far))
+        await trio.sleep_forever()
+
+
+async def settled(fn: Callable[..., T], *args: Any) -> T:
+    value = fn(*args)
+    await trio.testing.wait_all_tasks_blocked()
+    return value
+
+
+class Conversations(RuleBasedStateMachine):
+    """A server that says anything, in any order. The oracle is a dictionary of what was asked and not answered."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.client = ClientProtocol(Role.SCHEDULER)
-        self.server = ServerProtocol(Role.SCHEDULER)
-        self.open: set[int] = set()
+        self.connect()
 
-    @rule(target=asked, number=st.integers(1, 8), kind=st.sampled_from(sorted(FROM_CLIENT[Role.SCHEDULER], key=str)))
-    def ask(self, number: int, kind: type[Message]) -> tuple[int, type[Message]] | None:
-        if kind not in REQUESTS:
-            self.server.receive(self.client.send(NOTICES[number % 3]))
-            return None
-        request = REQUESTS[kind](number)
-        if number in self.open:
-            with pytest.raises(Misuse):
-                self.client.send(request)
-            return None
-        assert self.server.receive(self.client.send(request)) == request
-        self.open.add(number)
-        return number, kind
+    @precondition(lambda self: self.over)
+    @rule()
+    def connect_again(self) -> None:
+        self.portal.stop(60)
+        self.connect()
 
-    @rule(asked=consumes(asked), fails=st.booleans())
-    def answer(self, asked: tuple[int, type[Message]] | None, fails: bool) -> None:
-        if asked is None:
-            return
-        number, kind = asked
-        reply = attrs.evolve(ERROR, id=number) if fails else ANSWERS[REPLIES[kind]](number)
-        assert self.client.receive(self.server.send(reply)) == reply
-        self.open.remove(number)
-        with pytest.raises(ProtocolError):
-            self.client.receive(encode(reply))
+    def connect(self) -> None:
+        self.portal = Portal("conversation")
+        self.client, self.peer = self.portal.start(converse, timeout=60)
+        self.over = False
+        self.due: dict[int, Kind] = {}
+        self.answered: set[int] = set()
+        self.told: dict[int, list[object]] = {}  # by request, what its callback got: a reply, or the type of an error
+        self.right: dict[int, list[object]] = {}
+        self.pushes: list[Message] = []
+        self.right_pushes: list[Message] = []
+        self.client.on_push = self.pushes.append
+
+    def teardown(self) -> None:
+        self.portal.stop(60)
+
+    def do(self, fn: Callable[..., T], *args: Any) -> T:
+        """In the loop, whose tasks then do all that they can."""
+        value: T = self.portal.call(settled, fn, *args, timeout=60)
+        return value
+
+    def heard_by_peer(self) -> Message:
+        return decode(self.do(self.peer.receive_nowait))
+
+    # --- the client asks ---
+
+    @precondition(lambda self: not self.over)
+    @rule(kinds=st.lists(st.sampled_from(sorted(REPLY_TO, key=str)), min_size=1, max_size=4), heard=st.booleans())
+    def ask(self, kinds: list[Kind], heard: bool) -> None:
+        for kind in kinds:
+            message = example(kind, self.client.new_id())
+            if heard:
+                self.right[message.id] = []
+                self.do(self.client.request_nowait, message, self.callback(message.id))
+            else:
+                self.do(self.client.request_unheard, message)
+            assert self.heard_by_peer() == message
+            self.due[message.id] = kind
+
+    def callback(self, number: int) -> Callable[[Message | LMCacheTrioError], None]:
+        told = self.told[number] = []
+        return lambda reply: told.append(type(reply) if isinstance(reply, LMCacheTrioError) else reply)
+
+    @precondition(lambda self: self.due)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.due)))
+        self.do(self.client.forget, number)
+        if number in self.right:
+            del self.right[number], self.told[number]
+
+    @precondition(lambda self: not self.over)
+    @rule(kind=st.sampled_from([m.Taken, m.Release, m.Ended, m.Withdraw]))
+    def notice(self, kind: Kind) -> None:
+        self.do(self.client.notice_nowait, example(kind))
+        assert self.heard_by_peer() == example(kind)
+
+    @precondition(lambda self: self.over)
+    @rule()
+    def ask_nobody(self) -> None:
+        ask, self.right[ask.id] = (ask := m.Ping(self.client.new_id())), []
+        with pytest.raises(Unavailable):
+            self.do(self.client.request_nowait, ask, self.callback(ask.id))
+        self.do(self.client.request_unheard, ask)
+        self.do(self.client.notice_nowait, m.Ended(1))
+
+    # --- the server says ---
+
+    @precondition(lambda self: self.due)
+    @rule(data=st.data(), failing=st.sets(st.integers(0, 12)), kind=st.sampled_from(ErrorKind))
+    def reply_in_any_order(self, data: st.DataObject, failing: set[int], kind: ErrorKind) -> None:
+        some = data.draw(st.permutations(sorted(self.due)))[: data.draw(st.integers(1, 4))]
+        replies = {number: example(REPLY_TO[self.due[number]], number) for number in some}
+        self.say([m.ErrorReply(n, kind, "no") if n in failing else reply for n, reply in replies.items()])
+
+    @precondition(lambda self: not self.over)
+    @rule(kinds=st.lists(st.sampled_from(PUSHED), min_size=1, max_size=3))
+    def push(self, kinds: list[Kind]) -> None:
+        self.say([example(kind, 0) for kind in kinds])
+
+    @precondition(lambda self: self.due and self.warm())
+    @rule(kind=st.sampled_from(SENTENCES), data=st.data())
+    def say_anything_of_what_is_due(self, kind: Kind, data: st.DataObject) -> None:
+        self.say([example(kind, data.draw(st.sampled_from(sorted(self.due))))])
+
+    @precondition(lambda self: self.answered and self.warm())
+    @rule(kind=st.sampled_from(SENTENCES), data=st.data())
+    def say_anything_of_what_was_answered(self, kind: Kind, data: st.DataObject) -> None:
+        self.say([example(kind, data.draw(st.sampled_from(sorted(self.answered))))])
+
+    @precondition(lambda self: self.warm())
+    @rule(kind=st.sampled_from(SENTENCES), number=st.integers(1000, m.MAX_NUMBER))
+    def say_anything_of_what_was_never_asked(self, kind: Kind, number: int) -> None:
+        self.say([example(kind, number)])
+
+    @precondition(lambda self: self.warm())
+    @rule(kind=st.sampled_from(SENTENCES))
+    def say_anything_unasked(self, kind: Kind) -> None:
+        self.say([example(kind, 0)])
+
+    @precondition(lambda self: self.warm())
+    @rule(last=st.sampled_from([b"", b"\xff", b"\x10", encode(m.Pong(1, b""))[:-1], LAST_WORD]))
+    def say_what_is_no_sentence_or_a_last_word(self, last: Message | bytes) -> None:
+        self.say([last])
+
+    @precondition(lambda self: self.warm())
+    @rule()
+    def hang_up(self) -> None:
+        self.do(self.peer.close)
+        self.ends()
+
+    def warm(self) -> bool:
+        """Has enough been said for it to be worth an end?"""
+        return not self.over and len(self.due) + len(self.answered) > 4
+
+    def say(self, said: Sequence[Message | bytes]) -> None:
+        """All of it at once, before the client hears any."""
+        self.do(lambda: [self.peer.send_nowait(s if isinstance(s, bytes) else encode(s)) for s in said])
+        for message in said:
+            if not self.over:
+                self.hears(message)
+
+    # --- the oracle ---
+
+    def hears(self, message: Message | bytes) -> None:
+        number, kind = getattr(message, "id", 0), type(message)
+        if number == 0 and isinstance(message, PUSHED):
+            self.right_pushes.append(message)
+        elif number not in self.due:
+            self.ends()
+        elif isinstance(message, m.ErrorReply):
+            self.is_told(number, ERRORS[message.kind])
+        elif kind is REPLY_TO[self.due[number]]:
+            self.is_told(number, message)
+        else:
+            self.is_told(number, ProtocolError)
+            self.ends()
+
+    def is_told(self, number: int, what: object) -> None:
+        del self.due[number]
+        self.answered.add(number)
+        if number in self.right:
+            self.right[number].append(what)
+
+    def ends(self) -> None:
+        for number in list(self.due):
+            self.is_told(number, Unavailable)
+        self.over = True
 
     @invariant()
-    def both_ends_agree(self) -> None:
-        assert self.client.outstanding == self.server.outstanding == len(self.open)
+    def each_was_told_what_it_waited_for_and_nothing_is_kept(self) -> None:
+        assert self.told == self.right
+        assert self.pushes == self.right_pushes
+        assert self.client.lost == self.over
+        assert set(self.client._due) == set(self.due)
+        assert set(self.client._waiters) == set(self.due) & set(self.right)
+        if self.over:
+            self.portal.call(self.peer.wait_closed, timeout=60)
 
 
 TestConversations = Conversations.TestCase
+TestConversations.settings = settings(max_examples=60)  # each step goes through a thread and back
