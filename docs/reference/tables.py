@@ -15,6 +15,8 @@ from typing import Any
 import attrs
 
 from lmcache_trio._wire import messages
+from lmcache_trio._wire.messages import Message, Role
+from lmcache_trio._wire.protocol import PUSHES, REPLIES, speakers
 
 HERE = Path(__file__).parent
 PAGES = (HERE / "configuration.md", HERE / "protocol.md")
@@ -63,11 +65,26 @@ def _plain(value: Any) -> str:
 
 
 def _sentences() -> Iterator[list[str]]:
-    yield ["Opcode", "Sentence", "Fields"]
+    yield ["Opcode", "Sentence", "Said by", "Answered by", "Fields"]
     named = (getattr(messages, name) for name in messages.__all__)
-    sentences = [cls for cls in named if attrs.has(cls) and issubclass(cls, messages.Message)]
+    sentences = [cls for cls in named if attrs.has(cls) and issubclass(cls, Message)]
     for cls in sorted(sentences, key=lambda cls: cls.opcode):
-        yield [str(cls.opcode), f"`{cls.__name__}`", ", ".join(f"`{f.name}`" for f in attrs.fields(cls))]
+        fields = ", ".join(f"`{field.name}`" for field in attrs.fields(cls))
+        yield [str(cls.opcode), f"`{cls.__name__}`", _said_by(cls), _answered_by(cls), fields]
+
+
+def _said_by(cls: type[Message]) -> str:
+    roles = tuple(Role) if cls is messages.Hello else speakers(cls)
+    if roles:
+        return "any client" if len(roles) == len(Role) else " or ".join(role.name.lower() for role in roles)
+    if cls not in PUSHES:
+        return "server"
+    return "server, unasked too" if cls in {*REPLIES.values(), messages.ErrorReply} else "server, unasked"
+
+
+def _answered_by(cls: type[Message]) -> str:
+    kinds = (messages.Welcome, messages.Refused) if cls is messages.Hello else [REPLIES[cls]] if cls in REPLIES else []
+    return " or ".join(f"`{kind.__name__}`" for kind in kinds)
 
 
 def main() -> None:
