@@ -285,6 +285,8 @@ async def test_a_server_that_does_not_read_is_refused_requests_and_sent_all_noti
             client.end(session)
         with pytest.raises(Unavailable, match="does not read"):
             await client.ping()
+        assert not client._due
+        assert not client._waiters
         assert [await peer.hear() for _ in range(2000)] == [Ended(session) for session in range(2000)]
 
 
