@@ -20,12 +20,14 @@ from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio._core.transfers import Direction
 
 __all__ = [
+    "ArenaDevice",
     "Attached",
     "ChunkKey",
     "Copy",
     "CudaMemory",
     "Device",
     "Direction",
+    "EventDevice",
     "Export",
     "Load",
     "Memory",
@@ -150,8 +152,7 @@ class Copy:
 
     *slots* are arena offsets, one a chunk, each of *chunk_blocks* blocks. *blocks* has one entry for each of a chunk's
     blocks, chunk after chunk: the engine's block number, or -1 for one that is not to be touched (in a load alone).
-    *layers* (first, end) are those to be moved. *events* name what the copy must wait for (CUDA IPC events of the
-    engine's), if anything.
+    *layers* (first, end) are those to be moved. What the copy has to wait for has ended when it is started.
     """
 
     attached: Attached
@@ -160,7 +161,6 @@ class Copy:
     blocks: Sequence[int]
     chunk_blocks: int
     layers: tuple[int, int]
-    events: Sequence[bytes] = ()
 
 
 class Ticket:
@@ -193,13 +193,17 @@ class Device(ABC):
 
     @abstractmethod
     def start(self, copy: Copy) -> Ticket:
-        """Begin *copy*, behind those that were started before it, and return at once."""
+        """Begin *copy*, behind those of its engine and direction that were started before it, and return at once.
+
+        What it raises, it raises before anything moves.
+        """
 
     @abstractmethod
     async def wait_ended(self, ticket: Ticket) -> None:
         """Return when the copy has ended. `Unavailable`, then too, if it failed: what it wrote to holds anything.
 
-        Cancelled, only the wait ends; it may be waited for again.
+        Cancelled, only the wait ends; it may be waited for again. Anything else that it raises says that nobody knows
+        whether the copy still runs: slots and blocks are then never used again.
         """
 
     @abstractmethod
@@ -209,3 +213,22 @@ class Device(ABC):
     @abstractmethod
     def statistics(self) -> dict[str, int | str]:
         """What is held and counted: at least `attached`, `copies` and `bytes_copied`."""
+
+
+class EventDevice(Device):
+    """A device whose engines work asynchronously themselves, and say what a copy must follow."""
+
+    @abstractmethod
+    async def wait_event(self, attached: Attached, event: bytes) -> None:
+        """Return when what the engine named by *event* (64 bytes, a CUDA IPC event) has ended. It may never end.
+
+        No copy of another engine's, and none that was started, waits for it. Cancelled, only the wait ends.
+        """
+
+
+class ArenaDevice(Device):
+    """A device that has something to do for every byte of the arena, before a copy comes to it."""
+
+    @abstractmethod
+    async def arena_grew(self) -> None:
+        """The memory has grown while something is attached. Return when all of it is ready. One call at a time."""

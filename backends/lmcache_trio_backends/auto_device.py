@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import attrs
+import trio
 
-from lmcache_trio.abc import Attached, Copy, CudaMemory, Device, Export, Memory, Ticket
+from lmcache_trio.abc import ArenaDevice, Attached, Copy, CudaMemory, Device, EventDevice, Export, Memory, Ticket
 from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio_backends.host_device import HostConfig, HostDevice
 
@@ -27,7 +28,7 @@ class _Ticket(Ticket):
     ticket: Ticket
 
 
-class AutoDevice(Device):
+class AutoDevice(EventDevice, ArenaDevice):
     """A host device, and a CUDA device once an engine needs one."""
 
     Config = AutoConfig
@@ -36,6 +37,7 @@ class AutoDevice(Device):
         super().__init__(config)
         self._host = HostDevice(HostConfig())
         self._cuda: Device | None = None
+        self._making = trio.Lock()
         self._memory: Memory | None = None
         self._opened = AsyncExitStack()
         self._owner: dict[Attached, Device] = {}
@@ -66,6 +68,17 @@ class AutoDevice(Device):
             raise Misuse("this ticket is another device's")
         await ticket.device.wait_ended(ticket.ticket)
 
+    async def wait_event(self, attached: Attached, event: bytes) -> None:
+        device = self._owner.get(attached)
+        if not isinstance(device, EventDevice):
+            raise Misuse("the host's memory knows no events")
+        await device.wait_event(attached, event)
+
+    async def arena_grew(self) -> None:
+        for device in (self._host, self._cuda):
+            if isinstance(device, ArenaDevice):
+                await device.arena_grew()
+
     def detach(self, attached: Attached) -> None:
         device = self._owner.pop(attached, None)
         if device is not None:
@@ -76,12 +89,13 @@ class AutoDevice(Device):
         return {name: sum(int(each[name]) for each in found) for name in ("attached", "copies", "bytes_copied")}
 
     async def _cuda_device(self) -> Device:
-        if self._cuda is None:
-            if self._memory is None:
-                raise Unavailable("the device is not open")
-            from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
+        async with self._making:  # engines come at the same time, as the ranks of one do: one device for all
+            if self._cuda is None:
+                if self._memory is None:
+                    raise Unavailable("the device is not open")
+                from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
 
-            cuda = CudaDevice(CudaConfig())
-            await self._opened.enter_async_context(cuda.open(self._memory))
-            self._cuda = cuda
-        return self._cuda
+                cuda = CudaDevice(CudaConfig())
+                await self._opened.enter_async_context(cuda.open(self._memory))
+                self._cuda = cuda
+            return self._cuda

@@ -156,8 +156,6 @@ class CudaDevice(Device):
             opened = copy.attached
             assert isinstance(opened, _Opened)
             _call(_driver().cuCtxSetCurrent, opened.context)
-            for event in copy.events:
-                _wait_for_event(opened.stream, event)
             try:
                 for host, gpu, length in self._moves(copy, opened):
                     if copy.direction is Direction.STORE:

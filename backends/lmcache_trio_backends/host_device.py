@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
-from lmcache_trio.abc import Attached, Copy, Device, Direction, Export, Memory, SharedMemory, Ticket
+from lmcache_trio.abc import ArenaDevice, Attached, Copy, Direction, Export, Memory, SharedMemory, Ticket
 from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.threads import DedicatedThread, offload
 
@@ -62,7 +62,7 @@ class _HostTicket(Ticket):
         self.error: Exception | None = None
 
 
-class HostDevice(Device):
+class HostDevice(ArenaDevice):
     """Moves blocks of shared memory. It needs numpy, which is imported when the first engine is attached."""
 
     Config = HostConfig
@@ -73,6 +73,7 @@ class HostDevice(Device):
         self._thread: DedicatedThread | None = None
         self._attached: set[_Opened] = set()
         self._limiter = trio.CapacityLimiter(1)
+        self._populating = trio.Lock()
         self._copies = 0
         self._bytes = 0
         self._populated = _HEAD  # bytes of the arena
@@ -105,13 +106,18 @@ class HostDevice(Device):
         self._attached.add(opened)
         return opened
 
+    async def arena_grew(self) -> None:
+        if self._attached:
+            await self._populate_arena()
+
     async def _populate_arena(self) -> None:
         """Only a server that moves an engine's KV needs the arena's pages in its own table; then it needs them all."""
-        memory = self._memory
-        while memory is not None and (left := int(memory.statistics()["bytes_taken"]) - self._populated) > 0:
-            length = min(left, _PIECE)
-            await offload(_populate_view, memory.view(self._populated, length), limiter=self._limiter)
-            self._populated += length
+        async with self._populating:
+            memory = self._memory
+            while memory is not None and (left := int(memory.statistics()["bytes_taken"]) - self._populated) > 0:
+                length = min(left, _PIECE)
+                await offload(_populate_view, memory.view(self._populated, length), limiter=self._limiter)
+                self._populated += length
 
     def start(self, copy: Copy) -> Ticket:
         if self._thread is None or self._memory is None:

@@ -131,6 +131,10 @@ class Index:
         """The read ended. Was it valid to the end? False: unknown, another worker's, or its namespace was reset."""
         return self._readers.unpin(pin_id, worker)
 
+    def is_valid(self, pin_id: bytes) -> bool:
+        """Would an `unpin` say that what was read is valid, as things are?"""
+        return self._readers.is_valid(pin_id)
+
     def hold(self, key: ChunkKey) -> Hold | None:
         """Keep a READY chunk in place without a session, and without a touch; None when it is not READY."""
         return self._readers.hold(key)
@@ -184,6 +188,10 @@ class Index:
     def abort(self, reservation_id: bytes, worker: int) -> None:
         """The copy ended and is to be forgotten, with all shards of its chunks. Idempotent."""
         self._writers.abort(reservation_id, worker)
+
+    def may_publish(self, reservation_id: bytes) -> bool:
+        """Would a `commit` still publish something? Not once it was aborted, by whatever end."""
+        return self._writers.is_live(reservation_id)
 
     # --- ends -------------------------------------------------------------------------------------------------------
 

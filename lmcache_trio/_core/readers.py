@@ -112,6 +112,10 @@ class Readers:
         self._chunks.release(pinned.rows, touch=False)
         return not pinned.namespace.replaced
 
+    def is_valid(self, pin_id: bytes) -> bool:
+        pinned = self._pins.get(pin_id)
+        return pinned is not None and not pinned.namespace.replaced
+
     def hold(self, key: ChunkKey) -> Hold | None:
         chunks, namespace = self._chunks, self._chunks.namespaces.get(key.namespace)
         if namespace is None or not chunks.match(namespace, (key.digest,)):

@@ -2,22 +2,25 @@
 
     QUEUED --first copy started--> RUNNING --last copy ended--> ENDED
        |                              `--abort, or a copy failed--> ENDING --copies that run have ended--> ENDED
-       `--abort--> ENDED
+       `--abort--> ENDED                                              `--the end of one is lost--> stays ENDING
 
 A *transfer* is one request's way between an engine's blocks and slots: a list of *units* (chunks, or layers), started
 in order. A *batch* is what the device is given at once: units of one transfer, or of neighbours in the queue that move
 the same engine's memory.
 
 Rule 1: nobody but the device ends a copy. An abort keeps what has not begun from beginning, and no more; until ENDED,
-slots and blocks stay owned. Rule 2: loads go ahead of stores, because an engine waits for them; after *turns* batches
-of loads in a row one batch of stores goes, if there is one. So neither starves. Rule 3: no more than *in_flight* bytes
-are with the device, so that a load never queues behind more than that; a unit that is larger goes alone. Rule 4: no I/O
-and no clock here; a method that raises has changed nothing.
+slots and blocks stay owned: for good, if the device can't tell any more. Rule 2: loads go ahead of stores, because an
+engine waits for them; after *turns* batches of loads in a row one batch of stores goes, if there is one. So neither
+starves. Rule 3: no more than *in_flight* bytes are with the device, so that a load never queues behind more than that;
+a unit that is larger goes alone. Rule 4: layered loads of one owner go layer by layer, the first of all of them before
+the second of any: an engine waits for them so. Rule 5: no I/O and no clock here; a method that raises has changed
+nothing.
 """
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from enum import Enum
+from itertools import takewhile
 
 import attrs
 
@@ -59,6 +62,7 @@ class Transfer:
     units: Sequence[int] = attrs.field(validator=_has_bytes)
     layered: bool = False
     state: TransferState = attrs.field(default=TransferState.QUEUED, init=False)
+    submitted: bool = attrs.field(default=False, init=False)
     started: int = attrs.field(default=0, init=False)
     """Units that were given to the device."""
     running: int = attrs.field(default=0, init=False)
@@ -100,8 +104,9 @@ class Transfers:
 
     def submit(self, transfer: Transfer) -> None:
         """Queue *transfer*, behind those of its direction."""
-        if transfer.state is not TransferState.QUEUED or transfer in self._queues[transfer.direction]:
+        if transfer.state is not TransferState.QUEUED or transfer.submitted:
             raise Misuse("a transfer is submitted once")
+        transfer.submitted = True
         self._queues[transfer.direction].append(transfer)
 
     def next(self) -> Batch | None:
@@ -110,20 +115,23 @@ class Transfers:
         if direction is None:
             return None
         queue = self._queues[direction]
-        head = queue[0]
-        if self._running and self._bytes_running + head.units[head.started] > self._in_flight:
-            return None
+        candidates = _candidates(queue)
+        if queue[0].layered:
+            candidates = iter([min(candidates, key=lambda each: each.started)])
         parts: list[Part] = []
         size = 0
-        while queue and not (parts and (head.layered or queue[0].layered or queue[0].owner != head.owner)):
-            part, more = self._cut(queue[0], size)
-            if part.end == part.first:
+        for transfer in candidates:
+            if not parts and self._running and self._bytes_running + transfer.units[transfer.started] > self._in_flight:
+                return None
+            part, more = self._cut(transfer, size)
+            if part.end > part.first:
+                parts.append(part)
+                size += more
+            if part.end < len(transfer.units):
                 break
-            parts.append(part)
-            size += more
-            if part.end < len(part.transfer.units):
-                break
-            queue.popleft()
+        for part in parts:
+            if part.end == len(part.transfer.units):
+                queue.remove(part.transfer)
         batch = Batch(direction, tuple(parts), size)
         for part in parts:
             part.transfer.started = part.end
@@ -136,10 +144,7 @@ class Transfers:
 
     def ended(self, batch: Batch, *, failed: bool = False) -> list[Transfer]:
         """The device is done with *batch*. Returns the transfers that have ended by it, in order."""
-        if batch not in self._running:
-            raise Misuse("this batch is not running")
-        self._running.remove(batch)
-        self._bytes_running -= batch.size
+        self._leave(batch)
         ended = []
         for part in batch.parts:
             transfer = part.transfer
@@ -153,10 +158,31 @@ class Transfers:
                 ended.append(transfer)
         return ended
 
+    def lost(self, batch: Batch) -> None:
+        """Nobody can tell any more when *batch* ends: its transfers never do, and its bytes keep no other waiting."""
+        self._leave(batch)
+        for part in batch.parts:
+            self._drop_rest(part.transfer)
+
+    def coming(self) -> Iterator[Transfer]:
+        """What the next batch may be made of: for who would rather abort what has become pointless."""
+        for queue in self._queues.values():
+            size = 0
+            for transfer in _candidates(queue):
+                yield transfer
+                if not transfer.layered:
+                    size += sum(transfer.units[transfer.started :])
+                if size >= self._batch:
+                    break
+
     def abort(self, transfer: Transfer) -> bool:
-        """It is not wanted any more. True if it has ended by that; else `ended` will name it. Idempotent."""
+        """It is not wanted any more. True if it has ended by that; else `ended` will name it. Idempotent.
+
+        One that was not submitted yet has ended, and is not to be submitted.
+        """
         if transfer.state is TransferState.QUEUED:
-            self._queues[transfer.direction].remove(transfer)
+            if transfer.submitted:
+                self._queues[transfer.direction].remove(transfer)
             transfer.state = TransferState.ENDED
             return True
         if transfer.state is not TransferState.ENDED:
@@ -196,8 +222,24 @@ class Transfers:
                 break
         return Part(transfer, transfer.started, at), more
 
+    def _leave(self, batch: Batch) -> None:
+        if batch not in self._running:
+            raise Misuse("this batch is not running")
+        self._running.remove(batch)
+        self._bytes_running -= batch.size
+
     def _drop_rest(self, transfer: Transfer) -> None:
         transfer.state = TransferState.ENDING
         queue = self._queues[transfer.direction]
         if transfer in queue:
             queue.remove(transfer)
+
+
+def _candidates(queue: deque[Transfer]) -> Iterator[Transfer]:
+    """What may go next, and together: layers of one owner, or neighbours that move one owner's memory."""
+    if not queue:
+        return iter(())
+    head = queue[0]
+    if head.layered:
+        return (each for each in queue if each.layered and each.owner == head.owner)
+    return takewhile(lambda each: not each.layered and each.owner == head.owner, queue)

@@ -102,6 +102,9 @@ class Writers:
             self._abort(reserved)
         self._copy_ended(reservation_id, worker)
 
+    def is_live(self, reservation_id: bytes) -> bool:
+        return reservation_id in self._live
+
     # --- ends -------------------------------------------------------------------------------------------------------
 
     def end_session(self, session: SessionKey) -> None:

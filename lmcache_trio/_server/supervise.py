@@ -161,6 +161,8 @@ async def _grow(state: State) -> None:
             return
         state.taken = taken
         state.index.grow(taken)
+        if state.transfer is not None:
+            state.transfer.arena_grew()
         for client in state.clients.values():
             if client.pidfd is not None:
                 client.send(ArenaGrown(taken))

@@ -3,90 +3,80 @@
 A request owns what the index gave it under names of its own (not its client's), until the device says that its copy has
 ended: its engine may have died, its session ended, its namespace been reset; slots and engine memory stay as they are
 until then. What a copy was good for is decided after it: the index publishes nothing of a reservation that was aborted
-meanwhile. The reply is what gives the engine its blocks back.
+meanwhile. What has not begun by then is not begun. The reply is what gives the engine its blocks back.
 
-    StoreBlocks     reserve --> queue --> device --> commit --> Stored
-    RetrieveBlocks  pin     --> queue --> device --> unpin  --> Retrieved
+    StoreBlocks     reserve --> its event --> queue --> device --> commit --> Stored
+    RetrieveBlocks  pin     --> its event --> queue --> device --> unpin  --> Retrieved
 
-Which copies run when is decided in `_core.transfers`. This starts no task: `supervise` gives it `spawn`.
+Which copies run when is decided in `_core.transfers`, whose memory is open in `transfer_attachments`. A bug in the
+device ends neither this nor the server: a copy whose end nobody can tell keeps its slots, its blocks and its engine's
+memory for good, and no reply says otherwise. This starts no task: `supervise` gives it `spawn`.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
 
-import attrs
 import trio
 
 from lmcache_trio._core.transfers import Batch, Direction, Transfer, Transfers
 from lmcache_trio._server.state import Client, State
+from lmcache_trio._server.transfer_attachments import Attachment, Attachments, Spawn, Work
 from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, LayersDone, Message, Retrieved, Stored
-from lmcache_trio.abc import Attached, Copy, Device, Export, Ticket
-from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, Unavailable
+from lmcache_trio.abc import ArenaDevice, Copy, Device, EventDevice, Ticket
+from lmcache_trio.errors import LMCacheTrioError, Unavailable
 
-__all__ = ["Attachment", "TransferWorker", "Work"]
+__all__ = ["TransferWorker"]
 
 log = logging.getLogger("lmcache_trio.server")
 
-Spawn = Callable[..., None]
-
-
-@attrs.define(eq=False)
-class Attachment:
-    """One worker's KV, open in the device. *writer* and *reader* are its names in the index."""
-
-    client: Client
-    attached: Attached
-    chunk_blocks: int
-    writer: int
-    reader: int
-    works: "dict[int, Work]" = attrs.field(factory=dict)
-    over: bool = False
-    """Nothing more is taken; it is detached when nothing of it runs."""
-
-
-@attrs.define(eq=False)
-class Work:
-    """One request. *grant* is its reservation or pin; *blocks* has `chunk_blocks` entries a slot."""
-
-    number: int
-    grant: bytes
-    slots: Sequence[int]
-    blocks: Sequence[int]
-    event: bytes = b""
-    dropped: dict[str, int] = attrs.field(factory=dict)
-    layers_ended: set[int] = attrs.field(factory=set)
-    layers_told: int = 0
-
 
 class TransferWorker:
-    """All attachments, and the one owner of the device's copies."""
+    """The one owner of the device's copies."""
 
     def __init__(self, state: State, device: Device, spawn: Spawn, queue: Transfers | None = None) -> None:
         self._state = state
         self._device = device
         self._spawn = spawn
         self._queue = Transfers() if queue is None else queue
-        self._attachments: dict[int, Attachment] = {}  # by client
-        self._ending: set[Attachment] = set()
+        self.attachments = Attachments(state, device, spawn, self._abort_all)
         self._work: dict[Transfer, tuple[Attachment, Work]] = {}
-        self._waiting: list[tuple[bytes, Client, int]] = []  # LetGo questions
+        self._waits: dict[Transfer, trio.CancelScope] = {}  # for their events
+        self._moving: Counter[bytes] = Counter()  # works by their client's token
+        self._asking: list[tuple[bytes, Client, int]] = []  # LetGo questions
         self._wake = trio.Event()
+        self._growing = False
 
     # --- the tasks --------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Start copies as they come and as there is room."""
         while True:
+            self._drop_pointless()
             while (batch := self._queue.next()) is not None:
                 self._start(batch)
+                self._drop_pointless()
             self._wake = trio.Event()
             await self._wake.wait()
+
+    def _drop_pointless(self) -> None:
+        """Abort what comes next and would be copied in vain: nothing of it would be published, or be valid."""
+        while pointless := [transfer for transfer in self._queue.coming() if self._is_pointless(transfer)]:
+            for transfer in pointless:
+                self._abort(transfer)
+
+    def _is_pointless(self, transfer: Transfer) -> bool:
+        grant, index = self._work[transfer][1].grant, self._state.index
+        return not (index.is_valid(grant) if transfer.direction is Direction.LOAD else index.may_publish(grant))
 
     def _start(self, batch: Batch) -> None:
         try:
             ticket = self._device.start(self._copy_of(batch))
         except LMCacheTrioError as exc:
             log.warning("the device took no copy: %s", exc)
+            self._ended(batch, failed=True)
+        except Exception:  # by its contract nothing was begun
+            self._state.counted["device_bugs"] += 1
+            log.exception("bug in the device: it took no copy")
             self._ended(batch, failed=True)
         else:
             self._spawn(self._see_end, batch, ticket, name="copy")
@@ -100,15 +90,16 @@ class TransferWorker:
             except Unavailable as exc:
                 failed = True
                 log.warning("%s", exc)
-            except Exception:  # nobody knows whether the copy has ended: what it owns stays owned
+            except Exception:  # nobody knows whether the copy has ended
                 self._state.counted["device_bugs"] += 1
-                log.exception("bug in the device: a copy's slots are not used again")
+                log.exception("bug in the device: a copy's slots, and its engine's memory, are not used again")
+                self._lost(batch)
                 return
         self._ended(batch, failed=failed)
 
     def _copy_of(self, batch: Batch) -> Copy:
         attachment, work = self._work[batch.parts[0].transfer]
-        count, slots, blocks, events = attachment.chunk_blocks, [*work.slots], [*work.blocks], []
+        count, slots, blocks = attachment.chunk_blocks, [*work.slots], [*work.blocks]
         layers = (0, len(attachment.attached.export.layers))
         if batch.parts[0].transfer.layered:
             layers = (batch.parts[0].first, batch.parts[0].end)
@@ -118,65 +109,45 @@ class TransferWorker:
                 work = self._work[part.transfer][1]
                 slots += work.slots[part.first : part.end]
                 blocks += work.blocks[part.first * count : part.end * count]
-        for part in batch.parts:
-            if self._work[part.transfer][1].event:
-                events.append(self._work[part.transfer][1].event)
-        return Copy(attachment.attached, batch.direction, slots, blocks, count, layers, events)
+        return Copy(attachment.attached, batch.direction, slots, blocks, count, layers)
 
-    # --- attachments ------------------------------------------------------------------------------------------------
+    async def _see_event(self, device: EventDevice, transfer: Transfer, wait: trio.CancelScope) -> None:
+        """Queue *transfer* when what it must follow has ended; until then it keeps no other from the device."""
+        if wait.cancel_called:
+            return
+        attachment, work = self._work[transfer]
+        with wait:
+            try:
+                await device.wait_event(attachment.attached, work.event)
+                if not wait.cancel_called:
+                    self._queue.submit(transfer)
+                    self._wake.set()
+            except LMCacheTrioError as exc:
+                log.warning("the event of a request of %s: %s", attachment.client, exc)
+                self._abort(transfer)
+            except Exception:  # no copy was begun
+                self._state.counted["device_bugs"] += 1
+                log.exception("bug in the device: the event of a request of %s", attachment.client)
+                self._abort(transfer)
 
-    def attach(self, client: Client, number: int, export: Export, chunk_blocks: int) -> None:
-        """Open *export*, which takes its time; the reply is sent when that is known."""
-        former = self._attachments.pop(client.number, None)
-        if former is not None:
-            self._end(former)
-        self._spawn(self._attach, client, number, export, chunk_blocks, name="attach")
+    # --- the arena --------------------------------------------------------------------------------------------------
 
-    async def _attach(self, client: Client, number: int, export: Export, chunk_blocks: int) -> None:
+    def arena_grew(self) -> None:
+        """Tell the device, if it wants to know, once for all growth of a while."""
+        if isinstance(self._device, ArenaDevice) and not self._growing and len(self.attachments):
+            self._growing = True
+            self._spawn(self._tell_growth, self._device, name="arena of the device")
+
+    async def _tell_growth(self, device: ArenaDevice) -> None:
         try:
-            attached = await self._device.attach(export, client.peer_pid or 0)
+            await device.arena_grew()
         except LMCacheTrioError as exc:
-            log.info("the memory of %s cannot be opened: %s", client, exc)
-            kind = ErrorKind.MISUSE if isinstance(exc, Misuse) else ErrorKind.UNAVAILABLE
-            client.send(ErrorReply(number, kind, str(exc)[:4000]))
-            return
-        except Exception as exc:  # a bug of the device's: told to everyone whom it may concern, and contained
+            log.warning("the device does not make use of all of the arena: %s", exc)
+        except Exception:
             self._state.counted["device_bugs"] += 1
-            log.exception("bug in the device: the memory of %s was not opened", client)
-            client.send(ErrorReply(number, ErrorKind.UNAVAILABLE, f"internal error of the device: {exc!r}"[:4000]))
-            return
-        if client.lost or client.number in self._attachments:
-            self._device.detach(attached)
-            return
-        new = self._state.new_number
-        self._attachments[client.number] = Attachment(client, attached, chunk_blocks, new(), new())
-        client.send(Ack(number))
-
-    def of(self, client: Client) -> Attachment:
-        """The attachment of *client*, which may be asked to move something."""
-        found = self._attachments.get(client.number)
-        if found is None or client.lost:
-            raise Misuse(f"{client} has no memory attached: say Attach, and wait for its reply")
-        return found
-
-    def lose(self, client: Client) -> None:
-        """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
-        attachment = self._attachments.pop(client.number, None)
-        if attachment is not None:
-            self._end(attachment)
-
-    def _end(self, attachment: Attachment) -> None:
-        attachment.over = True
-        self._ending.add(attachment)
-        self._state.index.lose_worker(attachment.writer)  # nothing is published; the slots stay quarantined
-        for transfer in [transfer for transfer, (owner, _) in self._work.items() if owner is attachment]:
-            self._abort(transfer)
-        self._settle(attachment)
-
-    def _settle(self, attachment: Attachment) -> None:
-        if attachment.over and not attachment.works and attachment in self._ending:
-            self._ending.remove(attachment)
-            self._device.detach(attachment.attached)
+            log.exception("bug in the device: it did not take note of the arena's growth")
+        finally:
+            self._growing = False
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -196,26 +167,32 @@ class TransferWorker:
         else:
             units = [count * export.block_bytes] * len(work.slots)
         transfer = Transfer(direction, attachment, units, layered)
-        attachment.works[work.number] = work
+        attachment.works[work.number] = transfer
         self._work[transfer] = (attachment, work)
-        self._queue.submit(transfer)
-        self._wake.set()
+        self._moving[attachment.client.hello.token] += 1
+        if work.event and isinstance(self._device, EventDevice):
+            wait = self._waits[transfer] = trio.CancelScope()
+            self._spawn(self._see_event, self._device, transfer, wait, name="event")
+        else:
+            self._queue.submit(transfer)
+            self._wake.set()
+
+    def lose(self, client: Client) -> None:
+        """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
+        self.attachments.lose(client)
 
     def withdraw(self, client: Client, number: int) -> None:
         """Request *number* is not wanted any more; one that is not there has been answered already."""
-        for transfer, (attachment, work) in list(self._work.items()):
-            if attachment.client is client and work.number == number:
-                self._abort(transfer)
+        attachment = self.attachments.find(client)
+        if attachment is not None and number in attachment.works:
+            self._abort(attachment.works[number])
 
     def let_go(self, asker: Client, number: int, token: bytes) -> Message | None:
         """Ack now, or later, once no copy for the client with *token* runs."""
-        if self._busy(token):
-            self._waiting.append((token, asker, number))
+        if self._moving[token]:
+            self._asking.append((token, asker, number))
             return None
         return Ack(number)
-
-    def _busy(self, token: bytes) -> bool:
-        return any(attachment.client.hello.token == token for attachment, _ in self._work.values())
 
     # --- ends -------------------------------------------------------------------------------------------------------
 
@@ -224,6 +201,10 @@ class TransferWorker:
             self._finish(transfer)
         self._wake.set()
 
+    def _abort_all(self, attachment: Attachment) -> None:
+        for transfer in list(attachment.works.values()):
+            self._abort(transfer)
+
     def _ended(self, batch: Batch, *, failed: bool) -> None:
         for part in batch.parts:
             if part.transfer.layered and not failed:
@@ -231,6 +212,13 @@ class TransferWorker:
         for transfer in self._queue.ended(batch, failed=failed):
             self._finish(transfer)
         self._wake.set()
+
+    def _lost(self, batch: Batch) -> None:
+        """Nobody can tell when *batch* ends: nothing more is moved for its engine, and all others go on."""
+        attachment = self._work[batch.parts[0].transfer][0]
+        attachment.fenced = "the device lost sight of a copy of this memory: nothing more is moved for this worker"
+        self._queue.lost(batch)
+        self._abort_all(attachment)
 
     def _layers_ended(self, attachment: Attachment, work: Work, layers: range) -> None:
         work.layers_ended.update(layers)
@@ -244,35 +232,40 @@ class TransferWorker:
         """No copy of it runs: give back what it owned, and say what came of it."""
         attachment, work = self._work.pop(transfer)
         del attachment.works[work.number]
+        if (wait := self._waits.pop(transfer, None)) is not None:
+            wait.cancel()
         reply: Message
         if transfer.direction is Direction.LOAD:
             valid = self._state.index.unpin(work.grant, attachment.reader)
             reply = Retrieved(work.number, valid and transfer.succeeded)
         else:
             reply = self._stored(attachment, work, succeeded=transfer.succeeded)
+        if attachment.fenced and not transfer.succeeded:
+            reply = ErrorReply(work.number, ErrorKind.UNAVAILABLE, attachment.fenced)
         attachment.client.send(reply)
-        self._settle(attachment)
-        self._answer_waiting()
+        self.attachments.settle(attachment)
+        self._answer_asking(attachment.client.hello.token)
         self._state.note_progress()
 
     def _stored(self, attachment: Attachment, work: Work, *, succeeded: bool) -> Stored:
         index, count = self._state.index, len(work.slots)
-        if not succeeded:
+        aborted = not index.may_publish(work.grant)  # whatever becomes of its copy
+        if not succeeded or aborted:
             index.abort(work.grant, attachment.writer)
-            work.dropped["failed"] = count
+            work.dropped["aborted" if aborted else "failed"] = count
             return Stored(work.number, 0, 0, work.dropped)
-        try:
-            keys = index.commit(work.grant, attachment.writer)
-            published = len(keys)
-            self._state.tiers.stored(keys)
-        except Gone:  # aborted while it ran: its copy has ended by this, and that is all
-            published = 0
-        return Stored(work.number, count, published, work.dropped)
+        keys = index.commit(work.grant, attachment.writer)
+        self._state.tiers.stored(keys)
+        return Stored(work.number, count, len(keys), work.dropped)
 
-    def _answer_waiting(self) -> None:
-        for waiting in [waiting for waiting in self._waiting if not self._busy(waiting[0])]:
-            self._waiting.remove(waiting)
-            waiting[1].send(Ack(waiting[2]))
+    def _answer_asking(self, token: bytes) -> None:
+        """One thing less is moved for the client with *token*."""
+        self._moving[token] -= 1
+        if not self._moving[token]:
+            del self._moving[token]
+            for asked in [asked for asked in self._asking if asked[0] == token]:
+                self._asking.remove(asked)
+                asked[1].send(Ack(asked[2]))
 
     # --- status -----------------------------------------------------------------------------------------------------
 
@@ -283,4 +276,4 @@ class TransferWorker:
 
     def statistics(self) -> dict[str, int]:
         """What is held now."""
-        return {"attached": len(self._attachments) + len(self._ending), **self._queue.statistics()}
+        return {"attached": len(self.attachments), **self._queue.statistics()}

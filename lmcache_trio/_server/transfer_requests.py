@@ -9,16 +9,21 @@ from typing import Any
 
 import trio
 
+from lmcache_trio._core.exports import CudaMemory
 from lmcache_trio._core.keys import split_digests
 from lmcache_trio._server.rendezvous import dismiss
 from lmcache_trio._server.state import Client, Engine, State
-from lmcache_trio._server.transfer import TransferWorker, Work
+from lmcache_trio._server.transfer import TransferWorker
+from lmcache_trio._server.transfer_attachments import Attachment, Work
 from lmcache_trio._wire.codec import unpack_positions
 from lmcache_trio._wire.handles import decode_export
 from lmcache_trio._wire.messages import Attach, LetGo, Message, RetrieveBlocks, Role, StoreBlocks, Stored, Withdraw
 from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
 
 __all__ = ["HANDLERS"]
+
+EVENT_BYTES = 64
+"""Of a CUDA IPC event's handle."""
 
 
 def _attach(state: State, client: Client, message: Attach) -> Message | None:
@@ -39,20 +44,19 @@ def _attach(state: State, client: Client, message: Attach) -> Message | None:
         )
     if state.stopping:
         raise Unavailable("the server is stopping")
-    transfer.attach(client, message.id, export, chunk_blocks)
+    transfer.attachments.attach(client, message.id, export, chunk_blocks)
     return None
 
 
 def _store_blocks(state: State, client: Client, message: StoreBlocks) -> Message | None:
     transfer, engine = _transfer(state), _engine(state, client)
-    attachment = transfer.of(client)
+    attachment = transfer.attachments.of(client)
     digests, blocks = split_digests(message.digests), unpack_positions(message.blocks)
     count = attachment.chunk_blocks
     if not digests or len(blocks) != len(digests) * count:
         raise Misuse(f"{len(blocks)} blocks for {len(digests)} chunks: give {count} a chunk, one chunk or more")
     _check_blocks(blocks, attachment.attached.export.num_blocks)
-    if message.id in attachment.works:
-        raise Misuse(f"request {message.id} is under way")
+    _check_begin(attachment, message)
     reason = state.why_no_slots(client, engine, message.session)
     if reason:
         state.dropped[reason] += len(digests)
@@ -70,20 +74,19 @@ def _store_blocks(state: State, client: Client, message: StoreBlocks) -> Message
 
 def _retrieve_blocks(state: State, client: Client, message: RetrieveBlocks) -> Message | None:
     transfer = _transfer(state)
-    attachment = transfer.of(client)
+    attachment = transfer.attachments.of(client)
     blocks, count = unpack_positions(message.blocks), attachment.chunk_blocks
     rest = message.count * count - message.skip - len(blocks)
     if message.skip >= count or rest < 0 or not blocks:
         raise Misuse(f"{len(blocks)} blocks after {message.skip} do not lie within {message.count} chunks of {count}")
     _check_blocks(blocks, attachment.attached.export.num_blocks)
-    if message.id in attachment.works:
-        raise Misuse(f"request {message.id} is under way")
+    _check_begin(attachment, message)
     if state.stopping:
         raise Unavailable("the server is stopping")
     hello = client.hello
     pin = state.index.pin(message.lease, hello.engine, attachment.reader, hello.shard, message.start, message.count)
     every = [-1] * message.skip + list(blocks) + [-1] * rest
-    transfer.load(attachment, Work(message.id, pin.id, pin.offsets, every), layered=message.layered)
+    transfer.load(attachment, Work(message.id, pin.id, pin.offsets, every, message.event), layered=message.layered)
     return None
 
 
@@ -111,6 +114,15 @@ def _engine(state: State, client: Client) -> Engine:
     if engine is None or client.lost:
         raise Gone(f"the engine of {client} is not there any more")
     return engine
+
+
+def _check_begin(attachment: Attachment, message: StoreBlocks | RetrieveBlocks) -> None:
+    if message.id in attachment.works:
+        raise Misuse(f"request {message.id} is under way")
+    if len(message.event) not in (0, EVENT_BYTES):
+        raise Misuse(f"an event has {EVENT_BYTES} bytes, not {len(message.event)}")
+    if message.event and not isinstance(attachment.attached.export.memory[0], CudaMemory):
+        raise Misuse("an event orders work on a GPU, and the memory that was attached is the host's")
 
 
 def _check_blocks(blocks: tuple[int, ...], num_blocks: int) -> None:

@@ -333,7 +333,8 @@ class RetrieveBlocks(Message):
     """Pin, copy, done: *count* chunks from position *start* of a lease go into *blocks*, and into no other block.
 
     *skip*: the leading blocks of the first chunk that are not to be written. *layered*: a LayersDone follows each
-    layer. Answered by Retrieved when the copy has ended, or will not begin.
+    layer. *event* is empty, or names what the copy must wait for: what still uses the blocks. Answered by Retrieved
+    when the copy has ended, or will not begin.
     """
 
     opcode: ClassVar[int] = 30
@@ -344,6 +345,7 @@ class RetrieveBlocks(Message):
     skip: int = attrs.field(validator=ge(0))
     blocks: bytes = attrs.field(validator=_POSITIONS)
     layered: bool = False
+    event: bytes = attrs.field(default=b"", validator=max_len(64))
 
 
 @attrs.frozen
@@ -510,9 +512,10 @@ class ArenaGrown(Message):
 
 @attrs.frozen
 class Stored(Message):
-    """The copy has ended: *copied* chunks were written, *published* of them are in the cache now.
+    """The copy has ended: *copied* chunks were written and committed, *published* of them are in the cache now.
 
-    The rest was dropped, counted by reason in *dropped*.
+    The rest was dropped, counted by reason in *dropped*: "failed", its copy; "aborted", its reservation meanwhile. A
+    chunk that was committed and not published lacks other shards.
     """
 
     opcode: ClassVar[int] = 75

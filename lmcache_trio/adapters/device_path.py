@@ -1,8 +1,9 @@
 """The `device` path of a worker: it names blocks, and the server's transfer worker moves them.
 
 Blocks that were named belong to the server until it says that their copy has ended. Giving up a wait does not end a
-copy: a late request is withdrawn, and its reply still waited for. When the connection is lost under it, the blocks are
-held until the server says over another connection that it moves nothing any more, or its process has ended.
+copy: when nothing comes of any request for a while, the late ones are withdrawn, and their replies still waited for.
+When the connection is lost under one, the blocks are held until the server says over another connection that it moves
+nothing any more, or its process has ended; so a server whose process cannot be watched is not given any.
 """
 
 import logging
@@ -47,6 +48,8 @@ _M = TypeVar("_M", bound=Message)
 
 ATTACH_TIMEOUT = 60.0
 """Seconds that a server may take to open the KV: it enters 10 GB/s into its page table."""
+_REFUSED_WAIT = 5.0
+"""Longest pause before a server that is there, and does not say what it moves, is asked again: as `Link` has it."""
 
 
 class DevicePath:
@@ -61,6 +64,9 @@ class DevicePath:
         self._address = address
         self._hello = hello
         self._reply_timeout = reply_timeout
+        self._progress = 0.0
+        """When the server last said that it had moved something."""
+        self._settling = 0
         self._pidfd = -1
         self._on_layers: dict[int, Callable[[int], None]] = {}
 
@@ -78,16 +84,18 @@ class DevicePath:
             return
         from lmcache_trio.adapters.shared_kv import export_of
 
+        self._settling = mine = self._settling + 1
         try:
             packed = encode_export(export_of(kv_caches, num_blocks))
             with trio.fail_after(ATTACH_TIMEOUT):
                 await client.request(Attach(client.new_id(), packed), Ack)
+            self._watch(client)
         except (Unavailable, Misuse, trio.TooSlowError) as exc:
             if client.lost:
                 raise
-            self._take("shm", str(exc) or "the server took too long to open the KV")
+            if mine == self._settling:  # else the layout was registered anew meanwhile, and is being settled there
+                self._take("shm", str(exc) or "the server took too long to open the KV")
         else:
-            self._watch(client)
             self._take("device", "the server has opened this engine's KV")
 
     def _take(self, path: Literal["device", "shm"], reason: str) -> None:
@@ -101,11 +109,12 @@ class DevicePath:
     def _watch(self, client: Client) -> None:
         client.on_push = self._said
         self.close()
-        if client.peer_pid is not None:
-            try:
-                self._pidfd = os.pidfd_open(client.peer_pid)
-            except OSError as exc:  # dead since it replied; its connection is about to be lost
-                raise Unavailable(f"the server's process cannot be watched: {exc.strerror}") from exc
+        if client.peer_pid is None:
+            raise Unavailable("the server's process is not known, so its end could not be told")
+        try:
+            self._pidfd = os.pidfd_open(client.peer_pid)
+        except OSError as exc:
+            raise Unavailable(f"the server's process cannot be watched: {exc.strerror}") from exc
 
     def close(self) -> None:
         """Let go of the server's process. Idempotent."""
@@ -123,16 +132,19 @@ class DevicePath:
             await job.before.asked.wait()
             job.before = None
         blocks = pack_positions(spec.block_ids)
-        event: bytes = job.fence.ipc_handle() if job.fence is not None else b""
-        ask = StoreBlocks(client.new_id(), spec.session, spec.parent, spec.digests, blocks, event)
+        ask = StoreBlocks(client.new_id(), spec.session, spec.parent, spec.digests, blocks, _event_of(job))
         return await self._moved(client, ask, Stored, job.asked.set)
 
-    async def retrieve(self, client: Client, spec: LoadSpec, on_layers: Callable[[int], None] | None = None) -> bool:
-        """Fill *spec*'s blocks; False: they hold anything. *on_layers* hears how many leading layers are there."""
+    async def retrieve(self, client: Client, job: Job, on_layers: Callable[[int], None] | None = None) -> bool:
+        """Fill *job*'s blocks; False: they hold anything. *on_layers* hears how many leading layers are there."""
+        spec = job.spec
+        assert isinstance(spec, LoadSpec)
         number = client.new_id()
         blocks = pack_positions(spec.block_ids)
         layered = on_layers is not None
-        ask = RetrieveBlocks(number, spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, layered)
+        ask = RetrieveBlocks(
+            number, spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, layered, _event_of(job)
+        )
         if on_layers is not None:
             self._on_layers[number] = on_layers
         try:
@@ -152,20 +164,27 @@ class DevicePath:
         come = trio.Event()
 
         def on_reply(message: Reply) -> None:
+            self._progress = trio.current_time()
             reply.append(message)
             come.set()
 
         with trio.CancelScope(shield=True):
             client.request_nowait(ask, on_reply)
             sent()
-            with trio.move_on_after(self._reply_timeout):
-                await come.wait()
+            begun = trio.current_time()
+            while not come.is_set() and trio.current_time() < (late := self._late(begun)):
+                with trio.move_on_at(late):
+                    await come.wait()
             if not come.is_set():
                 client.notice_nowait(Withdraw(ask.id))
                 await come.wait()
             if client.lost:
                 await self._let_go(client)
         return expect(reply[0], kind)
+
+    def _late(self, begun: float) -> float:
+        """When a request that began at *begun* is late, as things are: behind others, it takes as long as they do."""
+        return max(begun, self._progress) + self._reply_timeout
 
     async def _let_go(self, client: Client) -> None:
         """Return when the server of *client* moves nothing for it any more."""
@@ -180,24 +199,29 @@ class DevicePath:
 
     async def _ask(self, boot: bytes, done: trio.CancelScope) -> None:
         hello = attrs.evolve(self._hello, role=Role.OBSERVER, token=os.urandom(16), engine="", shard=0, shards=1)
+        pause, told = 0.0, ""
         while True:
             try:
                 async with connect(self._address, hello) as asker:
                     if asker.boot != boot:
                         return  # another server: only the old one's exit can tell
-                    try:
-                        await asker.request(LetGo(asker.new_id(), self._hello.token), Ack)
-                        done.cancel()
-                    except Unavailable:
-                        if not asker.lost:
-                            raise Misuse("it refused to say") from None
-                        raise
-            except Unavailable:
-                await wait_listening(self._address)
+                    await asker.request(LetGo(asker.new_id(), self._hello.token), Ack)
+                    done.cancel()
             except LMCacheTrioError as exc:
-                logger.info("the server does not say what it still moves (%s): waiting for its end", exc)
-                return
+                if str(exc) != told and pause:  # once is nothing: it may be about to end
+                    told = str(exc)
+                    logger.warning("blocks are held until the server says that it has let go of them, or ends: %s", exc)
+            await wait_listening(self._address)
+            await trio.sleep(pause)
+            pause = min(_REFUSED_WAIT, 2 * pause or 0.02)
 
     def _said(self, message: Message) -> None:
+        self._progress = trio.current_time()
         if isinstance(message, LayersDone) and message.request in self._on_layers:
             self._on_layers[message.request](message.layers)
+
+
+def _event_of(job: Job) -> bytes:
+    """What the copy must follow: of KV on a GPU, what its engine had submitted."""
+    event: bytes = job.fence.ipc_handle() if job.fence is not None else b""
+    return event

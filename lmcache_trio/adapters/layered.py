@@ -7,13 +7,15 @@ All retrieves of a step share their layers' order: layer 0 of every one comes be
 loaded is valid is known at the end only, so the host asks `wait_retrieves` before it believes what it computed. A copy
 into or out of blocks is never left behind: a retrieve is over when its job is, however it ended.
 
-On the device path a store begins with `finish_stores`: the server copies it in one go.
+On the device path a store is copied after `finish_stores`, by the server and in one go: it reads no layer before all
+are written, and saves nothing of the step's own time. It is under way from `start_stores` on all the same, so that who
+waits for its end hears of it, however the step ends.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import trio
@@ -22,10 +24,10 @@ from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import Pinned, Reserved
 from lmcache_trio.adapters.jobs import Job, wait_for
+from lmcache_trio.adapters.layered_steps import StepLoads, StepStores
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
 from lmcache_trio.errors import LMCacheTrioError, Misuse
-from lmcache_trio.threads import Handoff, Latch
 
 if TYPE_CHECKING:
     from lmcache_trio.adapters.worker import WorkerAdapter
@@ -35,53 +37,14 @@ __all__ = ["LayeredMoves"]
 logger = logging.getLogger("lmcache_trio")
 
 
-class _Loads:
-    """The retrieves of one step: how many leading layers each has, and who waits for which."""
-
-    def __init__(self, jobs: Sequence[Job], layers: int) -> None:
-        self.jobs = jobs
-        self.gates: list[Handoff[bool]] = [Handoff() for _ in range(layers)]
-        self._there = dict.fromkeys(jobs, 0)
-        self._open = 0
-        self._latch = Latch()
-
-    def reached(self, jobs: Sequence[Job], layers: int) -> None:
-        """The first *layers* layers of *jobs* are in their blocks, or never will be. From any thread."""
-        with self._latch:
-            for job in jobs:
-                self._there[job] = max(self._there[job], layers)
-            while self._open < len(self.gates) and self._open < min(self._there.values()):
-                self.gates[self._open].set(True)
-                self._open += 1
-
-    def over(self, job: Job) -> None:
-        self.reached([job], len(self.gates))
-
-
-class _Stores:
-    """The stores of one step. *written* has one event a layer; all of them are set at the end, whatever that is."""
-
-    def __init__(self, specs: Sequence[StoreSpec], layers: int) -> None:
-        self.specs = specs
-        self.jobs: Sequence[Job] = ()
-        self.written = [trio.Event() for _ in range(layers)]
-        self.dropped = False
-
-    def finish(self, *, drop: bool) -> None:
-        """In the loop."""
-        self.dropped = self.dropped or drop
-        for event in self.written:
-            event.set()
-
-
 class LayeredMoves:
     """The layer-wise half of a `WorkerAdapter`, which it belongs to."""
 
     def __init__(self, worker: "WorkerAdapter") -> None:
         self._worker = worker
         self._layers: dict[str, int] = {}
-        self._loads: _Loads | None = None
-        self._stores: _Stores | None = None
+        self._loads: StepLoads | None = None
+        self._stores: StepStores | None = None
 
     def register(self, names: Sequence[str]) -> None:
         """The layers, in the order of the slots."""
@@ -93,7 +56,7 @@ class LayeredMoves:
         self.wait_retrieves()
         jobs = [job for spec in specs for job in self._worker._begin(spec, reported=False)]
         if jobs:
-            loads = self._loads = _Loads(jobs, len(self._layers))
+            loads = self._loads = StepLoads(jobs, len(self._layers))
             if not self._worker._link.spawn(self._load, loads, refused=lambda: self._give_up(jobs)):
                 self._give_up(jobs)
 
@@ -114,38 +77,53 @@ class LayeredMoves:
         self.drop_stores()
         if not specs:
             return
-        stores = self._stores = _Stores(specs, len(self._layers))
-        if self._worker.path != "device":
-            jobs = stores.jobs = [job for spec in specs for job in self._worker._begin(spec, reported=True)]
-            if not self._worker._link.spawn(self._store, stores, refused=lambda: self._give_up(jobs)):
-                self._give_up(jobs)
+        jobs = [job for spec in specs for job in self._worker._begin(spec, reported=True)]
+        stores = self._stores = StepStores(jobs, len(self._layers), at_once=self._worker.path == "device")
+        if stores.at_once:
+            return  # the server copies it, once the last layer is written
+        if not self._worker._link.spawn(self._store, stores, refused=lambda: self._give_up(jobs)):
+            self._give_up(jobs)
 
     def layer_written(self, name: str) -> None:
         if name not in self._layers:
             raise Misuse(f"layer {name!r} was not registered")
-        if self._stores is not None:
-            self._worker._link.post(self._stores.written[self._layers[name]].set)
+        stores = self._stores
+        if stores is not None:
+            fence = None if stores.at_once else self._worker._registered().fence()
+            self._worker._link.post(stores.layer_written, self._layers[name], fence)
 
     def finish_stores(self) -> None:
         stores, self._stores = self._stores, None
-        if stores is not None:
+        if stores is None:
+            return
+        if stores.at_once:
+            fence = self._worker._registered().fence()
+            for job in stores.jobs:
+                job.fence = fence
+                self._worker._start(job)
+        else:
             self._worker._link.post(lambda: stores.finish(drop=False))
-            if not stores.jobs:
-                for spec in stores.specs:
-                    self._worker.submit_store(spec)
 
     def drop_stores(self) -> None:
         stores, self._stores = self._stores, None
-        if stores is not None:
-            self._worker._link.post(lambda: stores.finish(drop=True))
+        if stores is not None and not self._worker._link.post(self._drop, stores):
+            self._give_up(stores.jobs)  # there is no loop any more, nor a copy
 
     # --- in the loop ------------------------------------------------------------------------------------------------
+
+    def _drop(self, stores: StepStores) -> None:
+        """Nothing more of *stores* begins; those of which nothing runs are over by this."""
+        stores.finish(drop=True)
+        if stores.at_once:
+            for job in stores.jobs:
+                job.asked.set()
+            self._give_up(stores.jobs)
 
     def _give_up(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             self._worker._fail(job, "unavailable")
 
-    async def _load(self, client: Client | None, loads: _Loads) -> None:
+    async def _load(self, client: Client | None, loads: StepLoads) -> None:
         worker = self._worker
         try:
             if client is None or client.arena is None or not client.shard_bytes or not worker._device.usable:
@@ -164,7 +142,7 @@ class LayeredMoves:
         finally:
             self._end(loads, loads.jobs)
 
-    async def _load_by_copying(self, client: Client, arena: ArenaMap, loads: _Loads) -> None:
+    async def _load_by_copying(self, client: Client, arena: ArenaMap, loads: StepLoads) -> None:
         pinned: list[tuple[Job, Pinned]] = []
         try:
             for job in loads.jobs:
@@ -195,16 +173,16 @@ class LayeredMoves:
             logger.info("a retrieve of %s failed: %s", spec.request_id, exc)
         return None
 
-    def _end(self, loads: _Loads, jobs: Sequence[Job]) -> None:
+    def _end(self, loads: StepLoads, jobs: Sequence[Job]) -> None:
         self._give_up(jobs)  # nothing for those that ended well
         for job in jobs:
             loads.over(job)
 
-    async def _load_by_server(self, client: Client, loads: _Loads, job: Job) -> None:
+    async def _load_by_server(self, client: Client, loads: StepLoads, job: Job) -> None:
         spec, worker = job.spec, self._worker
         assert isinstance(spec, LoadSpec)
         try:
-            if spec.lease and await worker._device.retrieve(client, spec, lambda n: loads.reached([job], n)):
+            if spec.lease and await worker._device.retrieve(client, job, lambda n: loads.reached([job], n)):
                 worker._jobs.count("retrieved_chunks", spec.count)
                 worker._jobs.end(job, failed=False)
         except LMCacheTrioError as exc:
@@ -215,7 +193,7 @@ class LayeredMoves:
         finally:
             self._end(loads, [job])
 
-    async def _store(self, client: Client | None, stores: _Stores) -> None:
+    async def _store(self, client: Client | None, stores: StepStores) -> None:
         for job in stores.jobs:
             if job.before is not None and job.before not in stores.jobs:
                 await job.before.asked.wait()
@@ -252,12 +230,12 @@ class LayeredMoves:
         finally:
             job.asked.set()
 
-    async def _copy_layers(self, arena: ArenaMap, stores: _Stores, granted: Sequence[tuple[Job, Reserved]]) -> None:
+    async def _copy_layers(self, arena: ArenaMap, stores: StepStores, granted: Sequence[tuple[Job, Reserved]]) -> None:
         for layer, written in enumerate(stores.written):
             await written.wait()
             if stores.dropped:
                 break
-            await self._worker._copiers.run(self._gather, arena, granted, layer)
+            await self._worker._copiers.run(self._gather, arena, granted, layer, stores.fences[layer])
         for job in stores.jobs:
             self._worker._jobs.copied(job)
 
@@ -272,11 +250,13 @@ class LayeredMoves:
 
     # --- in a thread ------------------------------------------------------------------------------------------------
 
-    def _scatter(self, arena: ArenaMap, pinned: Sequence[tuple[Job, Pinned]], loads: _Loads) -> None:
+    def _scatter(self, arena: ArenaMap, pinned: Sequence[tuple[Job, Pinned]], loads: StepLoads) -> None:
         kv, width = self._worker._registered(), self._worker._width
         moves: list[Callable[[int], None]] = []
         for job, pin in pinned:
             assert isinstance(job.spec, LoadSpec)
+            if job.fence is not None:  # what the engine has still to do with these blocks comes first
+                job.fence.synchronize()
             for place in job.spec.places(unpack_offsets(pin.offsets), width):
                 slot = np.frombuffer(arena.view(place.offset, kv.block_bytes * width), dtype=np.uint8)
                 blocks = kv.check(place.block_ids)
@@ -290,7 +270,9 @@ class LayeredMoves:
             for job, _ in pinned:
                 self._worker._layer_copied(job.spec, layer)
 
-    def _gather(self, arena: ArenaMap, granted: Sequence[tuple[Job, Reserved]], layer: int) -> None:
+    def _gather(self, arena: ArenaMap, granted: Sequence[tuple[Job, Reserved]], layer: int, fence: Any) -> None:
+        if fence is not None:
+            fence.synchronize()
         kv, width = self._worker._registered(), self._worker._width
         for job, reserved in granted:
             index = kv.check(job.spec.block_ids)

@@ -207,9 +207,12 @@ class WorkerAdapter:
     def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> list[Job]:
         jobs = self._begin(spec, reported=reported)
         for job in jobs:
-            if not self._link.spawn(self._run, job, refused=partial(self._fail, job, "unavailable")):
-                self._fail(job, "unavailable")
+            self._start(job)
         return jobs
+
+    def _start(self, job: Job) -> None:
+        if not self._link.spawn(self._run, job, refused=partial(self._fail, job, "unavailable")):
+            self._fail(job, "unavailable")
 
     def _wait(self, jobs: Sequence[Job]) -> None:
         wait_for([job.ended for job in jobs], lambda: self._link.alive)
@@ -255,7 +258,7 @@ class WorkerAdapter:
                 self._jobs.count(f"dropped_{reason}", number)
             self._jobs.count("stored_chunks", stored.copied)
             self._jobs.end(job, failed=False)
-        elif spec.lease and await self._device.retrieve(client, spec):
+        elif spec.lease and await self._device.retrieve(client, job):
             self._jobs.count("retrieved_chunks", spec.count)
             self._jobs.end(job, failed=False)
 
@@ -284,7 +287,7 @@ class WorkerAdapter:
             return  # used up before the engine allocated: a miss
         pinned = await self._reply(client.retrieve, spec.lease, spec.start, spec.count)
         try:
-            await self._copiers.run(self._scatter, arena, kv, spec, pinned)
+            await self._copiers.run(self._scatter, arena, kv, spec, pinned, job.fence)
             self._jobs.copied(job)
         except BaseException:
             client.done_nowait(pinned.pin)
@@ -317,8 +320,10 @@ class WorkerAdapter:
             half = None
         self._before_commit(spec)
 
-    def _scatter(self, arena: ArenaMap, kv: "PagedKV", spec: LoadSpec, pinned: Pinned) -> None:
+    def _scatter(self, arena: ArenaMap, kv: "PagedKV", spec: LoadSpec, pinned: Pinned, fence: Any) -> None:
         """In a thread: slots → blocks."""
+        if fence is not None:  # what the engine has still to do with these blocks comes first
+            fence.synchronize()
         self._slots_known(spec)
         half: Callable[[], None] | None = lambda: self._half_copied(spec)  # noqa: E731
         for place in spec.places(unpack_offsets(pinned.offsets), self._width):

@@ -6,8 +6,9 @@
     copy.end()                            # the rest, and its end;   copy.fail(): no more, and its end, as a failure
 
 An engine's memory is a `bytearray` that the device was told of under a nonce: `engine_memory` makes one, in the shape
-of an export. Everything happens in the caller's own task; there are no threads, so a clock may jump. It keeps the
-contract of `Device`, and notes what a device must never be asked to do in `broken_rules`.
+of an export, and `gpu_memory` one as if it lay on a GPU, whose engine orders copies by events: `event` makes one, and
+`happened` is set by the test. Everything happens in the caller's own task; there are no threads, so a clock may jump.
+It keeps the contract of `Device`, and notes what a device must never be asked to do in `broken_rules`.
 """
 
 import secrets
@@ -17,7 +18,7 @@ from contextlib import asynccontextmanager
 import attrs
 import trio
 
-from lmcache_trio.abc import Attached, Copy, Device, Direction, Export, Memory, SharedMemory, Ticket
+from lmcache_trio.abc import Attached, Copy, CudaMemory, Direction, EventDevice, Export, Memory, SharedMemory, Ticket
 from lmcache_trio.errors import Misuse, Unavailable
 
 __all__ = ["FakeAttached", "FakeConfig", "FakeCopy", "FakeDevice"]
@@ -106,7 +107,7 @@ class FakeCopy(Ticket):
                 at += copy.chunk_blocks * piece.length
 
 
-class FakeDevice(Device):
+class FakeDevice(EventDevice):
     """Keeps every copy in `running` until the test ends it."""
 
     Config = FakeConfig
@@ -122,6 +123,8 @@ class FakeDevice(Device):
         self.may_attach = trio.Event()
         """Set by default; a test that clears it (`hold_attach`) makes `attach` wait."""
         self.may_attach.set()
+        self.happened: dict[bytes, trio.Event] = {}
+        """Of each event that `event` made: set it when what it stands for is to have ended."""
         self._engines: dict[bytes, bytearray] = {}
 
     def engine_memory(self, size: int) -> tuple[SharedMemory, bytearray]:
@@ -129,6 +132,17 @@ class FakeDevice(Device):
         nonce = secrets.token_bytes(16)
         self._engines[nonce] = bytearray(size)
         return SharedMemory(size, 3, len(self._engines), nonce), self._engines[nonce]
+
+    def gpu_memory(self, size: int) -> tuple[CudaMemory, bytearray]:
+        """As `engine_memory`, named as an allocation of a GPU."""
+        named, made = self.engine_memory(size)
+        return CudaMemory(size, named.nonce.ljust(64, b"\0"), bytes(16)), made
+
+    def event(self) -> bytes:
+        """What an engine would say that a copy must follow."""
+        event = secrets.token_bytes(64)
+        self.happened[event] = trio.Event()
+        return event
 
     def hold_attach(self) -> None:
         """From now on `attach` waits until `may_attach` is set."""
@@ -153,9 +167,7 @@ class FakeDevice(Device):
             raise Unavailable("the device is not open")
         memory = []
         for each in export.memory:
-            if not isinstance(each, SharedMemory):
-                raise Unavailable("the fake device opens shared host memory alone")
-            found = self._engines.get(each.nonce)
+            found = self._engines.get(each.nonce if isinstance(each, SharedMemory) else each.handle[:16])
             if found is None or len(found) < each.size:
                 raise Misuse("this is not the memory that was exported")
             memory.append(found)
@@ -179,6 +191,11 @@ class FakeDevice(Device):
         await ticket.ended.wait()
         if ticket.error:
             raise Unavailable(ticket.error)
+
+    async def wait_event(self, attached: Attached, event: bytes) -> None:
+        if event not in self.happened:
+            raise Unavailable("this event is not known")
+        await self.happened[event].wait()
 
     def detach(self, attached: Attached) -> None:
         if attached in self.attached and isinstance(attached, FakeAttached):

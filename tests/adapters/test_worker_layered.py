@@ -7,6 +7,8 @@ import torch
 
 from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
 from lmcache_trio.adapters.shared_kv import shared_tensor
+from lmcache_trio.adapters.vllm.metadata import StepPlan
+from lmcache_trio.adapters.vllm.worker_side import WorkerSide
 from lmcache_trio.errors import Misuse
 from lmcache_trio.testing.sides import (
     BLOCK,
@@ -198,8 +200,111 @@ def test_a_step_that_is_dropped_publishes_nothing(
     one.worker.layered.drop_stores()
     one.worker.wait_stores()
     wait_until(lambda: one.worker.statistics()["running"] == 0)
+    assert one.worker.take_finished() == ({"r"}, set()), "who waits for its blocks was never told"
     assert one.lookup("q", TOKENS) == 0
     wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
+    one.store("after", TOKENS, FROM)
+    assert one.worker.statistics()["stored_chunks"] == 3, "what was dropped stands in nobody's way"
+
+
+@both_paths
+def test_a_request_whose_step_computed_with_a_failed_load_gets_its_blocks_back(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    one = sides(live_server.address, kv(1))
+    worker = WorkerSide(one.worker, asynchronous=False, layered=one.worker.layered)
+    bad = LoadSpec("x", 1, b"guessed lease 16", 0, 1, 0, (1, 2, 3, 4))
+    worker.begin(StepPlan(step=1, loads=(bad,), stores=(store_spec(one, "r", TOKENS),), held=("r",)))
+    worker.load()
+    for name in NAMES:
+        worker.wait_layer(name)
+        worker.layer_written(name)
+    worker.store()
+    assert worker.take_failed_blocks() == {1, 2, 3, 4}
+    released: set[str] = set()
+
+    def given_back() -> bool:
+        released.update(worker.report().released)
+        return bool(released)
+
+    wait_until(given_back)
+    assert released == {"r"}
+
+
+@both_paths
+def test_stores_of_a_step_that_was_never_finished_keep_no_preemption_waiting(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    one = sides(live_server.address, kv(1))
+    worker = WorkerSide(one.worker, asynchronous=False, layered=one.worker.layered)
+    worker.begin(StepPlan(step=1, stores=(store_spec(one, "r", TOKENS),)))
+    worker.load()
+    worker.let_go(["r"])
+    assert one.lookup("q", TOKENS) == 0
+
+
+# --- behind what the engine has submitted ---------------------------------------------------------------------------
+
+
+class Fence:
+    """What a GPU's engine would have submitted by now: *said* hears when a copy waited for it."""
+
+    def __init__(self, said: list[str], number: int) -> None:
+        self._said, self._number = said, number
+
+    def synchronize(self) -> None:
+        self._said.append(f"fence {self._number}")
+
+
+class Fenced(WorkerAdapter):
+    """As if its KV were on a GPU: each fence has a number."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.said: list[str] = []
+        self.made = 0
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def make_fence(self) -> Fence:
+        self.made += 1
+        return Fence(self.said, self.made)
+
+    def _layer_copied(self, spec: StoreSpec | LoadSpec, layer: int) -> None:
+        self.said.append(f"layer {layer}")
+
+    def _slots_known(self, spec: StoreSpec | LoadSpec) -> None:
+        self.said.append("copy")
+
+
+def fenced(side: Side) -> Fenced:
+    assert isinstance(side.worker, Fenced)
+    assert side.worker._kv is not None
+    side.worker._kv.fence = side.worker.make_fence  # type: ignore[method-assign]
+    return side.worker
+
+
+def test_a_layer_is_stored_behind_what_writes_it(live_server: ServerProcess, sides: MakeSide) -> None:
+    worker = fenced(one := sides(live_server.address, make_kv(1), worker=Fenced))
+    worker.layered.start_stores([store_spec(one, "r", TOKENS)])
+    begun = worker.made
+    for number, name in enumerate(NAMES, 1):
+        worker.layered.layer_written(name)
+        assert worker.made == begun + number, "it is taken while the host says so, and no later"
+    worker.layered.finish_stores()
+    worker.wait_stores()
+    assert worker.said == [word for i in range(LAYERS) for word in (f"fence {begun + 1 + i}", f"layer {i}")]
+
+
+def test_a_load_writes_behind_what_still_reads_its_blocks(live_server: ServerProcess, sides: MakeSide) -> None:
+    one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv(), worker=Fenced)
+    one.store("r", TOKENS, FROM)
+    worker = fenced(other)
+    worker.retrieve_now([load_spec(other, "q")])
+    assert worker.said == ["fence 1", "copy"]
+    worker.said.clear()
+    worker.layered.start_retrieves([load_spec(other, "p")])
+    worker.layered.wait_retrieves()
+    assert worker.said == ["fence 2", *(f"layer {i}" for i in range(LAYERS))]
+    assert same_blocks(one.kv, FROM, other.kv, INTO)
 
 
 def test_a_worker_that_leaves_in_the_middle_of_a_step_leaves_nothing(

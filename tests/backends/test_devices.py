@@ -2,11 +2,13 @@
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
 import trio
+import trio.testing
 from lmcache_trio_backends.auto_device import AutoConfig, AutoDevice
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.host_device import HostConfig, HostDevice
@@ -169,6 +171,38 @@ async def test_what_was_attached_is_unmapped_when_it_is_detached() -> None:
             device.detach(attached)
             del attached, ticket
             assert mappings(region) == before
+
+
+class SlowToOpen(FakeDevice):
+    """Stands in for the cuda device, which loads a driver first."""
+
+    made = 0
+
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        SlowToOpen.made += 1
+
+    @asynccontextmanager
+    async def open(self, memory: Memory) -> AsyncIterator[None]:
+        await trio.testing.wait_all_tasks_blocked()
+        async with super().open(memory):
+            yield
+
+
+async def test_engines_that_come_at_once_share_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache_trio_backends.cuda_device.CudaDevice", SlowToOpen)
+    monkeypatch.setattr(SlowToOpen, "made", 0)
+    device = AutoDevice(AutoConfig())
+    async with open_memory() as memory, device.open(memory):
+
+        async def attach() -> None:
+            with pytest.raises(Misuse):  # the fake was not told of this memory
+                await device.attach(export(CudaMemory(SIZE, bytes(64), bytes(16))), os.getpid())
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(attach)
+    assert SlowToOpen.made == 1
 
 
 def test_a_region_goes_with_its_last_view() -> None:

@@ -84,6 +84,35 @@ def test_layers_go_one_by_one_and_share_with_nobody() -> None:
     assert found == [[(True, 0, 1)], [(True, 1, 2)], [(True, 2, 3)], [(False, 0, 1)]]
 
 
+def test_layered_loads_of_one_owner_go_layer_by_layer() -> None:
+    transfers = queue()
+    loads = [Transfer(LOAD, owner, [5, 5, 5], layered=True) for owner in ("a", "b", "a")]
+    for load in loads:
+        transfers.submit(load)
+    order = [(loads.index(part.transfer), part.first) for _ in range(9) for part in take(transfers).parts]
+    assert [unit for unit in order if unit[0] != 1] == [(0, 0), (2, 0), (0, 1), (2, 1), (0, 2), (2, 2)]
+    assert [unit for unit in order if unit[0] == 1] == [(1, 0), (1, 1), (1, 2)]
+
+
+def test_what_was_aborted_before_it_was_queued_is_not_queued_any_more() -> None:
+    transfers = queue()
+    load = Transfer(LOAD, "a", [5])
+    assert transfers.abort(load)
+    with pytest.raises(Misuse):
+        transfers.submit(load)
+    assert transfers.next() is None
+
+
+def test_a_batch_whose_end_is_lost_makes_room_and_never_ends_what_it_was_for() -> None:
+    transfers = queue(in_flight=10, batch=10)
+    lost, after = submit(transfers, STORE, [10, 10]), submit(transfers, STORE, [10], "b")
+    transfers.lost(take(transfers))
+    assert transfers.statistics()["copy_bytes_running"] == 0
+    assert not transfers.abort(lost)
+    assert [part.transfer for part in take(transfers).parts] == [after]
+    assert lost.state is TransferState.ENDING
+
+
 def test_a_transfer_that_was_aborted_ends_after_the_copy_that_runs_and_starts_no_other() -> None:
     transfers = queue(batch=10)
     store = submit(transfers, STORE, [10, 10, 10])
@@ -149,6 +178,7 @@ class QueueModel(RuleBasedStateMachine):
         self.busy: dict[Transfer, int] = {}
         self.spoilt: set[Transfer] = set()
         self.ended: set[Transfer] = set()
+        self.lost: set[Transfer] = set()
         self.loads_in_a_row = 0
 
     @rule(
@@ -168,6 +198,7 @@ class QueueModel(RuleBasedStateMachine):
     @rule()
     def start(self) -> None:
         waiting = {direction: list(order) for direction, order in self.order.items()}
+        coming = set(self.transfers.coming())
         batch = self.transfers.next()
         size = sum(running.size for running in self.running)
         if batch is None:
@@ -179,7 +210,12 @@ class QueueModel(RuleBasedStateMachine):
         else:
             assert not waiting[STORE] or self.loads_in_a_row < TURNS
         self.loads_in_a_row = 0 if batch.direction is STORE else self.loads_in_a_row + 1
-        assert [part.transfer for part in batch.parts] == waiting[batch.direction][: len(batch.parts)]
+        order = waiting[batch.direction]
+        if order[0].layered:  # layer 0 of every one of an owner's before layer 1 of any
+            order = [each for each in order if each.layered and each.owner == order[0].owner]
+            order.sort(key=self.started.__getitem__)
+        assert [part.transfer for part in batch.parts] == order[: len(batch.parts)]
+        assert {part.transfer for part in batch.parts} <= coming
         assert len({part.transfer.owner for part in batch.parts}) == 1
         total = 0
         for part in batch.parts:
@@ -211,6 +247,16 @@ class QueueModel(RuleBasedStateMachine):
         for transfer in ended:
             assert transfer.succeeded is (transfer not in self.spoilt)
         self.ended.update(ended)
+
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        if not self.running:
+            return
+        batch = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
+        self.transfers.lost(batch)
+        for part in batch.parts:  # which stay busy for good
+            self.spoil(part.transfer)
+            self.lost.add(part.transfer)
 
     @rule(transfer=submitted)
     def abort(self, transfer: Transfer) -> None:
@@ -253,7 +299,8 @@ class QueueModel(RuleBasedStateMachine):
             if not self.running:
                 break
             self.ended.update(self.transfers.ended(self.running.pop(0)))
-        assert all(transfer.state is TransferState.ENDED for transfer in self.started)
+        for transfer in self.started:
+            assert (transfer.state is TransferState.ENDED) == (transfer not in self.lost)
 
 
 TestQueueModel = QueueModel.TestCase

@@ -208,6 +208,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             shards=pipeline_ranks.world_size * tensor_ranks.world_size,
             block_tokens=self._block_tokens,
             fingerprint_extra=layout_extras(self._vllm_config, self._kv_cache_config),
+            path=self._settings.path,
         )
         self._worker_adapter.register_kv_caches(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
         self._layers = frozenset(kv_caches)

@@ -8,10 +8,11 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 
+from lmcache_trio.adapters.device_path import Path
 from lmcache_trio.client_config import check_interval, load_client_config
 from lmcache_trio.config import default_address
 from lmcache_trio.errors import ConfigError
@@ -33,6 +34,7 @@ class ConnectorSettings:
     """One engine's settings. *namespace* keeps engines apart that would otherwise share chunks.
 
     *layerwise*, with `load = sync` alone: a step begins before its last layer is loaded, and stores as layers finish.
+    *path*: who moves the KV. `auto`: the server where it can open the engine's memory, else the engine's own process.
     """
 
     address: str = attrs.field(factory=default_address)
@@ -42,6 +44,7 @@ class ConnectorSettings:
     load: LoadMode = LoadMode.ASYNC
     namespace: str = ""
     layerwise: bool = False
+    path: Path = "auto"
 
 
 def parse_settings(extra: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ConnectorSettings:
@@ -120,6 +123,13 @@ def _load(key: str, value: Any) -> LoadMode:
         raise ConfigError(key, f"is {value!r}; give 'async' or 'sync'") from None
 
 
+def _path(key: str, value: Any) -> Path:
+    if value not in get_args(Path):
+        raise ConfigError(key, f"is {value!r}; give {', '.join(map(repr, get_args(Path)))}")
+    found: Path = value
+    return found
+
+
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "address": _address,
     "sync_lookup": _truth,
@@ -127,5 +137,6 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "poll_interval": _seconds,
     "load": _load,
     "layerwise": _truth,
+    "path": _path,
     "namespace": _text,
 }

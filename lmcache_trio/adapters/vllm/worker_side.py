@@ -77,6 +77,8 @@ class WorkerSide:
         """Return when nothing reads the blocks of *request_ids* any more: the step is about to overwrite them."""
         busy = self._storing.intersection(request_ids)
         if busy:
+            if self._layered is not None:
+                self._layered.drop_stores()  # of a step that was never stored; nothing otherwise
             self._mover.wait_stores(busy)
 
     def begin(self, plan: StepPlan) -> None:

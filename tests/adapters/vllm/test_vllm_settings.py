@@ -25,8 +25,9 @@ def test_all_settings_are_taken_over() -> None:
         "load": "sync",
         "namespace": "mine",
         "layerwise": True,
+        "path": "device",
     }
-    found = ConnectorSettings("ipc:///run/x.ipc", True, 2.0, 0.01, LoadMode.SYNC, "mine", layerwise=True)
+    found = ConnectorSettings("ipc:///run/x.ipc", True, 2.0, 0.01, LoadMode.SYNC, "mine", layerwise=True, path="device")
     assert parse_settings(extra) == found
 
 
@@ -58,6 +59,8 @@ def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None
         ("load", "lazy"),
         ("namespace", None),
         ("layerwise", "yes"),
+        ("path", "gpu"),
+        ("path", ["shm"]),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_by_name(key: str, value: object) -> None:

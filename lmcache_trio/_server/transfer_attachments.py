@@ -1,0 +1,145 @@
+"""Whose KV is open in the device: which memory belongs to which worker, from Attach until no copy of it runs.
+
+    Attach --opened--> attached --lost / registered or attached anew--> over --last copy ended--> detached
+       |                   `--the end of a copy is not known--> fenced (nothing more is taken) --the same--> over
+       `--refused, or overtaken by what came meanwhile--> an ErrorReply
+
+A registration that comes while memory is being opened makes that memory another layout's: it is let go. What is fenced
+is never let go, since a copy may still run there.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import attrs
+
+from lmcache_trio._core.transfers import Transfer
+from lmcache_trio._server.state import Client, State
+from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply
+from lmcache_trio.abc import Attached, Device, Export
+from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
+
+__all__ = ["Attachment", "Attachments", "Spawn", "Work"]
+
+log = logging.getLogger("lmcache_trio.server")
+
+Spawn = Callable[..., None]
+
+MAX_WORKS = 1024
+"""Requests of one worker that may be under way: one of 32 MiB takes 5 ms, so the last has five seconds before it."""
+
+
+@attrs.define(eq=False)
+class Work:
+    """One request. *grant* is its reservation or pin; *blocks* has `chunk_blocks` entries a slot."""
+
+    number: int
+    grant: bytes
+    slots: Sequence[int]
+    blocks: Sequence[int]
+    event: bytes = b""
+    dropped: dict[str, int] = attrs.field(factory=dict)
+    layers_ended: set[int] = attrs.field(factory=set)
+    layers_told: int = 0
+
+
+@attrs.define(eq=False)
+class Attachment:
+    """One worker's KV, open in the device. *writer* and *reader* are its names in the index."""
+
+    client: Client
+    attached: Attached
+    chunk_blocks: int
+    writer: int
+    reader: int
+    works: dict[int, Transfer] = attrs.field(factory=dict)
+    """What is under way, by the number of its request."""
+    fenced: str = ""
+    """Why nothing more is taken, if so."""
+
+
+class Attachments:
+    """All of them. *over* is told of one that ends; `settle` lets go of it when nothing of it runs any more."""
+
+    def __init__(self, state: State, device: Device, spawn: Spawn, over: Callable[[Attachment], None]) -> None:
+        self._state = state
+        self._device = device
+        self._spawn = spawn
+        self._over = over
+        self._open: dict[int, Attachment] = {}  # by client
+        self._opening: dict[int, object] = {}  # by client: the latest Attach that has no reply yet
+        self._ending: set[Attachment] = set()
+
+    def __len__(self) -> int:
+        return len(self._open) + len(self._ending)
+
+    def attach(self, client: Client, number: int, export: Export, chunk_blocks: int) -> None:
+        """Open *export*, which takes its time; the reply is sent when that is known."""
+        self.lose(client)
+        self._opening[client.number] = mark = object()
+        self._spawn(self._attach, client, number, export, chunk_blocks, mark, name="attach")
+
+    async def _attach(self, client: Client, number: int, export: Export, chunk_blocks: int, mark: object) -> None:
+        attached, reply = await self._opened(client, number, export)
+        latest = self._opening.get(client.number) is mark
+        if latest:
+            del self._opening[client.number]
+        if attached is not None and latest:
+            new = self._state.new_number
+            self._open[client.number] = Attachment(client, attached, chunk_blocks, new(), new())
+        elif attached is not None:
+            self._detach(attached)
+            why = "the layout was registered, or the memory attached, anew while this was being opened"
+            reply = ErrorReply(number, ErrorKind.UNAVAILABLE, why)
+        client.send(reply)
+
+    async def _opened(self, client: Client, number: int, export: Export) -> tuple[Attached | None, Ack | ErrorReply]:
+        try:
+            return await self._device.attach(export, client.peer_pid or 0), Ack(number)
+        except LMCacheTrioError as exc:
+            log.info("the memory of %s cannot be opened: %s", client, exc)
+            kind = ErrorKind.MISUSE if isinstance(exc, Misuse) else ErrorKind.UNAVAILABLE
+            return None, ErrorReply(number, kind, str(exc)[:4000])
+        except Exception as exc:  # a bug of the device's: told to everyone whom it may concern, and contained
+            self._state.counted["device_bugs"] += 1
+            log.exception("bug in the device: the memory of %s was not opened", client)
+            why = f"internal error of the device: {exc!r}"
+            return None, ErrorReply(number, ErrorKind.UNAVAILABLE, why[:4000])
+
+    def of(self, client: Client) -> Attachment:
+        """The attachment of *client*, which may be asked to move one thing more."""
+        found = self._open.get(client.number)
+        if found is None or client.lost:
+            raise Misuse(f"{client} has no memory attached: say Attach, and wait for its reply")
+        if found.fenced:
+            raise Unavailable(found.fenced)
+        if len(found.works) >= MAX_WORKS:
+            raise Unavailable(f"{MAX_WORKS} requests of {client} are under way: wait for some of them")
+        return found
+
+    def find(self, client: Client) -> Attachment | None:
+        """The attachment of *client*, if there is one."""
+        return self._open.get(client.number)
+
+    def lose(self, client: Client) -> None:
+        """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
+        self._opening.pop(client.number, None)
+        attachment = self._open.pop(client.number, None)
+        if attachment is not None:
+            self._ending.add(attachment)
+            self._state.index.lose_worker(attachment.writer)  # nothing is published; the slots stay quarantined
+            self._over(attachment)
+            self.settle(attachment)
+
+    def settle(self, attachment: Attachment) -> None:
+        """Let go of it, if it is over and nothing of it runs any more."""
+        if attachment in self._ending and not attachment.works:
+            self._ending.remove(attachment)
+            self._detach(attachment.attached)
+
+    def _detach(self, attached: Attached) -> None:
+        try:
+            self._device.detach(attached)
+        except Exception:  # an engine's memory stays open, and nothing else comes of it
+            self._state.counted["device_bugs"] += 1
+            log.exception("bug in the device: it did not let go of an engine's memory")

@@ -1,0 +1,157 @@
+"""How long a worker waits for the server that moves its KV, and when its blocks are its own again: with no server."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from lmcache_trio._transport.conversation import Reply
+from lmcache_trio._wire.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Hello,
+    LayersDone,
+    Message,
+    RetrieveBlocks,
+    Retrieved,
+    Role,
+    StoreBlocks,
+    Stored,
+    Withdraw,
+)
+from lmcache_trio.adapters.device_path import DevicePath
+from lmcache_trio.adapters.jobs import Job
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError, Unavailable
+
+TIMEOUT = 5.0
+
+
+class Server:
+    """The server as a client object shows it: what was asked, and when; the test replies."""
+
+    boot = b"b" * 16
+    lost = False
+
+    def __init__(self) -> None:
+        self.asked: dict[int, Callable[[Reply], None]] = {}
+        self.said: list[Message] = []
+        self.noticed: list[tuple[float, Message]] = []
+        self._ids = iter(range(1, 1000))
+
+    def new_id(self) -> int:
+        return next(self._ids)
+
+    def request_nowait(self, message: Any, on_reply: Callable[[Reply], None]) -> None:
+        self.said.append(message)
+        self.asked[message.id] = on_reply
+
+    def notice_nowait(self, message: Message) -> None:
+        self.noticed.append((trio.current_time(), message))
+        if isinstance(message, Withdraw):
+            self.asked.pop(message.request)(Stored(message.request, 0, 0, {"failed": 1}))
+
+
+class Fence:
+    def ipc_handle(self) -> bytes:
+        return b"e" * 64
+
+
+def store(fence: Any = None) -> Job:
+    return Job(StoreSpec("r", 1, b"", b"d" * 32, (0, 1)), reported=True, fence=fence)
+
+
+def load(fence: Any = None) -> Job:
+    return Job(LoadSpec("r", 1, b"a lease", 0, 1, 0, (0, 1)), reported=True, fence=fence)
+
+
+@pytest.fixture
+def path() -> DevicePath:
+    hello = Hello(PROTOCOL_VERSION, "worker", b"t" * 16, Role.WORKER, "engine", 0, 1)
+    return DevicePath("auto", "memory://nowhere", hello, TIMEOUT)
+
+
+async def test_a_request_is_late_when_nothing_comes_of_any_not_when_it_waits_behind_others(
+    path: DevicePath, autojump_clock: trio.testing.MockClock
+) -> None:
+    server: Any = Server()
+    copied: list[int] = []
+
+    async def one() -> None:
+        copied.append((await path.store(server, store())).copied)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(one)
+        for number in (1, 2):
+            await trio.sleep(0.8 * TIMEOUT)
+            server.asked.pop(number)(Stored(number, 1, 1, {}))
+        await trio.sleep(0.8 * TIMEOUT)
+        assert server.noticed == [], "the third waited for 2.4 times as long as nothing may come"
+        path._said(LayersDone(99, 1))  # another request's layer counts, too
+        began = trio.current_time()
+    assert copied == [1, 1, 0]
+    assert server.noticed == [(began + TIMEOUT, Withdraw(3))]
+
+
+async def test_what_the_engine_submitted_goes_before_its_copies(path: DevicePath) -> None:
+    server: Any = Server()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(path.store, server, store(Fence()))
+        nursery.start_soon(path.retrieve, server, load(Fence()))
+        await trio.testing.wait_all_tasks_blocked()
+        kinds = {type(message): message for message in server.said}
+        assert kinds[StoreBlocks].event == kinds[RetrieveBlocks].event == b"e" * 64
+        for message in server.said:
+            stored = isinstance(message, StoreBlocks)
+            server.asked[message.id](Stored(message.id, 1, 1, {}) if stored else Retrieved(message.id, True))
+
+
+class Asker:
+    boot = Server.boot
+
+    def new_id(self) -> int:
+        return 1
+
+    async def request(self, message: Message, kind: type[Message]) -> Message:
+        return Ack(1)
+
+
+@pytest.mark.parametrize("error", [Misuse("it is stopping"), ProtocolError("another version"), Unavailable("no more")])
+async def test_a_server_that_refuses_to_say_what_it_moves_is_asked_again_after_a_while_and_complained_of(
+    path: DevicePath,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    autojump_clock: trio.testing.MockClock,
+    error: LMCacheTrioError,
+) -> None:
+    asked: list[float] = []
+
+    @asynccontextmanager
+    async def connect(address: str, hello: Hello) -> AsyncIterator[Asker]:
+        await trio.lowlevel.checkpoint()
+        asked.append(trio.current_time())
+        if trio.current_time() < 60:
+            raise error
+        yield Asker()
+
+    async def wait_listening(address: str) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def wait_exit(done: trio.CancelScope) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr("lmcache_trio.adapters.device_path.connect", connect)
+    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_listening", wait_listening)
+    monkeypatch.setattr(path, "_wait_exit", wait_exit)
+    server: Any = Server()
+    with caplog.at_level(logging.WARNING, "lmcache_trio"), trio.fail_after(1000):
+        autojump_clock.jump(0)
+        await path._let_go(server)
+    assert 60 <= trio.current_time() < 70
+    assert len(asked) < 30, "it was asked without a pause"
+    assert sum(str(error) in record.message for record in caplog.records) == 1
