@@ -11,20 +11,18 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import trio
 
-from lmcache_trio._core.keys import seed_of, split_digests
-from lmcache_trio._transport.arena_map import ArenaMap
-from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
-from lmcache_trio._wire.messages import MAX_DIGESTS, PROTOCOL_VERSION, Hello, Pinned, Reserved, Role
+from lmcache_trio._core.keys import seed_of
+from lmcache_trio._wire.messages import MAX_DIGESTS, PROTOCOL_VERSION, Hello, Role
 from lmcache_trio.adapters.copiers import Copiers
 from lmcache_trio.adapters.device_path import ATTACH_TIMEOUT, DevicePath, Path
 from lmcache_trio.adapters.jobs import Job, Jobs, wait_for
 from lmcache_trio.adapters.layered import LayeredMoves
 from lmcache_trio.adapters.link import Link
+from lmcache_trio.adapters.shm_path import ShmPath
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
@@ -77,6 +75,7 @@ class WorkerAdapter:
         self._chunk_tokens = chunk_tokens or block_tokens
         self.layered = LayeredMoves(self)
         """Moves that go layer by layer beside the forward pass."""
+        self._shm = ShmPath(self)
         self._copiers = Copiers(f"lmcache-trio copies {shard}")
         self._token = os.urandom(16)
         self._connected_before = False
@@ -243,9 +242,9 @@ class WorkerAdapter:
             if self.path == "device":
                 await self._move(client, job)
             elif isinstance(job.spec, StoreSpec):
-                await self._store(client, client.arena, self._kv, job)
+                await self._shm.store(client, client.arena, self._kv, job)
             else:
-                await self._retrieve(client, client.arena, self._kv, job)
+                await self._shm.retrieve(client, client.arena, self._kv, job)
         except LMCacheTrioError as exc:
             logger.info("a %s of %s failed: %s", type(job.spec).__name__, job.spec.request_id, exc)
         except Exception:  # a bug: it costs this one move
@@ -267,76 +266,6 @@ class WorkerAdapter:
         elif spec.lease and await self._device.retrieve(client, job):
             self._jobs.count("retrieved_chunks", spec.count)
             self._jobs.end(job, failed=False)
-
-    async def _store(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:
-        spec = job.spec
-        assert isinstance(spec, StoreSpec)
-        reserved = await self._reply(self._reserve_in_turn, client, job, spec)
-        try:
-            if reserved.reservation:
-                await self._copiers.run(self._gather, arena, kv, spec, reserved, job.fence)
-            self._jobs.copied(job)
-        except BaseException:
-            client.abort_nowait(reserved.reservation)
-            raise
-        for reason, number in reserved.dropped.items():
-            self._jobs.count(f"dropped_{reason}", number)
-        if reserved.reservation:
-            await self._reply(client.commit, reserved.reservation)
-            self._jobs.count("stored_chunks", len(unpack_positions(reserved.positions)))
-        self._jobs.end(job, failed=False)
-
-    async def _retrieve(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:
-        spec = job.spec
-        assert isinstance(spec, LoadSpec)
-        if not spec.lease:
-            return  # used up before the engine allocated: a miss
-        pinned = await self._reply(client.retrieve, spec.lease, spec.start, spec.count)
-        try:
-            await self._copiers.run(self._scatter, arena, kv, spec, pinned, job.fence)
-            self._jobs.copied(job)
-        except BaseException:
-            client.done_nowait(pinned.pin)
-            raise
-        if await self._reply(client.done, pinned.pin):
-            self._jobs.count("retrieved_chunks", spec.count)
-            self._jobs.end(job, failed=False)
-
-    async def _reserve_in_turn(self, client: Client, job: Job, spec: StoreSpec) -> Reserved:
-        """Tasks begin in any order; stores are reserved in the order in which they were submitted."""
-        if job.before is not None:
-            await job.before.asked.wait()
-            job.before = None
-        reserved = await client.reserve(spec.session, spec.parent, split_digests(spec.digests))
-        job.asked.set()
-        return reserved
-
-    def _gather(self, arena: ArenaMap, kv: "PagedKV", spec: StoreSpec, reserved: Reserved, fence: Any) -> None:
-        """In a thread: blocks → slots."""
-        if fence is not None:
-            fence.synchronize()
-        self._slots_known(spec)
-        index = kv.check(spec.block_ids)
-        width = len(index) // spec.chunks
-        half: Callable[[], None] | None = lambda: self._half_copied(spec)  # noqa: E731
-        positions, offsets = unpack_positions(reserved.positions), unpack_offsets(reserved.offsets)
-        for position, offset in zip(positions, offsets, strict=True):
-            slot = np.frombuffer(arena.view(offset, kv.block_bytes * width), dtype=np.uint8)
-            kv.gather(index[position * width : (position + 1) * width], slot, half)
-            half = None
-        self._before_commit(spec)
-
-    def _scatter(self, arena: ArenaMap, kv: "PagedKV", spec: LoadSpec, pinned: Pinned, fence: Any) -> None:
-        """In a thread: slots → blocks."""
-        if fence is not None:  # what the engine has still to do with these blocks comes first
-            fence.synchronize()
-        self._slots_known(spec)
-        half: Callable[[], None] | None = lambda: self._half_copied(spec)  # noqa: E731
-        for place in spec.places(unpack_offsets(pinned.offsets), self._width):
-            slot = np.frombuffer(arena.view(place.offset, kv.block_bytes * self._width), dtype=np.uint8)
-            kv.scatter(slot, self._width, place.skip, kv.check(place.block_ids), half)
-            half = None
-        self._before_valid(spec)
 
     async def _reply(self, ask: Callable[..., Awaitable[_T]], *args: object) -> _T:
         with trio.move_on_after(self._reply_timeout):

@@ -1,0 +1,107 @@
+"""The `shm` path of a worker: this process copies between its blocks and slots of the arena, in threads.
+
+A store is reserve → copy → commit, a retrieve is pin → copy → "still valid?". It is the half of a `WorkerAdapter` that
+touches bytes; which path a job takes, and what a failure means, is decided there.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lmcache_trio._core.keys import split_digests
+from lmcache_trio._transport.arena_map import ArenaMap
+from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
+from lmcache_trio._wire.messages import Pinned, Reserved
+from lmcache_trio.adapters.jobs import Job
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.client import Client
+
+if TYPE_CHECKING:
+    from lmcache_trio.adapters.paged import PagedKV
+    from lmcache_trio.adapters.worker import WorkerAdapter
+
+__all__ = ["ShmPath"]
+
+
+class ShmPath:
+    """The copying half of a `WorkerAdapter`, which it belongs to."""
+
+    def __init__(self, worker: "WorkerAdapter") -> None:
+        self._worker = worker
+
+    async def store(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:
+        """Store what *job* says; it ends here if it ends well."""
+        spec = job.spec
+        assert isinstance(spec, StoreSpec)
+        reserved = await self._worker._reply(self._reserve_in_turn, client, job, spec)
+        try:
+            if reserved.reservation:
+                await self._worker._copiers.run(self._gather, arena, kv, spec, reserved, job.fence)
+            self._worker._jobs.copied(job)
+        except BaseException:
+            client.abort_nowait(reserved.reservation)
+            raise
+        for reason, number in reserved.dropped.items():
+            self._worker._jobs.count(f"dropped_{reason}", number)
+        if reserved.reservation:
+            await self._worker._reply(client.commit, reserved.reservation)
+            self._worker._jobs.count("stored_chunks", len(unpack_positions(reserved.positions)))
+        self._worker._jobs.end(job, failed=False)
+
+    async def retrieve(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:
+        """Fill *job*'s blocks; it ends here if they are valid."""
+        spec = job.spec
+        assert isinstance(spec, LoadSpec)
+        if not spec.lease:
+            return  # used up before the engine allocated: a miss
+        pinned = await self._worker._reply(client.retrieve, spec.lease, spec.start, spec.count)
+        try:
+            await self._worker._copiers.run(self._scatter, arena, kv, spec, pinned, job.fence)
+            self._worker._jobs.copied(job)
+        except BaseException:
+            client.done_nowait(pinned.pin)
+            raise
+        if await self._worker._reply(client.done, pinned.pin):
+            self._worker._jobs.count("retrieved_chunks", spec.count)
+            self._worker._jobs.end(job, failed=False)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    async def _reserve_in_turn(self, client: Client, job: Job, spec: StoreSpec) -> Reserved:
+        """Tasks begin in any order; stores are reserved in the order in which they were submitted."""
+        if job.before is not None:
+            await job.before.asked.wait()
+            job.before = None
+        reserved = await client.reserve(spec.session, spec.parent, split_digests(spec.digests))
+        job.asked.set()
+        return reserved
+
+    # --- in a thread ------------------------------------------------------------------------------------------------
+
+    def _gather(self, arena: ArenaMap, kv: "PagedKV", spec: StoreSpec, reserved: Reserved, fence: Any) -> None:
+        """Blocks → slots."""
+        if fence is not None:
+            fence.synchronize()
+        self._worker._slots_known(spec)
+        index = kv.check(spec.block_ids)
+        width = len(index) // spec.chunks
+        half: Callable[[], None] | None = lambda: self._worker._half_copied(spec)  # noqa: E731
+        positions, offsets = unpack_positions(reserved.positions), unpack_offsets(reserved.offsets)
+        for position, offset in zip(positions, offsets, strict=True):
+            slot = np.frombuffer(arena.view(offset, kv.block_bytes * width), dtype=np.uint8)
+            kv.gather(index[position * width : (position + 1) * width], slot, half)
+            half = None
+        self._worker._before_commit(spec)
+
+    def _scatter(self, arena: ArenaMap, kv: "PagedKV", spec: LoadSpec, pinned: Pinned, fence: Any) -> None:
+        """Slots → blocks."""
+        if fence is not None:  # what the engine has still to do with these blocks comes first
+            fence.synchronize()
+        self._worker._slots_known(spec)
+        half: Callable[[], None] | None = lambda: self._worker._half_copied(spec)  # noqa: E731
+        for place in spec.places(unpack_offsets(pinned.offsets), self._worker._width):
+            slot = np.frombuffer(arena.view(place.offset, kv.block_bytes * self._worker._width), dtype=np.uint8)
+            kv.scatter(slot, self._worker._width, place.skip, kv.check(place.block_ids), half)
+            half = None
+        self._worker._before_valid(spec)
