@@ -7,7 +7,7 @@ import attrs
 
 from lmcache_trio.errors import ConfigError
 from lmcache_trio_backends._disk_policy import ADMISSIONS
-from lmcache_trio_backends._disk_rows import ALIGNMENT
+from lmcache_trio_backends._disk_records import ALIGNMENT
 
 __all__ = ["DURABILITIES", "MIN_SIZE", "Budget", "DiskConfig"]
 

@@ -21,18 +21,8 @@ import numpy as np
 from lmcache_trio.abc import Arena, ChunkKey
 from lmcache_trio.errors import Misuse
 from lmcache_trio_backends._disk_leaves import Leaves
-from lmcache_trio_backends._disk_rows import (
-    ALIGNMENT,
-    FREE,
-    Doomed,
-    Read,
-    Row,
-    Rows,
-    Space,
-    Write,
-    extent_of,
-    index_cost,
-)
+from lmcache_trio_backends._disk_records import ALIGNMENT, Doomed, Read, Row, Write, extent_of, index_cost
+from lmcache_trio_backends._disk_rows import FREE, Rows, Space
 
 __all__ = ["Directory"]
 

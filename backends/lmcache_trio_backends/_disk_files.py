@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_index import IndexFile
-from lmcache_trio_backends._disk_rows import ALIGNMENT
+from lmcache_trio_backends._disk_records import ALIGNMENT
 from lmcache_trio_backends._disk_slabs import Lock, Slabs, flush_directory, probe
 
 __all__ = ["Files"]

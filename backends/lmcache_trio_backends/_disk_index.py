@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lmcache_trio.errors import ConfigError
-from lmcache_trio_backends._disk_rows import Doomed, Row, is_sound
+from lmcache_trio_backends._disk_records import Doomed, Row, is_sound
 
 __all__ = ["PAGE", "Damaged", "IndexFile", "is_corrupt"]
 

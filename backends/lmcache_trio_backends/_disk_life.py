@@ -22,8 +22,8 @@ from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_policy import Admission
 from lmcache_trio_backends._disk_reading import Reading
+from lmcache_trio_backends._disk_records import MAX_SHARDS, Read, Write, extent_of, name_of
 from lmcache_trio_backends._disk_room import Room
-from lmcache_trio_backends._disk_rows import MAX_SHARDS, Read, Write, extent_of, name_of
 from lmcache_trio_backends._disk_slabs import ByteIO
 from lmcache_trio_backends._disk_transfer import Transfer, flat
 from lmcache_trio_backends._disk_worker import Worker

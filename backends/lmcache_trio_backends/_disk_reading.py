@@ -14,7 +14,7 @@ from lmcache_trio.abc import ChunkKey
 from lmcache_trio.errors import Unavailable
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
-from lmcache_trio_backends._disk_rows import Read, Row, name_of
+from lmcache_trio_backends._disk_records import Read, Row, name_of
 from lmcache_trio_backends._disk_worker import Worker
 
 __all__ = ["PAGE_ROWS", "SMALL_PAGES", "Reading"]

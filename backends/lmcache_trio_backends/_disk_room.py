@@ -12,7 +12,7 @@ import trio
 from lmcache_trio.abc import ChunkKey
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
-from lmcache_trio_backends._disk_rows import Write, extent_of
+from lmcache_trio_backends._disk_records import Write, extent_of
 from lmcache_trio_backends._disk_worker import Worker
 
 __all__ = ["Room"]

@@ -1,141 +1,21 @@
-"""The disk tier's records as rows of flat arrays, and the values that pass between its parts.
+"""The disk tier's records as rows of flat arrays.
 
 A million rows are a few flat arrays, and dicts of bytes, to the garbage collector: it has nothing to visit. This module
 keeps names and rows in order and decides nothing: what a state means, and when it changes, stands in `_disk_directory`.
 """
 
-import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import attrs
+from lmcache_trio_backends._disk_records import NAME, Row, extent_of, index_cost, unpack
 
-from lmcache_trio.abc import ChunkKey
+__all__ = ["FREE", "Rows", "Space"]
 
-__all__ = [
-    "ALIGNMENT",
-    "FREE",
-    "MAX_SHARDS",
-    "Doomed",
-    "Read",
-    "Row",
-    "Rows",
-    "Space",
-    "Write",
-    "extent_of",
-    "index_cost",
-    "is_sound",
-    "name_of",
-    "pack",
-    "round_up",
-    "unpack",
-]
-
-ALIGNMENT = 4096
 FREE = 0
-_NAME = 32
-"""Bytes of a namespace, and of a digest."""
-_SHARD = struct.Struct("<QQ")
-MAX_SHARDS = 256
-"""Of one chunk: a record of so many takes one page beside its tree, and three of the log, which is planned for them."""
 _TABLES = 256
 """Tables a namespace, by the digest's first byte: growing or sorting a million entries at once would stop the loop."""
-_LIMIT = 1 << 61
-"""No generation, recency, place or extent is as large. A flipped bit below it leaves room to count on from there."""
 _BLOCK = 256
 """Rows by which the arrays grow."""
-
-Row = tuple[bytes, bytes, int, int, int, bytes]
-"""A row of the index file: key (namespace + digest), parent, offset, generation, recency, packed shards."""
-
-
-def name_of(key: ChunkKey) -> bytes:
-    """*key* as the index file has it."""
-    return key.namespace + key.digest
-
-
-def round_up(length: int) -> int:
-    """*length* in whole 4 KiB pages."""
-    return -(-length // ALIGNMENT) * ALIGNMENT
-
-
-def extent_of(lengths: Iterable[int]) -> int:
-    """Bytes that a chunk takes in the slabs: each shard begins on a 4 KiB boundary."""
-    return sum(round_up(length) for length in lengths)
-
-
-def index_cost(shards: int) -> int:
-    """Bytes of the index file that one record of at most `MAX_SHARDS` may take.
-
-    SQLite fills the pages of its tree to a third at least. Of a record of more than 1,002 bytes it keeps 489 there, and
-    the rest in a page of its own ("B-tree Cell Format" in its file format, for pages of 4,096 bytes).
-    """
-    size = 150 + _SHARD.size * shards
-    return 3 * size if size - 20 <= 1002 else 3 * (489 + 20) + 4096
-
-
-def pack(lengths: Sequence[int], sums: Sequence[int]) -> bytes:
-    """Shard lengths and checksums as the index file keeps them."""
-    return b"".join(_SHARD.pack(length, total) for length, total in zip(lengths, sums, strict=True))
-
-
-def unpack(packed: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The inverse of `pack`."""
-    numbers = struct.unpack(f"<{len(packed) // 8}Q", packed)
-    return numbers[::2], numbers[1::2]
-
-
-def is_sound(row: Row) -> bool:
-    """Whether we may have written *row*. Where other rows lie, and where the slabs end, it can't tell."""
-    key, parent, offset, generation, recency, shards = row
-    if len(key) != 2 * _NAME or len(parent) not in (0, _NAME) or not shards or len(shards) % _SHARD.size:
-        return False
-    if not (0 <= offset < _LIMIT and 0 < generation < _LIMIT and 0 <= recency < _LIMIT) or offset % ALIGNMENT:
-        return False
-    return 0 < extent_of(unpack(shards)[0]) < _LIMIT
-
-
-@attrs.frozen
-class Write:
-    """A chunk being written: *offset* in the slabs is its own until it is published or aborted."""
-
-    row: int
-    key: ChunkKey
-    parent: bytes
-    lengths: tuple[int, ...]
-    offset: int
-    generation: int
-    recency: int
-
-    def as_row(self, sums: Sequence[int]) -> Row:
-        """What the index file is to keep; *sums* are the shards' checksums."""
-        return name_of(self.key), self.parent, self.offset, self.generation, self.recency, pack(self.lengths, sums)
-
-
-@attrs.frozen
-class Read:
-    """A chunk being read. *row* is -1 for one that was found before the directory was rebuilt: nothing holds it."""
-
-    key: ChunkKey
-    row: int
-    offset: int
-    generation: int
-    lengths: tuple[int, ...]
-    sums: tuple[int, ...]
-
-    @classmethod
-    def of_row(cls, found: Row) -> "Read":
-        """From a row of the index file."""
-        return cls(ChunkKey(found[0][:_NAME], found[0][_NAME:]), -1, found[2], found[3], *unpack(found[5]))
-
-
-@attrs.frozen
-class Doomed:
-    """A record whose row is to be erased from the index file; a newer *generation* under its key is another's."""
-
-    row: int
-    key: bytes
-    generation: int
 
 
 class Space:
@@ -223,11 +103,11 @@ class Rows:
         return space
 
     def digest(self, row: int) -> bytes:
-        return bytes(self._digest[row * _NAME : (row + 1) * _NAME])
+        return bytes(self._digest[row * NAME : (row + 1) * NAME])
 
     def parent(self, row: int) -> bytes:
         """Its parent's digest; empty: none."""
-        return bytes(self._parent[row * _NAME : (row + 1) * _NAME]) if self._has_parent[row] else b""
+        return bytes(self._parent[row * NAME : (row + 1) * NAME]) if self._has_parent[row] else b""
 
     def key(self, row: int) -> bytes:
         """Its name as the index file has it."""
@@ -253,18 +133,18 @@ class Rows:
         """A new row that goes by its name from now on."""
         key, parent, offset, generation, recency, shards = found
         row = self._free.pop() if self._free else self._next()
-        namespace, digest = key[:_NAME], key[_NAME:]
+        namespace, digest = key[:NAME], key[NAME:]
         space = self._by_name.get(namespace) or self._new_space(namespace)
         lengths, sums = unpack(shards)
         shape = self._by_lengths.get(lengths) or self._new_shape(lengths)
         self.state[row] = state
         self.offset[row], self.extent[row] = offset, shape.extent
         self.generation[row], self.recency[row] = generation, recency
-        at = row * _NAME
-        self._digest[at : at + _NAME] = digest
+        at = row * NAME
+        self._digest[at : at + NAME] = digest
         self._has_parent[row] = bool(parent)
         if parent:
-            self._parent[at : at + _NAME] = parent
+            self._parent[at : at + NAME] = parent
         self._space[row], self._shape[row] = space.number, shape.number
         if shape.free:
             self._place[row] = shape.free.pop()
@@ -328,7 +208,7 @@ class Rows:
             for small in (self.state, self.queued, self._has_parent):
                 small += bytes(_BLOCK)
             for name in (self._digest, self._parent):
-                name += bytes(_NAME * _BLOCK)
+                name += bytes(NAME * _BLOCK)
             for numbers in (self.offset, self.extent, self.generation, self.recency):
                 numbers.frombytes(bytes(8 * _BLOCK))
             for counts in (self.children, self.holders, self._space, self._shape, self._place):

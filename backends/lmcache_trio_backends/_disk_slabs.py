@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from lmcache_trio.errors import ConfigError
-from lmcache_trio_backends._disk_rows import ALIGNMENT, round_up
+from lmcache_trio_backends._disk_records import ALIGNMENT, round_up
 
 __all__ = ["ByteIO", "Lock", "Slabs", "fallocate", "flush_directory", "probe"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import attrs
 import xxhash
 
-from lmcache_trio_backends._disk_rows import round_up
+from lmcache_trio_backends._disk_records import round_up
 from lmcache_trio_backends._disk_slabs import ByteIO
 
 __all__ = ["PIECE", "Transfer", "flat"]

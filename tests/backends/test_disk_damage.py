@@ -10,7 +10,7 @@ import pytest
 import trio
 from lmcache_trio_backends._disk_config import Budget
 from lmcache_trio_backends._disk_files import Files
-from lmcache_trio_backends._disk_rows import pack
+from lmcache_trio_backends._disk_records import pack
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
 from lmcache_trio.errors import Unavailable

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from lmcache_trio_backends._disk_directory import Directory
-from lmcache_trio_backends._disk_rows import Doomed, Read, Row, Write, extent_of, index_cost
+from lmcache_trio_backends._disk_records import Doomed, Read, Row, Write, extent_of, index_cost
 
 from lmcache_trio._core.arena import Arena
 from lmcache_trio.abc import ChunkKey

@@ -11,7 +11,7 @@ import pytest
 import trio
 from lmcache_trio_backends import _disk_life
 from lmcache_trio_backends._disk_index import IndexFile
-from lmcache_trio_backends._disk_rows import Row, pack
+from lmcache_trio_backends._disk_records import Row, pack
 from lmcache_trio_backends._disk_slabs import Slabs
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 

@@ -18,7 +18,7 @@ from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_index import IndexFile
 from lmcache_trio_backends._disk_leaves import _GLANCES
-from lmcache_trio_backends._disk_rows import Row, pack
+from lmcache_trio_backends._disk_records import Row, pack
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
 from lmcache_trio._core.arena import Arena
