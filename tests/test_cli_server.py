@@ -56,8 +56,14 @@ def _nothing_is_left_running() -> Iterator[None]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Server:
-    return start(f"unix://{tmp_path}/server.sock")
+def scheme() -> str:
+    """Of the server's address; tests of what hangs on the transport set it."""
+    return "unix"
+
+
+@pytest.fixture
+def server(tmp_path: Path, scheme: str) -> Server:
+    return start(f"{scheme}://{tmp_path}/server.sock")
 
 
 def status(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -116,7 +122,7 @@ def test_status_without_a_server_is_one_line_at_once(tmp_path: Path) -> None:
     failed(status(address, "--timeout", "30"), address)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--json"]])
+@pytest.mark.parametrize(("scheme", "arguments"), [("unix", []), ("ipc", []), ("unix", ["--json"])])
 def test_status_of_a_stopped_server_returns_by_its_deadline(server: Server, arguments: list[str]) -> None:
     server.process.send_signal(signal.SIGSTOP)
     try:
@@ -127,6 +133,7 @@ def test_status_of_a_stopped_server_returns_by_its_deadline(server: Server, argu
     assert status(server.address).returncode == 0
 
 
+@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 def test_processes_that_end_as_soon_as_they_gave_up_on_a_stopped_server_end_with_their_own_status(
     server: Server,
 ) -> None:
