@@ -157,8 +157,8 @@ def _install_wheel(session: nox.Session, *more: str) -> None:
     _share_torch(session)
     dist = _dist(session)
     session.run_install("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(dist), str(ROOT))
-    (wheel,) = dist.glob("*.whl")
-    session.install("-c", str(CONSTRAINTS), str(wheel), *more)
+    for wheel in dist.glob("*.whl"):  # none where nox was told to install nothing (-R)
+        session.install("-c", str(CONSTRAINTS), str(wheel), *more)
     _check_installed(session)
 
 

@@ -9,7 +9,7 @@ import trio
 
 import lmcache_trio.client
 from lmcache_trio import Unavailable, open_client
-from lmcache_trio._transport import listen
+from lmcache_trio._transport import dial_pair, listen
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import Welcome
 from lmcache_trio.adapters import SchedulerAdapter
@@ -49,16 +49,16 @@ def test_an_adapter_whose_server_was_killed_behind_its_welcome_finds_the_next_on
 ) -> None:
     server = ServerProcess(f"{scheme}://{tmp_path}/s.sock")
     server.start()
-    real, killed = lmcache_trio.client.dial_pair, []
+    real, killed = dial_pair, list[str]()
 
-    async def dial_pair(address: str) -> object:
+    async def kill_first(address: str) -> object:
         if not killed:
             killed.append(address)
             server.kill()
         return await real(address)
 
     monkeypatch.setattr(lmcache_trio.client, "TAKE_UP", 0.5)
-    monkeypatch.setattr(lmcache_trio.client, "dial_pair", dial_pair)
+    monkeypatch.setattr(lmcache_trio.client, "dial_pair", kill_first)
     adapter = SchedulerAdapter(server.address, engine_id="e", identity=["m"], block_tokens=4, connect_timeout=0.1)
     try:
         wait_until(lambda: bool(killed))
