@@ -32,7 +32,7 @@ def engine(link: Connection, size: int) -> None:
         offset, data, length = asked
         if offset < 0:  # all bytes become *length*, some time later
             event = torch.cuda.Event(blocking=True, interprocess=True)  # type: ignore[no-untyped-call]
-            torch.cuda._sleep(100_000_000)  # type: ignore[attr-defined]
+            torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
             tensor.fill_(length)
             event.record()
             link.send(event.ipc_handle())  # type: ignore[no-untyped-call]
