@@ -2,8 +2,11 @@
 
 import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -246,6 +249,42 @@ def test_a_region_goes_with_its_last_view() -> None:
     del view
     with pytest.raises(OSError):
         os.fstat(fd)
+
+
+WITHOUT_CUDA = """
+import os, sys, trio
+
+class Tripwire:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("cuda", "torch") or name.endswith("cuda_device"):
+            raise SystemExit(f"{name} was imported")
+
+sys.meta_path.insert(0, Tripwire())
+from lmcache_trio import Config, open_server
+from lmcache_trio.abc import Copy, Direction, Export
+from lmcache_trio._core.exports import DType, TensorView
+from lmcache_trio.adapters.shared_kv import SharedRegion
+
+async def main():
+    region = SharedRegion(4 * 4096)
+    view = TensorView(0, 4096, DType.uint8, (4, 4096), (4096, 1))
+    config = Config(address=f"ipc://{sys.argv[1]}/s.ipc", memory={"backend": "cpu", "size": 1 << 20})
+    async with open_server(config) as server:
+        device = server._state.transfer._device
+        print(type(device).__name__)
+        attached = await device.attach(Export((region.memory(),), (view,), 4), os.getpid())
+        await device.wait_ended(device.start(Copy(attached, Direction.STORE, [4096], [0, 1], 2, (0, 1))))
+        device.detach(attached)
+        print(device.statistics()["copies"])
+
+trio.run(main)
+"""
+
+
+def test_a_server_that_starts_and_opens_shared_memory_looks_for_no_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_CUDA, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout.split()) == (0, ["AutoDevice", "1"]), found.stderr
 
 
 # --- every layout there is ------------------------------------------------------------------------------------------

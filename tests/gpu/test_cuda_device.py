@@ -1,77 +1,29 @@
-"""The cuda device, where there is a GPU: its contract, with an engine in a process of its own; bytes, and GB/s.
+"""The cuda device, where there is a GPU: its contract, bytes, events, memory; the engine is a process of its own."""
 
-A process cannot open its own exports, so the engine's memory is held by a child, which reads and writes it on request.
-"""
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
-import multiprocessing
-import time
-from collections.abc import Iterator
-from multiprocessing.connection import Connection
-from typing import Any
-
+import numpy as np
 import pytest
 import torch
 import trio
+from gpu_engine import BLOCK, BLOCKS, ChildMemory
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
 
 from lmcache_trio._core.exports import DType, TensorView
-from lmcache_trio.abc import Copy, CudaMemory, Device, Direction, Export
+from lmcache_trio.abc import Copy, Device, Direction, Export
+from lmcache_trio.errors import Unavailable
 from lmcache_trio.testing.device_contract import DeviceContract, EngineMemory, MakeDevice, MakeEngineMemory
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: there is no GPU"),
 ]
-
-LAYERS, BLOCK_BYTES, BLOCKS = 32, 2 * 8 * 128 * 16, 4096
-"""Llama-3-8B: 8 KV heads of 128 in bfloat16, blocks of 16 tokens; K and V apart."""
-
-
-def engine(link: Connection, size: int) -> None:
-    """In the child: holds *size* bytes of GPU memory, allocated by the driver alone."""
-    from lmcache_trio.adapters.cuda_kv import cuda_memory_of
-
-    tensor = torch.zeros(size, dtype=torch.uint8, device="cuda")
-    memory, base = cuda_memory_of(tensor)
-    link.send((memory.size, memory.handle, memory.uuid, tensor.data_ptr() - base))
-    while (asked := link.recv()) is not None:
-        offset, data, length = asked
-        if data is not None:
-            tensor[offset : offset + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).cuda()
-        torch.cuda.synchronize()
-        link.send(tensor[offset : offset + length].cpu().numpy().tobytes())
-
-
-class ChildMemory(EngineMemory):
-    def __init__(self, device: Device | None, size: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.link, other = spawn.Pipe()
-        self.process = spawn.Process(target=engine, args=(other, size), daemon=True)
-        self.process.start()
-        *named, self.offset = self.link.recv()
-        self.named = CudaMemory(*named)
-
-    def memory(self) -> CudaMemory:
-        return self.named
-
-    def start(self) -> int:
-        return int(self.offset)
-
-    def _ask(self, *asked: Any) -> bytes:
-        self.link.send(asked)
-        found: bytes = self.link.recv()
-        return found
-
-    def read(self, offset: int, length: int) -> bytes:
-        return self._ask(offset, None, length)
-
-    def write(self, offset: int, data: bytes) -> None:
-        self._ask(offset, data, 0)
-
-    def close(self) -> None:
-        self.link.send(None)
-        self.process.join(20)
 
 
 class TestCudaDevice(DeviceContract):
@@ -92,51 +44,132 @@ class TestCudaDevice(DeviceContract):
             memory.close()
 
 
-@pytest.mark.parametrize("direction", Direction)
-async def test_copies_are_as_fast_as_a_plain_pinned_one(
-    direction: Direction, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Prints GB/s beside those of one pinned copy of the same size. The target is 0.85 of it."""
-    memory, device = CpuMemory(CpuConfig(size=512 << 20)), CudaDevice(CudaConfig())
-    child = ChildMemory(None, LAYERS * 2 * BLOCKS * BLOCK_BYTES // 4)
-    blocks = BLOCKS // 4
-    shape, strides = (2, blocks, BLOCK_BYTES), (blocks * BLOCK_BYTES, BLOCK_BYTES, 1)
-    layer = 2 * blocks * BLOCK_BYTES
-    views = [TensorView(0, child.start() + i * layer, DType.uint8, shape, strides) for i in range(LAYERS)]
-    try:
-        async with memory.open():
-            while await memory.grow() < memory.size:
-                pass
-            async with device.open(memory):
-                attached = await device.attach(Export((child.named,), tuple(views), blocks), child.process.pid or 0)
-                slot = 16 * LAYERS * 2 * BLOCK_BYTES
-                slots = [4096 + i * slot for i in range(8)]
-                scattered = [(i * 37) % blocks for i in range(16 * len(slots))]
-                copy = Copy(attached, direction, slots, scattered, 16, (0, LAYERS))
-                seconds = [await _timed(device, copy) for _ in range(8)]
-                device.detach(attached)
-    finally:
-        child.close()
-    moved, plain = slot * len(slots) / min(seconds[1:]) / 1e9, _plain(slot * len(slots), direction)
-    with capsys.disabled():
-        print(f"\n{direction.value}: {moved:.1f} GB/s; a plain pinned copy: {plain:.1f}; share {moved / plain:.2f}")
-    assert moved > 0
+@pytest.fixture
+def child() -> Iterator[ChildMemory]:
+    made = ChildMemory(None, BLOCKS * BLOCK)
+    yield made
+    made.close()
 
 
-async def _timed(device: Device, copy: Copy) -> float:
-    began = time.perf_counter()
-    with trio.fail_after(60):
-        await device.wait_ended(device.start(copy))
-    return time.perf_counter() - began
+def export(child: ChildMemory) -> Export:
+    view = TensorView(0, child.start(), DType.uint8, (BLOCKS, BLOCK), (BLOCK, 1))
+    return Export((child.named,), (view,), BLOCKS)
 
 
-def _plain(size: int, direction: Direction) -> float:
-    host, gpu = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8).cuda()
-    best = 0.0
-    for _ in range(8):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        (host if direction is Direction.STORE else gpu).copy_(gpu if direction is Direction.STORE else host)
-        torch.cuda.synchronize()
-        best = max(best, size / (time.perf_counter() - began) / 1e9)
-    return best
+@asynccontextmanager
+async def opened(size: int = 64 << 20) -> AsyncIterator[tuple[CudaDevice, CpuMemory]]:
+    memory, device = CpuMemory(CpuConfig(size=size)), CudaDevice(CudaConfig())
+    async with memory.open():
+        while await memory.grow() < memory.size:
+            pass
+        async with device.open(memory):
+            yield device, memory
+
+
+async def test_a_store_behind_its_event_has_what_the_engine_wrote(child: ChildMemory) -> None:
+    async with opened() as (device, memory):
+        attached = await device.attach(export(child), child.process.pid or 0)
+        for byte in range(1, 6):
+            event = child.fill_later(byte)
+            with trio.fail_after(60):
+                await device.wait_event(attached, event)
+                await device.wait_ended(device.start(Copy(attached, Direction.STORE, [4096], [3, 9], 2, (0, 1))))
+            assert bytes(memory.view(4096, 2 * BLOCK)) == bytes([byte]) * 2 * BLOCK
+        device.detach(attached)
+
+
+async def test_an_event_that_is_waited_for_holds_no_copy(child: ChildMemory) -> None:
+    async with opened() as (device, _):
+        attached = await device.attach(export(child), child.process.pid or 0)
+        event, order = child.fill_later(7), list[str]()
+
+        async def wait() -> None:
+            await device.wait_event(attached, event)
+            order.append("event")
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait)
+                await device.wait_ended(device.start(Copy(attached, Direction.STORE, [4096], [0, 1], 2, (0, 1))))
+                order.append("copy")
+        assert order == ["copy", "event"]
+        device.detach(attached)
+
+
+async def test_attaching_again_and_again_keeps_nothing(child: ChildMemory) -> None:
+    def used() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free)
+
+    async with opened() as (device, _):
+        seen = []
+        for _ in range(30):
+            attached = await device.attach(export(child), child.process.pid or 0)
+            with trio.fail_after(60):
+                await device.wait_event(attached, child.fill_later(1))
+                await device.wait_ended(device.start(Copy(attached, Direction.LOAD, [4096], [0, 1], 2, (0, 1))))
+            device.detach(attached)
+            gc.collect()
+            seen.append((used(), len(os.listdir("/proc/self/fd"))))
+    assert max(used for used, _ in seen[10:]) <= seen[9][0] + (4 << 20)
+    assert max(files for _, files in seen[10:]) <= seen[9][1] + 4
+
+
+async def test_memory_of_this_very_process_is_refused() -> None:
+    from lmcache_trio.adapters.cuda_kv import cuda_memory_of
+
+    tensor = torch.zeros(BLOCKS * BLOCK, dtype=torch.uint8, device="cuda")
+    memory, base = cuda_memory_of(tensor)
+    view = TensorView(0, tensor.data_ptr() - base, DType.uint8, (BLOCKS, BLOCK), (BLOCK, 1))
+    async with opened() as (device, _):
+        with pytest.raises(Unavailable):
+            await device.attach(Export((memory,), (view,), BLOCKS), os.getpid())
+
+
+EXPANDABLE = """
+import torch
+from lmcache_trio.adapters.cuda_kv import cuda_memory_of
+from lmcache_trio.errors import Unavailable
+tensor = torch.zeros(1 << 20, dtype=torch.uint8, device="cuda")
+try:
+    cuda_memory_of(tensor)
+except Unavailable as exc:
+    print("Unavailable", exc)
+"""
+
+
+def test_expandable_segments_are_not_exported() -> None:
+    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    found = subprocess.run(
+        [sys.executable, "-c", EXPANDABLE], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert found.stdout.startswith("Unavailable"), found.stdout + found.stderr
+
+
+def test_plain_copies_of_kv_on_a_gpu_are_those_of_kv_on_the_host() -> None:
+    """What takes shm because it cannot be exported: every layout, by whole chunks and by layers."""
+    from lmcache_trio.adapters.paged import make_paged_kv
+
+    made = torch.Generator().manual_seed(1)
+    for shape in ((2, BLOCKS, 16, 2, 8), (BLOCKS, 2, 16, 2, 8)):
+        host = {f"layer {i}": torch.randn(shape, generator=made) for i in range(3)}
+        gpu = {name: tensor.cuda() for name, tensor in host.items()}
+        one, other = make_paged_kv(host, num_blocks=BLOCKS), make_paged_kv(gpu, num_blocks=BLOCKS)
+        blocks = one.check([5, 9, 1, 33])
+        slots = [np.zeros(one.block_bytes * 4, dtype=np.uint8) for _ in range(3)]
+        one.gather(blocks, slots[0])
+        fence = other.fence()
+        fence.synchronize()
+        other.gather(blocks, slots[1])
+        for layer in range(3):
+            other.gather_layer(layer, blocks, slots[2])
+        assert (slots[0] == slots[1]).all()
+        assert (slots[0] == slots[2]).all()
+        into = one.check([40, 2, 7])
+        one.scatter(slots[0], 4, 1, into)
+        other.scatter(slots[0], 4, 1, into)
+        assert all(torch.equal(host[name], gpu[name].cpu()) for name in host)
+        for layer in range(3):
+            other.scatter_layer(layer, slots[0], 4, 0, one.check([50, 51, 52, 53]))
+        one.scatter(slots[0], 4, 0, one.check([50, 51, 52, 53]))
+        assert all(torch.equal(host[name], gpu[name].cpu()) for name in host)
