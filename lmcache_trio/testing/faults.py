@@ -23,7 +23,7 @@ KINDS = {
 }
 OF_BYTES = frozenset({"short_read", "torn_write", "bit_flip"})
 """They need the bytes of a call."""
-MEANT_FOR = {
+MEANT_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(KINDS, OPERATIONS),
     "drop": OPERATIONS[1:],
     "short_read": ("load",),
