@@ -56,11 +56,6 @@ def is_corrupt(exc: BaseException) -> bool:
 T = TypeVar("T")
 
 
-def _row(key: str, parent: str, place: str, generation: str, recency: str, shards: str) -> Row:
-    blob = bytes.fromhex
-    return blob(key), blob(parent), int(place), int(generation), int(recency), blob(shards)
-
-
 def _pieces(many: Sequence[T]) -> Iterator[Sequence[T]]:
     return (many[i : i + _MAX_ROWS] for i in range(0, len(many), _MAX_ROWS))
 
@@ -165,13 +160,16 @@ class IndexFile:
         (text,) = self._do(f"{_AS_TEXT} {source}", parameters).fetchone()
         sound: list[Row] = []
         damaged: list[bytes] = []
+        blob = bytes.fromhex
         for line in () if text is None else text.split(","):
-            key, *rest = line.split(" ")
-            row = _row(key, *rest) if rest else None
-            if row is not None and is_sound(row):
-                sound.append(row)
-            else:
-                damaged.append(bytes.fromhex(key))
+            fields = line.split(" ")
+            if len(fields) == 6:
+                k, p, o, g, r, s = fields
+                row = blob(k), blob(p), int(o), int(g), int(r), blob(s)
+                if is_sound(row):
+                    sound.append(row)
+                    continue
+            damaged.append(blob(fields[0]))
         self.damaged += len(damaged)
         for i in range(0, len(damaged), self.batch):
             with self._transaction() as db:

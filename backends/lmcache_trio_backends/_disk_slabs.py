@@ -49,12 +49,18 @@ class Lock:
         self._path = directory / "lock"
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            self._take(directory)
+        except BaseException:
+            self.close()  # or we would keep ourselves out, next time
+            raise
+
+    def _take(self, directory: Path) -> None:
+        try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
-            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(self._fd)
             if exc.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
             problem = f"{str(directory)!r} is in use by process {holder}; give each server a directory of its own"
             raise ConfigError("path", problem) from exc
         os.ftruncate(self._fd, 0)

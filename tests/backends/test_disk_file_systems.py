@@ -201,6 +201,7 @@ async def test_a_disk_that_fills_up_under_a_server_is_fenced_and_used_again_when
     async with live(tier) as server:
         assert await server.store(chain("first", 2)) == 2
         await server.written_back()
+        assert server.tier()["backend"]["chunks"] == 2
         with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
             while True:
                 file.write(b"\1" * 4096)
@@ -216,8 +217,9 @@ async def test_a_disk_that_fills_up_under_a_server_is_fenced_and_used_again_when
         await server.written_back()
         assert (server.tier()["fenced"], server.tier()["bugs"]) == (False, 0)
     async with live(tier) as server:
-        assert await server.hits(chain("first", 2)) == 2
-        assert await server.hits(chain("last", 4)) == 4
+        assert int(server.tier()["backend"]["chunks"]) >= 6, server.tier()
+        assert await server.hits(chain("first", 2)) == 2, server.tier()
+        assert await server.hits(chain("last", 4)) == 4, server.tier()
 
 
 @on("ext4", options="errors=remount-ro")

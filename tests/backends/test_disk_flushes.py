@@ -128,6 +128,22 @@ def test_a_log_that_cannot_be_written_back_fails_and_stays_within_its_room(tmp_p
 # ---- directories
 
 
+async def test_a_lock_that_could_not_be_written_is_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk without a byte left: else this very process would keep itself out when there is room again."""
+
+    def full(fd: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tier = disk_tier(tmp_path, "process")
+    monkeypatch.setattr(os, "ftruncate", full)
+    with pytest.raises(Unavailable, match="No space left"):
+        async with tier.open():
+            pass
+    monkeypatch.undo()
+    async with tier.open():
+        assert list(await tier.store([record_of(key_of(1))])) == [True]
+
+
 @pytest.mark.parametrize("durability", ["process", "power"])
 async def test_the_parents_of_a_directory_that_is_made_are_flushed_where_a_power_failure_is_to_be_outlived(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: str

@@ -259,7 +259,7 @@ def test_what_is_read_of_a_page_is_what_was_written(tmp_path: Path) -> None:
     assert index.find([b"x" * 64]) == []
     odd: list[Row] = [
         (b"\0" * 64, b"", 0, 1, 0, pack([1], [0])),
-        (b"\xff" * 64, b"\0" * 32, (1 << 60), (1 << 60) + 1, 5, pack([0, (1 << 60)], [(1 << 64) - 1, 0])),
+        (b"\xff" * 64, b"\0" * 32, (1 << 60), (1 << 60) + 1, 5, pack([0, (1 << 48) - 1], [(1 << 64) - 1, 0])),
     ]
     index.publish(odd)
     assert index.page(b"", 10) == odd
