@@ -80,7 +80,7 @@ def start(address: str) -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
 
         def run(*sets: str, hanging: int = 1) -> Process:
-            settings = [f"address={address}", "memory.size=64MiB", *sets]
+            settings = [f"address={address}", "memory.size=64MiB", "prefetch_budget=20.0", *sets]
             command = [sys.executable, "-c", SERVE, str(hanging), *settings]
             popen = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
             stack.callback(popen.kill)
