@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,18 @@ def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def children(pid: int) -> set[str]:
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            if stat.read_text().rpartition(")")[2].split()[1] == str(pid):
+                found.add(stat.parent.name)
+    return found
+
+
 def arenas() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("lmcache-trio-*")}
+    """The processes that have one, or left it."""
+    return {path.name.split("-")[3] for path in Path("/dev/shm").glob("lmcache-trio-*")}
 
 
 def test_every_row_is_measured_printed_and_written_and_nothing_is_left(folder: Path, tmp_path: Path) -> None:
@@ -119,15 +130,18 @@ def test_a_server_that_is_not_there_is_told_in_one_line(folder: Path) -> None:
 
 def test_a_bench_that_is_told_to_end_takes_its_processes_with_it(folder: Path) -> None:
     command = [sys.executable, "-m", "lmcache_trio", "bench", "--kv", "layers=1", "--rounds", "100000"]
-    before = arenas()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(folder)}
     ) as process:
         wait_until(lambda: bool(list(folder.glob("*/host.log"))), timeout=30)
+        ours = children(process.pid)
+        had = ours & arenas()
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 128 + signal.SIGTERM
+    assert had
     assert list(folder.iterdir()) == []
-    assert arenas() <= before
+    assert not ours & arenas()
+    assert not [pid for pid in ours if Path("/proc", pid).exists()]
 
 
 # --- what grows -------------------------------------------------------------------------------------------------------
@@ -205,6 +219,37 @@ def test_processor_time_of_a_process_grows_with_its_work() -> None:
     assert before is not None
     assert after is not None
     assert after - before > 0.005
+
+
+_BURN = """
+import threading
+def burn():
+    sum(range(3_000_000))
+    print("burnt", flush=True)
+    input()
+thread = threading.Thread(target=burn)
+thread.start()
+thread.join()
+print("ended", flush=True)
+input()
+"""
+
+
+def test_processor_time_of_threads_that_ended_is_not_lost() -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", _BURN], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "burnt\n"
+        during = cpu_seconds(process.pid)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "ended\n"
+        after = cpu_seconds(process.pid)
+        process.communicate("\n")
+    assert during is not None
+    assert after is not None
+    assert after >= during > 0.02
 
 
 def test_a_process_that_is_not_there_has_no_figures() -> None:

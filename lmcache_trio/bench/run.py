@@ -213,12 +213,13 @@ def _main_sets(settings: Settings) -> list[str]:
 
 
 def _disk_sets(settings: Settings, folder: str) -> list[str]:
-    """A load is to be waited for: this measures it, and does not bound it."""
+    """A load is to be waited for: this measures it, and does not bound it. Each client may have an operation queued."""
     table = {"backend": "disk", "path": f"{folder}/tier", "size": settings.disk_bytes}
     return [
         f"memory.size={settings.disk_arena_bytes}",
         f"chunk_tokens={settings.kv.chunk_tokens}",
         *(f"tiers.0.{key}={json.dumps(value)}" for key, value in table.items()),
+        f"writeback_bytes={2 * settings.clients * settings.operation_bytes}",
         "prefetch_budget=25",
         "tier_timeout=30",
     ]

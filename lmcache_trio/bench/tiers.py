@@ -132,10 +132,10 @@ def _loaded(site: Site) -> int:
 
 
 def _wait_written(site: Site, chunks: int) -> None:
-    """With several clients the tier counts all of theirs: then it is an average over them."""
+    """Until *chunks* are counted and none waits. Of several clients each waits for all: it is an average over them."""
     never: Handoff[bool] = Handoff()
     deadline = time.perf_counter() + _SECONDS
-    while (tier := _tier(site))["stores"] < chunks:
+    while (tier := _tier(site))["stores"] < chunks or tier["bytes_queued"]:
         if tier["fenced"] or tier["stores_refused"] or tier["dropped"] or time.perf_counter() > deadline:
             raise Unavailable(f"the disk tier did not take what was stored: {tier}")
         never.wait(_PAUSE)
