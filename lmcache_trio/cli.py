@@ -159,6 +159,7 @@ def bench(  # noqa: PLR0913  (flags)
     compare: Annotated[tuple[Path, Path] | None, Parameter(negative=())] = None,
     grow: Path | None = None,
     parked: int | None = None,
+    records: int | None = None,
 ) -> None:
     """Measure lookups and copies beside the limits of this machine: one memcpy, one bare round trip.
 
@@ -189,6 +190,8 @@ def bench(  # noqa: PLR0913  (flags)
         Instead, measure how lookups grow with prompts, index and clients, and draw plots into this folder.
     parked
         Instead, measure what others notice while so many lookups wait for a disk that hangs.
+    records
+        Instead, measure how a server starts whose disk tier knows so many chunks.
     """
     from lmcache_trio.bench import command
     from lmcache_trio.bench.settings import ROWS, KVShape, Settings, size_of
@@ -199,6 +202,8 @@ def bench(  # noqa: PLR0913  (flags)
         code = command.grow(grow)
     elif parked is not None:
         code = command.parked(parked, rounds)
+    elif records is not None:
+        code = command.records(records, disk)
     else:
         shape, size = KVShape.parse(kv), size_of("--operation", operation)
         settings = Settings(shape, clients, rounds, size, lookups=lookups, rows=rows or ROWS)
