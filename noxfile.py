@@ -23,7 +23,7 @@ IMPORT_NAMES = {"lmcache_trio", "lmcache_trio_backends"}
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_external_run = True
-nox.options.sessions = ["lint", "typing", "build", "docs", "tests", "minimums", "demo"]
+nox.options.sessions = ["lint", "build", "demo", "docs", "typing", "crash", "tests", "minimums"]
 
 
 @nox.session
