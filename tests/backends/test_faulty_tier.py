@@ -338,7 +338,7 @@ async def test_no_wrong_byte_is_served_from_a_disk_where_everything_goes_wrong(t
     counts: Counter[bool] = Counter()
 
     async def use(tier: Tier, random: Random) -> None:
-        for _ in range(25):
+        for _ in range(40):
             keys = [key_of(random.randrange(40), namespace=random.randrange(2)) for _ in range(3)]
             lengths = (400_000, 4097)
             try:
@@ -370,7 +370,7 @@ async def test_no_wrong_byte_is_served_from_a_disk_where_everything_goes_wrong(t
             assert set(tier.injected) == kinds_with(hang)
     async with inner.open():
         assert int(inner.statistics()["corrupt"]) > 0
-        assert counts[True] > 10
+        assert counts[True] > 0, "nothing came back that could have been wrong"
         for namespace in (0, 1):
             await inner.delete(key_of(0, namespace).namespace)
         assert (inner.statistics()["chunks"], inner.statistics()["bytes_used"]) == (0, 0)
