@@ -201,10 +201,15 @@ class DevicePath:
     async def _wait_exit(self, done: trio.CancelScope) -> None:
         async with self._watching:  # the next of those who wait goes on when this one has its answer
             while self._pidfd >= 0:
-                with contextlib.suppress(trio.ClosedResourceError):  # replaced: the same process, watched anew
+                try:
                     await trio.lowlevel.wait_readable(self._pidfd)
-                    done.cancel()
-                    return
+                except trio.ClosedResourceError:
+                    continue  # replaced: the same process, watched anew
+                except OSError:
+                    logger.exception("blocks are held: the end of the server's process can't be waited for")
+                    break
+                done.cancel()
+                return
         await trio.sleep_forever()  # nothing tells of its end: only the server can say that it has let go
 
     async def _ask(self, boot: bytes, done: trio.CancelScope) -> None:
@@ -212,6 +217,7 @@ class DevicePath:
         pause, told = 0.0, ""
         while True:
             try:
+                await wait_listening(self._address)
                 async with connect(self._address, hello) as asker:
                     if asker.boot != boot:
                         return  # another server: only the old one's exit can tell
@@ -221,7 +227,10 @@ class DevicePath:
                 if str(exc) != told and pause:  # once is nothing: it may be about to end
                     told = str(exc)
                     logger.warning("blocks are held until the server says that it has let go of them, or ends: %s", exc)
-            await wait_listening(self._address)
+            except (
+                Exception
+            ):  # no descriptor left, or a bug: whatever it is, it does not say that the copies have ended
+                logger.exception("blocks are held: the server could not be asked whether it has let go of them")
             await trio.sleep(pause)
             pause = min(_REFUSED_WAIT, 2 * pause or 0.02)
 
