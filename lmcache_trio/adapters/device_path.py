@@ -6,6 +6,7 @@ When the connection is lost under one, the blocks are held until the server says
 nothing any more, or its process has ended; so a server whose process cannot be watched is not given any.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -68,6 +69,8 @@ class DevicePath:
         """When the server last said that it had moved something."""
         self._settling = 0
         self._pidfd = -1
+        self._watching = trio.Lock()
+        """Whoever has it waits for `_pidfd`: one descriptor takes one waiter."""
         self._on_layers: dict[int, Callable[[int], None]] = {}
 
     @property
@@ -108,18 +111,21 @@ class DevicePath:
 
     def _watch(self, client: Client) -> None:
         client.on_push = self._said
-        self.close()
         if client.peer_pid is None:
             raise Unavailable("the server's process is not known, so its end could not be told")
         try:
-            self._pidfd = os.pidfd_open(client.peer_pid)
+            fd = os.pidfd_open(client.peer_pid)
         except OSError as exc:
             raise Unavailable(f"the server's process cannot be watched: {exc.strerror}") from exc
+        self.close()
+        self._pidfd = fd
 
     def close(self) -> None:
         """Let go of the server's process. Idempotent."""
         fd, self._pidfd = self._pidfd, -1
         if fd >= 0:
+            with contextlib.suppress(RuntimeError):  # outside of the loop nobody waits
+                trio.lowlevel.notify_closing(fd)
             os.close(fd)
 
     # --- moving -----------------------------------------------------------------------------------------------------
@@ -193,15 +199,25 @@ class DevicePath:
             first.start_soon(self._ask, client.boot, first.cancel_scope)
 
     async def _wait_exit(self, done: trio.CancelScope) -> None:
-        if self._pidfd >= 0:
-            await trio.lowlevel.wait_readable(self._pidfd)
-            done.cancel()
+        async with self._watching:  # the next of those who wait goes on when this one has its answer
+            while self._pidfd >= 0:
+                try:
+                    await trio.lowlevel.wait_readable(self._pidfd)
+                except trio.ClosedResourceError:
+                    continue  # replaced: the same process, watched anew
+                except OSError:
+                    logger.exception("blocks are held: the end of the server's process can't be waited for")
+                    break
+                done.cancel()
+                return
+        await trio.sleep_forever()  # nothing tells of its end: only the server can say that it has let go
 
     async def _ask(self, boot: bytes, done: trio.CancelScope) -> None:
         hello = attrs.evolve(self._hello, role=Role.OBSERVER, token=os.urandom(16), engine="", shard=0, shards=1)
         pause, told = 0.0, ""
         while True:
             try:
+                await wait_listening(self._address)
                 async with connect(self._address, hello) as asker:
                     if asker.boot != boot:
                         return  # another server: only the old one's exit can tell
@@ -211,7 +227,10 @@ class DevicePath:
                 if str(exc) != told and pause:  # once is nothing: it may be about to end
                     told = str(exc)
                     logger.warning("blocks are held until the server says that it has let go of them, or ends: %s", exc)
-            await wait_listening(self._address)
+            except (
+                Exception
+            ):  # no descriptor left, or a bug: whatever it is, it does not say that the copies have ended
+                logger.exception("blocks are held: the server could not be asked whether it has let go of them")
             await trio.sleep(pause)
             pause = min(_REFUSED_WAIT, 2 * pause or 0.02)
 

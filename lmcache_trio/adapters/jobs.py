@@ -45,6 +45,8 @@ class Jobs:
         self._retrieved: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._counted: Counter[str] = Counter()
+        self._any_ended: Handoff[bool] = Handoff()
+        """Renewed by each wait."""
 
     def begin(self, spec: StoreSpec | LoadSpec, *, reported: bool, fence: Any) -> Job:
         job = Job(spec, reported=reported, fence=fence)
@@ -77,6 +79,7 @@ class Jobs:
                 self._stored.add(job.spec.request_id)
             job.copied.set(True)
             job.ended.set(True)
+            self._any_ended.set(True)
 
     def copied(self, job: Job) -> None:
         with self._latch:
@@ -93,11 +96,17 @@ class Jobs:
             ]
 
     def wait_retrieve(self, seconds: float) -> None:
-        """Block until a retrieve ended, at most *seconds*; return at once when none is under way."""
+        """Block until a job ended, at most *seconds*; return at once when no retrieve is under way, or one is to be
+        reported already.
+        """
         with self._latch:
-            job = next((job for job in self._running if isinstance(job.spec, LoadSpec)), None)
-        if job is not None:
-            job.ended.wait(seconds)
+            loading = any(isinstance(job.spec, LoadSpec) for job in self._running)
+            if not loading or any(self._reportable()):
+                return
+            if self._any_ended.done:
+                self._any_ended = Handoff()
+            ended = self._any_ended
+        ended.wait(seconds)
 
     def running(self) -> list[Job]:
         with self._latch:
@@ -106,12 +115,15 @@ class Jobs:
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Request ids of which no store, or no retrieve, is under way any more, since the last call."""
         with self._latch:
-            storing = {job.spec.request_id for job in self._running if isinstance(job.spec, StoreSpec)}
-            loading = {job.spec.request_id for job in self._running if isinstance(job.spec, LoadSpec)}
-            stored, retrieved = self._stored - storing, self._retrieved - loading
+            stored, retrieved = self._reportable()
             self._stored -= stored
             self._retrieved -= retrieved
             return stored, retrieved
+
+    def _reportable(self) -> tuple[set[str], set[str]]:
+        storing = {job.spec.request_id for job in self._running if isinstance(job.spec, StoreSpec)}
+        loading = {job.spec.request_id for job in self._running if isinstance(job.spec, LoadSpec)}
+        return self._stored - storing, self._retrieved - loading
 
     def take_failed_blocks(self) -> set[int]:
         with self._latch:

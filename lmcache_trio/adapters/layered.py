@@ -153,15 +153,24 @@ class LayeredMoves:
                     pinned.append((job, found))
             if pinned:
                 await self._worker._copiers.run(self._scatter, arena, pinned, loads)
+            while pinned:  # is what was copied still valid?
+                job, pin = pinned.pop(0)
+                assert isinstance(job.spec, LoadSpec)
+                if await self._is_valid(client, job.spec, pin):
+                    self._worker._jobs.count("retrieved_chunks", job.spec.count)
+                    self._worker._jobs.end(job, failed=False)
         except BaseException:
             for _, pin in pinned:
                 client.done_nowait(pin.pin)
             raise
-        for job, pin in pinned:  # is what was copied still valid?
-            assert isinstance(job.spec, LoadSpec)
-            if await self._worker._reply(client.done, pin.pin):
-                self._worker._jobs.count("retrieved_chunks", job.spec.count)
-                self._worker._jobs.end(job, failed=False)
+
+    async def _is_valid(self, client: Client, spec: LoadSpec, pin: Pinned) -> bool:
+        """Contained: a reply that does not come costs its own retrieve, and keeps no other's pin."""
+        try:
+            return await self._worker._reply(client.done, pin.pin)
+        except LMCacheTrioError as exc:
+            logger.info("a retrieve of %s failed: %s", spec.request_id, exc)
+            return False
 
     async def _pin(self, client: Client, job: Job) -> Pinned | None:
         spec = job.spec

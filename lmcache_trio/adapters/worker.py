@@ -120,8 +120,8 @@ class WorkerAdapter:
         return self._jobs.take_failed_blocks()
 
     def wait_retrieve(self, seconds: float) -> None:
-        """Block until a retrieve ended, at most *seconds*: for a host with nothing else to do, whose turning around
-        would only take the interpreter from the threads that it waits for.
+        """Block until one is to be reported, at most *seconds*: for a host with nothing else to do, whose turning
+        around would only take the interpreter from the threads that it waits for.
         """
         self._jobs.wait_retrieve(seconds)
 

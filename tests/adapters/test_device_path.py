@@ -155,3 +155,40 @@ async def test_a_server_that_refuses_to_say_what_it_moves_is_asked_again_after_a
     assert 60 <= trio.current_time() < 70
     assert len(asked) < 30, "it was asked without a pause"
     assert sum(str(error) in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("where", ["wait_listening", "connect"])
+@pytest.mark.parametrize(
+    "error", [OSError(24, "Too many open files"), ExceptionGroup("two", [ValueError(), OSError()])]
+)
+async def test_what_nobody_thought_of_gives_no_blocks_back(
+    path: DevicePath,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    autojump_clock: trio.testing.MockClock,
+    where: str,
+    error: Exception,
+) -> None:
+    def fail(at: str) -> None:
+        if at == where and trio.current_time() < 60:
+            raise error
+
+    @asynccontextmanager
+    async def connect(address: str, hello: Hello) -> AsyncIterator[Asker]:
+        await trio.lowlevel.checkpoint()
+        fail("connect")
+        yield Asker()
+
+    async def wait_listening(address: str) -> None:
+        await trio.lowlevel.checkpoint()
+        fail("wait_listening")
+
+    monkeypatch.setattr("lmcache_trio.adapters.device_path.connect", connect)
+    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_listening", wait_listening)
+    server: Any = Server()
+    begun = trio.current_time()
+    with trio.fail_after(1000):
+        autojump_clock.jump(0)
+        await path._let_go(server)
+    assert trio.current_time() - begun >= 50
+    assert 1 < sum("could not be asked" in record.message for record in caplog.records) < 30

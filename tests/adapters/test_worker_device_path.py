@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +290,25 @@ def noted(side: Side) -> list[Message]:
     return withdrawn
 
 
-@pytest.mark.parametrize("how", ["its reply is late", "its connection is lost"])
+def begin(side: Side, what: str, name: str, blocks: Sequence[int]) -> None:
+    """A store of what only request *name* has, or a retrieve into *blocks*."""
+    if what == "store":
+        side.scheduler.extend(name, [ord(name), *OTHERS[1:]])
+        side.worker.submit_store(side.scheduler.store_spec(name, 0, FROM))
+    else:
+        side.lookup(name, TOKENS)
+        spec = side.scheduler.update_after_alloc(name, 3 * CHUNK, block_ids=blocks)
+        assert spec is not None
+        side.worker.submit_retrieve(spec)
+
+
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [("its reply is late", "b"), ("its connection is lost", "b"), ("its connection is lost", "bcd")],
+)
 @pytest.mark.parametrize("what", ["store", "retrieve"])
 def test_blocks_are_not_given_back_while_the_server_may_touch_them(
-    stopping: Callable[[int], StoppingServer], sides: MakeSide, what: str, how: str
+    stopping: Callable[[int], StoppingServer], sides: MakeSide, what: str, how: str, names: str
 ) -> None:
     server = stopping(2)
     one = sides(server.address, shared_kv(1))
@@ -301,20 +316,18 @@ def test_blocks_are_not_given_back_while_the_server_may_touch_them(
     withdrawn = noted(one)
     one.store("a", TOKENS, FROM)
     before = server.held
-    if what == "store":
-        one.scheduler.extend("b", OTHERS)
-        one.worker.submit_store(one.scheduler.store_spec("b", 0, FROM))
-    else:
-        one.lookup("b", TOKENS)
-        spec = one.scheduler.update_after_alloc("b", 3 * CHUNK, block_ids=INTO)
-        assert spec is not None
-        one.worker.submit_retrieve(spec)
+    filled = {name: range(12 * i, 12 * (i + 1)) for i, name in enumerate(names)}
+    for name, blocks in filled.items():
+        begin(one, what, name, blocks)
     server.wait_for("half")
     if how == "its connection is lost":
         client = one.worker._link.client
         assert client is not None
+        one.worker._link.call(client.ping, timeout=20)  # asked after them all
         one.worker._link.post(client._connection.close)
-        wait_until(lambda: server.held["connections"] == before["connections"])  # less the worker, more who asks
+        wait_until(
+            lambda: server.held["connections"] == before["connections"] - 1 + len(names)
+        )  # less the worker, more who asks
     else:
         wait_until(lambda: bool(withdrawn))
         client = one.worker._link.client
@@ -322,21 +335,22 @@ def test_blocks_are_not_given_back_while_the_server_may_touch_them(
         one.worker._link.call(client.ping, timeout=20)  # asked after the notice: the server has heard it
         wait_until(lambda: server.held["copies_running"] == 1)
     assert one.worker.take_finished() == (set(), set())
-    assert one.worker.statistics()["running"] == 1
+    assert one.worker.statistics()["running"] == len(names)
     server.go_on()
     found: set[str] = set()
 
     def ended() -> bool:
-        for names in one.worker.take_finished():
-            found.update(names)
-        return bool(found)
+        for ids in one.worker.take_finished():
+            found.update(ids)
+        return len(found) == len(names)
 
     wait_until(ended)
-    assert found == {"b"}
+    assert found == set(names)
     if what == "retrieve":
         failed = one.worker.take_failed_blocks()
-        assert failed == set(INTO)
-    one.scheduler.end_session("b")
+        assert failed == {block for blocks in filled.values() for block in blocks}
+    for name in names:
+        one.scheduler.end_session(name)
     wait_until(lambda: one.worker.is_healthy() and server.held["copies_running"] == 0)
     wait_until(lambda: server.held["bytes_quarantined"] == server.held["bytes_writing"] == 0)
 

@@ -9,7 +9,7 @@ from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.adapters.vllm.metadata import StepPlan
 from lmcache_trio.adapters.vllm.worker_side import WorkerSide
-from lmcache_trio.errors import Misuse
+from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.testing.sides import (
     BLOCK,
     BLOCKS,
@@ -81,6 +81,31 @@ def test_each_layer_is_there_when_its_wait_returns(
     assert other.worker.statistics() == {"running": 0, "retrieved_chunks": 3}
     untouched = [b for b in range(BLOCKS) if b not in INTO]
     assert same_blocks(other.kv, untouched, make_kv(), untouched)
+
+
+@pytest.mark.parametrize("error", [Unavailable("it is late"), ValueError("nobody thought of this")])
+def test_a_retrieve_whose_end_is_not_acknowledged_keeps_no_other_pinned(
+    live_server: ServerProcess, sides: MakeSide, error: Exception
+) -> None:
+    one = sides(live_server.address, private(1))
+    one.store("r", TOKENS, FROM)
+    half = 2 * CHUNK // BLOCK
+    specs = [load_spec(one, "q", 2 * CHUNK, INTO[:half]), load_spec(one, "p", CHUNK, INTO[half:])]
+    client = one.worker._link.client
+    assert client is not None
+    done = client.done
+
+    async def first_fails(pin: bytes) -> bool:
+        client.done = done  # type: ignore[method-assign]
+        await done(pin)
+        raise error
+
+    client.done = first_fails  # type: ignore[method-assign]
+    one.worker.layered.start_retrieves(specs)
+    one.worker.layered.wait_retrieves()
+    foreseen = isinstance(error, Unavailable)
+    assert one.worker.take_failed_blocks() == set(INTO[:half] if foreseen else INTO)
+    wait_until(lambda: live_server.held["pins"] == 0)
 
 
 class Stepwise(WorkerAdapter):

@@ -183,7 +183,9 @@ class SchedulerSide:
         """The plan of the step that computes *scheduled* tokens (by request); *blocks_of* gives a request's blocks."""
         self._step += 1
         idle = not scheduled
-        if idle and self._unanswered:
+        # With two, the second may be answered while the first is waited for. A pipeline, which plans an idle step while
+        # another batch is under way, is not told apart: it would be late for that one by IDLE_SECONDS at most.
+        if idle and len(self._unanswered) == 1:
             self._cache.wait_lookup(self._unanswered[0], IDLE_SECONDS)
         self._unanswered = []
         for request_id in preempted:

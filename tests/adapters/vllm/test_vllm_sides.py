@@ -196,6 +196,15 @@ def test_a_request_is_not_released_while_a_store_of_it_is_planned_or_under_way(c
     assert worker.report().released == set(), "it was named twice"
 
 
+def test_a_step_that_computes_nothing_waits_for_no_answer_where_another_may_come_first() -> None:
+    cache = Cache(lambda: True)
+    scheduler = side(cache)
+    for asked in (request(), Request("another", list(TOKENS), len(TOKENS), 8)):
+        assert scheduler.offer(asked, 0) == (None, False)
+    assert scheduler.plan({}, [], blocks_of).idle
+    assert cache.waited_for == []
+
+
 def test_a_step_that_computes_nothing_waits_for_the_answer_or_the_load_and_no_other_does() -> None:
     slow = [True]
     cache = Cache(lambda: slow[0])

@@ -1,0 +1,64 @@
+"""What a host with nothing else to do waits for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lmcache_trio.adapters.jobs import Job, Jobs
+from lmcache_trio.adapters.specs import LoadSpec
+from lmcache_trio.threads import Handoff
+
+
+class NeverWaited(Handoff[bool]):
+    def wait(self, timeout: float) -> bool | None:
+        raise AssertionError("there was something to report")
+
+
+class Meanwhile(Handoff[bool]):
+    """While it is waited for, what the test says happens."""
+
+    happens: Callable[[], None]
+
+    def wait(self, timeout: float) -> bool | None:
+        type(self).happens()
+        assert self.done, "what happened woke nobody"
+        return super().wait(timeout)
+
+
+def load(jobs: Jobs, request_id: str) -> Job:
+    return jobs.begin(LoadSpec(request_id, 1, b"a lease", 0, 1, 0, (0, 1)), reported=True, fence=None)
+
+
+@pytest.fixture
+def handoffs(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Any]], None]:
+    return lambda kind: monkeypatch.setattr("lmcache_trio.adapters.jobs.Handoff", kind)
+
+
+def test_a_retrieve_that_ended_and_is_not_reported_yet_keeps_nobody_waiting(
+    handoffs: Callable[[type[Any]], None],
+) -> None:
+    handoffs(NeverWaited)
+    jobs = Jobs()
+    a, _ = load(jobs, "a"), load(jobs, "b")
+    jobs.end(a, failed=False)
+    jobs.wait_retrieve(60)
+    assert jobs.take_finished() == (set(), {"a"})
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_whichever_retrieve_ends_first_ends_the_wait_each_time(
+    handoffs: Callable[[type[Any]], None], which: int
+) -> None:
+    handoffs(Meanwhile)
+    jobs = Jobs()
+    under_way = [load(jobs, name) for name in "abc"]
+    for number in (which, (which + 1) % 3):
+        Meanwhile.happens = lambda job=under_way[number]: jobs.end(job, failed=False)  # type: ignore[misc,assignment]
+        jobs.wait_retrieve(60)
+        assert jobs.take_finished() == (set(), {"abc"[number]})
+
+
+def test_with_no_retrieve_under_way_nobody_waits(handoffs: Callable[[type[Any]], None]) -> None:
+    handoffs(NeverWaited)
+    Jobs().wait_retrieve(60)
