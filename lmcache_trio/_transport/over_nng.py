@@ -143,11 +143,14 @@ async def introduce(address: str, hello: bytes) -> bytes:
 
 
 async def wait_listening(address: str) -> None:
-    link = NngLink(introducing=True)
     try:
-        await link.dial(addresses.parse(address))
-    finally:
-        link.close()
+        link = NngLink(introducing=True)
+        try:
+            await link.dial(addresses.parse(address))
+        finally:
+            link.close()
+    except OSError as exc:
+        raise Unavailable(f"nothing could be dialled to wait for a server at {address}: {exc.strerror}") from exc
 
 
 async def _refuse_unless_listening(address: Address) -> None:
