@@ -192,7 +192,22 @@ async def test_one_scheme_does_not_take_the_others_file_and_says_what_is_there(n
     rendezvous = over_unix.listen(near)
     with pytest.raises(ConfigError, match="in use"):
         over_nng.listen(ipc)
+    with trio.fail_after(over_nng._HANDSHAKE / 2), pytest.raises(Unavailable, match="is a unix:// server"):
+        await over_nng.introduce(ipc, b"hello")
     rendezvous.close()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+async def test_what_does_not_speak_nngs_protocol_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: socket.SocketKind
+) -> None:
+    monkeypatch.setattr(over_nng, "_HANDSHAKE", 0.1)
+    with socket.socket(socket.AF_UNIX, kind) as mute, trio.fail_after(60):
+        mute.bind(str(tmp_path / "s"))
+        if kind == socket.SOCK_STREAM:
+            mute.listen()
+        with pytest.raises(Unavailable, match="does not speak NNG"):
+            await over_nng.introduce(f"ipc://{tmp_path}/s", b"hello")
 
 
 # --- waiting for a server ---------------------------------------------------------------------------------------------
