@@ -32,6 +32,7 @@ __all__ = [
     "pair_address",
     "parse",
     "parse_rendezvous",
+    "takes_packets",
     "withdraw",
 ]
 
@@ -145,6 +146,13 @@ def is_listening(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
         found = probe.connect_ex(path)
     return found not in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR)
+
+
+def takes_packets(path: str) -> bool:
+    """Whether a server of our own transport's listens at *path*, which sees a client come and go; NNG's sees none."""
+    kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        return probe.connect_ex(path) in (0, errno.EAGAIN)
 
 
 def withdraw(path: str) -> None:

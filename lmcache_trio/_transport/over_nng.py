@@ -12,13 +12,15 @@ import struct
 import trio
 
 from lmcache_trio._transport import Connection, Introduction, PairListener, Rendezvous, addresses
-from lmcache_trio._transport.addresses import Address, TcpAddress
+from lmcache_trio._transport.addresses import Address, IpcAddress, TcpAddress
 from lmcache_trio._transport.pynng import NngLink, NngSocket
 from lmcache_trio.errors import Gone, Misuse, Unavailable
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
 
 _MAX_HELLO = 64 << 10
+_HANDSHAKE = 5.0
+"""Seconds that an NNG listener has to shake hands, which its own threads do (in 1 ms). NNG would try for ever."""
 
 
 class _PairListener(PairListener):
@@ -131,9 +133,14 @@ async def dial_pair(address: str) -> Connection:
 async def introduce(address: str, hello: bytes) -> bytes:
     wanted = addresses.parse(address)
     await _refuse_unless_listening(wanted)
+    if isinstance(wanted, IpcAddress) and addresses.takes_packets(wanted.path):
+        raise Unavailable(f"no server listens at {address}: what listens there is a unix:// server")
     link = NngLink(introducing=True)
     try:
-        await link.dial(wanted)
+        with trio.move_on_after(_HANDSHAKE) as handshake:
+            await link.dial(wanted)
+        if handshake.cancelled_caught:
+            raise Unavailable(f"what listens at {address} does not speak NNG's protocol")
         await link.send(hello)
         return await link.receive()
     except Gone as exc:
@@ -143,11 +150,14 @@ async def introduce(address: str, hello: bytes) -> bytes:
 
 
 async def wait_listening(address: str) -> None:
-    link = NngLink(introducing=True)
     try:
-        await link.dial(addresses.parse(address))
-    finally:
-        link.close()
+        link = NngLink(introducing=True)
+        try:
+            await link.dial(addresses.parse(address))
+        finally:
+            link.close()
+    except OSError as exc:
+        raise Unavailable(f"nothing could be dialled to wait for a server at {address}: {exc.strerror}") from exc
 
 
 async def _refuse_unless_listening(address: Address) -> None:

@@ -29,7 +29,8 @@ say it in the same moment."""
 _LOOKS = 16
 """Clients let in or heard in a row before other tasks get their turn (about 1 ms)."""
 _UNWATCHED = 5.0
-"""Seconds between two looks for a server where the kernel gives no watch; it gives a user 128 inotify instances."""
+"""Seconds between two looks for a server where the kernel gives no watch (it gives a user 128 inotify instances), or no
+descriptor to look with."""
 
 
 class _PairListener(PairListener):
@@ -207,18 +208,26 @@ async def introduce(address: str, hello: bytes) -> bytes:
 async def wait_listening(address: str) -> None:
     path = _ours(addresses.parse(address)).path
     await trio.lowlevel.checkpoint()
-    while not addresses.is_listening(path):
+    while True:
         try:
-            watch = Watch(path)
+            if await _appeared(path):
+                return
         except OSError:
             await trio.sleep(_UNWATCHED)
-            continue
-        try:
-            if addresses.is_listening(path):  # came before it was watched for
-                return
-            await watch.wait()
-        finally:
-            watch.close()
+
+
+async def _appeared(path: str) -> bool:
+    """Whether a server listens at *path*; if none does, wait until something changed there."""
+    if addresses.is_listening(path):
+        return True
+    watch = Watch(path)
+    try:
+        if addresses.is_listening(path):  # came before it was watched for
+            return True
+        await watch.wait()
+    finally:
+        watch.close()
+    return False
 
 
 async def _connect(address: str, limit: int) -> UnixLink:

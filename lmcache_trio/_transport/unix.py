@@ -153,7 +153,9 @@ class UnixLink(Connection):
                 self._send(packet, _QUIETLY)
             except BlockingIOError:
                 raise trio.WouldBlock from None
-            except OSError as exc:
+            except OSError as exc:  # whatever it was, a packet is missing now: it ends for the peer, too
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
                 raise Gone(f"the connection has ended: {exc.strerror}") from exc
 
     async def _put_soon(self, packet: bytes) -> None:

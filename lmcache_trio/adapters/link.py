@@ -122,9 +122,21 @@ class Link:
                     self._tell(f"the lmcache-trio server at {self.address} is not usable: {exc}", logging.DEBUG)
                 except Exception:  # a bug of ours: it costs this one connection, and is told
                     logger.exception("bug in the connection to %s, which is ended", self.address)
-                await wait_listening(self.address)
+                if not await self._waited():
+                    pause = _REFUSED_WAIT
                 await trio.sleep(pause)
                 pause = min(_REFUSED_WAIT, 2 * pause or 0.02)
+
+    async def _waited(self) -> bool:
+        """Wait until a server listens; False if that could not be waited for, which must not end the cache for good."""
+        try:
+            await wait_listening(self.address)
+            return True
+        except LMCacheTrioError as exc:
+            self._tell(f"no lmcache-trio server can be waited for at {self.address}: {exc}", logging.DEBUG)
+        except Exception:  # a bug of ours: it costs this one wait, and is told
+            logger.exception("bug in the wait for %s, which is begun anew", self.address)
+        return False
 
     async def _serve(self, client: Client) -> None:
         failure: LMCacheTrioError | None = None

@@ -1,8 +1,11 @@
 """What nobody thought of, in a copy or in a connection: it costs that one, is told and counted, and ends no adapter."""
 
+import errno
+import importlib
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
 from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.client import Client
-from lmcache_trio.errors import Gone, ProtocolError
+from lmcache_trio.errors import Gone, ProtocolError, Unavailable
 from lmcache_trio.testing.sides import CHUNK, LAYERS, ServerProcess, Side, make_kv, same_blocks, wait_until
 
 MakeSide = Callable[..., Side]
@@ -167,6 +170,46 @@ def test_a_link_tries_again_whatever_ended_its_connection(
         assert told(caplog) == isinstance(failure, ValueError)
     finally:
         link.stop(30.0)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.EMFILE, "Too many open files"), Unavailable("no socket"), ValueError("nobody thought of it")],
+)
+@pytest.mark.parametrize(
+    "where", ["lmcache_trio._transport.addresses.is_listening", "lmcache_trio.adapters.link.wait_listening"]
+)
+def test_a_link_goes_on_whatever_ended_its_wait_for_a_server(
+    tmp_path: Path, where: str, failure: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, _, name = where.rpartition(".")
+    real = getattr(importlib.import_module(module), name)
+    fails = [failure]
+
+    def fails_once(asked: str) -> object:
+        if fails:
+            raise fails.pop()
+        return real(asked)
+
+    monkeypatch.setattr(where, fails_once)
+    monkeypatch.setattr("lmcache_trio.adapters.link._REFUSED_WAIT", 0.01)
+    monkeypatch.setattr("lmcache_trio._transport.over_unix._UNWATCHED", 0.01)
+
+    async def connected(client: Client) -> None:
+        pass
+
+    server = ServerProcess(f"unix://{tmp_path}/s.sock")
+    hello = Hello(PROTOCOL_VERSION, "a link", os.urandom(16), Role.OBSERVER, "")
+    link = Link(server.address, hello, connected=connected, lost=lambda: None)
+    try:
+        link.start(0.0)
+        wait_until(lambda: not fails)
+        server.start()
+        wait_until(lambda: link.client is not None)
+        assert link.alive
+    finally:
+        link.stop(30.0)
+        server.kill()
 
 
 def test_a_server_that_dies_as_it_says_that_it_opened_the_kv_is_waited_for_again(

@@ -1,6 +1,7 @@
 """Packets and parts of messages on unix sockets, and peers that keep to no rule."""
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,7 @@ from trio.testing import wait_all_tasks_blocked
 from lmcache_trio import Config, open_client, open_server
 from lmcache_trio._transport import MAX_MESSAGE
 from lmcache_trio._transport.unix import PACKET, UnixLink
+from lmcache_trio._wire.messages import Role
 from lmcache_trio.errors import Gone, Misuse
 
 WHOLE, FIRST, MORE, LAST = (bytes([kind]) for kind in range(4))
@@ -294,7 +296,49 @@ async def test_any_number_of_tasks_wait_for_the_end_and_a_cancelled_one_leaves_i
         assert sorted(ended) == ["second", "third"]
 
 
+@pytest.mark.parametrize("code", [errno.ENOBUFS, errno.ENOMEM])
+async def test_a_packet_that_the_kernel_does_not_take_ends_the_connection_on_both_sides(code: int) -> None:
+    async with connected() as pair:
+        fail_once(pair.ours, code)
+        with pytest.raises(Gone, match="has ended"):
+            await pair.ours.send(b"lost")
+        with pytest.raises(Gone):
+            await pair.ours.send(b"what follows must not arrive without it")
+        await pair.ours.wait_closed()
+        with pytest.raises(Gone):
+            await pair.theirs.receive()
+
+
+def fail_once(link: UnixLink, code: int) -> None:
+    send = link._send
+
+    def refuse(packet: bytes, flags: int) -> int:
+        link._send = send
+        raise OSError(code, os.strerror(code))
+
+    link._send = refuse
+
+
 # --- a conversation ---------------------------------------------------------------------------------------------------
+
+
+async def test_with_a_notice_that_was_lost_the_session_is_gone_at_the_server(tmp_path: Path) -> None:
+    near = f"unix://{tmp_path}/s"
+    config = Config(address=near, memory={"backend": "cpu", "size": 1 << 20}, grace=0.0)
+    async with open_server(config) as server:
+        async with open_client(near, role=Role.SCHEDULER, engine="e") as scheduler:
+            with trio.fail_after(60):
+                await scheduler.lookup(1, [b"d" * 32])
+                assert server.statistics()["held"]["sessions"] == 1
+                link = scheduler._connection
+                assert isinstance(link, UnixLink)
+                fail_once(link, errno.ENOBUFS)
+                with contextlib.suppress(Gone):
+                    scheduler.end(1)
+                await scheduler.wait_closed()
+        await wait_all_tasks_blocked()
+        held = server.statistics()["held"]
+        assert (held["sessions"], held["connections"]) == (0, 0)
 
 
 async def test_large_messages_and_small_ones_keep_their_order_both_ways(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Who comes to a unix socket and who is turned away, its file, and how a server is found when it starts."""
 
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -13,7 +14,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from lmcache_trio._transport import over_nng, over_unix
+from lmcache_trio._transport import addresses, over_nng, over_unix
 from lmcache_trio._transport.unix import PACKET
 from lmcache_trio.errors import ConfigError, Unavailable
 
@@ -191,7 +192,22 @@ async def test_one_scheme_does_not_take_the_others_file_and_says_what_is_there(n
     rendezvous = over_unix.listen(near)
     with pytest.raises(ConfigError, match="in use"):
         over_nng.listen(ipc)
+    with trio.fail_after(over_nng._HANDSHAKE / 2), pytest.raises(Unavailable, match="is a unix:// server"):
+        await over_nng.introduce(ipc, b"hello")
     rendezvous.close()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+async def test_what_does_not_speak_nngs_protocol_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: socket.SocketKind
+) -> None:
+    monkeypatch.setattr(over_nng, "_HANDSHAKE", 0.1)
+    with socket.socket(socket.AF_UNIX, kind) as mute, trio.fail_after(60):
+        mute.bind(str(tmp_path / "s"))
+        if kind == socket.SOCK_STREAM:
+            mute.listen()
+        with pytest.raises(Unavailable, match="does not speak NNG"):
+            await over_nng.introduce(f"ipc://{tmp_path}/s", b"hello")
 
 
 # --- waiting for a server ---------------------------------------------------------------------------------------------
@@ -258,6 +274,32 @@ async def test_without_watches_a_server_is_looked_for_now_and_then(near: str, mo
             await trio.sleep(0.05)
             rendezvous = over_unix.listen(near)
     rendezvous.close()
+
+
+@pytest.mark.parametrize("spared", [0, 1])
+async def test_a_look_without_a_descriptor_does_not_end_the_wait_for_a_server(
+    near: str, monkeypatch: pytest.MonkeyPatch, spared: int
+) -> None:
+    looks = iter([False] * spared)
+    failed = trio.Event()
+    is_listening = addresses.is_listening
+
+    def out_of_descriptors_once(path: str) -> bool:
+        if not failed.is_set() and next(looks, True):
+            failed.set()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return is_listening(path)
+
+    monkeypatch.setattr(addresses, "is_listening", out_of_descriptors_once)
+    monkeypatch.setattr(over_unix, "_UNWATCHED", 0.01)
+    before = len(os.listdir("/proc/self/fd"))
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(over_unix.wait_listening, near)
+            await failed.wait()
+            rendezvous = over_unix.listen(near)
+    rendezvous.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_waiting_for_a_server_leaves_no_descriptor_when_it_is_cancelled(near: str) -> None:
