@@ -150,7 +150,10 @@ class Config:
     grace: float = attrs.field(
         default=5.0,
         validator=_between(0.0, 3600.0),
-        metadata={"help": "Seconds that clients have to finish after SIGTERM before their connections are ended."},
+        metadata={
+            "help": "Seconds after SIGTERM in which the process ends; clients have all but the last 0.5 s (at least"
+            " half). Below 0.5 s a hung process still takes 0.5 s."
+        },
     )
     memory: Mapping[str, Any] = attrs.field(
         factory=lambda: MappingProxyType({"backend": "cpu"}),

@@ -21,7 +21,8 @@ class BlockingTier(Tier):
 
     All but the last run in threads of this tier's own, *threads* at a time; with one, as by default, they need no lock.
     A buffer is theirs until they return, also when who asked for it was cancelled. An OSError is `Unavailable` to the
-    caller, as is every call outside of `open`. It refuses to stop a method under way.
+    caller, as is every call outside of `open`. It refuses to stop a method under way: with more threads than one, the
+    `start` of a reopening can run beside a `write` of the former life that still hangs, and must expect its files.
     """
 
     threads: ClassVar[int] = 1
