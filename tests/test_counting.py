@@ -67,10 +67,10 @@ class Tap:
         return [type(message) for message in said], heard
 
 
-@pytest.fixture
-def side(tmp_path: Path) -> Iterator[Side]:
+@pytest.fixture(params=["unix", "ipc"])
+def side(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Side]:
     with ExitStack() as stack:
-        server = ServerProcess(f"ipc://{tmp_path}/s.ipc")
+        server = ServerProcess(f"{request.param}://{tmp_path}/s.sock")
         stack.callback(server.kill)
         server.start()
         made = Side(server.address, make_kv(1))
@@ -155,7 +155,7 @@ def test_a_tap_sees_a_message_too_many(side: Side) -> None:
 
 async def test_an_echo_is_sent_back_as_it_is_in_order_and_counted(tmp_path: Path) -> None:
     with trio.fail_after(5):
-        config = Config(address=f"ipc://{tmp_path}/s.ipc", memory={"backend": "cpu", "size": 1 << 20})
+        config = Config(address=f"unix://{tmp_path}/s.sock", memory={"backend": "cpu", "size": 1 << 20})
         async with open_server(config) as server, open_client(server.address) as client:
             came: list[bytes] = []
             client.on_echo = came.append
@@ -256,7 +256,7 @@ def test_a_retrieve_scatters_without_torch_and_without_a_temporary() -> None:
 def test_neither_side_of_a_worker_makes_a_temporary_as_large_as_a_chunk(tmp_path: Path) -> None:
     """Through server, threads and arena: 1 MiB a chunk, where all that is said and kept takes some kilobytes."""
     shape = (2, 16, 16, 4, 128)
-    server = ServerProcess(f"ipc://{tmp_path}/s.ipc", "memory.size=16MiB")
+    server = ServerProcess(f"unix://{tmp_path}/s.sock", "memory.size=16MiB")
     server.start()
     try:
         side = Side(server.address, {f"{i}": torch.randn(shape) for i in range(4)})
@@ -287,7 +287,7 @@ def test_neither_side_of_a_worker_makes_a_temporary_as_large_as_a_chunk(tmp_path
 async def test_lookups_that_ended_leave_nothing_behind_on_either_side(tmp_path: Path) -> None:
     digests = [bytes([i]) * 32 for i in range(32)]
     with trio.fail_after(30):
-        config = Config(address=f"ipc://{tmp_path}/s.ipc", memory={"backend": "cpu", "size": 1 << 20})
+        config = Config(address=f"unix://{tmp_path}/s.sock", memory={"backend": "cpu", "size": 1 << 20})
         async with (
             open_server(config) as server,
             open_client(server.address, role=Role.SCHEDULER, engine="e") as scheduler,

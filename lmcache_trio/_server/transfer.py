@@ -180,6 +180,7 @@ class TransferWorker:
     def lose(self, client: Client) -> None:
         """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
         self.attachments.lose(client)
+        self._asking = [asked for asked in self._asking if not asked[1].lost]
 
     def withdraw(self, client: Client, number: int) -> None:
         """Request *number* is not wanted any more; one that is not there has been answered already."""

@@ -3,6 +3,8 @@
 Only bookkeeping: nothing here waits but `wait_copied` and `wait_ended`, on behalf of a host thread.
 """
 
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -135,8 +137,14 @@ class Jobs:
             return {"running": len(self._running), **self._counted}
 
 
-def wait_for(handoffs: Iterable[Handoff[bool]], alive: Callable[[], bool]) -> None:
-    """Block the calling host thread until all came. They come by notification; a loop that died is noticed too."""
+def wait_for(handoffs: Iterable[Handoff[bool]], alive: Callable[[], bool], seconds: float = math.inf) -> bool:
+    """Block the calling host thread until all came. They come by notification; a loop that died is noticed too.
+
+    False: that took longer than *seconds*.
+    """
+    end = time.monotonic() + seconds
     for handoff in handoffs:
-        while not handoff.wait(1.0) and alive():
-            pass
+        while not handoff.wait(min(1.0, end - time.monotonic())) and alive():
+            if time.monotonic() >= end:
+                return False
+    return True

@@ -38,6 +38,10 @@ logger = logging.getLogger("lmcache_trio")
 _T = TypeVar("_T")
 
 
+_LAST_REPLIES = 3
+"""Replies that a store takes at most, which `shutdown` waits for."""
+
+
 class WorkerAdapter:
     """Shard *shard* of *shards* of the engine *engine_id*.
 
@@ -164,10 +168,18 @@ class WorkerAdapter:
         return self._jobs.statistics()
 
     def shutdown(self) -> None:
-        """Finish what is under way, each reply bounded, and leave the server. Idempotent."""
+        """Finish what is under way, bounded, and leave the server. Idempotent.
+
+        Blocks that the server may still touch after that, because it is stopped or lost sight of a copy, stay its own
+        until this process ends: they must not be used again.
+        """
         self.layered.drop_stores()
-        if self._link.alive:
-            self._wait(self._jobs.running())
+        jobs = self._jobs.running() if self._link.alive else []
+        if wait_for([job.ended for job in jobs], lambda: self._link.alive, _LAST_REPLIES * self._reply_timeout):
+            for job in jobs:
+                self._fail(job, "unavailable")  # nothing, unless the loop died
+        else:
+            logger.warning("some of %d copies did not end: their blocks stay the server's", len(jobs))
         if self._link.stop(2 * self._reply_timeout):
             self._device.close()
         self._copiers.close()

@@ -355,6 +355,23 @@ def test_blocks_are_not_given_back_while_the_server_may_touch_them(
     wait_until(lambda: server.held["bytes_quarantined"] == server.held["bytes_writing"] == 0)
 
 
+def test_a_shutdown_does_not_wait_for_ever_for_a_copy_that_does_not_end_and_gives_no_block_back(
+    stopping: Callable[[int], StoppingServer], sides: MakeSide
+) -> None:
+    server = stopping(2)
+    one = sides(server.address, shared_kv(1))
+    one.store("a", TOKENS, FROM)
+    assert one.lookup("b", TOKENS) == 3 * CHUNK
+    spec = one.scheduler.update_after_alloc("b", 3 * CHUNK, block_ids=INTO)
+    assert spec is not None
+    one.worker.submit_retrieve(spec)
+    server.wait_for("half")
+    one.worker._reply_timeout = 0.05
+    one.worker.shutdown()
+    assert one.worker.take_finished() == (set(), set())
+    assert server.held["copies_running"] == 1
+
+
 @pytest.mark.parametrize("what", ["store", "retrieve"])
 def test_an_engine_killed_in_the_middle_of_a_copy_leaves_nothing_half_written_and_nothing_held(
     stopping: Callable[[int], StoppingServer], sides: MakeSide, what: str

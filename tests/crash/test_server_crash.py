@@ -66,7 +66,7 @@ class Life:
     def __init__(self, place: Path, seed: int) -> None:
         place.mkdir()
         self.directory = place / "kv"
-        self.address = f"ipc://{place}/s"
+        self.address = f"unix://{place}/s"
         self.random = Random(seed)
         self.counts: Counter[str] = Counter()
         self.sessions = 0

@@ -184,7 +184,7 @@ class Server:
     ) -> None:
         self.where = where
         where.mkdir(parents=True, exist_ok=True)
-        self.address = f"ipc://{where}/server.ipc"
+        self.address = f"unix://{where}/server.sock"
         self._settings = [f"address={self.address}", f"chunk_tokens={chunk_tokens}", f"memory.size={size}", *settings]
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -73,7 +73,7 @@ Start = Callable[..., Process]
 
 @pytest.fixture
 def address(tmp_path: Path) -> str:
-    return f"ipc://{tmp_path}/s.ipc"
+    return f"unix://{tmp_path}/s.sock"
 
 
 @pytest.fixture
@@ -185,12 +185,13 @@ def test_with_every_thread_of_a_disk_hung_in_loads_memory_and_another_disk_serve
             first, second = (await worker.statistics())["tiers"]
             assert (first["backend"]["hanging"], first["fenced"]) == (THREADS, False)  # all that it has, to the end
             assert (second["loads"], second["fenced"]) == (2, False)
-            while signals == 1 and (await worker.statistics())["tiers"][1]["bytes_queued"]:
-                await trio.sleep(0.01)  # noqa: ASYNC110  nothing tells of a writeback's end; else how fast this disk is would decide what is there in the end
+            # Nothing tells of a writeback's end; else how fast this disk is would decide what is there in the end
+            while signals == 1 and (await worker.statistics())["tiers"][1]["bytes_queued"]:  # noqa: ASYNC110
+                await trio.sleep(0.01)
 
     trio.run(use)
     _ends(process, grace, signals)
-    assert not Path(address.removeprefix("ipc://")).exists()
+    assert not Path(address.removeprefix("unix://")).exists()
     if signals == 1:  # the other disk took what was stored
         keys = [ChunkKey(namespace, digest) for digest in digests(2, "prompt 14")]
         assert trio.run(_contained, other, keys) == [True, True]
@@ -290,7 +291,7 @@ def test_a_directory_that_another_server_has_ends_the_start_with_exit_status_2(
 ) -> None:
     sets = ["tiers.0.backend=disk", f"tiers.0.path={tmp_path}/disk", "tiers.0.size=16MiB"]
     start(*sets)
-    command = [sys.executable, "-m", "lmcache_trio", "serve", "--address", f"ipc://{tmp_path}/other.ipc"]
+    command = [sys.executable, "-m", "lmcache_trio", "serve", "--address", f"unix://{tmp_path}/other.sock"]
     command += [part for setting in sets for part in ("--set", setting)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2, ended.stderr
