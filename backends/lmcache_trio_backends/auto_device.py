@@ -75,9 +75,11 @@ class AutoDevice(EventDevice, ArenaDevice):
         await device.wait_event(attached, event)
 
     async def arena_grew(self) -> None:
-        for device in (self._host, self._cuda):
-            if isinstance(device, ArenaDevice):
-                await device.arena_grew()
+        try:
+            await self._host.arena_grew()
+        finally:  # what one of them cannot use, the other may
+            if isinstance(self._cuda, ArenaDevice):
+                await self._cuda.arena_grew()
 
     def detach(self, attached: Attached) -> None:
         device = self._owner.pop(attached, None)

@@ -45,6 +45,9 @@ class TransferWorker:
         self._asking: list[tuple[bytes, Client, int]] = []  # LetGo questions
         self._wake = trio.Event()
         self._growing = False
+        self._grew = False
+        self.takes_events = isinstance(device, EventDevice)
+        """Can the device wait for what an engine's GPU has still to write? Else it must get no memory of a GPU."""
 
     # --- the tasks --------------------------------------------------------------------------------------------------
 
@@ -134,13 +137,17 @@ class TransferWorker:
 
     def arena_grew(self) -> None:
         """Tell the device, if it wants to know, once for all growth of a while."""
-        if isinstance(self._device, ArenaDevice) and not self._growing and len(self.attachments):
-            self._growing = True
-            self._spawn(self._tell_growth, self._device, name="arena of the device")
+        if isinstance(self._device, ArenaDevice) and len(self.attachments):
+            self._grew = True
+            if not self._growing:
+                self._growing = True
+                self._spawn(self._tell_growth, self._device, name="arena of the device")
 
     async def _tell_growth(self, device: ArenaDevice) -> None:
         try:
-            await device.arena_grew()
+            while self._grew:  # also by what grew while it was told
+                self._grew = False
+                await device.arena_grew()
         except LMCacheTrioError as exc:
             log.warning("the device does not make use of all of the arena: %s", exc)
         except Exception:

@@ -36,6 +36,8 @@ def _attach(state: State, client: Client, message: Attach) -> Message | None:
         export = decode_export(message.export)
     except ProtocolError as exc:  # a wrong handle costs its sender the device, not its connection
         raise Misuse(str(exc)) from exc
+    if isinstance(export.memory[0], CudaMemory) and not transfer.takes_events:
+        raise Unavailable("this server's device cannot wait for what a GPU has still to write: copy through the arena")
     chunk_blocks = state.config.chunk_tokens // layout.block_tokens
     if export.block_bytes * chunk_blocks != layout.shard_bytes:
         raise Misuse(

@@ -315,6 +315,17 @@ async def test_an_event_is_one_and_memory_of_the_host_knows_none(
         assert rig.device.running == []
 
 
+async def test_memory_of_a_gpu_is_not_opened_by_a_device_that_could_not_wait_for_it(open_rig: Open) -> None:
+    async with open_rig(gpu=True) as rig:
+        transfer = rig.server._state.transfer
+        assert transfer is not None
+        transfer.takes_events = False  # as with a device that is no EventDevice
+        reply = await rig.worker.ask(Attach, encode_export(rig.export))
+        assert isinstance(reply, ErrorReply)
+        assert reply.kind is ErrorKind.UNAVAILABLE
+        assert "copy through the arena" in reply.message
+
+
 # --- the arena grows ------------------------------------------------------------------------------------------------
 
 
@@ -344,17 +355,22 @@ async def test_a_device_is_told_that_the_arena_grew_while_something_is_attached(
         for _ in range(3):
             transfer.arena_grew()
         await settled()
-        assert device.told == 1, "once, until it has dealt with it"
-        device.fault = RuntimeError("a bug in arena_grew")
-        device.go.set()
-        await settled()
-        assert rig.counted["device_bugs"] == 1
         transfer.arena_grew()
         await settled()
-        assert device.told == 2
+        assert device.told == 1, "once, until it has dealt with it"
+        device.go.set()
+        await settled()
+        assert device.told == 2, "and once more for all that grew meanwhile"
+        device.fault = RuntimeError("a bug in arena_grew")
+        transfer.arena_grew()
+        await settled()
+        assert (device.told, rig.counted["device_bugs"]) == (3, 1)
+        transfer.arena_grew()
+        await settled()
+        assert device.told == 4
         await rig.stored(1, digests(1), [0, 1])
         rig.worker.connection.close()
         await settled()
         transfer.arena_grew()
         await settled()
-        assert device.told == 2, "nobody needs it"
+        assert device.told == 4, "nobody needs it"
