@@ -54,7 +54,7 @@ def test_whichever_retrieve_ends_first_ends_the_wait_each_time(
     jobs = Jobs()
     under_way = [load(jobs, name) for name in "abc"]
     for number in (which, (which + 1) % 3):
-        Meanwhile.happens = lambda job=under_way[number]: jobs.end(job, failed=False)  # type: ignore[misc,assignment]
+        Meanwhile.happens = lambda job=under_way[number]: jobs.end(job, failed=False)  # type: ignore[misc]
         jobs.wait_retrieve(60)
         assert jobs.take_finished() == (set(), {"abc"[number]})
 

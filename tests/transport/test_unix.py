@@ -312,7 +312,7 @@ async def test_a_packet_that_the_kernel_does_not_take_ends_the_connection_on_bot
 def fail_once(link: UnixLink, code: int) -> None:
     send = link._send
 
-    def refuse(packet: bytes, flags: int) -> int:
+    def refuse(packet: Any, flags: int) -> int:
         link._send = send
         raise OSError(code, os.strerror(code))
 
