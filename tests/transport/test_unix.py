@@ -316,7 +316,7 @@ def fail_once(link: UnixLink, code: int) -> None:
         link._send = send
         raise OSError(code, os.strerror(code))
 
-    link._send = refuse
+    link._send = refuse  # type: ignore[assignment]
 
 
 # --- a conversation ---------------------------------------------------------------------------------------------------
