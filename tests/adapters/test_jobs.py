@@ -1,7 +1,8 @@
 """What a host with nothing else to do waits for."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 
@@ -18,10 +19,10 @@ class NeverWaited(Handoff[bool]):
 class Meanwhile(Handoff[bool]):
     """While it is waited for, what the test says happens."""
 
-    happens: Callable[[], None]
+    happens: ClassVar[list[Callable[[], None]]] = []
 
     def wait(self, timeout: float) -> bool | None:
-        type(self).happens()
+        self.happens.pop()()
         assert self.done, "what happened woke nobody"
         return super().wait(timeout)
 
@@ -54,7 +55,7 @@ def test_whichever_retrieve_ends_first_ends_the_wait_each_time(
     jobs = Jobs()
     under_way = [load(jobs, name) for name in "abc"]
     for number in (which, (which + 1) % 3):
-        Meanwhile.happens = lambda job=under_way[number]: jobs.end(job, failed=False)  # type: ignore[misc]
+        Meanwhile.happens.append(partial(jobs.end, under_way[number], failed=False))
         jobs.wait_retrieve(60)
         assert jobs.take_finished() == (set(), {"abc"[number]})
 
