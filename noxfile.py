@@ -159,6 +159,7 @@ def _install_wheel(session: nox.Session, *more: str) -> None:
     session.run_install("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(dist), str(ROOT))
     for wheel in dist.glob("*.whl"):  # none where nox was told to install nothing (-R)
         session.install("-c", str(CONSTRAINTS), str(wheel), *more)
+        session.install("--force-reinstall", "--no-deps", str(wheel))  # pip keeps another build of the same version
     _check_installed(session)
 
 
