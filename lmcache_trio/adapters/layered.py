@@ -250,12 +250,7 @@ class LayeredMoves:
 
     async def _commit(self, client: Client, granted: Sequence[tuple[Job, Reserved]]) -> None:
         for job, reserved in granted:
-            for reason, number in reserved.dropped.items():
-                self._worker._jobs.count(f"dropped_{reason}", number)
-            if reserved.reservation:
-                await self._worker._reply(client.commit, reserved.reservation)
-                self._worker._jobs.count("stored_chunks", len(unpack_positions(reserved.positions)))
-            self._worker._jobs.end(job, failed=False)
+            await self._worker._shm.commit(client, job, reserved)
 
     # --- in a thread ------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,10 @@ class ShmPath:
         except BaseException:
             client.abort_nowait(reserved.reservation)
             raise
+        await self.commit(client, job, reserved)
+
+    async def commit(self, client: Client, job: Job, reserved: Reserved) -> None:
+        """The copy of *job* has ended: publish it, and count what was stored and dropped."""
         for reason, number in reserved.dropped.items():
             self._worker._jobs.count(f"dropped_{reason}", number)
         if reserved.reservation:
