@@ -29,6 +29,7 @@ def test_what_was_stored_is_a_hit_after_a_restart_byte_for_byte(
 ) -> None:
     disk_server.start()
     try:
+        disk_server.wait_tier()
         kv = make_kv(7)
         one = sides(disk_server.address, kv)
         one.store("stored", TOKENS, BLOCKS)
@@ -37,6 +38,7 @@ def test_what_was_stored_is_a_hit_after_a_restart_byte_for_byte(
         one.close()
         getattr(disk_server, end)()
         disk_server.start()
+        disk_server.wait_tier()
         two = sides(disk_server.address, make_kv())
         assert two.lookup("again", TOKENS) == 4 * CHUNK
         assert two.load("again", 4 * CHUNK, OTHERS) == set()
