@@ -16,4 +16,5 @@ def spread(keys: int, tables: int, *, first: float = 0.0) -> list[int]:
     """
     shares = [2 ** ((first + number) / tables) for number in range(tables)]
     ends = [round(keys * end / sum(shares)) for end in accumulate(shares)]
-    return [number for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) for _ in range(start, end)]
+    starts = [0, *ends[:-1]]
+    return [number for number in range(tables) for _ in range(starts[number], ends[number])]
