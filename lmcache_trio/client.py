@@ -10,8 +10,9 @@ It refuses to retry, to reconnect and to import torch.
 
 import json
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import attrs
@@ -23,6 +24,7 @@ from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._transport.conversation import Conversation, Reply, error_of, expect
 from lmcache_trio._wire.codec import encode, unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import (
+    MAX_RESERVED,
     PROTOCOL_VERSION,
     Abort,
     Ack,
@@ -205,7 +207,9 @@ class Client(Conversation):
         self.request_unheard(Done(self.new_id(), pin))
 
     async def reserve(self, session: int, parent: bytes, digests: Sequence[bytes]) -> Reserved:
-        """Slots for some of *digests*. Cancelled, what was reserved is aborted."""
+        """Slots for some of *digests*, `MAX_RESERVED` at most. Cancelled, what was reserved is aborted."""
+        if len(digests) > MAX_RESERVED:
+            raise Misuse(f"{len(digests)} digests: reserve {MAX_RESERVED} at a time, each lot behind the one before")
         return await self.request(
             Reserve(self.new_id(), session, parent, join_digests(digests)),
             Reserved,
@@ -236,6 +240,20 @@ class Client(Conversation):
         The body ends when its copies have: a copy in a thread is awaited (`threads.offload` sees to that), never left
         behind. Views must not be used after the body. Needs `register` before, and a mapped arena (`Unavailable`).
         """
+        slots: dict[int, memoryview] = {}
+        dropped: Counter[str] = Counter()
+        async with AsyncExitStack() as stack:
+            for start in range(0, len(digests), MAX_RESERVED):
+                lot = digests[start : start + MAX_RESERVED]
+                part = await stack.enter_async_context(self._storing_lot(session, parent, lot))
+                slots |= {start + position: slot for position, slot in part.slots.items()}
+                dropped.update(part.dropped)
+                parent = lot[-1]
+            yield Storing(slots, dict(dropped))
+
+    @asynccontextmanager
+    async def _storing_lot(self, session: int, parent: bytes, digests: Sequence[bytes]) -> AsyncIterator[Storing]:
+        """`storing` of no more than one message asks for."""
         arena = self._mapped()
         reserved = await self.reserve(session, parent, digests)
         try:

@@ -21,6 +21,7 @@ from attrs.validators import and_, ge, max_len
 __all__ = [
     "MAX_DIGESTS",
     "MAX_NUMBER",
+    "MAX_RESERVED",
     "PROTOCOL_VERSION",
     "Abort",
     "Ack",
@@ -69,6 +70,9 @@ PROTOCOL_VERSION = 1
 MAX_DIGESTS = 65_536
 """Most chunks one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
 
+MAX_RESERVED = 256
+"""Most chunks that one message may ask slots for: some 2 ms of the server's loop, in which it answers nobody else."""
+
 MAX_NUMBER = 2**63 - 1
 """The largest request id and session number: what fits a signed 64-bit integer everywhere."""
 
@@ -78,15 +82,16 @@ Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
 _Validator = Callable[[Any, "attrs.Attribute[Any]", Any], Any]
 
 
-def _packed(width: int) -> _Validator:
+def _packed(width: int, most: int = MAX_DIGESTS) -> _Validator:
     def whole(instance: Any, attribute: "attrs.Attribute[Any]", value: bytes) -> None:
         if len(value) % width:
             raise ValueError(f"{attribute.name}: {len(value)} bytes are no whole number of {width}-byte items")
 
-    return and_(max_len(width * MAX_DIGESTS), whole)
+    return and_(max_len(width * most), whole)
 
 
 _DIGESTS = _packed(32)
+_RESERVED = _packed(32, MAX_RESERVED)
 _OFFSETS = _packed(8)
 _POSITIONS = _packed(4)
 _NAME: _Validator = max_len(512)
@@ -251,6 +256,7 @@ class Done(Message):
 class Reserve(Message):
     """A worker asks for slots for its shard of *digests*, which follow *parent* (empty: the chain's first).
 
+    They are `MAX_RESERVED` at most; more of a chain are asked for behind them, with the last of these as parent.
     *session* is the scheduler's; a session that the server does not know, or that ended, gets no slots.
     """
 
@@ -258,7 +264,7 @@ class Reserve(Message):
     id: Number
     session: Number
     parent: bytes = attrs.field(validator=_ID)
-    digests: bytes = attrs.field(validator=_DIGESTS)
+    digests: bytes = attrs.field(validator=_RESERVED)
 
 
 @attrs.frozen
@@ -327,7 +333,7 @@ class StoreBlocks(Message):
     id: Number
     session: Number
     parent: bytes = attrs.field(validator=_ID)
-    digests: bytes = attrs.field(validator=_DIGESTS)
+    digests: bytes = attrs.field(validator=_RESERVED)
     blocks: bytes = attrs.field(validator=_POSITIONS)
     event: bytes = attrs.field(default=b"", validator=max_len(64))
 

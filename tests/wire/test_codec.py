@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lmcache_trio._wire import codec, messages
 from lmcache_trio._wire.codec import decode, decode_expected, encode, peek_id
-from lmcache_trio._wire.messages import MAX_NUMBER, Answer, Lookup, LookupStatus, Message, Ping, Pong, Reserved
+from lmcache_trio._wire.messages import MAX_NUMBER, Answer, Lookup, LookupStatus, Message, Ping, Pong, Reserve, Reserved
 from lmcache_trio.errors import ProtocolError
 
 SENTENCES: list[type[Message]] = [
@@ -117,6 +117,7 @@ def test_opcodes_are_one_byte_and_told_apart() -> None:
         (raw(LookupStatus, id=1, session=2**64 - 1), "LookupStatus: .*session"),
         (raw(Lookup, id=1, session=1, start=0, digests=b"123", upto=0), "Lookup: digests: 3 bytes"),
         (raw(Lookup, id=1, session=1, start=0, digests=bytes(32 * 65_537), upto=0), "Lookup: .*digests"),
+        (raw(Reserve, id=1, session=1, parent=b"", digests=bytes(32 * 257)), "Reserve: .*digests"),
         (raw(Lookup, id=1, session=1, start=-1, digests=b"", upto=0), "Lookup: 'start'"),
         (raw(Reserved, id=1, reservation=b"", positions=b"123", offsets=b""), "Reserved: positions"),
         (raw(Reserved, id=1, reservation=b"x" * 33, positions=b"", offsets=b""), "Reserved: .*reservation"),
