@@ -21,7 +21,7 @@ import trio
 from lmcache_trio._core.keys import join_digests
 from lmcache_trio._transport import Connection, dial_pair, introduce
 from lmcache_trio._transport.arena_map import ArenaMap
-from lmcache_trio._transport.conversation import Conversation, Reply, error_of, expect
+from lmcache_trio._transport.conversation import Conversation, Reply, expect
 from lmcache_trio._wire.codec import encode, unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import (
     MAX_RESERVED,
@@ -58,7 +58,7 @@ from lmcache_trio._wire.messages import (
     Taken,
     Welcome,
 )
-from lmcache_trio._wire.protocol import check_welcome
+from lmcache_trio._wire.protocol import check_welcome, error_of
 from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
 
 __all__ = ["Client", "Storing", "connect", "open_client", "serve_connection"]
