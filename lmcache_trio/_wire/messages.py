@@ -77,7 +77,10 @@ MAX_NUMBER = 2**63 - 1
 """The largest request id and session number: what fits a signed 64-bit integer everywhere."""
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
-"""A request id (0 is no request) or session number; the bounds are checked in decoding, in C."""
+"""A session number, or the request that is answered (0: none); the bounds are checked in decoding, in C."""
+
+RequestId = Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)]
+"""A request's. Not 0: its reply would be a push, and an ErrorReply a last word."""
 
 _Validator = Callable[[Any, "attrs.Attribute[Any]", Any], Any]
 
@@ -181,13 +184,13 @@ class Refused(Message):
 @attrs.frozen
 class Ping(Message):
     opcode: ClassVar[int] = 16
-    id: Number
+    id: RequestId
 
 
 @attrs.frozen
 class Statistics(Message):
     opcode: ClassVar[int] = 17
-    id: Number
+    id: RequestId
 
 
 @attrs.frozen
@@ -198,7 +201,7 @@ class Register(Message):
     """
 
     opcode: ClassVar[int] = 18
-    id: Number
+    id: RequestId
     fingerprint: bytes = attrs.field(validator=max_len(32))
     shard_bytes: int = attrs.field(validator=ge(1))
     block_tokens: int = attrs.field(validator=ge(1))
@@ -215,7 +218,7 @@ class Lookup(Message):
     """
 
     opcode: ClassVar[int] = 19
-    id: Number
+    id: RequestId
     session: Number
     start: int = attrs.field(validator=ge(0))
     digests: bytes = attrs.field(validator=_DIGESTS)
@@ -228,7 +231,7 @@ class LookupStatus(Message):
     """What became of the session's lookup? Idempotent; answered by Answer."""
 
     opcode: ClassVar[int] = 20
-    id: Number
+    id: RequestId
     session: Number
 
 
@@ -237,7 +240,7 @@ class Retrieve(Message):
     """A worker asks to read *count* chunks from position *start* of a lease; answered by Pinned."""
 
     opcode: ClassVar[int] = 21
-    id: Number
+    id: RequestId
     lease: bytes = attrs.field(validator=_ID)
     start: int = attrs.field(validator=ge(0))
     count: int = attrs.field(validator=ge(1))
@@ -248,7 +251,7 @@ class Done(Message):
     """A worker's read has ended; answered by Finished, which says whether what it read is still valid."""
 
     opcode: ClassVar[int] = 22
-    id: Number
+    id: RequestId
     pin: bytes = attrs.field(validator=_ID)
 
 
@@ -261,7 +264,7 @@ class Reserve(Message):
     """
 
     opcode: ClassVar[int] = 23
-    id: Number
+    id: RequestId
     session: Number
     parent: bytes = attrs.field(validator=_ID)
     digests: bytes = attrs.field(validator=_RESERVED)
@@ -272,7 +275,7 @@ class Commit(Message):
     """All bytes of the reservation were written and the copy has ended; answered by Committed."""
 
     opcode: ClassVar[int] = 24
-    id: Number
+    id: RequestId
     reservation: bytes = attrs.field(validator=_ID)
 
 
@@ -281,7 +284,7 @@ class Abort(Message):
     """The copy into the reservation has ended and is to be forgotten; answered by Ack."""
 
     opcode: ClassVar[int] = 25
-    id: Number
+    id: RequestId
     reservation: bytes = attrs.field(validator=_ID)
 
 
@@ -293,7 +296,7 @@ class CopiesEnded(Message):
     """
 
     opcode: ClassVar[int] = 26
-    id: Number
+    id: RequestId
     token: bytes = attrs.field(validator=_ID)
 
 
@@ -302,7 +305,7 @@ class Reset(Message):
     """A scheduler drops its engine's namespace; answered by Ack once nothing of it can be served."""
 
     opcode: ClassVar[int] = 27
-    id: Number
+    id: RequestId
 
 
 # --- requests of a worker whose KV the server moves itself ------------------------------------------------------------
@@ -317,7 +320,7 @@ class Attach(Message):
     """
 
     opcode: ClassVar[int] = 28
-    id: Number
+    id: RequestId
     export: bytes = attrs.field(validator=max_len(1 << 20))
 
 
@@ -330,7 +333,7 @@ class StoreBlocks(Message):
     """
 
     opcode: ClassVar[int] = 29
-    id: Number
+    id: RequestId
     session: Number
     parent: bytes = attrs.field(validator=_ID)
     digests: bytes = attrs.field(validator=_RESERVED)
@@ -348,7 +351,7 @@ class RetrieveBlocks(Message):
     """
 
     opcode: ClassVar[int] = 30
-    id: Number
+    id: RequestId
     lease: bytes = attrs.field(validator=_ID)
     start: int = attrs.field(validator=ge(0))
     count: int = attrs.field(validator=ge(1))
@@ -366,7 +369,7 @@ class LetGo(Message):
     """
 
     opcode: ClassVar[int] = 31
-    id: Number
+    id: RequestId
     token: bytes = attrs.field(validator=_ID)
 
 
@@ -406,7 +409,7 @@ class Withdraw(Message):
     """
 
     opcode: ClassVar[int] = 43
-    request: Number
+    request: RequestId
 
 
 # --- replies and pushes, from the server ----------------------------------------------------------------------------
@@ -549,5 +552,5 @@ class LayersDone(Message):
     """Push: the first *layers* layers of the RetrieveBlocks *request* are in their blocks."""
 
     opcode: ClassVar[int] = 77
-    request: Number
+    request: RequestId
     layers: int = attrs.field(validator=ge(0))

@@ -211,6 +211,23 @@ async def test_what_no_client_may_say_ends_the_connection(
             await client.hear()
 
 
+@pytest.mark.parametrize("kind", sorted(REPLY_TO, key=str))
+async def test_a_request_with_the_id_of_what_is_said_unasked_ends_the_connection(
+    kind: Kind, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply would be a push to the client, and an error its last word."""
+    monkeypatch.setattr("lmcache_trio._server.connection.LAST_WORD", 0.02)
+    (role, *_) = speakers(kind)
+    client = await call(role)
+    await client.say(example(kind, 0))
+    last = await client.hear()
+    assert (type(last), last.id, last.kind) == (m.ErrorReply, 0, ErrorKind.PROTOCOL)
+    assert last.message.startswith(f"{kind.__name__}: ")
+    assert "`$.id`" in last.message
+    with pytest.raises(Gone):
+        await client.hear()
+
+
 # --- what a client believes of its server -----------------------------------------------------------------------------
 
 LAST_WORD = m.ErrorReply(0, ErrorKind.PROTOCOL, "it cannot be read")
