@@ -32,6 +32,10 @@ _UNWATCHED = 5.0
 """Seconds between two looks for a server where the kernel gives no watch (it gives a user 128 inotify instances), or no
 descriptor to look with."""
 
+_NO_DESCRIPTOR = 1.0
+"""Seconds between two looks for a descriptor, while a rendezvous has none to turn a client away with. It looks too when
+it has given one back."""
+
 
 class _PairListener(PairListener):
     def __init__(self, near: str) -> None:
@@ -85,6 +89,7 @@ class _Rendezvous(Rendezvous):
         self.address = str(wanted)
         self._silent: dict[int, UnixLink] = {}  # by descriptor, in the order in which they came
         self._current: _Introduction | None = None
+        self._look_again = math.inf  # when for a spare descriptor; until then nobody is let in
         addresses.claim(wanted)
         with contextlib.ExitStack() as opened:
             self._arrivals = opened.enter_context(open_epoll())
@@ -99,7 +104,7 @@ class _Rendezvous(Rendezvous):
         self._turn_away()
         await trio.lowlevel.checkpoint_if_cancelled()
         while (introduction := self._take()) is None:
-            with contextlib.suppress(trio.ClosedResourceError):
+            with contextlib.suppress(trio.ClosedResourceError), trio.move_on_at(self._look_again):
                 await trio.lowlevel.wait_readable(self._arrivals.fileno())
         self._current = introduction
         await trio.lowlevel.cancel_shielded_checkpoint()
@@ -136,6 +141,8 @@ class _Rendezvous(Rendezvous):
                     return introduction
             elif fd == self._listener.socket.fileno():
                 self._let_in()
+        if self._look_again < math.inf:
+            self._listen_again()
         return None
 
     def _let_in(self) -> None:
@@ -153,8 +160,22 @@ class _Rendezvous(Rendezvous):
         self._spare.close()
         with contextlib.suppress(OSError):
             self._listener.socket.accept()[0].close()
-        with contextlib.suppress(Unavailable):
+        try:
             self._spare = open_socket()
+        except Unavailable:
+            # Another took it. Who comes now waits in the kernel's queue, and we would be told so for ever.
+            self._arrivals.unregister(self._listener.socket)
+            self._look_again = trio.current_time() + _NO_DESCRIPTOR
+
+    def _listen_again(self) -> None:
+        """If there is a spare descriptor by now."""
+        try:
+            self._spare = open_socket()
+        except Unavailable:
+            self._look_again = trio.current_time() + _NO_DESCRIPTOR
+        else:
+            self._arrivals.register(self._listener.socket, select.EPOLLIN)
+            self._look_again = math.inf
 
     def _expect(self, link: UnixLink) -> None:
         fd = link.fileno()

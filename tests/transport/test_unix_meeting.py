@@ -16,8 +16,10 @@ from trio.testing import wait_all_tasks_blocked
 
 from lmcache_trio._transport import addresses, over_nng, over_unix
 from lmcache_trio._transport.unix import PACKET
+from lmcache_trio._transport.unix_sockets import open_socket
 from lmcache_trio.errors import ConfigError, Unavailable
 
+PACKETS = (socket.AF_UNIX, socket.SOCK_SEQPACKET)
 WHOLE, FIRST, _, LAST = (bytes([kind]) for kind in range(4))
 
 
@@ -142,6 +144,42 @@ async def test_without_descriptors_a_client_is_turned_away_and_the_loop_sleeps(
                 await over_unix.introduce(near, b"me")
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert await over_unix.introduce(near, b"me") == b"re: me"
+
+
+@pytest.mark.parametrize("again", ["in time", "when a client leaves"])
+async def test_when_the_spare_descriptor_is_gone_too_the_loop_sleeps_and_lets_clients_in_again(
+    near: str, no_descriptors: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    """Another part of the process takes it in the moment in which it is free."""
+    stolen: list[int] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def late() -> socket.socket:
+        if not stolen:
+            stolen.append(os.dup(0))
+        return open_socket()
+
+    monkeypatch.setattr(over_unix, "_NO_DESCRIPTOR", 0.05 if again == "in time" else 10_000)
+    async with answering(near):
+        monkeypatch.setattr(over_unix, "open_socket", late)
+        with contextlib.ExitStack() as callers:
+            silent, refused, waiting = (callers.enter_context(socket.socket(*PACKETS)) for _ in range(3))
+            silent.connect(near.removeprefix("unix://"))
+            await wait_all_tasks_blocked()
+            no_descriptors(0)
+            refused.connect(near.removeprefix("unix://"))
+            await wait_all_tasks_blocked()
+            assert stolen
+            assert await answer_to(refused) == b""
+            waiting.connect(near.removeprefix("unix://"))
+            waiting.send(WHOLE + b"me")
+            await wait_all_tasks_blocked()
+            if again == "in time":
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            else:
+                silent.close()
+            assert await answer_to(waiting) == WHOLE + b"re: me"
+    os.close(stolen[0])
 
 
 async def test_a_pair_address_refuses_a_second_client_also_before_the_first_was_let_in(near: str) -> None:
