@@ -367,7 +367,8 @@ async def open_client(
 ) -> AsyncIterator[Client]:
     """Connect to the server at *address*; a worker gets the arena mapped too, in `Client.arena`.
 
-    `Unavailable`: nobody listens there. `Misuse`: the server does not let such a client in, and says why.
+    `Unavailable`: nobody listens there. `Misuse`: the server does not let such a client in, and says why, or listens
+    under another scheme.
     `ProtocolError`: it is another release's, or none.
     """
     who = name or f"pid {os.getpid()}"

@@ -17,7 +17,7 @@ from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairL
 from lmcache_trio._transport.addresses import Address, UnixAddress
 from lmcache_trio._transport.unix import UnixLink
 from lmcache_trio._transport.unix_sockets import Listener, inherited, open_epoll, open_socket
-from lmcache_trio._transport.watching import Watch
+from lmcache_trio._transport.watching import wait_bound
 from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
@@ -28,10 +28,6 @@ _MOST_SILENT = 64
 say it in the same moment."""
 _LOOKS = 16
 """Clients let in or heard in a row before other tasks get their turn (about 1 ms)."""
-_UNWATCHED = 5.0
-"""Seconds between two looks for a server where the kernel gives no watch (it gives a user 128 inotify instances), or no
-descriptor to look with."""
-
 _NO_DESCRIPTOR = 1.0
 """Seconds between two looks for a descriptor, while a rendezvous has none to turn a client away with. It looks too when
 it has given one back."""
@@ -227,28 +223,7 @@ async def introduce(address: str, hello: bytes) -> bytes:
 
 
 async def wait_listening(address: str) -> None:
-    path = _ours(addresses.parse(address)).path
-    await trio.lowlevel.checkpoint()
-    while True:
-        try:
-            if await _appeared(path):
-                return
-        except OSError:
-            await trio.sleep(_UNWATCHED)
-
-
-async def _appeared(path: str) -> bool:
-    """Whether a server listens at *path*; if none does, wait until something changed there."""
-    if addresses.is_listening(path):
-        return True
-    watch = Watch(path)
-    try:
-        if addresses.is_listening(path):  # came before it was watched for
-            return True
-        await watch.wait()
-    finally:
-        watch.close()
-    return False
+    await wait_bound(_ours(addresses.parse(address)).path)
 
 
 async def _connect(address: str, limit: int) -> UnixLink:
@@ -260,8 +235,9 @@ async def _connect(address: str, limit: int) -> UnixLink:
         return UnixLink(sock, limit)
     except OSError as exc:
         sock.close()
-        why = "what listens there is an ipc:// server" if exc.errno == errno.EPROTOTYPE else exc.strerror
-        raise Unavailable(f"no server listens at {address}: {why}") from exc
+        if exc.errno == errno.EPROTOTYPE:
+            raise addresses.wrong_scheme(address, "ipc") from exc
+        raise Unavailable(f"no server listens at {address}: {exc.strerror}") from exc
 
 
 def _ours(address: Address) -> UnixAddress:
