@@ -216,9 +216,9 @@ class Client(Conversation):
             lambda late: self.abort_nowait(late.reservation),
         )
 
-    async def commit(self, reservation: bytes) -> int:
-        """All bytes are written. Returns how many chunks were published; 0 after a refusal."""
-        return (await self.request(Commit(self.new_id(), reservation), Committed)).published
+    async def commit(self, reservation: bytes) -> Committed:
+        """All bytes are written. Returns how many chunks were published, and how many kept; none after a refusal."""
+        return await self.request(Commit(self.new_id(), reservation), Committed)
 
     async def abort(self, reservation: bytes) -> None:
         """The copy has ended and is to be forgotten."""

@@ -163,6 +163,7 @@ def _reserve(state: State, client: Client, message: Reserve) -> Message:
 def _commit(state: State, client: Client, message: Commit) -> Message:
     ours = message.reservation in client.copies
     client.copies.discard(message.reservation)  # whatever the index says of it: the copy has ended
+    kept = state.index.would_keep(message.reservation)
     try:
         keys = state.index.commit(message.reservation, client.number)
         published = len(keys)
@@ -173,7 +174,7 @@ def _commit(state: State, client: Client, message: Commit) -> Message:
         published = 0  # given to this client and aborted meanwhile: refused, as it had to expect
     finally:
         state.note_progress()
-    return Committed(message.id, published)
+    return Committed(message.id, published, kept)
 
 
 def _abort(state: State, client: Client, message: Abort) -> Message:

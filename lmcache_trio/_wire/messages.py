@@ -492,11 +492,14 @@ class Reserved(Message):
 
 @attrs.frozen
 class Committed(Message):
-    """*published* chunks of the reservation became part of the cache with this shard; 0 after a refusal."""
+    """*published* chunks of the reservation became part of the cache with this shard; *kept* are those and what still
+    lacks other shards. Both are 0 after a refusal.
+    """
 
     opcode: ClassVar[int] = 71
     id: Number
     published: int = attrs.field(validator=ge(0))
+    kept: int = attrs.field(default=0, validator=ge(0))
 
 
 @attrs.frozen

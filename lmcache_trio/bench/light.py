@@ -90,7 +90,7 @@ class Light:
         made = await self._worker.reserve(session, parent, digests)
         if not made.reservation and hot:
             return  # another client of the run stored it
-        if made.dropped or await self._worker.commit(made.reservation) != len(digests):
+        if made.dropped or (await self._worker.commit(made.reservation)).published != len(digests):
             raise Unavailable(f"the server did not take a document: {dict(made.dropped)}")
 
     async def _open(self, sessions: int) -> None:
