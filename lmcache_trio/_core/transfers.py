@@ -5,8 +5,9 @@
        `--abort--> ENDED                                              `--the end of one is lost--> stays ENDING
 
 A *transfer* is one request's way between an engine's blocks and slots: a list of *units* (chunks, or layers), started
-in order. A *batch* is what the device is given at once: units of one transfer, or of neighbours in the queue that move
-the same engine's memory.
+in order, each once it is *allowed*: nothing that the copy must follow is outstanding. While none is, the transfer waits
+outside of the queue, where it keeps no other waiting. A *batch* is what the device is given at once: units of one
+transfer, or of neighbours in the queue that move the same engine's memory.
 
 Rule 1: nobody but the device ends a copy. An abort keeps what has not begun from beginning, and no more; until ENDED,
 slots and blocks stay owned: for good, if the device can't tell any more. Rule 2: loads go ahead of stores, because an
@@ -54,13 +55,15 @@ def _has_bytes(transfer: object, attribute: "attrs.Attribute[Sequence[int]]", un
 class Transfer:
     """One request's copies. *units* are their sizes in bytes; *owner* is the memory that they move.
 
-    *layered*: its units are layers of the same chunks, and a batch holds one of them.
+    *layered*: its units are layers of the same chunks, and share a batch with no other transfer's; each layer of a load
+    has a batch of its own, because an engine waits for it. *allowed* leading units may be started: all, if not said.
     """
 
     direction: Direction
     owner: Hashable
     units: Sequence[int] = attrs.field(validator=_has_bytes)
     layered: bool = False
+    allowed: int = attrs.field(default=attrs.Factory(lambda self: len(self.units), takes_self=True))
     state: TransferState = attrs.field(default=TransferState.QUEUED, init=False)
     submitted: bool = attrs.field(default=False, init=False)
     started: int = attrs.field(default=0, init=False)
@@ -112,7 +115,15 @@ class Transfers:
         if transfer.state is not TransferState.QUEUED or transfer.submitted:
             raise Misuse("a transfer is submitted once")
         transfer.submitted = True
-        self._queues[transfer.direction].append(transfer)
+        self._queue(transfer)
+
+    def allow(self, transfer: Transfer, units: int) -> None:
+        """Its first *units* units may be started: those that might not before, behind what is queued by now."""
+        if not transfer.submitted or units > len(transfer.units):
+            raise Misuse("only units of a transfer that was submitted can be allowed")
+        if transfer.state in (TransferState.QUEUED, TransferState.RUNNING):
+            transfer.allowed = max(transfer.allowed, units)
+            self._queue(transfer)
 
     def next(self) -> Batch | None:
         """What to start now, which is then running; None when there is nothing, or no room."""
@@ -132,10 +143,10 @@ class Transfers:
             if part.end > part.first:
                 parts.append(part)
                 size += more
-            if part.end < len(transfer.units):
+            if part.end < transfer.allowed:
                 break
         for part in parts:
-            if part.end == len(part.transfer.units):
+            if part.end == part.transfer.allowed:
                 queue.remove(part.transfer)
         batch = Batch(direction, tuple(parts), size)
         for part in parts:
@@ -186,8 +197,7 @@ class Transfers:
         One that was not submitted yet has ended, and is not to be submitted.
         """
         if transfer.state is TransferState.QUEUED:
-            if transfer.submitted:
-                self._queues[transfer.direction].remove(transfer)
+            self._unqueue(transfer)
             transfer.state = TransferState.ENDED
             return True
         if transfer.state is not TransferState.ENDED:
@@ -219,7 +229,7 @@ class Transfers:
     def _cut(self, transfer: Transfer, size: int) -> tuple[Part, int]:
         """The units of *transfer* that still fit into a batch that has *size* bytes, and their bytes."""
         at, more = transfer.started, 0
-        while at < len(transfer.units):
+        while at < transfer.allowed:
             unit = transfer.units[at]
             alone = not size and not more
             room = min(self._batch_now, self._in_flight - self._bytes_running)
@@ -227,7 +237,7 @@ class Transfers:
                 break
             more += unit
             at += 1
-            if transfer.layered:
+            if transfer.layered and transfer.direction is Direction.LOAD:
                 break
         return Part(transfer, transfer.started, at), more
 
@@ -239,6 +249,14 @@ class Transfers:
 
     def _drop_rest(self, transfer: Transfer) -> None:
         transfer.state = TransferState.ENDING
+        self._unqueue(transfer)
+
+    def _queue(self, transfer: Transfer) -> None:
+        queue = self._queues[transfer.direction]
+        if transfer.started < transfer.allowed and transfer not in queue:
+            queue.append(transfer)
+
+    def _unqueue(self, transfer: Transfer) -> None:
         queue = self._queues[transfer.direction]
         if transfer in queue:
             queue.remove(transfer)

@@ -10,11 +10,13 @@ import trio
 import trio.testing
 
 from lmcache_trio._transport.conversation import Reply
+from lmcache_trio._wire.codec import pack_offsets
 from lmcache_trio._wire.messages import (
     PROTOCOL_VERSION,
     Ack,
     Hello,
     LayersDone,
+    LayersWritten,
     Message,
     RetrieveBlocks,
     Retrieved,
@@ -25,6 +27,7 @@ from lmcache_trio._wire.messages import (
 )
 from lmcache_trio.adapters.device_path import DevicePath
 from lmcache_trio.adapters.jobs import Job
+from lmcache_trio.adapters.layered_steps import StepStores
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
@@ -96,6 +99,48 @@ async def test_a_request_is_late_when_nothing_comes_of_any_not_when_it_waits_beh
         began = trio.current_time()
     assert copied == [1, 1, 0]
     assert server.noticed == [(began + TIMEOUT, Withdraw(3))]
+
+
+async def test_a_store_by_layers_is_not_late_while_its_engine_computes(
+    path: DevicePath, autojump_clock: trio.testing.MockClock
+) -> None:
+    server: Any = Server()
+    job = store(Fence())
+    step = StepStores([job], 2)
+    step.say = server.notice_nowait
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(path.store, server, job, step)
+        await trio.sleep(10 * TIMEOUT)
+        (asked,) = server.said
+        assert (asked.layered, asked.event) == (True, b""), "it is each layer that follows an event"
+        step.layer_written(0, Fence())
+        await trio.sleep(10 * TIMEOUT)
+        assert [message for _, message in server.noticed] == [LayersWritten(pack_offsets([1]), 1, b"e" * 64)]
+        step.finish(Fence(), drop=False)
+        finished = trio.current_time()
+    assert server.noticed[1:] == [
+        (finished, LayersWritten(pack_offsets([1]), 2, b"e" * 64)),
+        (finished + TIMEOUT, Withdraw(1)),
+    ]
+
+
+async def test_a_store_whose_step_was_dropped_before_it_could_begin_does_not(path: DevicePath) -> None:
+    server: Any = Server()
+    first, second = store(), store()
+    second.before = first
+    step = StepStores([second], 2)
+    step.say = server.notice_nowait
+
+    async def begin() -> None:
+        with pytest.raises(Unavailable, match="dropped"):
+            await path.store(server, second, step)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(begin)
+        await trio.testing.wait_all_tasks_blocked()
+        step.finish(drop=True)
+        first.asked.set()
+    assert server.said == server.noticed == []
 
 
 async def test_what_the_engine_submitted_goes_before_its_copies(path: DevicePath) -> None:

@@ -37,7 +37,7 @@ SAID_BY: dict[Role, dict[Kind, Kind | None]] = {
     Role.WORKER: ANYONE
     | {m.Register: m.NamespaceKnown, m.Retrieve: m.Pinned, m.Done: m.Finished, m.Reserve: m.Reserved}
     | {m.Commit: m.Committed, m.Abort: m.Ack, m.Attach: m.Ack, m.StoreBlocks: m.Stored}
-    | {m.RetrieveBlocks: m.Retrieved, m.Withdraw: None},
+    | {m.RetrieveBlocks: m.Retrieved, m.LayersWritten: None, m.Withdraw: None},
 }
 FROM_CLIENTS = SAID_BY[Role.OBSERVER] | SAID_BY[Role.SCHEDULER] | SAID_BY[Role.WORKER]
 REPLY_TO = {said: reply for said, reply in FROM_CLIENTS.items() if reply is not None}
@@ -78,12 +78,16 @@ def test_the_roles_of_a_sentence_are_those_that_may_say_it(role: Role) -> None:
 
 
 def hello(**changes: Any) -> Hello:
-    return attrs.evolve(Hello(version=1, client="c", token=b"t" * 16, role=Role.WORKER, engine="e"), **changes)
+    return attrs.evolve(
+        Hello(version=m.PROTOCOL_VERSION, client="c", token=b"t" * 16, role=Role.WORKER, engine="e"), **changes
+    )
 
 
 def test_hello_of_another_version_names_both() -> None:
     assert check_hello(encode(hello())) == hello()
-    with pytest.raises(ProtocolError, match=r"server speaks version 1 .* client 7: install the same release"):
+    with pytest.raises(
+        ProtocolError, match=rf"server speaks version {m.PROTOCOL_VERSION} .* client 7: install the same release"
+    ):
         check_hello(encode(hello(version=7)))
 
 
@@ -111,12 +115,12 @@ def test_what_is_no_hello_is_refused_by_name() -> None:
 
 
 def test_welcome_of_another_version_names_both_and_refused_is_taken() -> None:
-    welcome = m.Welcome(version=1, address="a", boot=b"b", chunk_tokens=1)
+    welcome = m.Welcome(version=m.PROTOCOL_VERSION, address="a", boot=b"b", chunk_tokens=1)
     assert check_welcome(encode(welcome)) == welcome
     refused = m.Refused(kind=ErrorKind.UNAVAILABLE, reason="full")
     assert check_welcome(encode(refused)) == refused
-    with pytest.raises(ProtocolError, match=r"version 2 .* this client 1"):
-        check_welcome(encode(attrs.evolve(welcome, version=2)))
+    with pytest.raises(ProtocolError, match=rf"version 7 .* this client {m.PROTOCOL_VERSION}"):
+        check_welcome(encode(attrs.evolve(welcome, version=7)))
     with pytest.raises(ProtocolError, match="where Welcome or Refused was expected"):
         check_welcome(encode(m.Ack(id=1)))
 
@@ -282,7 +286,7 @@ class Conversations(RuleBasedStateMachine):
             del self.right[number], self.told[number]
 
     @precondition(lambda self: not self.over)
-    @rule(kind=st.sampled_from([m.Taken, m.Release, m.Ended, m.Withdraw]))
+    @rule(kind=st.sampled_from([m.Taken, m.Release, m.Ended, m.LayersWritten, m.Withdraw]))
     def notice(self, kind: Kind) -> None:
         self.do(self.client.notice_nowait, example(kind))
         assert self.heard_by_peer() == example(kind)
