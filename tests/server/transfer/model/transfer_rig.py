@@ -105,14 +105,14 @@ class Rig:
 
     # --- engine memory ----------------------------------------------------------------------------------------------
 
-    def write(self, block: int, content: bytes) -> None:
-        for i in range(LAYERS):
+    def write(self, block: int, content: bytes, layers: Sequence[int] = range(LAYERS)) -> None:
+        for i in layers:
             at = (i * BLOCKS + block) * PIECE
             self.bytes[at : at + PIECE] = content[i * PIECE : (i + 1) * PIECE]
 
-    def read(self, block: int) -> bytes:
+    def read(self, block: int, layers: Sequence[int] = range(LAYERS)) -> bytes:
         return b"".join(
-            bytes(self.bytes[(i * BLOCKS + block) * PIECE : (i * BLOCKS + block + 1) * PIECE]) for i in range(LAYERS)
+            bytes(self.bytes[(i * BLOCKS + block) * PIECE : (i * BLOCKS + block + 1) * PIECE]) for i in layers
         )
 
     # --- requests, without waiting ----------------------------------------------------------------------------------
@@ -188,6 +188,6 @@ def content(digest: bytes, place: int) -> bytes:
     return (digest + struct.pack("<Q", place)).ljust(BLOCK_BYTES, b"\x01")[:BLOCK_BYTES]
 
 
-def fill(rig: Rig, digests: Sequence[bytes], blocks: Sequence[int]) -> None:
+def fill(rig: Rig, digests: Sequence[bytes], blocks: Sequence[int], layers: Sequence[int] = range(LAYERS)) -> None:
     for i, block in enumerate(blocks):
-        rig.write(block, content(digests[i // CHUNK_BLOCKS], i % CHUNK_BLOCKS))
+        rig.write(block, content(digests[i // CHUNK_BLOCKS], i % CHUNK_BLOCKS), layers)
