@@ -74,7 +74,7 @@ def side(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Side]:
         server = ServerProcess(f"{request.param}://{tmp_path}/s.sock")
         stack.callback(server.kill)
         server.start()
-        made = Side(server.address, make_kv(1))
+        made = Side(server.address, make_kv(1), lookup_timeout=60.0, poll_interval=30.0)  # however slow all of it is
         stack.callback(made.close)
         client = made.scheduler._link.client
         assert client is not None

@@ -1,7 +1,9 @@
 """A worker whose KV the server moves: real processes, real shared memory, and deaths in the middle of a copy."""
 
+import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,19 +103,28 @@ class StoppingServer:
         sets = [f"address={address}", "memory.size=4MiB", f"chunk_tokens={CHUNK}", "grace=0.1"]
         self.address = address
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(at), *sets], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SERVE, str(at), *sets], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         self.wait_for("ready")
         wait_until(lambda: self.held["bytes_taken"] == self.held["bytes_size"])
 
     def wait_for(self, word: str) -> None:
+        """It says *word* next, within a minute."""
+        said, deadline = b"", time.monotonic() + 60
         assert self.process.stdout is not None
-        assert self.process.stdout.readline() == f"{word}\n"
+        while not said.endswith(b"\n"):
+            left = max(0.0, deadline - time.monotonic())
+            assert select.select([self.process.stdout], [], [], left)[0], (
+                f"it did not say {word!r} in time, but {said!r}"
+            )
+            some = self.process.stdout.read(1)
+            assert some, f"it ended, and never said {word!r}"
+            said += some
+        assert said == f"{word}\n".encode()
 
     def go_on(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        self.process.stdin.write(b"\n")
 
     @property
     def held(self) -> dict[str, Any]:

@@ -38,9 +38,17 @@ class Process:
 
 def fresh_process(environment: Mapping[str, str], told: socket.socket, log: Path) -> Process:
     """One that begins with a new interpreter: its hash seed and its path are *environment*'s."""
+    popen = _new_python("engine_process.py", environment, told, log)
+    return Process(popen.pid, popen)
+
+
+def _new_python(
+    script: str, environment: Mapping[str, str], told: socket.socket, log: Path
+) -> "subprocess.Popen[bytes]":
+    """A new interpreter that runs *script*, which is told what to do through *told*."""
     with log.open("ab") as output:
-        popen = subprocess.Popen(
-            [sys.executable, str(HERE / "engine_process.py"), str(told.fileno())],
+        return subprocess.Popen(
+            [sys.executable, str(HERE / script), str(told.fileno())],
             pass_fds=[told.fileno()],
             stdout=output,
             stderr=output,
@@ -48,7 +56,6 @@ def fresh_process(environment: Mapping[str, str], told: socket.socket, log: Path
             env=environment,
             start_new_session=True,
         )
-    return Process(popen.pid, popen)
 
 
 class Forker:
@@ -76,16 +83,8 @@ class Forker:
 
     def _begin(self, environment: Mapping[str, str]) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, self._log.open("ab") as output:
-            self._popen = subprocess.Popen(
-                [sys.executable, str(HERE / "engine_fork.py"), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdout=output,
-                stderr=output,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
-            )
+        with theirs:
+            self._popen = _new_python("engine_fork.py", environment, theirs, self._log)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._channel = ours
         return ours

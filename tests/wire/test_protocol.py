@@ -18,11 +18,12 @@ from lmcache_trio._server.handlers import HANDLERS
 from lmcache_trio._transport import Connection, dial_pair, introduce
 from lmcache_trio._transport.memory import connection_pair
 from lmcache_trio._wire import messages as m
+from lmcache_trio._wire import protocol
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import ErrorKind, Hello, Message
-from lmcache_trio._wire.protocol import FROM_CLIENT, PUSHES, REPLIES, check_hello, check_welcome, speakers
+from lmcache_trio._wire.protocol import FROM_CLIENT, PUSHES, REPLIES, check_hello, check_welcome, kind_of, speakers
 from lmcache_trio.client import serve_connection
-from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
+from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 from lmcache_trio.threads import Portal
 
 Kind = type[Message]
@@ -38,6 +39,12 @@ SAID_BY: dict[Role, dict[Kind, Kind | None]] = {
     | {m.Register: m.NamespaceKnown, m.Retrieve: m.Pinned, m.Done: m.Finished, m.Reserve: m.Reserved}
     | {m.Commit: m.Committed, m.Abort: m.Ack, m.Attach: m.Ack, m.StoreBlocks: m.Stored}
     | {m.RetrieveBlocks: m.Retrieved, m.LayersWritten: None, m.Withdraw: None},
+}
+ERRORS = {
+    ErrorKind.UNAVAILABLE: Unavailable,
+    ErrorKind.GONE: Gone,
+    ErrorKind.MISUSE: Misuse,
+    ErrorKind.PROTOCOL: ProtocolError,
 }
 FROM_CLIENTS = SAID_BY[Role.OBSERVER] | SAID_BY[Role.SCHEDULER] | SAID_BY[Role.WORKER]
 REPLY_TO = {said: reply for said, reply in FROM_CLIENTS.items() if reply is not None}
@@ -72,6 +79,16 @@ def test_the_roles_of_a_sentence_are_those_that_may_say_it(role: Role) -> None:
     assert FROM_CLIENT[role] == set(SAID_BY[role])
     for kind in SENTENCES:
         assert (role in speakers(kind)) == (kind in SAID_BY[role])
+
+
+def test_an_error_is_said_by_its_branch_and_comes_out_as_that_branch() -> None:
+    assert set(ERRORS) == set(ErrorKind)
+    for kind, branch in ERRORS.items():
+        assert kind_of(branch("why")) is kind
+        said = protocol.error_of(kind, "why")
+        assert (type(said), str(said)) == (branch, "why")
+    assert kind_of(ConfigError("path", "is none")) is ErrorKind.MISUSE
+    assert kind_of(LMCacheTrioError("of no branch")) is ErrorKind.UNAVAILABLE
 
 
 # --- at the rendezvous ------------------------------------------------------------------------------------------------
@@ -198,14 +215,25 @@ async def test_what_no_client_may_say_ends_the_connection(
             await client.hear()
 
 
+@pytest.mark.parametrize("kind", sorted(REPLY_TO, key=str))
+async def test_a_request_with_the_id_of_what_is_said_unasked_ends_the_connection(
+    kind: Kind, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply would be a push to the client, and an error its last word."""
+    monkeypatch.setattr("lmcache_trio._server.connection.LAST_WORD", 0.02)
+    (role, *_) = speakers(kind)
+    client = await call(role)
+    await client.say(example(kind, 0))
+    last = await client.hear()
+    assert (type(last), last.id, last.kind) == (m.ErrorReply, 0, ErrorKind.PROTOCOL)
+    assert last.message.startswith(f"{kind.__name__}: ")
+    assert "`$.id`" in last.message
+    with pytest.raises(Gone):
+        await client.hear()
+
+
 # --- what a client believes of its server -----------------------------------------------------------------------------
 
-ERRORS = {
-    ErrorKind.UNAVAILABLE: Unavailable,
-    ErrorKind.GONE: Gone,
-    ErrorKind.MISUSE: Misuse,
-    ErrorKind.PROTOCOL: ProtocolError,
-}
 LAST_WORD = m.ErrorReply(0, ErrorKind.PROTOCOL, "it cannot be read")
 
 
