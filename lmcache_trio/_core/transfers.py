@@ -14,7 +14,9 @@ slots and blocks stay owned: for good, if the device can't tell any more. Rule 2
 engine waits for them; after *turns* batches of loads in a row one batch of stores goes, if there is one. So neither
 starves. Rule 3: no more than *in_flight* bytes are with the device, so that a load never queues behind more than that;
 a unit that is larger goes alone. Rule 4: layered loads of one owner go layer by layer, the first of all of them before
-the second of any: an engine waits for them so. Rule 5: no I/O and no clock here; a method that raises has changed
+the second of any: an engine waits for them so. Only those among the first *reach* that came, counted from the head of
+the queue on, take part: so each that waits, of whatever owner, is overtaken by fewer than *reach*, however many come.
+Rule 5: no I/O and no clock here; a method that raises has changed
 nothing.
 """
 
@@ -66,6 +68,8 @@ class Transfer:
     allowed: int = attrs.field(default=attrs.Factory(lambda self: len(self.units), takes_self=True))
     state: TransferState = attrs.field(default=TransferState.QUEUED, init=False)
     submitted: bool = attrs.field(default=False, init=False)
+    place: int = attrs.field(default=0, init=False)
+    """In its queue, among all that ever came there."""
     started: int = attrs.field(default=0, init=False)
     """Units that were given to the device."""
     running: int = attrs.field(default=0, init=False)
@@ -96,16 +100,19 @@ class Transfers:
 
     Two batches fit, so that the second is there when the first ends. Between two the host's device loses 0.3 ms to the
     loop that looks after the first, where 32 MiB take it 4.5 ms; a load that comes waits for 128 MiB at most, 18 ms.
-    A batch has half as much while the other direction waits.
+    A batch has half as much while the other direction waits. *reach* is more than the loads of most steps, and few
+    enough for who waits behind them.
     """
 
-    def __init__(self, *, in_flight: int = 128 << 20, batch: int = 64 << 20, turns: int = 4) -> None:
-        if in_flight < 1 or batch < 1 or turns < 1:
-            raise Misuse("in_flight, batch and turns must be 1 or more")
+    def __init__(self, *, in_flight: int = 128 << 20, batch: int = 64 << 20, turns: int = 4, reach: int = 64) -> None:
+        if in_flight < 1 or batch < 1 or turns < 1 or reach < 1:
+            raise Misuse("in_flight, batch, turns and reach must be 1 or more")
         self._in_flight = in_flight
         self._batch = batch
         self._turns = turns
+        self._reach = reach
         self._queues: dict[Direction, deque[Transfer]] = {direction: deque() for direction in Direction}
+        self._came = dict.fromkeys(Direction, 0)
         self._running: set[Batch] = set()
         self._bytes_running = 0
         self._loads_in_a_row = 0
@@ -131,7 +138,7 @@ class Transfers:
         if direction is None:
             return None
         queue = self._queues[direction]
-        candidates = _candidates(queue)
+        candidates = self._candidates(queue)
         if queue[0].layered:
             candidates = iter([min(candidates, key=lambda each: each.started)])
         parts: list[Part] = []
@@ -184,7 +191,7 @@ class Transfers:
         """What the next batch may be made of: for who would rather abort what has become pointless."""
         for queue in self._queues.values():
             size = 0
-            for transfer in _candidates(queue):
+            for transfer in self._candidates(queue):
                 yield transfer
                 if not transfer.layered:
                     size += sum(transfer.units[transfer.started :])
@@ -254,6 +261,8 @@ class Transfers:
     def _queue(self, transfer: Transfer) -> None:
         queue = self._queues[transfer.direction]
         if transfer.started < transfer.allowed and transfer not in queue:
+            transfer.place = self._came[transfer.direction]
+            self._came[transfer.direction] += 1
             queue.append(transfer)
 
     def _unqueue(self, transfer: Transfer) -> None:
@@ -261,12 +270,12 @@ class Transfers:
         if transfer in queue:
             queue.remove(transfer)
 
-
-def _candidates(queue: deque[Transfer]) -> Iterator[Transfer]:
-    """What may go next, and together: layers of one owner, or neighbours that move one owner's memory."""
-    if not queue:
-        return iter(())
-    head = queue[0]
-    if head.layered:
-        return (each for each in queue if each.layered and each.owner == head.owner)
-    return takewhile(lambda each: not each.layered and each.owner == head.owner, queue)
+    def _candidates(self, queue: deque[Transfer]) -> Iterator[Transfer]:
+        """What may go next, and together: layers of one owner, or neighbours that move one owner's memory."""
+        if not queue:
+            return iter(())
+        head = queue[0]
+        if head.layered:
+            near = takewhile(lambda each: each.place < head.place + self._reach, queue)
+            return (each for each in near if each.layered and each.owner == head.owner)
+        return takewhile(lambda each: not each.layered and each.owner == head.owner, queue)

@@ -7,7 +7,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from lmcache_trio._core.transfers import Batch, Direction, Transfer, Transfers, TransferState
 
 LOAD, STORE = Direction.LOAD, Direction.STORE
-IN_FLIGHT, BATCH, TURNS = 40, 20, 3
+IN_FLIGHT, BATCH, TURNS, REACH = 40, 20, 3, 2
 
 
 class QueueModel(RuleBasedStateMachine):
@@ -17,9 +17,10 @@ class QueueModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.transfers = Transfers(in_flight=IN_FLIGHT, batch=BATCH, turns=TURNS)
+        self.transfers = Transfers(in_flight=IN_FLIGHT, batch=BATCH, turns=TURNS, reach=REACH)
         self.running: list[Batch] = []
         self.order: dict[Direction, list[Transfer]] = {LOAD: [], STORE: []}  # with units to start, as they came
+        self.came: dict[Direction, list[Transfer]] = {LOAD: [], STORE: []}  # the same, with those that have left
         self.allowed: dict[Transfer, int] = {}
         self.started: dict[Transfer, int] = {}
         self.busy: dict[Transfer, int] = {}
@@ -41,7 +42,7 @@ class QueueModel(RuleBasedStateMachine):
         transfer = Transfer(direction, owner, units, layered, allowed=allowed)
         self.transfers.submit(transfer)
         if allowed:
-            self.order[direction].append(transfer)
+            self.come(transfer)
         self.allowed[transfer] = allowed
         self.started[transfer] = self.busy[transfer] = 0
         return transfer
@@ -53,7 +54,11 @@ class QueueModel(RuleBasedStateMachine):
         self.allowed[transfer] = allowed
         over = transfer in self.spoilt or transfer in self.ended
         if not over and self.started[transfer] < allowed and transfer not in self.order[transfer.direction]:
-            self.order[transfer.direction].append(transfer)
+            self.come(transfer)
+
+    def come(self, transfer: Transfer) -> None:
+        self.order[transfer.direction].append(transfer)
+        self.came[transfer.direction].append(transfer)
 
     @rule()
     def start(self) -> None:
@@ -72,7 +77,10 @@ class QueueModel(RuleBasedStateMachine):
         self.loads_in_a_row = 0 if batch.direction is STORE else self.loads_in_a_row + 1
         order = waiting[batch.direction]
         if order[0].layered:  # layer 0 of every one of an owner's before layer 1 of any
-            order = [each for each in order if each.layered and each.owner == order[0].owner]
+            place = {each: i for i, each in enumerate(self.came[batch.direction])}  # where it came last
+            head = order[0]
+            order = [each for each in order if each.layered and each.owner == head.owner]
+            order = [each for each in order if place[each] < place[head] + REACH]
             order.sort(key=self.started.__getitem__)
         assert [part.transfer for part in batch.parts] == order[: len(batch.parts)]
         assert {part.transfer for part in batch.parts} <= coming
