@@ -212,7 +212,13 @@ class DevicePath:
         return expect(reply[0], kind)
 
     def _late(self, begun: float) -> float:
-        """When a request that began at *begun* is late, as things are: behind others, it takes as long as they do."""
+        """When a request that began at *begun* is late, as things are: behind others, it takes as long as they do.
+
+        A late one is withdrawn, and waited for on: there is no later time at which its blocks would be given up. While
+        the server's process lives a copy of its may run, however long it has said nothing: a load would write into what
+        another request has been given by then, a store publish what that wrote. What ends the wait is the reply; or the
+        connection's end, which a server that dies brings about, and then `_let_go`: its word, or its process' exit.
+        """
         return max(begun, self._progress) + self._reply_timeout
 
     async def _let_go(self, client: Client) -> None:

@@ -1,6 +1,9 @@
 """How long a worker waits for the server that moves its KV, and when its blocks are its own again: with no server."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -32,6 +35,7 @@ from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 TIMEOUT = 5.0
+DAY = 24 * 3600.0
 
 
 class Server:
@@ -99,6 +103,53 @@ async def test_a_request_is_late_when_nothing_comes_of_any_not_when_it_waits_beh
         began = trio.current_time()
     assert copied == [1, 1, 0]
     assert server.noticed == [(began + TIMEOUT, Withdraw(3))]
+
+
+class Silent(Server):
+    """It lives, and answers nothing any more."""
+
+    def notice_nowait(self, message: Message) -> None:
+        self.noticed.append((trio.current_time(), message))
+
+
+@pytest.mark.parametrize("what", ["store", "retrieve"])
+async def test_what_a_living_server_says_nothing_of_is_waited_for_without_end_and_ends_with_its_process(
+    path: DevicePath, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, what: str
+) -> None:
+    async def nobody_can_be_asked(address: str) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_listening", nobody_can_be_asked)
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    path._pidfd = os.pidfd_open(process.pid)
+    server: Any = Silent()
+    ended: list[LMCacheTrioError] = []
+    over = trio.Event()
+
+    async def move() -> None:
+        try:
+            await (path.store(server, store()) if what == "store" else path.retrieve(server, load()))
+        except Unavailable as exc:
+            ended.append(exc)
+        over.set()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(move)
+            await trio.sleep(DAY)
+            assert [message for _, message in server.noticed] == [Withdraw(1)]
+            assert not over.is_set(), "a copy may run"
+            server.lost = True
+            server.asked.pop(1)(Unavailable("the connection to the server is lost"))
+            await trio.sleep(DAY)
+            assert not over.is_set(), "its process may have a copy of it left"
+            process.kill()
+            await over.wait()
+    finally:
+        process.kill()
+        process.communicate()
+        path.close()
+    assert [str(error) for error in ended] == ["the connection to the server is lost"]
 
 
 async def test_a_store_by_layers_is_not_late_while_its_engine_computes(
