@@ -15,6 +15,9 @@ CHUNK = 256
 """Tokens of a chunk on the servers of the table: two blocks of 128, eight of 32."""
 
 SHAPES: Mapping[str, Shape] = {"tiny": TINY, "mid": MID}
+KV_BYTES = {"tiny": 1 << 28, "mid": 1 << 30}
+"""Of an engine. Every start fills them with zeros: 0.5 s a GiB."""
+
 ARGUMENTS: Mapping[str, Any] = {
     "max_model_len": 8192,
     "block_size": 128,
@@ -30,7 +33,9 @@ ARGUMENTS: Mapping[str, Any] = {
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
 DEFAULT_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
 MODULES = {"FaultyConnector": "e2e_faulty", "TimedConnector": "e2e_timed"}
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "LMCACHE_TRIO_E2E_FORK": "1"}
+HASH_SEEDS = ("0", "1")
+"""Of the interpreters that engines are forked off; the first where a kind does not say. What vLLM spawns has none."""
 
 
 @attrs.frozen
@@ -89,7 +94,7 @@ class Bench:
         }
         self.tier = where / "tier"
         self.gate = Gate(where / "gate.sock")
-        self.forker = Forker(where / "forker.log")
+        self.forkers = {seed: Forker(where / f"forker-{seed}.log", hash_seed=seed) for seed in HASH_SEEDS}
         self._name = ""
         self._engine: Engine | None = None
         self._models: dict[str, Path] = {}
@@ -121,7 +126,8 @@ class Bench:
         """One more engine of kind *name*, for the caller to stop."""
         kind = KINDS[name]
         shape = SHAPES[kind.model]
-        arguments = {**ARGUMENTS, "dtype": shape.dtype, "model": str(self.model(kind.model)), **kind.arguments}
+        arguments = {**ARGUMENTS, "dtype": shape.dtype, "model": str(self.model(kind.model))}
+        arguments |= {"kv_cache_memory_bytes": KV_BYTES[kind.model], **kind.arguments}
         if kind.environment is ONE_PROCESS or kind.environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
             arguments["distributed_executor_backend"] = "uni"
         if kind.extra is not None:
@@ -137,9 +143,7 @@ class Bench:
             }
         log = self.where / f"{name.replace(', ', '-').replace(' ', '-')}.log"
         gate = self.gate if kind.connector == "FaultyConnector" else None
-        # A hash seed is read when Python begins; engines of several processes begin new ones anyway.
-        alike = "distributed_executor_backend" in arguments and "PYTHONHASHSEED" not in kind.environment
-        forker = self.forker if alike else None
+        forker = self.forkers[kind.environment.get("PYTHONHASHSEED", HASH_SEEDS[0])]
         return Engine(log, arguments, environment=kind.environment, gate=gate, forker=forker)
 
     def close(self) -> None:
@@ -147,4 +151,5 @@ class Bench:
         for server in self.servers.values():
             server.stop()
         self.gate.close()
-        self.forker.close()
+        for forker in self.forkers.values():
+            forker.close()

@@ -17,22 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from e2e_start import Forker, fresh_process
+from e2e_start import Forker, fresh_process, with_offline
 
 __all__ = ["Engine", "Gate", "Generated", "Server"]
 
-HERE = Path(__file__).parent
 ENGINE_SECONDS = 180.0
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_TARGET_DEVICE": "cpu",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin starve everything else on two cores
-}
 
 
 @attrs.frozen
@@ -95,10 +84,7 @@ class Engine:
         ours, theirs = socket.socketpair()
         self._channel = ours
         self._lines = ours.makefile("r")
-        # No empty part: it would be the working directory, and the checkout would hide what is installed.
-        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-        variables = {**os.environ, **OFFLINE, "PYTHONPATH": path}
-        variables |= environment or {}
+        variables = with_offline(environment or {})
         if gate is not None:
             variables["LMCACHE_TRIO_E2E_GATE"] = str(gate.path)
         with theirs:

@@ -9,9 +9,25 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["Forker", "Process", "fresh_process"]
+__all__ = ["Forker", "Process", "fresh_process", "with_offline"]
 
 HERE = Path(__file__).parent
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin starve everything else on two cores
+}
+
+
+def with_offline(more: Mapping[str, str]) -> dict[str, str]:
+    """An engine's environment: ours, what keeps vLLM off the network, and *more*."""
+    # No empty part: it would be the working directory, and the checkout would hide what is installed.
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **OFFLINE, "PYTHONPATH": path, **more}
 
 
 class Process:
@@ -59,32 +75,23 @@ def _new_python(
 
 
 class Forker:
-    """The process that engines are forked off; begun when the first is wanted."""
+    """The process that engines are forked off. Whoever makes it need not wait: it imports while others work."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *, hash_seed: str) -> None:
         self._log = log
-        self._channel: socket.socket | None = None
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        with theirs:
+            self._popen = _new_python("engine_fork.py", with_offline({"PYTHONHASHSEED": hash_seed}), theirs, log)
 
     def fork(self, environment: Mapping[str, str], told: socket.socket, log: Path) -> Process:
         """An engine with *environment*, but for what Python itself reads when it begins."""
-        channel = self._channel or self._begin(environment)
         with log.open("ab") as output:
-            socket.send_fds(channel, [json.dumps(dict(environment)).encode()], [told.fileno(), output.fileno()])
-        said = channel.recv(64)
+            socket.send_fds(self._channel, [json.dumps(dict(environment)).encode()], [told.fileno(), output.fileno()])
+        said = self._channel.recv(64)
         assert said, f"no engine can be forked: see {self._log}"
         return Process(int(said))
 
     def close(self) -> None:
-        if self._channel is not None and self._popen is not None:
-            self._channel.close()
-            self._popen.wait()
-        self._channel = self._popen = None
-
-    def _begin(self, environment: Mapping[str, str]) -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._popen = _new_python("engine_fork.py", environment, theirs, self._log)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self._channel = ours
-        return ours
+        self._channel.close()
+        self._popen.wait()

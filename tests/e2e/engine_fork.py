@@ -1,24 +1,44 @@
-"""Forks engines that are told what to do by `engine_process`, with vLLM imported already: that takes 11 s each time.
+"""Forks engines that are told what to do by `engine_process`, with vLLM imported already: that takes 14 s each time.
 
 usage: engine_fork.py FD. Each packet on the socket FD is one engine: its environment as JSON, and two descriptors, its
-channel and its log. The answer is its process id. What is imported here starts no thread and opens no socket of NNG.
+channel and its log. The answer is its process id. What is imported here starts no thread of Python's, computes nothing
+(a child could not use the threads of OpenMP's that did it) and opens no socket of NNG.
 """
 
 import gc
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import sys
+from typing import Any, NoReturn
 
 import engine_process
-from vllm import LLM, SamplingParams
+import torch
 
-__all__ = ["LLM", "SamplingParams"]
+IMPORTED = (
+    "vllm.entrypoints.llm",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+)
+"""Whose imports an engine waits for while it starts; all but the first were seen in a profile of that."""
+
+FORK = "LMCACHE_TRIO_E2E_FORK"
+"""Set: what vLLM would spawn is forked too, as it does by itself where it does not run on the CPU."""
+
+contexts = multiprocessing.get_context
 
 
 def serve(channel: socket.socket) -> None:
-    """Fork until the other end is closed; in a child, return once it was told to stop."""
+    """Fork until the other end is closed."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children here; their pidfds tell
     gc.freeze()
     while True:
@@ -30,13 +50,12 @@ def serve(channel: socket.socket) -> None:
         if pid == 0:
             channel.close()
             run(json.loads(packet), told, log)
-            return
         os.close(told)
         os.close(log)
         channel.send(str(pid).encode())
 
 
-def run(environment: dict[str, str], told: int, log: int) -> None:
+def run(environment: dict[str, str], told: int, log: int) -> NoReturn:
     """In the child: as if it had been started with *environment*."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -45,8 +64,27 @@ def run(environment: dict[str, str], told: int, log: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    gc.unfreeze = lambda: None  # vLLM does so when it ends: 1 s to look once more at everything that was imported
+    if FORK in environment:
+        multiprocessing.get_context = forking
+        os.register_at_fork(after_in_child=bind)
     engine_process.main(told)
+    sys.stdout.flush()
+    os._exit(0)  # the engine has shut down; taking the interpreter apart as well takes 3 s
+
+
+def forking(method: str | None = None) -> Any:
+    return contexts(None if method is None else "fork")
+
+
+def bind() -> None:
+    """What OpenMP reads when a process begins, and did not read in one that was forked: its threads and their cores."""
+    if cores := os.environ.get("GOMP_CPU_AFFINITY"):
+        os.sched_setaffinity(0, map(int, cores.split()))
+        torch.set_num_threads(len(cores.split()))
 
 
 if __name__ == "__main__":
+    for name in IMPORTED:
+        importlib.import_module(name)
     serve(socket.socket(fileno=int(sys.argv[1])))

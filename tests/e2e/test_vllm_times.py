@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from e2e_bench import ARGUMENTS, ONE_PROCESS, Bench
+from e2e_bench import ARGUMENTS, KV_BYTES, ONE_PROCESS, Bench
 from e2e_engine import Engine
 from e2e_expected import Expected
 from e2e_model import MID
@@ -167,6 +167,7 @@ def lmcache_engine(bench: Bench, port: int) -> Engine:
         **ARGUMENTS,
         "dtype": MID.dtype,
         "model": str(bench.model("mid")),
+        "kv_cache_memory_bytes": KV_BYTES["mid"],
         "distributed_executor_backend": "uni",
         "kv_transfer_config": {
             "kv_connector": "LMCacheMPConnector",
