@@ -39,6 +39,7 @@ __all__ = [
     "Finished",
     "Hello",
     "LayersDone",
+    "LayersWritten",
     "LetGo",
     "Lookup",
     "LookupStatus",
@@ -66,7 +67,7 @@ __all__ = [
     "Withdraw",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_DIGESTS = 65_536
 """Most chunks one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
 
@@ -329,7 +330,9 @@ class StoreBlocks(Message):
     """Reserve, copy, commit: *digests* as in Reserve, and the blocks that hold them, whole chunks in order.
 
     *blocks* are packed as positions. *event* is empty, or names what the copy must wait for: the pass that writes the
-    blocks. Answered by Stored when the copy has ended, or will not begin: the blocks are the engine's own again.
+    blocks. *layered*: slots are reserved now, and each layer is copied once a LayersWritten says so, with an event of
+    its own; the chunks are committed after the last. Answered by Stored when the copy has ended, or will not begin: the
+    blocks are the engine's own again.
     """
 
     opcode: ClassVar[int] = 29
@@ -338,6 +341,7 @@ class StoreBlocks(Message):
     parent: bytes = attrs.field(validator=_ID)
     digests: bytes = attrs.field(validator=_RESERVED)
     blocks: bytes = attrs.field(validator=_POSITIONS)
+    layered: bool = False
     event: bytes = attrs.field(default=b"", validator=max_len(64))
 
 
@@ -410,6 +414,20 @@ class Withdraw(Message):
 
     opcode: ClassVar[int] = 43
     request: RequestId
+
+
+@attrs.frozen
+class LayersWritten(Message):
+    """The first *layers* layers of the layered StoreBlocks *requests* are in their blocks: they may be copied.
+
+    *requests* are packed as offsets; one that was answered already is left out. *event* is empty, or names what the
+    copy of these layers must wait for.
+    """
+
+    opcode: ClassVar[int] = 44
+    requests: bytes = attrs.field(validator=_OFFSETS)
+    layers: int = attrs.field(validator=ge(0))
+    event: bytes = attrs.field(default=b"", validator=max_len(64))
 
 
 # --- replies and pushes, from the server ----------------------------------------------------------------------------

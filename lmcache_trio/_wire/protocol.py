@@ -57,7 +57,7 @@ FROM_CLIENT: Mapping[Role, frozenset[type[Message]]] = {
     Role.SCHEDULER: _ANYONE | {m.Lookup, m.LookupStatus, m.Reset, m.Taken, m.Release, m.Ended},
     Role.WORKER: _ANYONE
     | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort}
-    | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.Withdraw},
+    | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.LayersWritten, m.Withdraw},
 }
 """What a client of each role may say on its own connection. Whose copies a CopiesEnded speaks of, its token says."""
 

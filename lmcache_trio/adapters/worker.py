@@ -21,6 +21,7 @@ from lmcache_trio.adapters.copiers import Copiers
 from lmcache_trio.adapters.device_path import ATTACH_TIMEOUT, DevicePath, Path
 from lmcache_trio.adapters.jobs import Job, Jobs, wait_for
 from lmcache_trio.adapters.layered import LayeredMoves
+from lmcache_trio.adapters.layered_steps import StepStores
 from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.shm_path import ShmPath
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
@@ -270,11 +271,11 @@ class WorkerAdapter:
             job.asked.set()
             self._fail(job, "unavailable")  # nothing, if it ended well
 
-    async def _move(self, client: Client, job: Job) -> None:
-        """Have the server do it."""
+    async def _move(self, client: Client, job: Job, step: StepStores | None = None) -> None:
+        """Have the server do it; a store of *step*, layer by layer."""
         spec = job.spec
         if isinstance(spec, StoreSpec):
-            stored = await self._device.store(client, job)
+            stored = await self._device.store(client, job, step)
             for reason, number in stored.dropped.items():
                 self._jobs.count(f"dropped_{reason}", number)
             self._jobs.count("stored_chunks", stored.copied)

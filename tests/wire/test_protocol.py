@@ -38,7 +38,7 @@ SAID_BY: dict[Role, dict[Kind, Kind | None]] = {
     Role.WORKER: ANYONE
     | {m.Register: m.NamespaceKnown, m.Retrieve: m.Pinned, m.Done: m.Finished, m.Reserve: m.Reserved}
     | {m.Commit: m.Committed, m.Abort: m.Ack, m.Attach: m.Ack, m.StoreBlocks: m.Stored}
-    | {m.RetrieveBlocks: m.Retrieved, m.Withdraw: None},
+    | {m.RetrieveBlocks: m.Retrieved, m.LayersWritten: None, m.Withdraw: None},
 }
 ERRORS = {
     ErrorKind.UNAVAILABLE: Unavailable,
@@ -95,12 +95,16 @@ def test_an_error_is_said_by_its_branch_and_comes_out_as_that_branch() -> None:
 
 
 def hello(**changes: Any) -> Hello:
-    return attrs.evolve(Hello(version=1, client="c", token=b"t" * 16, role=Role.WORKER, engine="e"), **changes)
+    return attrs.evolve(
+        Hello(version=m.PROTOCOL_VERSION, client="c", token=b"t" * 16, role=Role.WORKER, engine="e"), **changes
+    )
 
 
 def test_hello_of_another_version_names_both() -> None:
     assert check_hello(encode(hello())) == hello()
-    with pytest.raises(ProtocolError, match=r"server speaks version 1 .* client 7: install the same release"):
+    with pytest.raises(
+        ProtocolError, match=rf"server speaks version {m.PROTOCOL_VERSION} .* client 7: install the same release"
+    ):
         check_hello(encode(hello(version=7)))
 
 
@@ -128,12 +132,12 @@ def test_what_is_no_hello_is_refused_by_name() -> None:
 
 
 def test_welcome_of_another_version_names_both_and_refused_is_taken() -> None:
-    welcome = m.Welcome(version=1, address="a", boot=b"b", chunk_tokens=1)
+    welcome = m.Welcome(version=m.PROTOCOL_VERSION, address="a", boot=b"b", chunk_tokens=1)
     assert check_welcome(encode(welcome)) == welcome
     refused = m.Refused(kind=ErrorKind.UNAVAILABLE, reason="full")
     assert check_welcome(encode(refused)) == refused
-    with pytest.raises(ProtocolError, match=r"version 2 .* this client 1"):
-        check_welcome(encode(attrs.evolve(welcome, version=2)))
+    with pytest.raises(ProtocolError, match=rf"version 7 .* this client {m.PROTOCOL_VERSION}"):
+        check_welcome(encode(attrs.evolve(welcome, version=7)))
     with pytest.raises(ProtocolError, match="where Welcome or Refused was expected"):
         check_welcome(encode(m.Ack(id=1)))
 
@@ -310,7 +314,7 @@ class Conversations(RuleBasedStateMachine):
             del self.right[number], self.told[number]
 
     @precondition(lambda self: not self.over)
-    @rule(kind=st.sampled_from([m.Taken, m.Release, m.Ended, m.Withdraw]))
+    @rule(kind=st.sampled_from([m.Taken, m.Release, m.Ended, m.LayersWritten, m.Withdraw]))
     def notice(self, kind: Kind) -> None:
         self.do(self.client.notice_nowait, example(kind))
         assert self.heard_by_peer() == example(kind)
