@@ -58,7 +58,6 @@ def serve(*, config: ConfigFile = None, sets: Sets = (), address: str | None = N
     """
     settings = _settings(config, sets, address)
     _log_to_stderr()
-    _check_backends(settings)
     from lmcache_trio._server.supervise import serve as run
 
     run(settings, _say_ready)
@@ -256,17 +255,6 @@ def _settings(config: Path | None, sets: Sequence[str], address: str | None) -> 
     if config is None and os.environ.get("LMCACHE_TRIO_CONFIG"):
         config = Path(os.environ["LMCACHE_TRIO_CONFIG"])
     return load_config(config, sets if address is None else (*sets, f"address={address}"))
-
-
-def _check_backends(settings: "Config") -> None:
-    """ConfigError for a tier or device that is not installed or has wrong settings, before anything is opened."""
-    from lmcache_trio._server.plugins import find_backend, make_backend
-    from lmcache_trio.abc import Tier
-
-    for i, table in enumerate(settings.tiers):
-        make_backend("tiers", f"tiers.{i}", table, Tier)  # type: ignore[type-abstract]
-    if settings.device["backend"] != "none":
-        find_backend("devices", "device", settings.device["backend"])
 
 
 def _log_to_stderr() -> None:

@@ -10,8 +10,9 @@ It refuses to retry, to reconnect and to import torch.
 
 import json
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import attrs
@@ -20,9 +21,10 @@ import trio
 from lmcache_trio._core.keys import join_digests
 from lmcache_trio._transport import Connection, dial_pair, introduce
 from lmcache_trio._transport.arena_map import ArenaMap
-from lmcache_trio._transport.conversation import Conversation, Reply, error_of, expect
+from lmcache_trio._transport.conversation import Conversation, Reply, expect
 from lmcache_trio._wire.codec import encode, unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import (
+    MAX_RESERVED,
     PROTOCOL_VERSION,
     Abort,
     Ack,
@@ -56,7 +58,7 @@ from lmcache_trio._wire.messages import (
     Taken,
     Welcome,
 )
-from lmcache_trio._wire.protocol import check_welcome
+from lmcache_trio._wire.protocol import check_welcome, error_of
 from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
 
 __all__ = ["Client", "Storing", "connect", "open_client", "serve_connection"]
@@ -205,16 +207,18 @@ class Client(Conversation):
         self.request_unheard(Done(self.new_id(), pin))
 
     async def reserve(self, session: int, parent: bytes, digests: Sequence[bytes]) -> Reserved:
-        """Slots for some of *digests*. Cancelled, what was reserved is aborted."""
+        """Slots for some of *digests*, `MAX_RESERVED` at most. Cancelled, what was reserved is aborted."""
+        if len(digests) > MAX_RESERVED:
+            raise Misuse(f"{len(digests)} digests: reserve {MAX_RESERVED} at a time, each lot behind the one before")
         return await self.request(
             Reserve(self.new_id(), session, parent, join_digests(digests)),
             Reserved,
             lambda late: self.abort_nowait(late.reservation),
         )
 
-    async def commit(self, reservation: bytes) -> int:
-        """All bytes are written. Returns how many chunks were published; 0 after a refusal."""
-        return (await self.request(Commit(self.new_id(), reservation), Committed)).published
+    async def commit(self, reservation: bytes) -> Committed:
+        """All bytes are written. Returns how many chunks were published, and how many kept; none after a refusal."""
+        return await self.request(Commit(self.new_id(), reservation), Committed)
 
     async def abort(self, reservation: bytes) -> None:
         """The copy has ended and is to be forgotten."""
@@ -236,6 +240,20 @@ class Client(Conversation):
         The body ends when its copies have: a copy in a thread is awaited (`threads.offload` sees to that), never left
         behind. Views must not be used after the body. Needs `register` before, and a mapped arena (`Unavailable`).
         """
+        slots: dict[int, memoryview] = {}
+        dropped: Counter[str] = Counter()
+        async with AsyncExitStack() as stack:
+            for start in range(0, len(digests), MAX_RESERVED):
+                lot = digests[start : start + MAX_RESERVED]
+                part = await stack.enter_async_context(self._storing_lot(session, parent, lot))
+                slots |= {start + position: slot for position, slot in part.slots.items()}
+                dropped.update(part.dropped)
+                parent = lot[-1]
+            yield Storing(slots, dict(dropped))
+
+    @asynccontextmanager
+    async def _storing_lot(self, session: int, parent: bytes, digests: Sequence[bytes]) -> AsyncIterator[Storing]:
+        """`storing` of no more than one message asks for."""
         arena = self._mapped()
         reserved = await self.reserve(session, parent, digests)
         try:
@@ -349,7 +367,8 @@ async def open_client(
 ) -> AsyncIterator[Client]:
     """Connect to the server at *address*; a worker gets the arena mapped too, in `Client.arena`.
 
-    `Unavailable`: nobody listens there. `Misuse`: the server does not let such a client in, and says why.
+    `Unavailable`: nobody listens there. `Misuse`: the server does not let such a client in, and says why, or listens
+    under another scheme.
     `ProtocolError`: it is another release's, or none.
     """
     who = name or f"pid {os.getpid()}"

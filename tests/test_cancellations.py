@@ -20,7 +20,7 @@ from lmcache_trio import Client, Config, Role, Server, open_client, open_server
 from lmcache_trio._server.handlers import answer_of
 from lmcache_trio._transport import dial_pair, introduce, wait_listening
 from lmcache_trio._wire.codec import decode, encode
-from lmcache_trio._wire.messages import AnswerState, Hello, Welcome
+from lmcache_trio._wire.messages import PROTOCOL_VERSION, AnswerState, Hello, Welcome
 from lmcache_trio.errors import LMCacheTrioError
 from lmcache_trio.testing.cancelling import cancelled_at
 
@@ -211,7 +211,7 @@ async def _worker(rig: Rig) -> None:
 
 
 async def _introduce_and_dial(rig: Rig) -> None:
-    hello = Hello(1, "by hand", os.urandom(16), Role.SCHEDULER, "other")
+    hello = Hello(PROTOCOL_VERSION, "by hand", os.urandom(16), Role.SCHEDULER, "other")
     welcome = decode(await introduce(rig.server.address, encode(hello)))
     assert isinstance(welcome, Welcome)
     (await dial_pair(welcome.address)).close()

@@ -9,6 +9,7 @@ import trio
 
 from lmcache_trio import Client, Config, Role, Server, open_client, open_server
 from lmcache_trio._transport.arena_map import ArenaMap
+from lmcache_trio._wire.messages import MAX_RESERVED
 from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
 
 SHARD = 4096
@@ -16,9 +17,9 @@ DIGESTS = [bytes([i]) * 32 for i in range(1, 4)]
 
 
 @asynccontextmanager
-async def engine(tmp_path: Path) -> AsyncIterator[tuple[Server, Client, Client]]:
+async def engine(tmp_path: Path, *, size: int = 1 << 20) -> AsyncIterator[tuple[Server, Client, Client]]:
     """A server, a scheduler, and a worker that registered."""
-    config = Config(address=f"unix://{tmp_path}/c.sock", memory={"backend": "cpu", "size": 1 << 20}, grace=0.1)
+    config = Config(address=f"unix://{tmp_path}/c.sock", memory={"backend": "cpu", "size": size}, grace=0.1)
     with trio.fail_after(60):
         async with open_server(config) as server:
             async with open_client(config.address, role=Role.SCHEDULER, engine="e") as scheduler:
@@ -40,6 +41,30 @@ async def test_what_is_stored_is_retrieved_byte_for_byte(tmp_path: Path) -> None
         assert answer.chunks == 3
         async with worker.retrieving(answer.lease, 1, 2) as chunks:
             assert [bytes(chunk) for chunk in chunks] == [bytes([8]) * SHARD, bytes([9]) * SHARD]
+
+
+async def test_a_store_of_more_than_a_message_asks_for_is_asked_for_in_lots_that_make_one_chain(tmp_path: Path) -> None:
+    digests = [number.to_bytes(32, "big") for number in range(2 * MAX_RESERVED + 10)]
+    size = SHARD * (MAX_RESERVED + MAX_RESERVED // 2)
+    async with engine(tmp_path, size=size) as (server, scheduler, worker):
+        await scheduler.lookup(1, digests)
+        with pytest.raises(Misuse, match=f"{len(digests)} digests: reserve {MAX_RESERVED} at a time"):
+            await worker.reserve(1, b"", digests)
+        with pytest.raises(ZeroDivisionError):
+            async with worker.storing(1, b"", digests):
+                raise ZeroDivisionError
+        await worker.ping()
+        assert server.statistics()["held"]["reservations"] == 0  # of none of them
+        async with worker.storing(1, b"", digests) as storing:
+            room = len(storing.slots)
+            assert list(storing.slots) == list(range(room))  # leading chunks, and the arena is shorter than all
+            assert MAX_RESERVED < room < 2 * MAX_RESERVED
+            assert sum(storing.dropped.values()) == len(digests) - room
+            for position, slot in storing.slots.items():
+                slot[:] = position.to_bytes(2, "big") * (SHARD // 2)
+        answer = await scheduler.lookup(2, digests[: room // 2])  # what leases may hold
+        async with worker.retrieving(answer.lease, 0, answer.chunks) as chunks:
+            assert [int.from_bytes(chunk[:2], "big") for chunk in chunks] == list(range(room // 2))
 
 
 async def test_a_store_whose_body_raises_is_aborted_and_leaves_nothing(tmp_path: Path) -> None:

@@ -6,24 +6,24 @@ Each kind of count is first shown to see what it is there to see.
 import gc
 import secrets
 import sys
-import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import trio
+from counting import tap, tracing
 from torch.profiler import ProfilerActivity, profile
 
 from lmcache_trio import Config, open_client, open_server
 from lmcache_trio._core.arena import Arena
 from lmcache_trio._core.index import Index
 from lmcache_trio._core.session import Session
-from lmcache_trio._wire.codec import decode, encode
+from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import (
+    PROTOCOL_VERSION,
     Answer,
     AnswerState,
     Commit,
@@ -39,32 +39,10 @@ from lmcache_trio._wire.messages import (
     Taken,
 )
 from lmcache_trio.adapters.paged import PagedKV
-from lmcache_trio.client import Client
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv
 
 TOKENS = list(range(3 * CHUNK))
 BLOCKS = [5, 9, 1, 33, 34, 35, 36, 60, 2, 7, 8, 3]
-
-
-class Tap:
-    """What one client says, and how many messages it hears."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self.said: list[Message] = []
-        self._heard = client.heard
-        self._send = client._connection.send_nowait
-        client._connection.send_nowait = self._note  # type: ignore[method-assign,assignment]
-
-    def _note(self, frame: bytes) -> None:
-        self._send(frame)
-        self.said.append(decode(frame))
-
-    def take(self) -> tuple[list[type[Message]], int]:
-        """Kinds of what was said, and how many were heard, since the last call."""
-        said, self.said = self.said, []
-        heard, self._heard = self._client.heard - self._heard, self._client.heard
-        return [type(message) for message in said], heard
 
 
 @pytest.fixture(params=["unix", "ipc"])
@@ -73,17 +51,12 @@ def side(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Side]:
         server = ServerProcess(f"{request.param}://{tmp_path}/s.sock")
         stack.callback(server.kill)
         server.start()
-        made = Side(server.address, make_kv(1))
+        made = Side(server.address, make_kv(1), lookup_timeout=60.0, poll_interval=30.0)  # however slow all of it is
         stack.callback(made.close)
         client = made.scheduler._link.client
         assert client is not None
         made.scheduler._link.call(client.ping, timeout=5)  # the push that names the namespace was heard
         yield made
-
-
-def tap(link: Any) -> Tap:
-    assert link.client is not None
-    return Tap(link.client)
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -189,18 +162,6 @@ def counting_torch() -> Iterator[Callable[[], tuple[int, dict[str, int]]]]:
             sum(max(0, event.self_cpu_memory_usage) for event in profiler.key_averages()),
             {event.key: event.count for event in profiler.key_averages()},
         )
-
-
-@contextmanager
-def tracing() -> Iterator[Callable[[], int]]:
-    """The largest number of bytes that Python and numpy held at one time, in all threads, more than at the start."""
-    gc.collect()
-    tracemalloc.start()
-    held = tracemalloc.get_traced_memory()[0]
-    try:
-        yield lambda: tracemalloc.get_traced_memory()[1] - held
-    finally:
-        tracemalloc.stop()
 
 
 def test_the_counters_see_a_temporary_as_large_as_a_chunk() -> None:
@@ -345,5 +306,5 @@ def test_what_is_said_is_as_short_as_it_can_be() -> None:
     assert len(encode(Lookup(1 << 40, 1 << 60, 0, digests, 32))) - len(digests) < 100
     assert len(encode(Reserve(1 << 40, 1 << 60, digests[:32], digests))) - len(digests) < 120
     assert len(encode(Answer(1 << 40, 1 << 60, 1 << 40, AnswerState.ANSWERED, 32, bytes(16), 30_000))) < 120
-    assert len(encode(Hello(1, "worker", bytes(16), Role.WORKER, "engine"))) < 120
+    assert len(encode(Hello(PROTOCOL_VERSION, "worker", bytes(16), Role.WORKER, "engine"))) < 120
     assert len(encode(Register(1, bytes(32), 1 << 25, 16))) < 120

@@ -13,22 +13,19 @@ A namespace that is forgotten is absent at once; its rows are doomed a batch at 
 them. The index file keeps up to which generation it was: what a kill leaves of it is dead, and its bytes are free.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
-
-import numpy as np
 
 from lmcache_trio.abc import Arena, ChunkKey
 from lmcache_trio.errors import Misuse
 from lmcache_trio_backends._disk_leaves import Leaves
-from lmcache_trio_backends._disk_records import ALIGNMENT, Doomed, Read, Row, Write, extent_of, index_cost
+from lmcache_trio_backends._disk_places import SLICE, Places, by_place
+from lmcache_trio_backends._disk_records import Doomed, Read, Row, Write, extent_of, index_cost
 from lmcache_trio_backends._disk_rows import FREE, Rows, Space
 
 __all__ = ["Directory"]
 
 _WRITING, _PUBLISHED, _DOOMED = range(FREE + 1, FREE + 4)
-_SLICE = 400
-"""Rows that one step of `rebuild` handles: about 2 ms of the loop."""
 
 
 class Directory:
@@ -231,57 +228,28 @@ class Directory:
         taken, self._erased = list(self._erased), set()
         return taken
 
-    def order(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    def order(self) -> "array[int]":
         """All rows by their place on the disk, for `rebuild`. May run in a thread: nothing else changes before that."""
-        offsets = self._rows.offset
-        return np.argsort(np.frombuffer(offsets, np.int64)[: self._rows.count]) if offsets else np.empty(0, np.int64)
+        return by_place(self._rows)
 
-    def rebuild(self, taken: int, order: "np.ndarray[Any, np.dtype[np.int64]]") -> Iterator[None]:
+    def rebuild(self, taken: int, order: "array[int]") -> Iterator[None]:
         """Find the holes in the *taken* bytes of slabs, the parents and the leaves; in steps of about 2 ms.
 
         A row whose bytes lie outside of the slabs, or over another's, is doomed. Rule 1 leaves none such; a smaller
         disk or a file changed from outside does.
         """
-        rows, strays, gaps, end = self._rows, list[int](), list[tuple[int, int]](), 0
-        self._arena.grow(taken)
-        for i in range(0, len(order), _SLICE):
-            for row in order[i : i + _SLICE].tolist():
-                start, extent = rows.offset[row], rows.extent[row]
-                if rows.state[row] != _PUBLISHED:
-                    continue
-                if start < end or start % ALIGNMENT or start + extent > taken or not extent:
-                    strays.append(row)
-                    self.overlaid += start < end
-                    continue
-                if start > end:
-                    gaps.append((end, start - end))
-                    self._claim(end, start - end)
-                self._claim(start, extent)
-                end = start + extent
-            yield
-        for i, gap in enumerate(gaps):
-            self._arena.free(*gap)
-            if i % _SLICE == 0:
+        rows, places = self._rows, Places(self._rows, _PUBLISHED, self._arena)
+        yield from places.claim(taken, order)
+        self.overlaid = places.overlaid
+        for do in (self._leaves.link, self._leaves.offer):
+            for i in range(0, rows.count, SLICE):
+                for row in range(i, min(i + SLICE, rows.count)):
+                    if rows.state[row] == _PUBLISHED:
+                        do(row)
                 yield
-        for i in range(0, len(order), _SLICE):
-            for row in order[i : i + _SLICE].tolist():
-                if rows.state[row] == _PUBLISHED:
-                    self._leaves.link(row)
-            yield
-        for i in range(0, len(order), _SLICE):
-            for row in range(i, min(i + _SLICE, len(order))):
-                if rows.state[row] == _PUBLISHED:
-                    self._leaves.offer(row)
-            yield
-        for row in strays:
+        for row in places.strays:
             rows.extent[row] = 0  # it has no bytes to give back
             self._doom(row)
-
-    def _claim(self, offset: int, length: int) -> None:
-        """From an arena whose only hole begins at *offset*, `allocate` gives exactly that."""
-        given = self._arena.allocate(length)
-        if given != offset:
-            raise Misuse(f"the arena gave {given} where {offset} was to be claimed")
 
     def grow(self, taken: int) -> None:
         """The slabs have *taken* bytes now."""

@@ -129,7 +129,7 @@ class IndexFile:
         )  # can it be written?
         db.execute("DELETE FROM chunks WHERE key <= x''")  # keys that are no bytes: `page` would never come to them
         self.damaged += db.execute("SELECT changes()").fetchone()[0]
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a former server may have had more room for it
+        self._write_back_if_due()  # a former server may have had more room for the log
 
     def fact(self, name: str, value: int | None = None) -> int | None:
         """The number kept under *name*; *value*, where given, is kept first."""
@@ -137,6 +137,11 @@ class IndexFile:
             self._do("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
         found = self._do("SELECT value FROM facts WHERE name = ? AND typeof(value) = 'integer'", (name,)).fetchone()
         return None if found is None else int(found[0])
+
+    def size(self) -> int:
+        """Bytes of it that are in use. It is told at once, however many rows there are."""
+        (pages,), (free,) = (self._do(f"PRAGMA {count}").fetchone() for count in ("page_count", "freelist_count"))
+        return int(pages - free) * PAGE
 
     def page(self, after: bytes, limit: int) -> list[Row]:
         """Up to *limit* rows whose keys follow *after*, in order; none when there are none."""

@@ -9,13 +9,14 @@ It refuses to guess: what is given back must be exactly what was handed out.
 
 from bisect import bisect_left, insort
 
+from lmcache_trio._core.spread import spread
 from lmcache_trio.errors import Misuse
 
 __all__ = ["Arena"]
 
-_TABLES = 64
-"""Tables that the handed-out ranges are spread over, at random: growing one dict of a million entries would stop the
-loop for over 10 ms, and so would growing all of an even spread in the same breath."""
+_KEYS = 4096
+_TABLE_OF = spread(_KEYS, 64, first=0.5)
+"""By some bits of a hash of the offset: the table that has a range handed out."""
 
 
 class Arena:
@@ -33,7 +34,7 @@ class Arena:
         self._head = 0
         self._used = 0
         self._free = 0
-        self._given: list[dict[int, int]] = [{} for _ in range(_TABLES)]  # offset -> rounded length
+        self._given: list[dict[int, int]] = [{} for _ in range(_TABLE_OF[-1] + 1)]  # offset -> rounded length
         self._holes: dict[int, int] = {}  # first byte -> length
         self._ends: dict[int, int] = {}  # byte after the last -> first byte
         self._buckets: dict[int, dict[int, None]] = {}  # length -> first bytes, last freed last
@@ -113,13 +114,13 @@ class Arena:
         if hole > need:
             self._add_hole(offset + need, hole - need)
         self._used += need
-        self._given[hash((offset,)) % _TABLES][offset] = need
+        self._given[_TABLE_OF[hash((offset,)) % _KEYS]][offset] = need
         return offset
 
     def free(self, offset: int, length: int) -> None:
         """Take back what `allocate` gave for *length*. Misuse on a double free or a range that was not handed out."""
         need = self.rounded(length)
-        table = self._given[hash((offset,)) % _TABLES]
+        table = self._given[_TABLE_OF[hash((offset,)) % _KEYS]]
         if table.get(offset) != need:
             raise Misuse(f"the range of {length} bytes at {offset} is not handed out")
         del table[offset]

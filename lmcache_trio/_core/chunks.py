@@ -25,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.generations import DOOMED, READY, TABLES, WRITING, Generations, Namespace
+from lmcache_trio._core.generations import DOOMED, READY, WRITING, Generations, Namespace
 from lmcache_trio._core.grants import SessionKey
 from lmcache_trio._core.order import Order
 from lmcache_trio._core.policy import EvictionPolicy
@@ -187,12 +187,12 @@ class Chunks:
     def offer(self, namespace: Namespace, digests: Sequence[bytes], limit: int) -> list[int]:
         """Retain the leading READY run, cut where all offered chunks together would hold more than *limit* bytes."""
         rows = self.rows
-        state, refs, offered, tables = rows.state, rows.refs, rows.offered, namespace.tables
+        state, refs, offered, table_of = rows.state, rows.refs, rows.offered, namespace.table_of
         extent, room = namespace.extent, limit - self.bytes_offered
         run: list[int] = []
         fresh: list[int] = []
         for digest in digests:
-            row = tables[digest[0] % TABLES].get(digest, 0)
+            row = table_of[digest[0]].get(digest, 0)
             if state[row] != 2:  # READY, spelt out: this loop is the server's hottest
                 break
             if not offered[row]:

@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
+from lmcache_trio._core.spread import spread
 from lmcache_trio.errors import Misuse
 
-__all__ = ["DOOMED", "READY", "TABLES", "WRITING", "Generations", "Namespace", "State"]
+__all__ = ["DOOMED", "READY", "WRITING", "Generations", "Namespace", "State"]
 
-TABLES = 64
-"""Directory tables a namespace: growing one dict of a million entries would stop the loop for over 10 ms."""
+_TABLE_OF = spread(256, 48)
+_TABLES = _TABLE_OF[-1] + 1
 
 
 class State(IntEnum):
@@ -35,12 +36,12 @@ class Namespace:
     """One generation of a namespace: its byte layout, its directory from digest to row, and counts of its rows.
 
     A reset puts a new generation in the place of this one, which is *replaced* from then on: no name leads to its rows
-    any more. A directory is several dicts from bytes to int, told apart by the digest's first byte: the garbage
-    collector does not track such dicts.
+    any more. A directory is several dicts from bytes to int (which the garbage collector does not track), told apart
+    by the digest's first byte: *table_of* has the one of each byte, *tables* each of them once.
     """
 
     __slots__ = (
-        *("extent", "lengths", "name", "number", "shards", "starts", "tables"),
+        *("extent", "lengths", "name", "number", "shards", "starts", "table_of", "tables"),
         *("counts", "replaced", "retained"),
     )
 
@@ -53,20 +54,21 @@ class Namespace:
         self.starts = starts  # where each shard's slot begins in a chunk's extent
         self.extent = extent
         self.shards = len(lengths)
-        self.tables: list[dict[bytes, int]] = [{} for _ in range(TABLES)]
+        self.tables: list[dict[bytes, int]] = [{} for _ in range(_TABLES)]
+        self.table_of = [self.tables[number] for number in _TABLE_OF]
         self.counts = [0, 0, 0, 0]  # rows, by state
         self.retained = 0  # of those that are READY; not kept up once it is replaced
         self.replaced = False
 
     def find(self, digest: bytes) -> int:
         """The row of *digest*, 0 when it has none."""
-        return self.tables[digest[0] % TABLES].get(digest, 0)
+        return self.table_of[digest[0]].get(digest, 0)
 
     def enter(self, digest: bytes, row: int) -> None:
-        self.tables[digest[0] % TABLES][digest] = row
+        self.table_of[digest[0]][digest] = row
 
     def leave(self, digest: bytes) -> None:
-        del self.tables[digest[0] % TABLES][digest]
+        del self.table_of[digest[0]][digest]
 
 
 class Generations:
@@ -103,6 +105,7 @@ class Generations:
     def replace(self, namespace: Namespace) -> None:
         """Put an empty generation in the place of *namespace*, which is outdated from then on."""
         namespace.replaced = True
+        namespace.table_of = []  # nobody looks there any more; what holds the tables is taken apart by a sweep
         self.outdated.append(namespace)
         self._enter(Namespace(self._number(), namespace.name, namespace.lengths, namespace.starts, namespace.extent))
 

@@ -193,6 +193,10 @@ class Index:
         """Would a `commit` still publish something? Not once it was aborted, by whatever end."""
         return self._writers.is_live(reservation_id)
 
+    def would_keep(self, reservation_id: bytes) -> int:
+        """How many of its chunks a `commit` would keep: not those that were doomed meanwhile, as by another shard."""
+        return self._writers.would_keep(reservation_id)
+
     # --- ends -------------------------------------------------------------------------------------------------------
 
     def end_session(self, session: SessionKey) -> None:

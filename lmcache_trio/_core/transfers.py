@@ -5,15 +5,18 @@
        `--abort--> ENDED                                              `--the end of one is lost--> stays ENDING
 
 A *transfer* is one request's way between an engine's blocks and slots: a list of *units* (chunks, or layers), started
-in order. A *batch* is what the device is given at once: units of one transfer, or of neighbours in the queue that move
-the same engine's memory.
+in order, each once it is *allowed*: nothing that the copy must follow is outstanding. While none is, the transfer waits
+outside of the queue, where it keeps no other waiting. A *batch* is what the device is given at once: units of one
+transfer, or of neighbours in the queue that move the same engine's memory.
 
 Rule 1: nobody but the device ends a copy. An abort keeps what has not begun from beginning, and no more; until ENDED,
 slots and blocks stay owned: for good, if the device can't tell any more. Rule 2: loads go ahead of stores, because an
 engine waits for them; after *turns* batches of loads in a row one batch of stores goes, if there is one. So neither
 starves. Rule 3: no more than *in_flight* bytes are with the device, so that a load never queues behind more than that;
 a unit that is larger goes alone. Rule 4: layered loads of one owner go layer by layer, the first of all of them before
-the second of any: an engine waits for them so. Rule 5: no I/O and no clock here; a method that raises has changed
+the second of any: an engine waits for them so. Only those among the first *reach* that came, counted from the head of
+the queue on, take part: so each that waits, of whatever owner, is overtaken by fewer than *reach*, however many come.
+Rule 5: no I/O and no clock here; a method that raises has changed
 nothing.
 """
 
@@ -54,15 +57,19 @@ def _has_bytes(transfer: object, attribute: "attrs.Attribute[Sequence[int]]", un
 class Transfer:
     """One request's copies. *units* are their sizes in bytes; *owner* is the memory that they move.
 
-    *layered*: its units are layers of the same chunks, and a batch holds one of them.
+    *layered*: its units are layers of the same chunks, and share a batch with no other transfer's; each layer of a load
+    has a batch of its own, because an engine waits for it. *allowed* leading units may be started: all, if not said.
     """
 
     direction: Direction
     owner: Hashable
     units: Sequence[int] = attrs.field(validator=_has_bytes)
     layered: bool = False
+    allowed: int = attrs.field(default=attrs.Factory(lambda self: len(self.units), takes_self=True))
     state: TransferState = attrs.field(default=TransferState.QUEUED, init=False)
     submitted: bool = attrs.field(default=False, init=False)
+    place: int = attrs.field(default=0, init=False)
+    """In its queue, among all that ever came there."""
     started: int = attrs.field(default=0, init=False)
     """Units that were given to the device."""
     running: int = attrs.field(default=0, init=False)
@@ -93,16 +100,19 @@ class Transfers:
 
     Two batches fit, so that the second is there when the first ends. Between two the host's device loses 0.3 ms to the
     loop that looks after the first, where 32 MiB take it 4.5 ms; a load that comes waits for 128 MiB at most, 18 ms.
-    A batch has half as much while the other direction waits.
+    A batch has half as much while the other direction waits. *reach* is more than the loads of most steps, and few
+    enough for who waits behind them.
     """
 
-    def __init__(self, *, in_flight: int = 128 << 20, batch: int = 64 << 20, turns: int = 4) -> None:
-        if in_flight < 1 or batch < 1 or turns < 1:
-            raise Misuse("in_flight, batch and turns must be 1 or more")
+    def __init__(self, *, in_flight: int = 128 << 20, batch: int = 64 << 20, turns: int = 4, reach: int = 64) -> None:
+        if in_flight < 1 or batch < 1 or turns < 1 or reach < 1:
+            raise Misuse("in_flight, batch, turns and reach must be 1 or more")
         self._in_flight = in_flight
         self._batch = batch
         self._turns = turns
+        self._reach = reach
         self._queues: dict[Direction, deque[Transfer]] = {direction: deque() for direction in Direction}
+        self._came = dict.fromkeys(Direction, 0)
         self._running: set[Batch] = set()
         self._bytes_running = 0
         self._loads_in_a_row = 0
@@ -112,7 +122,15 @@ class Transfers:
         if transfer.state is not TransferState.QUEUED or transfer.submitted:
             raise Misuse("a transfer is submitted once")
         transfer.submitted = True
-        self._queues[transfer.direction].append(transfer)
+        self._queue(transfer)
+
+    def allow(self, transfer: Transfer, units: int) -> None:
+        """Its first *units* units may be started: those that might not before, behind what is queued by now."""
+        if not transfer.submitted or units > len(transfer.units):
+            raise Misuse("only units of a transfer that was submitted can be allowed")
+        if transfer.state in (TransferState.QUEUED, TransferState.RUNNING):
+            transfer.allowed = max(transfer.allowed, units)
+            self._queue(transfer)
 
     def next(self) -> Batch | None:
         """What to start now, which is then running; None when there is nothing, or no room."""
@@ -120,7 +138,7 @@ class Transfers:
         if direction is None:
             return None
         queue = self._queues[direction]
-        candidates = _candidates(queue)
+        candidates = self._candidates(queue)
         if queue[0].layered:
             candidates = iter([min(candidates, key=lambda each: each.started)])
         parts: list[Part] = []
@@ -132,10 +150,10 @@ class Transfers:
             if part.end > part.first:
                 parts.append(part)
                 size += more
-            if part.end < len(transfer.units):
+            if part.end < transfer.allowed:
                 break
         for part in parts:
-            if part.end == len(part.transfer.units):
+            if part.end == part.transfer.allowed:
                 queue.remove(part.transfer)
         batch = Batch(direction, tuple(parts), size)
         for part in parts:
@@ -173,7 +191,7 @@ class Transfers:
         """What the next batch may be made of: for who would rather abort what has become pointless."""
         for queue in self._queues.values():
             size = 0
-            for transfer in _candidates(queue):
+            for transfer in self._candidates(queue):
                 yield transfer
                 if not transfer.layered:
                     size += sum(transfer.units[transfer.started :])
@@ -186,8 +204,7 @@ class Transfers:
         One that was not submitted yet has ended, and is not to be submitted.
         """
         if transfer.state is TransferState.QUEUED:
-            if transfer.submitted:
-                self._queues[transfer.direction].remove(transfer)
+            self._unqueue(transfer)
             transfer.state = TransferState.ENDED
             return True
         if transfer.state is not TransferState.ENDED:
@@ -219,7 +236,7 @@ class Transfers:
     def _cut(self, transfer: Transfer, size: int) -> tuple[Part, int]:
         """The units of *transfer* that still fit into a batch that has *size* bytes, and their bytes."""
         at, more = transfer.started, 0
-        while at < len(transfer.units):
+        while at < transfer.allowed:
             unit = transfer.units[at]
             alone = not size and not more
             room = min(self._batch_now, self._in_flight - self._bytes_running)
@@ -227,7 +244,7 @@ class Transfers:
                 break
             more += unit
             at += 1
-            if transfer.layered:
+            if transfer.layered and transfer.direction is Direction.LOAD:
                 break
         return Part(transfer, transfer.started, at), more
 
@@ -239,16 +256,26 @@ class Transfers:
 
     def _drop_rest(self, transfer: Transfer) -> None:
         transfer.state = TransferState.ENDING
+        self._unqueue(transfer)
+
+    def _queue(self, transfer: Transfer) -> None:
+        queue = self._queues[transfer.direction]
+        if transfer.started < transfer.allowed and transfer not in queue:
+            transfer.place = self._came[transfer.direction]
+            self._came[transfer.direction] += 1
+            queue.append(transfer)
+
+    def _unqueue(self, transfer: Transfer) -> None:
         queue = self._queues[transfer.direction]
         if transfer in queue:
             queue.remove(transfer)
 
-
-def _candidates(queue: deque[Transfer]) -> Iterator[Transfer]:
-    """What may go next, and together: layers of one owner, or neighbours that move one owner's memory."""
-    if not queue:
-        return iter(())
-    head = queue[0]
-    if head.layered:
-        return (each for each in queue if each.layered and each.owner == head.owner)
-    return takewhile(lambda each: not each.layered and each.owner == head.owner, queue)
+    def _candidates(self, queue: deque[Transfer]) -> Iterator[Transfer]:
+        """What may go next, and together: layers of one owner, or neighbours that move one owner's memory."""
+        if not queue:
+            return iter(())
+        head = queue[0]
+        if head.layered:
+            near = takewhile(lambda each: each.place < head.place + self._reach, queue)
+            return (each for each in near if each.layered and each.owner == head.owner)
+        return takewhile(lambda each: not each.layered and each.owner == head.owner, queue)

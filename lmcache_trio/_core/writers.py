@@ -105,6 +105,10 @@ class Writers:
     def is_live(self, reservation_id: bytes) -> bool:
         return reservation_id in self._live
 
+    def would_keep(self, reservation_id: bytes) -> int:
+        reserved, state = self._live.get(reservation_id), self._chunks.rows.state
+        return 0 if reserved is None else sum(state[row] == State.WRITING for row in reserved.rows)
+
     # --- ends -------------------------------------------------------------------------------------------------------
 
     def end_session(self, session: SessionKey) -> None:

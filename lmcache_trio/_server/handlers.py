@@ -26,7 +26,6 @@ from lmcache_trio._wire.messages import (
     Committed,
     CopiesEnded,
     Done,
-    ErrorKind,
     ErrorReply,
     Finished,
     Message,
@@ -42,7 +41,7 @@ from lmcache_trio._wire.messages import (
     Statistics,
     StatisticsReply,
 )
-from lmcache_trio._wire.protocol import FROM_CLIENT, speakers
+from lmcache_trio._wire.protocol import FROM_CLIENT, kind_of, speakers
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 __all__ = ["HANDLERS", "answer_of", "error_reply", "handle"]
@@ -79,20 +78,13 @@ def _out_of_place(client: Client, message: Message) -> Message | None:
 
 def error_reply(message: Message | int, error: LMCacheTrioError) -> ErrorReply | None:
     """What to say of *error*; None for a notice, which gets no reply (the error is logged)."""
-    kind = next((k for cls, k in _KINDS.items() if isinstance(error, cls)), ErrorKind.UNAVAILABLE)
     number = message if isinstance(message, int) else getattr(message, "id", None)
     if number is None:
         log.debug("notice %s: %s", type(message).__name__, error)
         return None
-    return ErrorReply(number, kind, str(error)[:4000])
+    return ErrorReply(number, kind_of(error), str(error)[:4000])
 
 
-_KINDS: dict[type[LMCacheTrioError], ErrorKind] = {
-    Gone: ErrorKind.GONE,
-    Misuse: ErrorKind.MISUSE,
-    ProtocolError: ErrorKind.PROTOCOL,
-    Unavailable: ErrorKind.UNAVAILABLE,
-}
 _NAMES = {Role.OBSERVER: "an observer", Role.SCHEDULER: "a scheduler", Role.WORKER: "a worker"}
 
 
@@ -171,6 +163,7 @@ def _reserve(state: State, client: Client, message: Reserve) -> Message:
 def _commit(state: State, client: Client, message: Commit) -> Message:
     ours = message.reservation in client.copies
     client.copies.discard(message.reservation)  # whatever the index says of it: the copy has ended
+    kept = state.index.would_keep(message.reservation)
     try:
         keys = state.index.commit(message.reservation, client.number)
         published = len(keys)
@@ -181,7 +174,7 @@ def _commit(state: State, client: Client, message: Commit) -> Message:
         published = 0  # given to this client and aborted meanwhile: refused, as it had to expect
     finally:
         state.note_progress()
-    return Committed(message.id, published)
+    return Committed(message.id, published, kept)
 
 
 def _abort(state: State, client: Client, message: Abort) -> Message:

@@ -12,9 +12,9 @@ import attrs
 
 from lmcache_trio._server.state import Client, Engine, State
 from lmcache_trio._wire.codec import encode
-from lmcache_trio._wire.messages import PROTOCOL_VERSION, ErrorKind, Hello, Refused, Role, Welcome
-from lmcache_trio._wire.protocol import check_hello
-from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError, Unavailable
+from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Refused, Role, Welcome
+from lmcache_trio._wire.protocol import check_hello, kind_of
+from lmcache_trio.errors import Misuse, ProtocolError, Unavailable
 
 __all__ = ["Admission", "dismiss", "new_boot", "receive_hello", "welcome"]
 
@@ -22,13 +22,6 @@ NO_ARENA = (
     "the server cannot see this client's process (another pid namespace, or TCP), so it could not tell when a dead "
     "client's copies have ended; use unix:// or ipc:// in one pid namespace (docker: --pid), share /dev/shm (--ipc)"
 )
-
-
-_KINDS: dict[type[LMCacheTrioError], ErrorKind] = {
-    ProtocolError: ErrorKind.PROTOCOL,
-    Misuse: ErrorKind.MISUSE,
-    Unavailable: ErrorKind.UNAVAILABLE,
-}
 
 
 @attrs.frozen
@@ -55,7 +48,7 @@ def receive_hello(state: State, frame: bytes, peer_pid: int | None) -> Admission
         pidfd = _open_pidfd(peer_pid)
     except (ProtocolError, Misuse, Unavailable) as exc:
         state.counted["refused"] += 1
-        return Admission(None, encode(Refused(_KINDS[type(exc)], str(exc)[:4000])))
+        return Admission(None, encode(Refused(kind_of(exc), str(exc)[:4000])))
     for former in replaced:
         dismiss(state, former)
     return Admission(state.admit(hello, peer_pid, pidfd), replaced=replaced)

@@ -102,11 +102,12 @@ async def open_server(
     try:
         async with memory.open(), trio.open_nursery() as upkeep:
             state = _make_state(config, memory, tiers, upkeep)
-            await upkeep.start(_grow, state, name="memory")
-            upkeep.start_soon(state.clock.run, name="clock")
             async with _branch() as start_tier:
-                await state.tiers.open(start_tier, _branch)
+                state.tiers.open(start_tier, _branch)
+                await upkeep.start(_grow, state, name="memory")
+                upkeep.start_soon(state.clock.run, name="clock")
                 async with _transfer(state, device), trio.open_nursery() as connections:
+                    await state.tiers.wait_opened()
                     state.count_tasks = lambda: _count_tasks(upkeep) + _count_tasks(connections)
                     connections.start_soon(_admit, state, front, connections, name="rendezvous")
                     yield Server(front.address, state.boot, state)
@@ -249,8 +250,7 @@ async def _serve(config: Config | None, on_ready: Callable[[Server], None] | Non
         async with trio.open_nursery() as watch:
             async with open_server(attrs.evolve(config, grace=_draining(grace))) as server:
                 log.info("listening at %s", server.address)
-                gc.collect()
-                gc.freeze()  # what is there now stays: a full collection need not look at it again
+                gc.freeze()  # what is there now stays: no collection need look at it. One before finds 54 of 36,000
                 if on_ready is not None:
                     on_ready(server)
                 first = await anext(signals)

@@ -1,5 +1,6 @@
 """All tiers of a server, nearest first: what is asked of the tiers together, and nothing that is one tier's alone."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,9 +19,9 @@ from lmcache_trio.errors import ConfigError
 
 __all__ = ["FIRST_OPENING", "Tiers", "make_tiers"]
 
-FIRST_OPENING = 0.5
-"""Seconds that a start waits for its tiers to open: most do, and a setting that is wrong is then told at once. One that
-takes longer opens in the background; a server is ready in under a second, whatever its tiers."""
+FIRST_OPENING = 0.3
+"""Seconds that a start gives its tiers to open, beside what else it does: most do, and a setting that is wrong is then
+told at once. One that takes longer opens in the background; a server is ready in under a second, whatever its tiers."""
 WRITEBACK_SHARE = 0.5
 """Of the arena, at most, is queued for a tier: in a small one there must be room for what is stored next."""
 
@@ -43,6 +44,7 @@ class Tiers:
     ) -> None:
         self._index = index
         self._config = config
+        self._opened_by = -math.inf
         names = [str(table["backend"]) for table in config.tiers] or [type(tier).__name__ for tier in tiers]
         self.keepers = [
             Keeper(f"{i}:{name}", tier, index, memory, config)
@@ -67,11 +69,15 @@ class Tiers:
         """The setting for which a tier could not be opened, if that is so."""
         return next((keeper.refusal for keeper in self.keepers if keeper.refusal is not None), None)
 
-    async def open(self, start: Start, branch: Branch) -> None:
-        """Start all, and give them a moment to open."""
+    def open(self, start: Start, branch: Branch) -> None:
+        """Start all; they open by themselves."""
+        self._opened_by = trio.current_time() + FIRST_OPENING
         for keeper in self.keepers:
             start(keeper.run, branch)
-        with trio.move_on_after(FIRST_OPENING):
+
+    async def wait_opened(self) -> None:
+        """Until all are open, or failed to be, or have had their time."""
+        with trio.move_on_at(self._opened_by):
             for keeper in self.keepers:
                 await keeper.opened.wait()
 

@@ -8,19 +8,25 @@ meanwhile. What has not begun by then is not begun. The reply is what gives the 
     StoreBlocks     reserve --> its event --> queue --> device --> commit --> Stored
     RetrieveBlocks  pin     --> its event --> queue --> device --> unpin  --> Retrieved
 
-Which copies run when is decided in `_core.transfers`, whose memory is open in `transfer_attachments`. A bug in the
-device ends neither this nor the server: a copy whose end nobody can tell keeps its slots, its blocks and its engine's
-memory for good, and no reply says otherwise. This starts no task: `supervise` gives it `spawn`.
+A layered store goes through the middle once for each LayersWritten. What its engine has not written yet, like what is
+waited for, stands in no queue: an engine that is stopped in the middle of a pass keeps no other from the device.
+
+Which copies run when is decided in `_core.transfers`, whose memory is open in `transfer_attachments`, what is waited
+for in `transfer_events`. A bug in the device ends neither this nor the server: a copy whose end nobody can tell keeps
+its slots, its blocks and its engine's memory for good, and no reply says otherwise. This starts no task: `supervise`
+gives it `spawn`.
 """
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 
 import trio
 
 from lmcache_trio._core.transfers import Batch, Direction, Transfer, Transfers
 from lmcache_trio._server.state import Client, State
 from lmcache_trio._server.transfer_attachments import Attachment, Attachments, Spawn, Work
+from lmcache_trio._server.transfer_events import Events
 from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, LayersDone, Message, Retrieved, Stored
 from lmcache_trio.abc import ArenaDevice, Copy, Device, EventDevice, Ticket
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
@@ -40,7 +46,7 @@ class TransferWorker:
         self._queue = Transfers() if queue is None else queue
         self.attachments = Attachments(state, device, spawn, self._abort_all)
         self._work: dict[Transfer, tuple[Attachment, Work]] = {}
-        self._waits: dict[Transfer, trio.CancelScope] = {}  # for their events
+        self._events = Events(state, spawn, happened=self._allow, failed=self._abort)
         self._moving: Counter[bytes] = Counter()  # works by their client's token
         self._asking: list[tuple[bytes, Client, int]] = []  # LetGo questions
         self._wake = trio.Event()
@@ -114,25 +120,6 @@ class TransferWorker:
                 blocks += work.blocks[part.first * count : part.end * count]
         return Copy(attachment.attached, batch.direction, slots, blocks, count, layers)
 
-    async def _see_event(self, device: EventDevice, transfer: Transfer, wait: trio.CancelScope) -> None:
-        """Queue *transfer* when what it must follow has ended; until then it keeps no other from the device."""
-        if wait.cancel_called:
-            return
-        attachment, work = self._work[transfer]
-        with wait:
-            try:
-                await device.wait_event(attachment.attached, work.event)
-                if not wait.cancel_called:
-                    self._queue.submit(transfer)
-                    self._wake.set()
-            except LMCacheTrioError as exc:
-                log.warning("the event of a request of %s: %s", attachment.client, exc)
-                self._abort(transfer)
-            except Exception:  # no copy was begun
-                self._state.counted["device_bugs"] += 1
-                log.exception("bug in the device: the event of a request of %s", attachment.client)
-                self._abort(transfer)
-
     # --- the arena --------------------------------------------------------------------------------------------------
 
     def arena_grew(self) -> None:
@@ -158,9 +145,9 @@ class TransferWorker:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def store(self, attachment: Attachment, work: Work) -> None:
-        """Begin a store into the reservation `work.grant` of `attachment.writer`."""
-        self._submit(attachment, work, Direction.STORE, layered=False)
+    def store(self, attachment: Attachment, work: Work, *, layered: bool) -> None:
+        """Begin a store into the reservation `work.grant` of `attachment.writer`; *layered*: see `layers_written`."""
+        self._submit(attachment, work, Direction.STORE, layered=layered)
 
     def load(self, attachment: Attachment, work: Work, *, layered: bool) -> None:
         """Begin a load under the pin `work.grant` of `attachment.reader`."""
@@ -173,16 +160,43 @@ class TransferWorker:
             units = [chunks * count * sum(piece.length for piece in layer) for layer in export.pieces]
         else:
             units = [count * export.block_bytes] * len(work.slots)
-        transfer = Transfer(direction, attachment, units, layered)
+        waits = bool(work.event) and self.takes_events
+        later = waits or (layered and direction is Direction.STORE)
+        transfer = Transfer(direction, attachment, units, layered, allowed=0 if later else len(units))
         attachment.works[work.number] = transfer
         self._work[transfer] = (attachment, work)
         self._moving[attachment.client.hello.token] += 1
-        if work.event and isinstance(self._device, EventDevice):
-            wait = self._waits[transfer] = trio.CancelScope()
-            self._spawn(self._see_event, self._device, transfer, wait, name="event")
-        else:
-            self._queue.submit(transfer)
-            self._wake.set()
+        self._queue.submit(transfer)
+        self._wake.set()
+        if waits:
+            self._follow(attachment, work.event, [transfer], len(units))
+
+    def layers_written(self, attachment: Attachment, numbers: Sequence[int], layers: int, event: bytes) -> None:
+        """The first *layers* layers of the layered stores *numbers* may be copied, once *event* (b"": now) happened.
+
+        A number that is no such store's has been answered already. Each counts once, so that what is waited for is
+        bounded by what was asked for.
+        """
+        found = []
+        for transfer in filter(None, map(attachment.works.get, numbers)):
+            work = self._work[transfer][1]
+            if transfer.layered and transfer.direction is Direction.STORE and work.layers_written < layers:
+                work.layers_written = layers
+                found.append(transfer)
+        if found:
+            self._follow(attachment, event, found, layers)
+
+    def _follow(self, attachment: Attachment, event: bytes, transfers: Sequence[Transfer], units: int) -> None:
+        """Queue *units* units of *transfers* when what they must follow has ended."""
+        if event and isinstance(self._device, EventDevice):
+            self._events.wait(self._device, attachment, event, transfers, units)
+            return
+        for transfer in transfers:
+            self._allow(transfer, units)
+
+    def _allow(self, transfer: Transfer, units: int) -> None:
+        self._queue.allow(transfer, units)
+        self._wake.set()
 
     def lose(self, client: Client) -> None:
         """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
@@ -215,7 +229,7 @@ class TransferWorker:
 
     def _ended(self, batch: Batch, *, failed: bool) -> None:
         for part in batch.parts:
-            if part.transfer.layered and not failed:
+            if part.transfer.layered and batch.direction is Direction.LOAD and not failed:
                 self._layers_ended(*self._work[part.transfer], range(part.first, part.end))
         for transfer in self._queue.ended(batch, failed=failed):
             self._finish(transfer)
@@ -240,8 +254,7 @@ class TransferWorker:
         """No copy of it runs: give back what it owned, and say what came of it."""
         attachment, work = self._work.pop(transfer)
         del attachment.works[work.number]
-        if (wait := self._waits.pop(transfer, None)) is not None:
-            wait.cancel()
+        self._events.over(transfer)
         reply: Message
         if transfer.direction is Direction.LOAD:
             valid = self._state.index.unpin(work.grant, attachment.reader)

@@ -15,9 +15,18 @@ from lmcache_trio._server.rendezvous import dismiss
 from lmcache_trio._server.state import Client, Engine, State
 from lmcache_trio._server.transfer import TransferWorker
 from lmcache_trio._server.transfer_attachments import Attachment, Work
-from lmcache_trio._wire.codec import unpack_positions
+from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
 from lmcache_trio._wire.handles import decode_export
-from lmcache_trio._wire.messages import Attach, LetGo, Message, RetrieveBlocks, StoreBlocks, Stored, Withdraw
+from lmcache_trio._wire.messages import (
+    Attach,
+    LayersWritten,
+    LetGo,
+    Message,
+    RetrieveBlocks,
+    StoreBlocks,
+    Stored,
+    Withdraw,
+)
 from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
 
 __all__ = ["HANDLERS"]
@@ -59,6 +68,8 @@ def _store_blocks(state: State, client: Client, message: StoreBlocks) -> Message
         raise Misuse(f"{len(blocks)} blocks for {len(digests)} chunks: give {count} a chunk, one chunk or more")
     _check_blocks(blocks, attachment.attached.export.num_blocks)
     _check_begin(attachment, message)
+    if message.layered and message.event:
+        raise Misuse("a layered store follows the events of its layers: it has none of its own")
     reason = state.why_no_slots(client, engine, message.session)
     if reason:
         state.dropped[reason] += len(digests)
@@ -70,7 +81,8 @@ def _store_blocks(state: State, client: Client, message: StoreBlocks) -> Message
     state.clock.not_later_than(now + state.config.reservation_timeout)
     chosen = [block for slot in made.slots for block in blocks[slot.position * count : (slot.position + 1) * count]]
     offsets = [slot.offset for slot in made.slots]
-    transfer.store(attachment, Work(message.id, made.id, offsets, chosen, message.event, dict(made.dropped)))
+    work = Work(message.id, made.id, offsets, chosen, message.event, dict(made.dropped))
+    transfer.store(attachment, work, layered=message.layered)
     return None
 
 
@@ -90,6 +102,18 @@ def _retrieve_blocks(state: State, client: Client, message: RetrieveBlocks) -> M
     every = [-1] * message.skip + list(blocks) + [-1] * rest
     transfer.load(attachment, Work(message.id, pin.id, pin.offsets, every, message.event), layered=message.layered)
     return None
+
+
+def _layers_written(state: State, client: Client, message: LayersWritten) -> None:
+    transfer = _transfer(state)
+    attachment = transfer.attachments.find(client)
+    if attachment is None:  # what it speaks of has been answered, or will be, without it
+        return
+    _check_event(attachment, message.event)
+    layers = len(attachment.attached.export.layers)
+    if message.layers > layers:
+        raise Misuse(f"{message.layers} layers were written: there are {layers}")
+    transfer.layers_written(attachment, unpack_offsets(message.requests), message.layers, message.event)
 
 
 def _withdraw(state: State, client: Client, message: Withdraw) -> None:
@@ -121,9 +145,13 @@ def _engine(state: State, client: Client) -> Engine:
 def _check_begin(attachment: Attachment, message: StoreBlocks | RetrieveBlocks) -> None:
     if message.id in attachment.works:
         raise Misuse(f"request {message.id} is under way")
-    if len(message.event) not in (0, EVENT_BYTES):
-        raise Misuse(f"an event has {EVENT_BYTES} bytes, not {len(message.event)}")
-    if message.event and not isinstance(attachment.attached.export.memory[0], CudaMemory):
+    _check_event(attachment, message.event)
+
+
+def _check_event(attachment: Attachment, event: bytes) -> None:
+    if len(event) not in (0, EVENT_BYTES):
+        raise Misuse(f"an event has {EVENT_BYTES} bytes, not {len(event)}")
+    if event and not isinstance(attachment.attached.export.memory[0], CudaMemory):
         raise Misuse("an event orders work on a GPU, and the memory that was attached is the host's")
 
 
@@ -136,6 +164,7 @@ HANDLERS: dict[type[Message], Callable[[State, Client, Any], Message | None]] = 
     Attach: _attach,
     StoreBlocks: _store_blocks,
     RetrieveBlocks: _retrieve_blocks,
+    LayersWritten: _layers_written,
     Withdraw: _withdraw,
     LetGo: _let_go,
 }

@@ -141,14 +141,14 @@ async def dial_pair(address: str) -> Connection:
 async def introduce(address: str, hello: bytes) -> bytes:
     """Send *hello* to the rendezvous at *address* and return its reply.
 
-    `Unavailable` at once when nobody listens or the server goes; unbounded otherwise: use a deadline. Cancelled, it
-    leaves nothing behind.
+    `Unavailable` at once when nobody listens or the server goes, `ConfigError` when it listens under another scheme;
+    unbounded otherwise: use a deadline. Cancelled, it leaves nothing behind.
     """
     return await _transport(address).introduce(address, hello)
 
 
 async def wait_listening(address: str) -> None:
-    """Wait until a server accepts at *address*, however long that takes."""
+    """Wait until a server accepts at *address*, however long it takes; `ConfigError` if one of another scheme does."""
     await _transport(address).wait_listening(address)
 
 

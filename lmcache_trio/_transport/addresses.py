@@ -34,6 +34,7 @@ __all__ = [
     "parse_rendezvous",
     "takes_packets",
     "withdraw",
+    "wrong_scheme",
 ]
 
 _SUN_PATH = 107
@@ -135,6 +136,12 @@ def claim(address: FileAddress) -> None:
 def in_use(address: str) -> ConfigError:
     """The error for an address that another server holds."""
     return ConfigError("address", f"{address} is in use: stop the server that listens there or choose another address")
+
+
+def wrong_scheme(address: str, right: str) -> ConfigError:
+    """The error for an *address* where a server listens, but one of the scheme *right*."""
+    path = address.partition("://")[2]
+    return ConfigError("address", f"{address} is a server's of another kind: use {right}://{path}")
 
 
 def is_listening(path: str) -> bool:

@@ -19,30 +19,18 @@ import trio
 
 from lmcache_trio._transport import Connection
 from lmcache_trio._wire.codec import ECHO, decode, encode
-from lmcache_trio._wire.messages import Answer, ErrorKind, ErrorReply, Message
-from lmcache_trio._wire.protocol import PUSHES, REPLIES
-from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
+from lmcache_trio._wire.messages import Answer, ErrorReply, Message
+from lmcache_trio._wire.protocol import PUSHES, REPLIES, error_of
+from lmcache_trio.errors import Gone, LMCacheTrioError, ProtocolError, Unavailable
 from lmcache_trio.threads import Latch
 
-__all__ = ["Conversation", "Reply", "error_of", "expect"]
+__all__ = ["Conversation", "Reply", "expect"]
 
 log = logging.getLogger("lmcache_trio")
 _M = TypeVar("_M", bound=Message)
 Reply = Message | LMCacheTrioError
 _OUTBOX = 1024
 """Messages that may wait for a server that does not read before requests are refused. Notices are always kept."""
-
-_ERRORS: dict[ErrorKind, type[LMCacheTrioError]] = {
-    ErrorKind.UNAVAILABLE: Unavailable,
-    ErrorKind.GONE: Gone,
-    ErrorKind.MISUSE: Misuse,
-    ErrorKind.PROTOCOL: ProtocolError,
-}
-
-
-def error_of(kind: ErrorKind, message: str) -> LMCacheTrioError:
-    """The exception that a server's error stands for."""
-    return _ERRORS[kind](message)
 
 
 def expect(reply: Reply, kind: type[_M]) -> _M:

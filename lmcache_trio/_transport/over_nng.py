@@ -14,6 +14,7 @@ import trio
 from lmcache_trio._transport import Connection, Introduction, PairListener, Rendezvous, addresses
 from lmcache_trio._transport.addresses import Address, IpcAddress, TcpAddress
 from lmcache_trio._transport.pynng import NngLink, NngSocket
+from lmcache_trio._transport.watching import wait_bound
 from lmcache_trio.errors import Gone, Misuse, Unavailable
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
@@ -133,8 +134,7 @@ async def dial_pair(address: str) -> Connection:
 async def introduce(address: str, hello: bytes) -> bytes:
     wanted = addresses.parse(address)
     await _refuse_unless_listening(wanted)
-    if isinstance(wanted, IpcAddress) and addresses.takes_packets(wanted.path):
-        raise Unavailable(f"no server listens at {address}: what listens there is a unix:// server")
+    _refuse_packets(wanted)
     link = NngLink(introducing=True)
     try:
         with trio.move_on_after(_HANDSHAKE) as handshake:
@@ -150,14 +150,37 @@ async def introduce(address: str, hello: bytes) -> bytes:
 
 
 async def wait_listening(address: str) -> None:
+    wanted = addresses.parse(address)
+    while True:
+        patience = math.inf
+        if isinstance(wanted, IpcAddress):
+            await wait_bound(wanted.path)
+            _refuse_packets(wanted)
+            patience = _HANDSHAKE  # it may go before it shakes hands, and another kind of server come in its place
+        with trio.move_on_after(patience):
+            return await _shake_hands(wanted)
+
+
+async def _shake_hands(address: Address) -> None:
+    """However long it takes."""
     try:
         link = NngLink(introducing=True)
         try:
-            await link.dial(addresses.parse(address))
+            await link.dial(address)
         finally:
             link.close()
     except OSError as exc:
         raise Unavailable(f"nothing could be dialled to wait for a server at {address}: {exc.strerror}") from exc
+
+
+def _refuse_packets(address: Address) -> None:
+    """`ConfigError` where a server of our own transport's listens: NNG would go on trying in silence."""
+    try:
+        if not isinstance(address, IpcAddress) or not addresses.takes_packets(address.path):
+            return
+    except OSError as exc:
+        raise Unavailable(f"no socket could be opened: {exc.strerror}") from exc
+    raise addresses.wrong_scheme(str(address), "unix")
 
 
 async def _refuse_unless_listening(address: Address) -> None:

@@ -17,7 +17,7 @@ from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairL
 from lmcache_trio._transport.addresses import Address, UnixAddress
 from lmcache_trio._transport.unix import UnixLink
 from lmcache_trio._transport.unix_sockets import Listener, inherited, open_epoll, open_socket
-from lmcache_trio._transport.watching import Watch
+from lmcache_trio._transport.watching import wait_bound
 from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
@@ -28,9 +28,9 @@ _MOST_SILENT = 64
 say it in the same moment."""
 _LOOKS = 16
 """Clients let in or heard in a row before other tasks get their turn (about 1 ms)."""
-_UNWATCHED = 5.0
-"""Seconds between two looks for a server where the kernel gives no watch (it gives a user 128 inotify instances), or no
-descriptor to look with."""
+_NO_DESCRIPTOR = 1.0
+"""Seconds between two looks for a descriptor, while a rendezvous has none to turn a client away with. It looks too when
+it has given one back."""
 
 
 class _PairListener(PairListener):
@@ -85,6 +85,7 @@ class _Rendezvous(Rendezvous):
         self.address = str(wanted)
         self._silent: dict[int, UnixLink] = {}  # by descriptor, in the order in which they came
         self._current: _Introduction | None = None
+        self._look_again = math.inf  # when for a spare descriptor; until then nobody is let in
         addresses.claim(wanted)
         with contextlib.ExitStack() as opened:
             self._arrivals = opened.enter_context(open_epoll())
@@ -99,7 +100,7 @@ class _Rendezvous(Rendezvous):
         self._turn_away()
         await trio.lowlevel.checkpoint_if_cancelled()
         while (introduction := self._take()) is None:
-            with contextlib.suppress(trio.ClosedResourceError):
+            with contextlib.suppress(trio.ClosedResourceError), trio.move_on_at(self._look_again):
                 await trio.lowlevel.wait_readable(self._arrivals.fileno())
         self._current = introduction
         await trio.lowlevel.cancel_shielded_checkpoint()
@@ -136,6 +137,8 @@ class _Rendezvous(Rendezvous):
                     return introduction
             elif fd == self._listener.socket.fileno():
                 self._let_in()
+        if self._look_again < math.inf:
+            self._listen_again()
         return None
 
     def _let_in(self) -> None:
@@ -153,8 +156,22 @@ class _Rendezvous(Rendezvous):
         self._spare.close()
         with contextlib.suppress(OSError):
             self._listener.socket.accept()[0].close()
-        with contextlib.suppress(Unavailable):
+        try:
             self._spare = open_socket()
+        except Unavailable:
+            # Another took it. Who comes now waits in the kernel's queue, and we would be told so for ever.
+            self._arrivals.unregister(self._listener.socket)
+            self._look_again = trio.current_time() + _NO_DESCRIPTOR
+
+    def _listen_again(self) -> None:
+        """If there is a spare descriptor by now."""
+        try:
+            self._spare = open_socket()
+        except Unavailable:
+            self._look_again = trio.current_time() + _NO_DESCRIPTOR
+        else:
+            self._arrivals.register(self._listener.socket, select.EPOLLIN)
+            self._look_again = math.inf
 
     def _expect(self, link: UnixLink) -> None:
         fd = link.fileno()
@@ -206,28 +223,7 @@ async def introduce(address: str, hello: bytes) -> bytes:
 
 
 async def wait_listening(address: str) -> None:
-    path = _ours(addresses.parse(address)).path
-    await trio.lowlevel.checkpoint()
-    while True:
-        try:
-            if await _appeared(path):
-                return
-        except OSError:
-            await trio.sleep(_UNWATCHED)
-
-
-async def _appeared(path: str) -> bool:
-    """Whether a server listens at *path*; if none does, wait until something changed there."""
-    if addresses.is_listening(path):
-        return True
-    watch = Watch(path)
-    try:
-        if addresses.is_listening(path):  # came before it was watched for
-            return True
-        await watch.wait()
-    finally:
-        watch.close()
-    return False
+    await wait_bound(_ours(addresses.parse(address)).path)
 
 
 async def _connect(address: str, limit: int) -> UnixLink:
@@ -239,8 +235,9 @@ async def _connect(address: str, limit: int) -> UnixLink:
         return UnixLink(sock, limit)
     except OSError as exc:
         sock.close()
-        why = "what listens there is an ipc:// server" if exc.errno == errno.EPROTOTYPE else exc.strerror
-        raise Unavailable(f"no server listens at {address}: {why}") from exc
+        if exc.errno == errno.EPROTOTYPE:
+            raise addresses.wrong_scheme(address, "ipc") from exc
+        raise Unavailable(f"no server listens at {address}: {exc.strerror}") from exc
 
 
 def _ours(address: Address) -> UnixAddress:

@@ -1,4 +1,4 @@
-"""Waits until something appears at a path, also while folders on the way there are missing. Nothing is asked twice.
+"""Waits until a server appears at a path, also while folders on the way there are missing. Nothing is asked twice.
 
 inotify through ctypes: the standard library has no door to it. It tells what happens in this machine's own file
 systems; a mount that brings a whole folder is not told.
@@ -12,7 +12,13 @@ from pathlib import Path
 
 import trio
 
-__all__ = ["Watch"]
+from lmcache_trio._transport import addresses
+
+__all__ = ["Watch", "wait_bound"]
+
+_UNWATCHED = 5.0
+"""Seconds between two looks for a server where the kernel gives no watch (it gives a user 128 inotify instances), or no
+descriptor to look with."""
 
 _CREATE, _MOVED_TO, _ONLYDIR = 0x100, 0x80, 0x01000000
 _HEADER = struct.Struct("iIII")  # watch, what, cookie, bytes of the name after it
@@ -20,6 +26,31 @@ _HEADER = struct.Struct("iIII")  # watch, what, cookie, bytes of the name after 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.inotify_init1.argtypes = [ctypes.c_int]
 _libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+
+
+async def wait_bound(path: str) -> None:
+    """Return when a living server, of whatever transport, has bound the socket at *path*."""
+    await trio.lowlevel.checkpoint()
+    while True:
+        try:
+            if await _appeared(path):
+                return
+        except OSError:
+            await trio.sleep(_UNWATCHED)
+
+
+async def _appeared(path: str) -> bool:
+    """Whether a server listens at *path*; if none does, wait until something changed there."""
+    if addresses.is_listening(path):
+        return True
+    watch = Watch(path)
+    try:
+        if addresses.is_listening(path):  # came before it was watched for
+            return True
+        await watch.wait()
+    finally:
+        watch.close()
+    return False
 
 
 class Watch:

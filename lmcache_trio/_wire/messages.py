@@ -21,6 +21,7 @@ from attrs.validators import and_, ge, max_len
 __all__ = [
     "MAX_DIGESTS",
     "MAX_NUMBER",
+    "MAX_RESERVED",
     "PROTOCOL_VERSION",
     "Abort",
     "Ack",
@@ -38,6 +39,7 @@ __all__ = [
     "Finished",
     "Hello",
     "LayersDone",
+    "LayersWritten",
     "LetGo",
     "Lookup",
     "LookupStatus",
@@ -65,28 +67,35 @@ __all__ = [
     "Withdraw",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_DIGESTS = 65_536
 """Most chunks one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
+
+MAX_RESERVED = 256
+"""Most chunks that one message may ask slots for: some 2 ms of the server's loop, in which it answers nobody else."""
 
 MAX_NUMBER = 2**63 - 1
 """The largest request id and session number: what fits a signed 64-bit integer everywhere."""
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
-"""A request id (0 is no request) or session number; the bounds are checked in decoding, in C."""
+"""A session number, or the request that is answered (0: none); the bounds are checked in decoding, in C."""
+
+RequestId = Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)]
+"""A request's. Not 0: its reply would be a push, and an ErrorReply a last word."""
 
 _Validator = Callable[[Any, "attrs.Attribute[Any]", Any], Any]
 
 
-def _packed(width: int) -> _Validator:
+def _packed(width: int, most: int = MAX_DIGESTS) -> _Validator:
     def whole(instance: Any, attribute: "attrs.Attribute[Any]", value: bytes) -> None:
         if len(value) % width:
             raise ValueError(f"{attribute.name}: {len(value)} bytes are no whole number of {width}-byte items")
 
-    return and_(max_len(width * MAX_DIGESTS), whole)
+    return and_(max_len(width * most), whole)
 
 
 _DIGESTS = _packed(32)
+_RESERVED = _packed(32, MAX_RESERVED)
 _OFFSETS = _packed(8)
 _POSITIONS = _packed(4)
 _NAME: _Validator = max_len(512)
@@ -176,13 +185,13 @@ class Refused(Message):
 @attrs.frozen
 class Ping(Message):
     opcode: ClassVar[int] = 16
-    id: Number
+    id: RequestId
 
 
 @attrs.frozen
 class Statistics(Message):
     opcode: ClassVar[int] = 17
-    id: Number
+    id: RequestId
 
 
 @attrs.frozen
@@ -193,7 +202,7 @@ class Register(Message):
     """
 
     opcode: ClassVar[int] = 18
-    id: Number
+    id: RequestId
     fingerprint: bytes = attrs.field(validator=max_len(32))
     shard_bytes: int = attrs.field(validator=ge(1))
     block_tokens: int = attrs.field(validator=ge(1))
@@ -210,7 +219,7 @@ class Lookup(Message):
     """
 
     opcode: ClassVar[int] = 19
-    id: Number
+    id: RequestId
     session: Number
     start: int = attrs.field(validator=ge(0))
     digests: bytes = attrs.field(validator=_DIGESTS)
@@ -223,7 +232,7 @@ class LookupStatus(Message):
     """What became of the session's lookup? Idempotent; answered by Answer."""
 
     opcode: ClassVar[int] = 20
-    id: Number
+    id: RequestId
     session: Number
 
 
@@ -232,7 +241,7 @@ class Retrieve(Message):
     """A worker asks to read *count* chunks from position *start* of a lease; answered by Pinned."""
 
     opcode: ClassVar[int] = 21
-    id: Number
+    id: RequestId
     lease: bytes = attrs.field(validator=_ID)
     start: int = attrs.field(validator=ge(0))
     count: int = attrs.field(validator=ge(1))
@@ -243,7 +252,7 @@ class Done(Message):
     """A worker's read has ended; answered by Finished, which says whether what it read is still valid."""
 
     opcode: ClassVar[int] = 22
-    id: Number
+    id: RequestId
     pin: bytes = attrs.field(validator=_ID)
 
 
@@ -251,14 +260,15 @@ class Done(Message):
 class Reserve(Message):
     """A worker asks for slots for its shard of *digests*, which follow *parent* (empty: the chain's first).
 
+    They are `MAX_RESERVED` at most; more of a chain are asked for behind them, with the last of these as parent.
     *session* is the scheduler's; a session that the server does not know, or that ended, gets no slots.
     """
 
     opcode: ClassVar[int] = 23
-    id: Number
+    id: RequestId
     session: Number
     parent: bytes = attrs.field(validator=_ID)
-    digests: bytes = attrs.field(validator=_DIGESTS)
+    digests: bytes = attrs.field(validator=_RESERVED)
 
 
 @attrs.frozen
@@ -266,7 +276,7 @@ class Commit(Message):
     """All bytes of the reservation were written and the copy has ended; answered by Committed."""
 
     opcode: ClassVar[int] = 24
-    id: Number
+    id: RequestId
     reservation: bytes = attrs.field(validator=_ID)
 
 
@@ -275,7 +285,7 @@ class Abort(Message):
     """The copy into the reservation has ended and is to be forgotten; answered by Ack."""
 
     opcode: ClassVar[int] = 25
-    id: Number
+    id: RequestId
     reservation: bytes = attrs.field(validator=_ID)
 
 
@@ -287,7 +297,7 @@ class CopiesEnded(Message):
     """
 
     opcode: ClassVar[int] = 26
-    id: Number
+    id: RequestId
     token: bytes = attrs.field(validator=_ID)
 
 
@@ -296,7 +306,7 @@ class Reset(Message):
     """A scheduler drops its engine's namespace; answered by Ack once nothing of it can be served."""
 
     opcode: ClassVar[int] = 27
-    id: Number
+    id: RequestId
 
 
 # --- requests of a worker whose KV the server moves itself ------------------------------------------------------------
@@ -311,7 +321,7 @@ class Attach(Message):
     """
 
     opcode: ClassVar[int] = 28
-    id: Number
+    id: RequestId
     export: bytes = attrs.field(validator=max_len(1 << 20))
 
 
@@ -320,15 +330,18 @@ class StoreBlocks(Message):
     """Reserve, copy, commit: *digests* as in Reserve, and the blocks that hold them, whole chunks in order.
 
     *blocks* are packed as positions. *event* is empty, or names what the copy must wait for: the pass that writes the
-    blocks. Answered by Stored when the copy has ended, or will not begin: the blocks are the engine's own again.
+    blocks. *layered*: slots are reserved now, and each layer is copied once a LayersWritten says so, with an event of
+    its own; the chunks are committed after the last. Answered by Stored when the copy has ended, or will not begin: the
+    blocks are the engine's own again.
     """
 
     opcode: ClassVar[int] = 29
-    id: Number
+    id: RequestId
     session: Number
     parent: bytes = attrs.field(validator=_ID)
-    digests: bytes = attrs.field(validator=_DIGESTS)
+    digests: bytes = attrs.field(validator=_RESERVED)
     blocks: bytes = attrs.field(validator=_POSITIONS)
+    layered: bool = False
     event: bytes = attrs.field(default=b"", validator=max_len(64))
 
 
@@ -342,7 +355,7 @@ class RetrieveBlocks(Message):
     """
 
     opcode: ClassVar[int] = 30
-    id: Number
+    id: RequestId
     lease: bytes = attrs.field(validator=_ID)
     start: int = attrs.field(validator=ge(0))
     count: int = attrs.field(validator=ge(1))
@@ -360,7 +373,7 @@ class LetGo(Message):
     """
 
     opcode: ClassVar[int] = 31
-    id: Number
+    id: RequestId
     token: bytes = attrs.field(validator=_ID)
 
 
@@ -400,7 +413,21 @@ class Withdraw(Message):
     """
 
     opcode: ClassVar[int] = 43
-    request: Number
+    request: RequestId
+
+
+@attrs.frozen
+class LayersWritten(Message):
+    """The first *layers* layers of the layered StoreBlocks *requests* are in their blocks: they may be copied.
+
+    *requests* are packed as offsets; one that was answered already is left out. *event* is empty, or names what the
+    copy of these layers must wait for.
+    """
+
+    opcode: ClassVar[int] = 44
+    requests: bytes = attrs.field(validator=_OFFSETS)
+    layers: int = attrs.field(validator=ge(0))
+    event: bytes = attrs.field(default=b"", validator=max_len(64))
 
 
 # --- replies and pushes, from the server ----------------------------------------------------------------------------
@@ -483,11 +510,14 @@ class Reserved(Message):
 
 @attrs.frozen
 class Committed(Message):
-    """*published* chunks of the reservation became part of the cache with this shard; 0 after a refusal."""
+    """*published* chunks of the reservation became part of the cache with this shard; *kept* are those and what still
+    lacks other shards. Both are 0 after a refusal.
+    """
 
     opcode: ClassVar[int] = 71
     id: Number
     published: int = attrs.field(validator=ge(0))
+    kept: int = attrs.field(default=0, validator=ge(0))
 
 
 @attrs.frozen
@@ -543,5 +573,5 @@ class LayersDone(Message):
     """Push: the first *layers* layers of the RetrieveBlocks *request* are in their blocks."""
 
     opcode: ClassVar[int] = 77
-    request: Number
+    request: RequestId
     layers: int = attrs.field(validator=ge(0))

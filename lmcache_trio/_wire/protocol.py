@@ -13,10 +13,20 @@ from collections.abc import Mapping
 
 from lmcache_trio._wire import messages as m
 from lmcache_trio._wire.codec import decode_expected
-from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Message, Refused, Role, Welcome
-from lmcache_trio.errors import Misuse, ProtocolError
+from lmcache_trio._wire.messages import PROTOCOL_VERSION, ErrorKind, Hello, Message, Refused, Role, Welcome
+from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
-__all__ = ["FROM_CLIENT", "PUSHES", "REPLIES", "check_hello", "check_welcome", "speakers"]
+__all__ = [
+    "ERRORS",
+    "FROM_CLIENT",
+    "PUSHES",
+    "REPLIES",
+    "check_hello",
+    "check_welcome",
+    "error_of",
+    "kind_of",
+    "speakers",
+]
 
 REPLIES: Mapping[type[Message], type[Message]] = {
     m.Ping: m.Pong,
@@ -47,9 +57,27 @@ FROM_CLIENT: Mapping[Role, frozenset[type[Message]]] = {
     Role.SCHEDULER: _ANYONE | {m.Lookup, m.LookupStatus, m.Reset, m.Taken, m.Release, m.Ended},
     Role.WORKER: _ANYONE
     | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort}
-    | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.Withdraw},
+    | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.LayersWritten, m.Withdraw},
 }
 """What a client of each role may say on its own connection. Whose copies a CopiesEnded speaks of, its token says."""
+
+ERRORS: Mapping[ErrorKind, type[LMCacheTrioError]] = {
+    ErrorKind.UNAVAILABLE: Unavailable,
+    ErrorKind.GONE: Gone,
+    ErrorKind.MISUSE: Misuse,
+    ErrorKind.PROTOCOL: ProtocolError,
+}
+"""What each kind of an ErrorReply, or of a Refused, stands for: the branches of `errors`."""
+
+
+def error_of(kind: ErrorKind, message: str) -> LMCacheTrioError:
+    """The error that the other end said."""
+    return ERRORS[kind](message)
+
+
+def kind_of(error: LMCacheTrioError) -> ErrorKind:
+    """How *error* is said: by the branch that it is on."""
+    return next((kind for kind, cls in ERRORS.items() if isinstance(error, cls)), ErrorKind.UNAVAILABLE)
 
 
 def speakers(kind: type[Message]) -> tuple[Role, ...]:

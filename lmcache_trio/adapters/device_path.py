@@ -34,6 +34,7 @@ from lmcache_trio._wire.messages import (
     Withdraw,
 )
 from lmcache_trio.adapters.jobs import Job
+from lmcache_trio.adapters.layered_steps import StepStores, event_of
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client, connect
 from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
@@ -130,16 +131,32 @@ class DevicePath:
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
-    async def store(self, client: Client, job: Job) -> Stored:
-        """Store what *job* says; returns when its blocks are the engine's own again."""
+    async def store(self, client: Client, job: Job, step: StepStores | None = None) -> Stored:
+        """Store what *job* says; returns when its blocks are the engine's own again.
+
+        With *step* each layer is copied once that says that it is written.
+        """
         spec = job.spec
         assert isinstance(spec, StoreSpec)
         if job.before is not None:  # tasks begin in any order; a chunk's parent must be reserved before it
             await job.before.asked.wait()
             job.before = None
-        blocks = pack_positions(spec.block_ids)
-        ask = StoreBlocks(client.new_id(), spec.session, spec.parent, spec.digests, blocks, _event_of(job))
-        return await self._moved(client, ask, Stored, job.asked.set)
+        if step is not None and step.dropped:
+            raise Unavailable("its step was dropped before it began")
+        number, blocks, layered = client.new_id(), pack_positions(spec.block_ids), step is not None
+        event = b"" if layered else event_of(job.fence)
+        ask = StoreBlocks(number, spec.session, spec.parent, spec.digests, blocks, layered, event)
+
+        def sent() -> None:
+            job.asked.set()
+            if step is not None:
+                step.begun(number)
+
+        try:
+            return await self._moved(client, ask, Stored, sent, step)
+        finally:
+            if step is not None:
+                step.over(number)
 
     async def retrieve(self, client: Client, job: Job, on_layers: Callable[[int], None] | None = None) -> bool:
         """Fill *job*'s blocks; False: they hold anything. *on_layers* hears how many leading layers are there."""
@@ -149,7 +166,7 @@ class DevicePath:
         blocks = pack_positions(spec.block_ids)
         layered = on_layers is not None
         ask = RetrieveBlocks(
-            number, spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, layered, _event_of(job)
+            number, spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, layered, event_of(job.fence)
         )
         if on_layers is not None:
             self._on_layers[number] = on_layers
@@ -164,8 +181,12 @@ class DevicePath:
         ask: StoreBlocks | RetrieveBlocks,
         kind: type[_M],
         sent: Callable[[], None] = lambda: None,
+        step: StepStores | None = None,
     ) -> _M:
-        """Shielded: the blocks are not the engine's before this returns or raises."""
+        """Shielded: the blocks are not the engine's before this returns or raises.
+
+        Until *step* has finished it is the engine that is waited for, and the server is not late.
+        """
         reply: list[Reply] = []
         come = trio.Event()
 
@@ -177,6 +198,8 @@ class DevicePath:
         with trio.CancelScope(shield=True):
             client.request_nowait(ask, on_reply)
             sent()
+            if step is not None:
+                await step.finished.wait()
             begun = trio.current_time()
             while not come.is_set() and trio.current_time() < (late := self._late(begun)):
                 with trio.move_on_at(late):
@@ -189,7 +212,13 @@ class DevicePath:
         return expect(reply[0], kind)
 
     def _late(self, begun: float) -> float:
-        """When a request that began at *begun* is late, as things are: behind others, it takes as long as they do."""
+        """When a request that began at *begun* is late, as things are: behind others, it takes as long as they do.
+
+        A late one is withdrawn, and waited for on: there is no later time at which its blocks would be given up. While
+        the server's process lives a copy of its may run, however long it has said nothing: a load would write into what
+        another request has been given by then, a store publish what that wrote. What ends the wait is the reply; or the
+        connection's end, which a server that dies brings about, and then `_let_go`: its word, or its process' exit.
+        """
         return max(begun, self._progress) + self._reply_timeout
 
     async def _let_go(self, client: Client) -> None:
@@ -238,9 +267,3 @@ class DevicePath:
         self._progress = trio.current_time()
         if isinstance(message, LayersDone) and message.request in self._on_layers:
             self._on_layers[message.request](message.layers)
-
-
-def _event_of(job: Job) -> bytes:
-    """What the copy must follow: of KV on a GPU, what its engine had submitted."""
-    event: bytes = job.fence.ipc_handle() if job.fence is not None else b""
-    return event

@@ -1,19 +1,20 @@
 """Moves that go layer by layer beside the engine's forward pass: it need not wait for what it does not use yet.
 
     start_retrieves --> a layer is there --> wait_layer(it) returns --> ... --> wait_retrieves: is all of it valid?
-    start_stores    --> layer_written(it) --> it is copied          --> ... --> finish_stores / drop_stores
+    start_stores    --> layer_written(it) --> it is copied          --> ... --> finish_stores: commit / drop_stores
 
 All retrieves of a step share their layers' order: layer 0 of every one comes before layer 1 of any. Whether what was
 loaded is valid is known at the end only, so the host asks `wait_retrieves` before it believes what it computed. A copy
 into or out of blocks is never left behind: a retrieve is over when its job is, however it ended.
 
-On the device path a store is copied after `finish_stores`, by the server and in one go: it reads no layer before all
-are written, and saves nothing of the step's own time. It is under way from `start_stores` on all the same, so that who
-waits for its end hears of it, however the step ends.
+Stores are committed after `finish_stores`, not after the last layer: a host that computed with a load that was not
+valid calls `drop_stores` instead, and nothing of the step is published. On the device path the server copies, and is
+told of each layer (`StepStores`).
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,9 +79,7 @@ class LayeredMoves:
         if not specs:
             return
         jobs = [job for spec in specs for job in self._worker._begin(spec, reported=True)]
-        stores = self._stores = StepStores(jobs, len(self._layers), at_once=self._worker.path == "device")
-        if stores.at_once:
-            return  # the server copies it, once the last layer is written
+        stores = self._stores = StepStores(jobs, len(self._layers))
         if not self._worker._link.spawn(self._store, stores, refused=lambda: self._give_up(jobs)):
             self._give_up(jobs)
 
@@ -89,35 +88,20 @@ class LayeredMoves:
             raise Misuse(f"layer {name!r} was not registered")
         stores = self._stores
         if stores is not None:
-            fence = None if stores.at_once else self._worker._registered().fence()
-            self._worker._link.post(stores.layer_written, self._layers[name], fence)
+            self._worker._link.post(stores.layer_written, self._layers[name], self._worker._registered().fence())
 
     def finish_stores(self) -> None:
         stores, self._stores = self._stores, None
-        if stores is None:
-            return
-        if stores.at_once:
+        if stores is not None:
             fence = self._worker._registered().fence()
-            for job in stores.jobs:
-                job.fence = fence
-                self._worker._start(job)
-        else:
-            self._worker._link.post(lambda: stores.finish(drop=False))
+            self._worker._link.post(lambda: stores.finish(fence, drop=False))
 
     def drop_stores(self) -> None:
         stores, self._stores = self._stores, None
-        if stores is not None and not self._worker._link.post(self._drop, stores):
+        if stores is not None and not self._worker._link.post(lambda: stores.finish(drop=True)):
             self._give_up(stores.jobs)  # there is no loop any more, nor a copy
 
     # --- in the loop ------------------------------------------------------------------------------------------------
-
-    def _drop(self, stores: StepStores) -> None:
-        """Nothing more of *stores* begins; those of which nothing runs are over by this."""
-        stores.finish(drop=True)
-        if stores.at_once:
-            for job in stores.jobs:
-                job.asked.set()
-            self._give_up(stores.jobs)
 
     def _give_up(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -190,44 +174,65 @@ class LayeredMoves:
     async def _load_by_server(self, client: Client, loads: StepLoads, job: Job) -> None:
         spec, worker = job.spec, self._worker
         assert isinstance(spec, LoadSpec)
-        try:
+        with self._contained(job):
             if spec.lease and await worker._device.retrieve(client, job, lambda n: loads.reached([job], n)):
                 worker._jobs.count("retrieved_chunks", spec.count)
                 worker._jobs.end(job, failed=False)
+        self._end(loads, [job])
+
+    async def _store_by_server(self, client: Client, stores: StepStores, job: Job) -> None:
+        with self._contained(job):
+            await self._worker._move(client, job, stores)
+
+    @contextmanager
+    def _contained(self, job: Job) -> Iterator[None]:
+        """What fails costs *job*, and no other of its step."""
+        try:
+            yield
         except LMCacheTrioError as exc:
-            logger.info("a retrieve of %s failed: %s", spec.request_id, exc)
+            logger.info("a %s of %s failed: %s", type(job.spec).__name__, job.spec.request_id, exc)
         except Exception:
-            worker._jobs.count("copy_bugs", 1)
-            logger.exception("bug in a retrieve of %s by layers, which failed", spec.request_id)
+            self._worker._jobs.count("copy_bugs", 1)
+            logger.exception("bug in a %s of %s by layers, which failed", type(job.spec).__name__, job.spec.request_id)
         finally:
-            self._end(loads, [job])
+            job.asked.set()
+            self._give_up([job])
 
     async def _store(self, client: Client | None, stores: StepStores) -> None:
-        for job in stores.jobs:
-            if job.before is not None and job.before not in stores.jobs:
-                await job.before.asked.wait()
-            job.before = None
-        granted: list[tuple[Job, Reserved]] = []
         try:
-            if client is not None and client.arena is not None and client.shard_bytes and self._worker._device.usable:
-                for job in stores.jobs:
-                    granted.append((job, await self._reserve(client, job)))
-                await self._copy_layers(client.arena, stores, granted)
-                if not stores.dropped:
-                    await self._commit(client, granted)
+            if client is None or client.arena is None or not client.shard_bytes or not self._worker._device.usable:
+                return
+            if self._worker.path == "device":
+                stores.say = client.notice_nowait
+                async with trio.open_nursery() as each:
+                    for job in stores.jobs:
+                        each.start_soon(self._store_by_server, client, stores, job)
+            else:
+                await self._store_by_copying(client, client.arena, stores)
         except LMCacheTrioError as exc:
             logger.info("%d stores failed: %s", len(stores.jobs), exc)
         except Exception:
             self._worker._jobs.count("copy_bugs", 1)
             logger.exception("bug in %d stores by layers, which failed", len(stores.jobs))
         finally:
-            if client is not None:
-                for job, reserved in granted:
-                    if not job.ended.done:
-                        client.abort_nowait(reserved.reservation)
             for job in stores.jobs:
                 job.asked.set()
             self._give_up(stores.jobs)
+
+    async def _store_by_copying(self, client: Client, arena: ArenaMap, stores: StepStores) -> None:
+        granted: list[tuple[Job, Reserved]] = []
+        try:
+            for job in stores.jobs:
+                granted.append((job, await self._reserve(client, job)))
+            await self._copy_layers(arena, stores, granted)
+            await stores.finished.wait()
+            if not stores.dropped:
+                for job, reserved in granted:
+                    await self._worker._shm.commit(client, job, reserved)
+        finally:
+            for job, reserved in granted:
+                if not job.ended.done:
+                    client.abort_nowait(reserved.reservation)
 
     async def _reserve(self, client: Client, job: Job) -> Reserved:
         from lmcache_trio._core.keys import split_digests
@@ -235,6 +240,9 @@ class LayeredMoves:
         spec = job.spec
         assert isinstance(spec, StoreSpec)
         try:
+            if job.before is not None:
+                await job.before.asked.wait()
+                job.before = None
             return await self._worker._reply(client.reserve, spec.session, spec.parent, split_digests(spec.digests))
         finally:
             job.asked.set()
@@ -247,10 +255,6 @@ class LayeredMoves:
             await self._worker._copiers.run(self._gather, arena, granted, layer, stores.fences[layer])
         for job in stores.jobs:
             self._worker._jobs.copied(job)
-
-    async def _commit(self, client: Client, granted: Sequence[tuple[Job, Reserved]]) -> None:
-        for job, reserved in granted:
-            await self._worker._shm.commit(client, job, reserved)
 
     # --- in a thread ------------------------------------------------------------------------------------------------
 

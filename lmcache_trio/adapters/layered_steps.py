@@ -3,15 +3,17 @@
 Values that `layered` shares with the host's threads; nothing here asks a server or copies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
 
+from lmcache_trio._wire.codec import pack_offsets
+from lmcache_trio._wire.messages import LayersWritten, Message, Withdraw
 from lmcache_trio.adapters.jobs import Job
 from lmcache_trio.threads import Handoff, Latch
 
-__all__ = ["StepLoads", "StepStores"]
+__all__ = ["StepLoads", "StepStores", "event_of"]
 
 
 class StepLoads:
@@ -40,24 +42,69 @@ class StepLoads:
 class StepStores:
     """The stores of one step. *written* has one event a layer; all of them are set at the end, whatever that is.
 
-    *at_once*: the layers are not copied one by one; all of it begins when the last is written.
+    A server that copies is told of each layer by `say`, once for all requests. The last layer is kept back until the
+    step is `finished`, since the server commits after it: only then is it known that what the step computed is right.
     """
 
-    def __init__(self, jobs: Sequence[Job], layers: int, *, at_once: bool) -> None:
+    def __init__(self, jobs: Sequence[Job], layers: int) -> None:
         self.jobs = jobs
-        self.at_once = at_once
         self.written = [trio.Event() for _ in range(layers)]
         self.fences: list[Any] = [None] * layers
-        """Of KV on a GPU, for each layer: the event behind what wrote it."""
+        """Of KV on a GPU, for each layer: the event behind what wrote it. A server may wait for it until the end."""
+        self.finished = trio.Event()
+        """No more will be written, or wanted: `dropped` says which."""
         self.dropped = False
+        self.say: Callable[[Message], None] = lambda message: None
+        self._told: dict[int, int] = {}  # by request: how many layers the server knows of
 
     def layer_written(self, layer: int, fence: Any) -> None:
         """In the loop."""
         self.fences[layer] = fence
         self.written[layer].set()
+        self._tell()
 
-    def finish(self, *, drop: bool) -> None:
-        """In the loop."""
+    def finish(self, fence: Any = None, *, drop: bool) -> None:
+        """In the loop. *fence* is behind whatever layer was not named."""
         self.dropped = self.dropped or drop
-        for event in self.written:
-            event.set()
+        for layer, event in enumerate(self.written):
+            if not event.is_set():
+                self.fences[layer] = fence
+                event.set()
+        self.finished.set()
+        self._tell()
+
+    # --- requests of a server that copies -----------------------------------------------------------------------------
+
+    def begun(self, request: int) -> None:
+        """The server was asked to store, and has to be told what is written already."""
+        self._told[request] = 0
+        self._tell()
+
+    def over(self, request: int) -> None:
+        """The server has answered it."""
+        self._told.pop(request, None)
+
+    def _tell(self) -> None:
+        if self.dropped:
+            for request in self._told:
+                self.say(Withdraw(request))
+            self._told.clear()
+            return
+        layers = self._layers
+        behind = [request for request, told in self._told.items() if told < layers]
+        if behind:
+            self._told.update(dict.fromkeys(behind, layers))
+            self.say(LayersWritten(pack_offsets(behind), layers, event_of(self.fences[layers - 1])))
+
+    @property
+    def _layers(self) -> int:
+        """How many leading layers the server may copy."""
+        if self.finished.is_set():
+            return len(self.written)
+        return next((i for i, event in enumerate(self.written[:-1]) if not event.is_set()), len(self.written) - 1)
+
+
+def event_of(fence: Any) -> bytes:
+    """What the server must wait for: of KV on a GPU, what its engine had submitted when it made *fence*."""
+    event: bytes = fence.ipc_handle() if fence is not None else b""
+    return event

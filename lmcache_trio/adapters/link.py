@@ -132,6 +132,8 @@ class Link:
         try:
             await wait_listening(self.address)
             return True
+        except Misuse as exc:
+            self._tell(f"no cache: {exc}", logging.ERROR)
         except LMCacheTrioError as exc:
             self._tell(f"no lmcache-trio server can be waited for at {self.address}: {exc}", logging.DEBUG)
         except Exception:  # a bug of ours: it costs this one wait, and is told

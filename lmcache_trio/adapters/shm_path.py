@@ -49,8 +49,9 @@ class ShmPath:
         for reason, number in reserved.dropped.items():
             self._worker._jobs.count(f"dropped_{reason}", number)
         if reserved.reservation:
-            await self._worker._reply(client.commit, reserved.reservation)
-            self._worker._jobs.count("stored_chunks", len(unpack_positions(reserved.positions)))
+            kept = (await self._worker._reply(client.commit, reserved.reservation)).kept
+            self._worker._jobs.count("stored_chunks", kept)
+            self._worker._jobs.count("dropped_aborted", len(unpack_positions(reserved.positions)) - kept)
         self._worker._jobs.end(job, failed=False)
 
     async def retrieve(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:

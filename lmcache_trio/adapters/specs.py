@@ -40,16 +40,16 @@ class StoreSpec:
     def chunks(self) -> int:
         return len(self.digests) // DIGEST_BYTES
 
-    def parts(self, limit: int) -> list["StoreSpec"]:
-        """The same in pieces of at most *limit* blocks, or of one chunk, each behind the one before."""
-        if len(self.block_ids) <= limit:
+    def parts(self, chunks: int, blocks: int) -> list["StoreSpec"]:
+        """The same in pieces of at most *chunks* chunks and *blocks* blocks, or of one chunk, in a chain."""
+        if self.chunks <= chunks and len(self.block_ids) <= blocks:
             return [self]
         width = len(self.block_ids) // self.chunks
-        step, made, parent = max(1, limit // width), [], self.parent
+        step, made, parent = min(chunks, max(1, blocks // width)), [], self.parent
         for at in range(0, self.chunks, step):
             digests = self.digests[at * DIGEST_BYTES : (at + step) * DIGEST_BYTES]
-            blocks = self.block_ids[at * width : (at + step) * width]
-            made.append(attrs.evolve(self, parent=parent, digests=digests, block_ids=blocks))
+            block_ids = self.block_ids[at * width : (at + step) * width]
+            made.append(attrs.evolve(self, parent=parent, digests=digests, block_ids=block_ids))
             parent = digests[-DIGEST_BYTES:]
         return made
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, TypeVar
 import trio
 
 from lmcache_trio._core.keys import seed_of
-from lmcache_trio._wire.messages import MAX_DIGESTS, PROTOCOL_VERSION, Hello, Role
+from lmcache_trio._wire.messages import MAX_DIGESTS, MAX_RESERVED, PROTOCOL_VERSION, Hello, Role
 from lmcache_trio.adapters.copiers import Copiers
 from lmcache_trio.adapters.device_path import ATTACH_TIMEOUT, DevicePath, Path
 from lmcache_trio.adapters.jobs import Job, Jobs, wait_for
 from lmcache_trio.adapters.layered import LayeredMoves
+from lmcache_trio.adapters.layered_steps import StepStores
 from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.shm_path import ShmPath
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
@@ -214,11 +215,15 @@ class WorkerAdapter:
         return self._chunk_tokens // self._block_tokens
 
     def _begin(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> list[Job]:
-        """One job, or several where a message cannot name all of it (1 M tokens in blocks of 16)."""
+        """One job, or several where a message cannot name all of it: 65,536 tokens to be stored in chunks of 256."""
         kv = self._registered()
         kv.check(spec.block_ids)
         fence = kv.fence()
-        parts = spec.parts(MAX_DIGESTS) if isinstance(spec, StoreSpec) else spec.parts(self._width, MAX_DIGESTS)
+        parts: Sequence[StoreSpec | LoadSpec]
+        if isinstance(spec, StoreSpec):
+            parts = spec.parts(MAX_RESERVED, MAX_DIGESTS)
+        else:
+            parts = spec.parts(self._width, MAX_DIGESTS)
         return [self._jobs.begin(part, reported=reported, fence=fence) for part in parts]
 
     def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> list[Job]:
@@ -266,11 +271,11 @@ class WorkerAdapter:
             job.asked.set()
             self._fail(job, "unavailable")  # nothing, if it ended well
 
-    async def _move(self, client: Client, job: Job) -> None:
-        """Have the server do it."""
+    async def _move(self, client: Client, job: Job, step: StepStores | None = None) -> None:
+        """Have the server do it; a store of *step*, layer by layer."""
         spec = job.spec
         if isinstance(spec, StoreSpec):
-            stored = await self._device.store(client, job)
+            stored = await self._device.store(client, job, step)
             for reason, number in stored.dropped.items():
                 self._jobs.count(f"dropped_{reason}", number)
             self._jobs.count("stored_chunks", stored.copied)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import trio
 
-from lmcache_trio._wire.messages import Role
+from lmcache_trio._wire.messages import MAX_RESERVED, Role
 from lmcache_trio.adapters import PollingSchedulerAdapter
 from lmcache_trio.bench import lookups
 from lmcache_trio.client import Client, open_client
@@ -78,13 +78,20 @@ class Light:
             digests = self._digests if number == 0 else self._document(number)
             session = 1 << 40 | number
             await self.client.lookup(session, [])
-            made = await self._worker.reserve(session, b"", digests)
-            if not made.reservation and number == 0:
-                pass  # another client of the run stored it
-            elif made.dropped or await self._worker.commit(made.reservation) != len(digests):
-                raise Unavailable(f"the server did not take a document: {dict(made.dropped)}")
+            parent = b""
+            for start in range(0, DOCUMENT_CHUNKS, MAX_RESERVED):
+                lot = digests[start : start + MAX_RESERVED]
+                await self._store(session, parent, lot, hot=number == 0)
+                parent = lot[-1]
             self.client.end(session)
         self._documents = documents
+
+    async def _store(self, session: int, parent: bytes, digests: list[bytes], *, hot: bool) -> None:
+        made = await self._worker.reserve(session, parent, digests)
+        if not made.reservation and hot:
+            return  # another client of the run stored it
+        if made.dropped or (await self._worker.commit(made.reservation)).published != len(digests):
+            raise Unavailable(f"the server did not take a document: {dict(made.dropped)}")
 
     async def _open(self, sessions: int) -> None:
         chunks = 8192 // CHUNK_TOKENS

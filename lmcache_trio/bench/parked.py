@@ -191,7 +191,7 @@ async def _fill(address: str, prompts: Sequence[bytes]) -> None:
             some, session = prompts[first : first + _FILL], next(_sessions)
             await scheduler.lookup(session, [])
             made = await worker.reserve(session, b"", some)
-            if await worker.commit(made.reservation) != len(some):
+            if (await worker.commit(made.reservation)).published != len(some):
                 raise Unavailable(f"the server dropped what was to be looked up: {dict(made.dropped)}")
             scheduler.end(session)
             await _until(worker, partial(_has_stored, first + len(some)))

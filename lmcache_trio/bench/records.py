@@ -105,11 +105,11 @@ def _records(count: int) -> Iterator[Record]:
 
 
 async def _start(table: dict[str, Any], count: int, digest: bytes, folder: Path, number: int) -> Start:
-    address = f"ipc://{folder}/{number}.ipc"
+    address = f"unix://{folder}/{number}.sock"
     plain = ["memory.size=64MiB", "device.backend=none"]
     sets = [*plain, *(f"tiers.0.{key}={value}" for key, value in table.items())]
     began = time.perf_counter()
-    async with serving(f"ipc://{folder}/empty{number}.ipc", plain, folder):
+    async with serving(f"unix://{folder}/empty{number}.sock", plain, folder):
         empty = time.perf_counter() - began
     began = time.perf_counter()
     async with AsyncExitStack() as stack:
@@ -118,28 +118,31 @@ async def _start(table: dict[str, Any], count: int, digest: bytes, folder: Path,
         worker = await stack.enter_async_context(open_client(address, role=Role.WORKER, engine="records"))
         await worker.register(_FINGERPRINT, 1, 16)
         scheduler = await stack.enter_async_context(open_client(address, role=Role.SCHEDULER, engine="records"))
+        await _until(scheduler, lambda tier: not tier["fenced"])
         asked = time.perf_counter()
         answer = await scheduler.lookup(1, [digest], budget=60)
         answered = time.perf_counter()
         if answer.chunks != 1:
             raise Unavailable("a lookup of a chunk that the disk tier has missed")
-        by_query = not (await _backend(scheduler))["ready"]
-        await _until_read(scheduler, count)
+        by_query = not (await _tier(scheduler))["backend"]["ready"]
+        found = await _until(scheduler, lambda tier: tier["backend"]["ready"])
         read = time.perf_counter()
+    if found["backend"]["chunks"] != count:
+        raise Unavailable(f"{found['backend']['chunks']} of {count} chunks are there after a restart")
     return Start(empty, ready - began, answered - began, read - began, answered - asked, by_query)
 
 
-async def _until_read(client: Client, count: int) -> None:
+async def _until(client: Client, true: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """What the server says of the tier, once that is *true* of it."""
     with trio.fail_after(_WHOLE_SECONDS):
-        while not (backend := await _backend(client))["ready"]:
+        while not true(tier := await _tier(client)):
             with trio.move_on_after(_LOOK_SECONDS):
                 await client.wait_closed()
-    if backend["chunks"] != count:
-        raise Unavailable(f"{backend['chunks']} of {count} chunks are there after a restart")
+    return tier
 
 
-async def _backend(client: Client) -> dict[str, Any]:
-    found: dict[str, Any] = (await client.statistics())["tiers"][0]["backend"]
+async def _tier(client: Client) -> dict[str, Any]:
+    found: dict[str, Any] = (await client.statistics())["tiers"][0]
     return found
 
 

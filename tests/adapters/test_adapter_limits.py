@@ -129,11 +129,12 @@ def test_more_blocks_than_a_message_can_name_are_moved_by_several(
 def test_parts_of_a_store_follow_each_other() -> None:
     digests = [bytes([i]) * 32 for i in range(5)]
     spec = StoreSpec("r", 1, b"p" * 32, b"".join(digests), tuple(range(10)))
-    assert spec.parts(10) == [spec]
-    first, second, third = spec.parts(5)
+    assert spec.parts(5, 10) == [spec]
+    first, second, third = spec.parts(5, 5)
     assert (first.parent, first.digests, first.block_ids) == (b"p" * 32, b"".join(digests[:2]), (0, 1, 2, 3))
     assert (second.parent, second.digests, second.block_ids) == (digests[1], b"".join(digests[2:4]), (4, 5, 6, 7))
     assert (third.parent, third.digests, third.block_ids) == (digests[3], digests[4], (8, 9))
+    assert spec.parts(2, 10) == [first, second, third]
 
 
 def test_parts_of_a_load_skip_blocks_of_the_first_chunk_alone() -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Role
 from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
 from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.shared_kv import shared_tensor
-from lmcache_trio.client import Client
-from lmcache_trio.errors import Gone, ProtocolError, Unavailable
+from lmcache_trio.client import Client, connect
+from lmcache_trio.errors import ConfigError, Gone, ProtocolError, Unavailable
 from lmcache_trio.testing.sides import CHUNK, LAYERS, ServerProcess, Side, make_kv, same_blocks, wait_until
 
 MakeSide = Callable[..., Side]
@@ -193,7 +194,7 @@ def test_a_link_goes_on_whatever_ended_its_wait_for_a_server(
 
     monkeypatch.setattr(where, fails_once)
     monkeypatch.setattr("lmcache_trio.adapters.link._REFUSED_WAIT", 0.01)
-    monkeypatch.setattr("lmcache_trio._transport.over_unix._UNWATCHED", 0.01)
+    monkeypatch.setattr("lmcache_trio._transport.watching._UNWATCHED", 0.01)
 
     async def connected(client: Client) -> None:
         pass
@@ -207,6 +208,54 @@ def test_a_link_goes_on_whatever_ended_its_wait_for_a_server(
         server.start()
         wait_until(lambda: link.client is not None)
         assert link.alive
+    finally:
+        link.stop(30.0)
+        server.kill()
+
+
+async def no_preparation(client: Client) -> None:
+    """Of a client that is to do nothing."""
+
+
+@pytest.mark.parametrize(("asked", "right"), [("ipc", "unix"), ("unix", "ipc")])
+def test_a_link_that_starts_with_the_wrong_scheme_is_told_the_right_address(
+    tmp_path: Path, asked: str, right: str
+) -> None:
+    server = ServerProcess(f"{right}://{tmp_path}/s.sock")
+    hello = Hello(PROTOCOL_VERSION, "a link", os.urandom(16), Role.OBSERVER, "")
+    link = Link(f"{asked}://{tmp_path}/s.sock", hello, connected=no_preparation, lost=lambda: None)
+    server.start()
+    try:
+        with pytest.raises(ConfigError, match=f"use {server.address}"):
+            link.start(60.0)
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize(("asked", "right"), [("ipc", "unix"), ("unix", "ipc")])
+def test_a_link_that_waits_with_the_wrong_scheme_logs_the_right_address_once(
+    tmp_path: Path, asked: str, right: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused: list[str] = []
+
+    def counted(address: str, hello: Hello) -> Any:
+        if caplog.text:
+            refused.append(address)
+        return connect(address, hello)
+
+    monkeypatch.setattr("lmcache_trio.adapters.link.connect", counted)
+    monkeypatch.setattr("lmcache_trio.adapters.link._REFUSED_WAIT", 0.01)
+    server = ServerProcess(f"{right}://{tmp_path}/s.sock")
+    hello = Hello(PROTOCOL_VERSION, "a link", os.urandom(16), Role.OBSERVER, "")
+    link = Link(f"{asked}://{tmp_path}/s.sock", hello, connected=no_preparation, lost=lambda: None)
+    try:
+        link.start(0.0)
+        caplog.clear()
+        server.start()
+        wait_until(lambda: len(refused) > 3)
+        assert [(record.levelname, server.address in record.getMessage()) for record in caplog.records] == [
+            ("ERROR", True)
+        ]
     finally:
         link.stop(30.0)
         server.kill()

@@ -1,6 +1,9 @@
 """How long a worker waits for the server that moves its KV, and when its blocks are its own again: with no server."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,11 +13,13 @@ import trio
 import trio.testing
 
 from lmcache_trio._transport.conversation import Reply
+from lmcache_trio._wire.codec import pack_offsets
 from lmcache_trio._wire.messages import (
     PROTOCOL_VERSION,
     Ack,
     Hello,
     LayersDone,
+    LayersWritten,
     Message,
     RetrieveBlocks,
     Retrieved,
@@ -25,10 +30,12 @@ from lmcache_trio._wire.messages import (
 )
 from lmcache_trio.adapters.device_path import DevicePath
 from lmcache_trio.adapters.jobs import Job
+from lmcache_trio.adapters.layered_steps import StepStores
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 TIMEOUT = 5.0
+DAY = 24 * 3600.0
 
 
 class Server:
@@ -96,6 +103,95 @@ async def test_a_request_is_late_when_nothing_comes_of_any_not_when_it_waits_beh
         began = trio.current_time()
     assert copied == [1, 1, 0]
     assert server.noticed == [(began + TIMEOUT, Withdraw(3))]
+
+
+class Silent(Server):
+    """It lives, and answers nothing any more."""
+
+    def notice_nowait(self, message: Message) -> None:
+        self.noticed.append((trio.current_time(), message))
+
+
+@pytest.mark.parametrize("what", ["store", "retrieve"])
+async def test_what_a_living_server_says_nothing_of_is_waited_for_without_end_and_ends_with_its_process(
+    path: DevicePath, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, what: str
+) -> None:
+    async def nobody_can_be_asked(address: str) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_listening", nobody_can_be_asked)
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    path._pidfd = os.pidfd_open(process.pid)
+    server: Any = Silent()
+    ended: list[LMCacheTrioError] = []
+    over = trio.Event()
+
+    async def move() -> None:
+        try:
+            await (path.store(server, store()) if what == "store" else path.retrieve(server, load()))
+        except Unavailable as exc:
+            ended.append(exc)
+        over.set()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(move)
+            await trio.sleep(DAY)
+            assert [message for _, message in server.noticed] == [Withdraw(1)]
+            assert not over.is_set(), "a copy may run"
+            server.lost = True
+            server.asked.pop(1)(Unavailable("the connection to the server is lost"))
+            await trio.sleep(DAY)
+            assert not over.is_set(), "its process may have a copy of it left"
+            process.kill()
+            await over.wait()
+    finally:
+        process.kill()
+        process.communicate()
+        path.close()
+    assert [str(error) for error in ended] == ["the connection to the server is lost"]
+
+
+async def test_a_store_by_layers_is_not_late_while_its_engine_computes(
+    path: DevicePath, autojump_clock: trio.testing.MockClock
+) -> None:
+    server: Any = Server()
+    job = store(Fence())
+    step = StepStores([job], 2)
+    step.say = server.notice_nowait
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(path.store, server, job, step)
+        await trio.sleep(10 * TIMEOUT)
+        (asked,) = server.said
+        assert (asked.layered, asked.event) == (True, b""), "it is each layer that follows an event"
+        step.layer_written(0, Fence())
+        await trio.sleep(10 * TIMEOUT)
+        assert [message for _, message in server.noticed] == [LayersWritten(pack_offsets([1]), 1, b"e" * 64)]
+        step.finish(Fence(), drop=False)
+        finished = trio.current_time()
+    assert server.noticed[1:] == [
+        (finished, LayersWritten(pack_offsets([1]), 2, b"e" * 64)),
+        (finished + TIMEOUT, Withdraw(1)),
+    ]
+
+
+async def test_a_store_whose_step_was_dropped_before_it_could_begin_does_not(path: DevicePath) -> None:
+    server: Any = Server()
+    first, second = store(), store()
+    second.before = first
+    step = StepStores([second], 2)
+    step.say = server.notice_nowait
+
+    async def begin() -> None:
+        with pytest.raises(Unavailable, match="dropped"):
+            await path.store(server, second, step)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(begin)
+        await trio.testing.wait_all_tasks_blocked()
+        step.finish(drop=True)
+        first.asked.set()
+    assert server.said == server.noticed == []
 
 
 async def test_what_the_engine_submitted_goes_before_its_copies(path: DevicePath) -> None:

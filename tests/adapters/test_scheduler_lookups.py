@@ -253,7 +253,9 @@ def test_a_thousand_lookups_aborted_at_random_points_leave_nothing(live_server: 
     assert not scheduler._requests
     client = scheduler._link.client
     assert client is not None
+    wait_until(lambda: not client._due)
     assert not client._waiters
+    assert not client._answers
 
 
 def test_with_no_server_an_engine_goes_on_and_finds_one_that_comes(

@@ -1,7 +1,9 @@
 """A worker whose KV the server moves: real processes, real shared memory, and deaths in the middle of a copy."""
 
+import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,9 +71,14 @@ sides_module.engine_ids = iter(["an engine process"])
 side = Side(sys.argv[1], shared_kv(1))
 assert side.worker.path == "device", side.worker.path_reason
 side.store("a", TOKENS, FROM)
-if sys.argv[2] == "store":
+if sys.argv[2] != "retrieve":
     side.scheduler.extend("b", OTHERS)
-    side.worker.submit_store(side.scheduler.store_spec("b", 0, FROM))
+    spec = side.scheduler.store_spec("b", 0, FROM)
+if sys.argv[2] == "store":
+    side.worker.submit_store(spec)
+elif sys.argv[2] == "store by layers":
+    side.worker.layered.start_stores([spec])
+    side.worker.layered.layer_written("layer 0")
 else:
     side.lookup("b", TOKENS)
     side.worker.submit_retrieve(side.scheduler.update_after_alloc("b", 3 * CHUNK, block_ids=INTO))
@@ -96,19 +103,28 @@ class StoppingServer:
         sets = [f"address={address}", "memory.size=4MiB", f"chunk_tokens={CHUNK}", "grace=0.1"]
         self.address = address
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(at), *sets], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SERVE, str(at), *sets], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         self.wait_for("ready")
         wait_until(lambda: self.held["bytes_taken"] == self.held["bytes_size"])
 
     def wait_for(self, word: str) -> None:
+        """It says *word* next, within a minute."""
+        said, deadline = b"", time.monotonic() + 60
         assert self.process.stdout is not None
-        assert self.process.stdout.readline() == f"{word}\n"
+        while not said.endswith(b"\n"):
+            left = max(0.0, deadline - time.monotonic())
+            assert select.select([self.process.stdout], [], [], left)[0], (
+                f"it did not say {word!r} in time, but {said!r}"
+            )
+            some = self.process.stdout.read(1)
+            assert some, f"it ended, and never said {word!r}"
+            said += some
+        assert said == f"{word}\n".encode()
 
     def go_on(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        self.process.stdin.write(b"\n")
 
     @property
     def held(self) -> dict[str, Any]:
@@ -275,6 +291,30 @@ def test_a_server_killed_in_the_middle_of_a_copy_gives_the_blocks_back(
     assert one.worker.take_failed_blocks() == set(INTO)
 
 
+def test_a_layer_is_copied_before_the_next_is_written(
+    stopping: Callable[[int], StoppingServer], sides: MakeSide
+) -> None:
+    server = stopping(1)
+    one, other = sides(server.address, shared_kv(1)), sides(server.address, shared_kv())
+    written = {name: tensor.clone() for name, tensor in one.kv.items()}
+    for name in ("layer 1", "layer 2"):
+        one.kv[name].zero_()
+    one.scheduler.extend("r", TOKENS)
+    one.worker.layered.start_stores([one.scheduler.store_spec("r", 0, FROM)])
+    one.worker.layered.layer_written("layer 0")
+    server.wait_for("half")  # it copies the first, and waits in the middle of that
+    for name in ("layer 1", "layer 2"):
+        one.kv[name].copy_(written[name])
+        one.worker.layered.layer_written(name)
+    one.worker.layered.finish_stores()
+    server.go_on()
+    wait_until(lambda: one.worker.take_finished() == ({"r"}, set()))
+    assert one.worker.statistics() == {"running": 0, "stored_chunks": 3}
+    assert other.lookup("q", TOKENS) == 3 * CHUNK
+    assert other.load("q", 3 * CHUNK, INTO) == set()
+    assert same_blocks(written, FROM, other.kv, INTO)
+
+
 def noted(side: Side) -> list[Message]:
     """What *side*'s worker withdraws, from now on."""
     client, withdrawn = side.worker._link.client, list[Message]()
@@ -372,7 +412,7 @@ def test_a_shutdown_does_not_wait_for_ever_for_a_copy_that_does_not_end_and_give
     assert server.held["copies_running"] == 1
 
 
-@pytest.mark.parametrize("what", ["store", "retrieve"])
+@pytest.mark.parametrize("what", ["store", "store by layers", "retrieve"])
 def test_an_engine_killed_in_the_middle_of_a_copy_leaves_nothing_half_written_and_nothing_held(
     stopping: Callable[[int], StoppingServer], sides: MakeSide, what: str
 ) -> None:
@@ -388,7 +428,7 @@ def test_an_engine_killed_in_the_middle_of_a_copy_leaves_nothing_half_written_an
     wait_until(lambda: server.held["engines"] == 0)
     during = server.held
     assert (during["copies_running"], during["attached"]) == (1, 1)
-    assert during["bytes_quarantined"] > 0 if what == "store" else during["pins"] == 1
+    assert during["pins"] == 1 if what == "retrieve" else during["bytes_quarantined"] > 0
     survivor = sides(server.address, make_kv())
     assert survivor.lookup("b", OTHERS) == 0
     assert survivor.lookup("a", TOKENS) == 3 * CHUNK

@@ -56,6 +56,32 @@ def test_background_jobs_are_reported_once_when_they_are_over(live_server: Serve
     assert one.lookup("again", TOKENS) == 3 * CHUNK
 
 
+class Interrupted(WorkerAdapter):
+    """Something happens between a copy and its commit."""
+
+    interrupt: Callable[[], None] = staticmethod(lambda: None)
+
+    def _before_commit(self, spec: StoreSpec) -> None:
+        self.interrupt()
+
+
+def test_a_store_whose_commit_is_refused_counts_as_dropped_and_not_as_stored(
+    live_server: ServerProcess, sides: MakeSide
+) -> None:
+    one = sides(live_server.address, make_kv(1), worker=Interrupted)
+
+    def end_the_session() -> None:
+        one.scheduler.end_session("r")
+        wait_until(lambda: not live_server.held["reservations"])
+
+    one.worker.interrupt = end_the_session  # type: ignore[attr-defined]
+    one.store("r", TOKENS, FROM)
+    assert one.worker.statistics() == {"running": 0, "dropped_aborted": 3}
+    del one.worker.interrupt  # type: ignore[attr-defined]
+    one.store("again", TOKENS, FROM)
+    assert one.worker.statistics() == {"running": 0, "dropped_aborted": 3, "stored_chunks": 3}
+
+
 def test_a_used_up_lease_comes_back_as_failed_blocks(live_server: ServerProcess, sides: MakeSide) -> None:
     one = sides(live_server.address, make_kv(1))
     one.worker.retrieve_now([LoadSpec("r", 1, b"", 0, 1, 0, (1, 2, 3, 4))])

@@ -233,6 +233,29 @@ def test_a_step_that_is_dropped_publishes_nothing(
 
 
 @both_paths
+def test_a_step_that_is_dropped_after_its_last_layer_publishes_nothing(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    """As when the step's loads were not valid, which is known only when all of it is computed."""
+    one = sides(live_server.address, kv(1))
+    one.worker.layered.start_stores([store_spec(one, "r", TOKENS)])
+    for name in NAMES:
+        one.worker.layered.layer_written(name)
+    if one.worker.path == "shm":
+        one.worker.wait_stores()  # until all is copied
+    for link in (one.worker._link, one.scheduler._link):  # what was said until now has been heard, and answered
+        assert link.client is not None
+        link.call(link.client.ping, timeout=20)
+    wait_until(lambda: live_server.held["copies_running"] == live_server.held["transfers_queued"] == 0)
+    assert one.lookup("p", TOKENS) == 0
+    one.worker.layered.drop_stores()
+    wait_until(lambda: one.worker.statistics()["running"] == 0)
+    assert one.worker.statistics().get("stored_chunks", 0) == 0
+    assert one.lookup("q", TOKENS) == 0
+    wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
+
+
+@both_paths
 def test_a_request_whose_step_computed_with_a_failed_load_gets_its_blocks_back(
     live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
 ) -> None:

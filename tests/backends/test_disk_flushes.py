@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import sqlite3
 from pathlib import Path
 from random import Random
@@ -122,6 +123,29 @@ def test_a_log_that_cannot_be_written_back_fails_and_stays_within_its_room(tmp_p
     index.close()
     index.open()
     assert len(index.page(b"", 30_000)) == 20_000
+    index.close()
+
+
+@pytest.mark.parametrize(("room", "stays"), [(MIB, True), (MIB // 2, False)])
+def test_the_log_that_a_killed_server_left_is_written_back_at_the_start_only_where_it_is_too_long(
+    tmp_path: Path, room: int, stays: bool
+) -> None:
+    """A start would wait for the disk, and be late."""
+    rows = some_rows(2000, 1)
+    (tmp_path / "left").mkdir()
+    index = IndexFile(tmp_path / "index", room=64 * MIB, wal_room=MIB, flush=False)
+    index.open()
+    for i in range(0, len(rows), index.batch):
+        index.publish(rows[i : i + index.batch])
+    for name in ("index", "index-wal"):
+        shutil.copy(tmp_path / name, tmp_path / "left" / name)
+    index.close()
+    length = (tmp_path / "left" / "index-wal").stat().st_size
+    assert MIB // 2 < length < MIB * 3 // 4
+    index = IndexFile(tmp_path / "left" / "index", room=64 * MIB, wal_room=room, flush=False)
+    index.open()
+    assert ((tmp_path / "left" / "index-wal").stat().st_size >= length) == stays
+    assert index.page(b"", 3000) == rows
     index.close()
 
 

@@ -91,7 +91,7 @@ def _noted(value: Any, note: Any) -> Any:
 async def test_a_question_waits_for_one_page_of_the_reading_and_not_for_its_end(
     tmp_path: Path, many: list[Row], asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_disk_reading, "SMALL_PAGES", 1)
+    monkeypatch.setattr(_disk_reading, "SMALL", 0)
     tier = disk_tier(tmp_path)
     async with tier.open():
         before = len(asked)
@@ -102,12 +102,27 @@ async def test_a_question_waits_for_one_page_of_the_reading_and_not_for_its_end(
         assert tier.statistics()["chunks"] == MANY
 
 
+@pytest.mark.parametrize("small", [True, False])
+async def test_a_small_index_is_read_before_the_tier_is_open_and_a_large_one_after_that(
+    tmp_path: Path, many: list[Row], monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
+    monkeypatch.setattr(_disk_reading, "SMALL", (tmp_path / "index").stat().st_size - (0 if small else 1))
+    tier = disk_tier(tmp_path)
+    async with tier.open():
+        known = int(tier.statistics()["chunks"])
+        assert known == MANY if small else known <= _disk_reading.PAGE_ROWS
+        assert tier.statistics()["ready"] == small
+        assert list(await tier.contains([key(many[-1]), key_of(1)])) == [True, False]
+
+
 async def test_what_was_read_already_is_answered_without_the_index_file(
     tmp_path: Path, many: list[Row], asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_disk_reading, "SMALL_PAGES", 1)
+    monkeypatch.setattr(_disk_reading, "SMALL", 0)
     tier = disk_tier(tmp_path)
     async with tier.open():
+        while not tier.statistics()["chunks"]:  # a page is read
+            await trio.lowlevel.checkpoint()
         first = [key(row) for row in many[:100]]
         assert list(await tier.contains(first)) == [True] * 100
         assert list(await tier.load([load_of(one, (LENGTH,)) for one in first])) == [False] * 100  # those are holes
@@ -159,7 +174,7 @@ async def test_a_dead_row_is_not_found_by_query_either(
     tmp_path: Path, many: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(tmp_path, [], MANY)
-    monkeypatch.setattr(_disk_reading, "SMALL_PAGES", 1)
+    monkeypatch.setattr(_disk_reading, "SMALL", 0)
     tier = disk_tier(tmp_path)
     async with tier.open():
         assert tier.statistics()["ready"] == 0

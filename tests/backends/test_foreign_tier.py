@@ -74,6 +74,8 @@ def test_it_is_chosen_by_its_name_and_works(beside: Path, tmp_path: Path) -> Non
             async with open_client(f"ipc://{tmp_path}/s.ipc", role=Role.SCHEDULER, engine="e") as scheduler:
                 async with open_client(f"ipc://{tmp_path}/s.ipc", role=Role.WORKER, engine="e") as worker:
                     assert await worker.register(b"f" * 32, SHARD, 16)
+                    while (await worker.statistics())["tiers"][0]["state"] != "open":  # noqa: ASYNC110
+                        await trio.sleep(0.01)
                     answer = await scheduler.lookup(1, digests)
                     assert (answer.state, answer.chunks) == (AnswerState.ANSWERED, 3 if stored else 0)
                     if stored:

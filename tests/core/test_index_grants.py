@@ -107,8 +107,10 @@ def test_a_reservation_begun_before_a_reset_never_commits(world: Make) -> None:
 def test_a_chunk_is_ready_when_every_shard_is(world: Make) -> None:
     w = world(8, shards=2)
     first, second = w.reserve("a"), w.reserve("a", worker=2, shard=1)
+    assert w.index.would_keep(first.id) == 1
     assert w.index.commit(first.id, 1) == []
     assert w.hits("a") == 0
+    assert w.index.would_keep(second.id) == 1
     assert w.index.commit(second.id, 2) == [w.key("a")]
 
 
@@ -117,6 +119,7 @@ def test_one_shards_abort_dooms_the_chunk_for_all(world: Make) -> None:
     first, second = w.reserve("a"), w.reserve("a", worker=2, shard=1)
     w.index.abort(first.id, 1)
     assert w.held["chunks_quarantined"] == 1
+    assert (w.index.would_keep(first.id), w.index.would_keep(second.id)) == (0, 0)
     assert w.index.commit(second.id, 2) == []
     assert (w.hits("a"), w.arena.used) == (0, 0)
 

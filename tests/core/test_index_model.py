@@ -146,6 +146,8 @@ class IndexMachine(IndexModel):
     def finish_write(self, pick: int, well: bool) -> None:
         ident = list(self.writes)[pick % len(self.writes)]
         write = self.writes[ident]
+        kept = [chunk for chunk in write["chunks"] if chunk.state == "writing"] if write["live"] else []
+        assert self.index.would_keep(ident) == len(kept)
         if not well:
             self.index.abort(ident, write["worker"])
             self.abort_write(write)

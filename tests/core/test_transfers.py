@@ -1,11 +1,8 @@
-"""Transfers: the queue of the device's worker, against a model, and its rules one by one."""
+"""Transfers: the rules of the queue of the device's worker, one by one."""
 
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from lmcache_trio._core.transfers import Batch, Direction, Transfer, Transfers, TransferState
 from lmcache_trio.errors import Misuse
@@ -94,6 +91,45 @@ def test_layered_loads_of_one_owner_go_layer_by_layer() -> None:
     assert [unit for unit in order if unit[0] == 1] == [(1, 0), (1, 1), (1, 2)]
 
 
+def test_units_that_are_not_allowed_yet_keep_no_other_waiting_and_come_behind_what_is_queued() -> None:
+    transfers = queue(batch=10)
+    layered = Transfer(STORE, "a", [10, 10, 10], layered=True, allowed=1)
+    transfers.submit(layered)
+    other = submit(transfers, STORE, [10], "b")
+    first = take(transfers)
+    assert [(part.transfer, part.first, part.end) for part in first.parts] == [(layered, 0, 1)]
+    assert transfers.ended(first) == []
+    assert list(transfers.coming()) == [other]
+    transfers.allow(layered, 3)
+    assert [part.transfer for part in take(transfers).parts] == [other]
+    batches = [take(transfers), take(transfers)]
+    assert [part.first for batch in batches for part in batch.parts] == [1, 2]
+    assert [transfers.ended(batch) for batch in batches] == [[], [layered]]
+    assert layered.succeeded
+
+
+def test_layers_of_a_store_that_are_allowed_share_a_batch_with_each_other_alone() -> None:
+    transfers = queue(batch=20)
+    stores = [Transfer(STORE, "a", [10, 10, 10], layered=True, allowed=3) for _ in range(2)]
+    for store in stores:
+        transfers.submit(store)
+    found = [[(stores.index(part.transfer), part.first, part.end) for part in take(transfers).parts] for _ in range(4)]
+    assert found == [[(0, 0, 2)], [(1, 0, 2)], [(0, 2, 3)], [(1, 2, 3)]]
+
+
+def test_what_is_allowed_after_its_end_is_not_started() -> None:
+    transfers = queue()
+    store = Transfer(STORE, "a", [5, 5], layered=True, allowed=1)
+    transfers.submit(store)
+    batch = take(transfers)
+    assert not transfers.abort(store)
+    transfers.allow(store, 2)
+    assert transfers.next() is None
+    assert transfers.ended(batch) == [store]
+    transfers.allow(store, 2)
+    assert transfers.next() is None
+
+
 def test_what_was_aborted_before_it_was_queued_is_not_queued_any_more() -> None:
     transfers = queue()
     load = Transfer(LOAD, "a", [5])
@@ -158,150 +194,8 @@ def test_what_is_not_so_is_refused_and_changes_nothing() -> None:
         Transfer(LOAD, "a", [])
     with pytest.raises(Misuse):
         queue(turns=0)
+    with pytest.raises(Misuse):
+        transfers.allow(load, 2)
+    with pytest.raises(Misuse):
+        transfers.allow(Transfer(LOAD, "a", [1], allowed=0), 1)
     assert transfers.statistics() == {"transfers_queued": 0, "copies_running": 0, "copy_bytes_running": 0}
-
-
-IN_FLIGHT, BATCH, TURNS = 40, 20, 3
-
-
-class QueueModel(RuleBasedStateMachine):
-    """The model: for each transfer, which of its units were started, have ended, and whether it may still succeed."""
-
-    submitted = Bundle("submitted")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.transfers = Transfers(in_flight=IN_FLIGHT, batch=BATCH, turns=TURNS)
-        self.running: list[Batch] = []
-        self.order: dict[Direction, list[Transfer]] = {LOAD: [], STORE: []}  # not wholly started, by submission
-        self.started: dict[Transfer, int] = {}
-        self.busy: dict[Transfer, int] = {}
-        self.spoilt: set[Transfer] = set()
-        self.ended: set[Transfer] = set()
-        self.lost: set[Transfer] = set()
-        self.loads_in_a_row = 0
-
-    @rule(
-        target=submitted,
-        direction=st.sampled_from(Direction),
-        owner=st.sampled_from("ab"),
-        units=st.lists(st.integers(1, 50), min_size=1, max_size=5),
-        layered=st.booleans(),
-    )
-    def submit(self, direction: Direction, owner: str, units: list[int], layered: bool) -> Transfer:
-        transfer = Transfer(direction, owner, units, layered)
-        self.transfers.submit(transfer)
-        self.order[direction].append(transfer)
-        self.started[transfer] = self.busy[transfer] = 0
-        return transfer
-
-    @rule()
-    def start(self) -> None:
-        waiting = {direction: list(order) for direction, order in self.order.items()}
-        coming = set(self.transfers.coming())
-        batch = self.transfers.next()
-        size = sum(running.size for running in self.running)
-        if batch is None:
-            assert size or not any(waiting.values()), "an idle device was given nothing, and something waits"
-            return
-        assert not self.running or size + batch.size <= IN_FLIGHT
-        if batch.direction is STORE:
-            assert not waiting[LOAD] or self.loads_in_a_row >= TURNS
-        else:
-            assert not waiting[STORE] or self.loads_in_a_row < TURNS
-        self.loads_in_a_row = 0 if batch.direction is STORE else self.loads_in_a_row + 1
-        order = waiting[batch.direction]
-        if order[0].layered:  # layer 0 of every one of an owner's before layer 1 of any
-            order = [each for each in order if each.layered and each.owner == order[0].owner]
-            order.sort(key=self.started.__getitem__)
-        assert [part.transfer for part in batch.parts] == order[: len(batch.parts)]
-        assert {part.transfer for part in batch.parts} <= coming
-        assert len({part.transfer.owner for part in batch.parts}) == 1
-        total = 0
-        for part in batch.parts:
-            assert part.first == self.started[part.transfer]
-            assert part.first < part.end
-            assert not part.transfer.layered or (len(batch.parts) == 1 and part.end == part.first + 1)
-            total += sum(part.transfer.units[part.first : part.end])
-            self.started[part.transfer] = part.end
-            self.busy[part.transfer] += 1
-            if part.end == len(part.transfer.units):
-                self.order[batch.direction].remove(part.transfer)
-        assert total == batch.size
-        units = sum(part.end - part.first for part in batch.parts)
-        assert total <= BATCH or units == 1
-        self.running.append(batch)
-
-    @rule(data=st.data(), failed=st.booleans())
-    def end(self, data: st.DataObject, failed: bool) -> None:
-        if not self.running:
-            return
-        batch = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        ended = self.transfers.ended(batch, failed=failed)
-        for part in batch.parts:
-            self.busy[part.transfer] -= 1
-            if failed:
-                self.spoil(part.transfer)
-        expected = [part.transfer for part in batch.parts if self.is_over(part.transfer)]
-        assert ended == expected
-        for transfer in ended:
-            assert transfer.succeeded is (transfer not in self.spoilt)
-        self.ended.update(ended)
-
-    @rule(data=st.data())
-    def lose(self, data: st.DataObject) -> None:
-        if not self.running:
-            return
-        batch = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        self.transfers.lost(batch)
-        for part in batch.parts:  # which stay busy for good
-            self.spoil(part.transfer)
-            self.lost.add(part.transfer)
-
-    @rule(transfer=submitted)
-    def abort(self, transfer: Transfer) -> None:
-        was_over = transfer in self.ended
-        at_once = self.transfers.abort(transfer)
-        assert at_once is (not was_over and not self.busy[transfer])
-        if not was_over:
-            self.spoil(transfer)
-            if at_once:
-                self.ended.add(transfer)
-
-    def spoil(self, transfer: Transfer) -> None:
-        self.spoilt.add(transfer)
-        if transfer in self.order[transfer.direction]:
-            self.order[transfer.direction].remove(transfer)
-
-    def is_over(self, transfer: Transfer) -> bool:
-        whole = self.started[transfer] == len(transfer.units)
-        return not self.busy[transfer] and (whole or transfer in self.spoilt)
-
-    @invariant()
-    def nothing_ends_while_a_copy_of_it_runs(self) -> None:
-        for transfer in self.started:
-            assert (transfer.state is TransferState.ENDED) == (transfer in self.ended)
-            assert not (self.busy[transfer] and transfer.state is TransferState.ENDED)
-
-    @invariant()
-    def it_says_what_it_holds(self) -> None:
-        assert self.transfers.statistics() == {
-            "transfers_queued": sum(map(len, self.order.values())),
-            "copies_running": len(self.running),
-            "copy_bytes_running": sum(batch.size for batch in self.running),
-        }
-
-    def teardown(self) -> None:
-        """Whatever happened, everything ends once the device goes on."""
-        for _ in range(1000):
-            while (batch := self.transfers.next()) is not None:
-                self.running.append(batch)
-            if not self.running:
-                break
-            self.ended.update(self.transfers.ended(self.running.pop(0)))
-        for transfer in self.started:
-            assert (transfer.state is TransferState.ENDED) == (transfer not in self.lost)
-
-
-TestQueueModel = QueueModel.TestCase
-TestQueueModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

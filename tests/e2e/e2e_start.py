@@ -54,9 +54,17 @@ class Process:
 
 def fresh_process(environment: Mapping[str, str], told: socket.socket, log: Path) -> Process:
     """One that begins with a new interpreter: its hash seed and its path are *environment*'s."""
+    popen = _new_python("engine_process.py", environment, told, log)
+    return Process(popen.pid, popen)
+
+
+def _new_python(
+    script: str, environment: Mapping[str, str], told: socket.socket, log: Path
+) -> "subprocess.Popen[bytes]":
+    """A new interpreter that runs *script*, which is told what to do through *told*."""
     with log.open("ab") as output:
-        popen = subprocess.Popen(
-            [sys.executable, str(HERE / "engine_process.py"), str(told.fileno())],
+        return subprocess.Popen(
+            [sys.executable, str(HERE / script), str(told.fileno())],
             pass_fds=[told.fileno()],
             stdout=output,
             stderr=output,
@@ -64,7 +72,6 @@ def fresh_process(environment: Mapping[str, str], told: socket.socket, log: Path
             env=environment,
             start_new_session=True,
         )
-    return Process(popen.pid, popen)
 
 
 class Forker:
@@ -74,16 +81,8 @@ class Forker:
         self._log = log
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        with theirs, log.open("ab") as output:
-            self._popen = subprocess.Popen(
-                [sys.executable, str(HERE / "engine_fork.py"), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdout=output,
-                stderr=output,
-                stdin=subprocess.DEVNULL,
-                env=with_offline({"PYTHONHASHSEED": hash_seed}),
-                start_new_session=True,
-            )
+        with theirs:
+            self._popen = _new_python("engine_fork.py", with_offline({"PYTHONHASHSEED": hash_seed}), theirs, log)
 
     def fork(self, environment: Mapping[str, str], told: socket.socket, log: Path) -> Process:
         """An engine with *environment*, but for what Python itself reads when it begins."""

@@ -13,7 +13,7 @@ import trio
 from lmcache_trio import Client, Role, open_client
 from lmcache_trio._transport import introduce
 from lmcache_trio._wire.codec import encode, unpack_offsets
-from lmcache_trio._wire.messages import Commit, Done, Hello, Lookup, Register, Reset
+from lmcache_trio._wire.messages import PROTOCOL_VERSION, Commit, Done, Hello, Lookup, Register, Reset
 
 SHARD = 64 << 10
 STORED = [bytes([i]) * 32 for i in range(1, 4)]
@@ -68,7 +68,7 @@ async def say_last(scheduler: Client, worker: Client, word: str) -> None:
 
 async def main(address: str, name: str, point: str) -> None:
     if point == "welcomed":
-        await introduce(address, encode(Hello(1, "doomed", os.urandom(16), Role.SCHEDULER, name)))
+        await introduce(address, encode(Hello(PROTOCOL_VERSION, "doomed", os.urandom(16), Role.SCHEDULER, name)))
         await stop_here()
         return
     if point == "registering":

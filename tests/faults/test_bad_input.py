@@ -14,6 +14,7 @@ from lmcache_trio._transport import MAX_MESSAGE, Connection, dial_pair, introduc
 from lmcache_trio._transport.unix import PACKET
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import (
+    PROTOCOL_VERSION,
     Abort,
     Ack,
     Commit,
@@ -40,7 +41,9 @@ from lmcache_trio.errors import Gone, Misuse
 
 
 async def come_in(address: str, role: Role) -> Connection:
-    welcome = decode(await introduce(address, encode(Hello(1, "bad", random.randbytes(16), role, "bad"))))
+    welcome = decode(
+        await introduce(address, encode(Hello(PROTOCOL_VERSION, "bad", random.randbytes(16), role, "bad")))
+    )
     assert isinstance(welcome, Welcome)
     return await dial_pair(welcome.address)
 
@@ -79,7 +82,7 @@ ENDING = {
     "half a request": encode(Lookup(1, 1, 0, bytes(64), 2))[:-7],
     "more than a request": encode(Ping(1)) + b"more",
     "a length beyond the frame": bytes([19]) + b"\xdd\xff\xff\xff\xff",
-    "a hello once more": encode(Hello(1, "x", b"t" * 16, Role.WORKER, "bad")),
+    "a hello once more": encode(Hello(PROTOCOL_VERSION, "x", b"t" * 16, Role.WORKER, "bad")),
     "a reply that only a server says": encode(Pong(1, b"boot")),
     "an error that only a server says": encode(ErrorReply(1, ErrorKind.GONE, "no")),
     "a digest of 31 bytes": bytes([19]) + encode(Lookup(1, 1, 0, bytes(32), 1))[1:].replace(bytes(32), bytes(31)),
@@ -136,7 +139,7 @@ def rude_over_ipc(address: str) -> Callable[[], None]:
 @pytest.mark.parametrize(("scheme", "rude"), [("unix", rude_over_unix), ("ipc", rude_over_ipc)])
 async def test_a_message_that_is_too_large_ends_that_one_connection(scenes: Any, doings: Any, rude: Any) -> None:
     async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
-        hello = Hello(1, "bad", random.randbytes(16), Role.OBSERVER, "")
+        hello = Hello(PROTOCOL_VERSION, "bad", random.randbytes(16), Role.OBSERVER, "")
         welcome = decode(await introduce(scene.server.address, encode(hello)))
         assert isinstance(welcome, Welcome)
         say = rude(welcome.address)
@@ -199,10 +202,10 @@ async def test_unknown_ids_and_the_same_id_twice_get_replies_and_the_connection_
     ("hello", "word"),
     [
         (Hello(99, "bad", b"t" * 16, Role.WORKER, "e"), "version"),
-        (Hello(1, "bad", b"short", Role.WORKER, "e"), "token"),
-        (Hello(1, "bad", b"t" * 16, Role.WORKER, ""), "engine"),
-        (Hello(1, "bad", b"t" * 16, Role.WORKER, "e", 2, 2), "shard"),
-        (Hello(1, "bad", b"t" * 16, Role.SCHEDULER, "healthy"), "has a scheduler"),
+        (Hello(PROTOCOL_VERSION, "bad", b"short", Role.WORKER, "e"), "token"),
+        (Hello(PROTOCOL_VERSION, "bad", b"t" * 16, Role.WORKER, ""), "engine"),
+        (Hello(PROTOCOL_VERSION, "bad", b"t" * 16, Role.WORKER, "e", 2, 2), "shard"),
+        (Hello(PROTOCOL_VERSION, "bad", b"t" * 16, Role.SCHEDULER, "healthy"), "has a scheduler"),
         (Ping(1), "Hello"),
     ],
 )

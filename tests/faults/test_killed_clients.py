@@ -213,5 +213,5 @@ async def test_a_stranger_cannot_use_anothers_lease_pin_or_reservation(scenes: A
                 await stranger.commit(reserved.reservation)
             await stranger.abort(reserved.reservation)
             assert scene.held()["reservations"] == scene.held()["pins"] == 1
-        assert await worker.commit(reserved.reservation) == 3
+        assert (await worker.commit(reserved.reservation)).published == 3
         assert await worker.done(pinned.pin)

@@ -15,6 +15,7 @@ from lmcache_trio import Config, Server, open_server
 from lmcache_trio._transport import Connection, dial_pair, introduce
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import (
+    PROTOCOL_VERSION,
     Answer,
     Commit,
     Committed,
@@ -163,7 +164,9 @@ async def say_hello(
     address: str, role: Role, engine: str = "engine", shard: int = 0, shards: int = 1, token: bytes = b""
 ) -> Peer:
     token = token or secrets.token_bytes(16)
-    reply = decode(await introduce(address, encode(Hello(1, "test", token, role, engine, shard, shards))))
+    reply = decode(
+        await introduce(address, encode(Hello(PROTOCOL_VERSION, "test", token, role, engine, shard, shards)))
+    )
     if isinstance(reply, Refused):
         raise Refusal(reply.reason)
     assert isinstance(reply, Welcome)

@@ -12,6 +12,7 @@ from lmcache_trio import Unavailable, open_client
 from lmcache_trio._server.handlers import answer_of
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import (
+    PROTOCOL_VERSION,
     Answer,
     AnswerState,
     Commit,
@@ -37,7 +38,7 @@ from lmcache_trio._wire.messages import (
         b"\xff" * 9,
         encode(Ping(1))[:-1],
         encode(Ping(1)) + b"more",
-        encode(Hello(1, "x", b"t" * 16, Role.WORKER, "e")),
+        encode(Hello(PROTOCOL_VERSION, "x", b"t" * 16, Role.WORKER, "e")),
         encode(Pong(1, b"b")),
         struct.pack("B", 19) + b"\xdd\xff\xff\xff\xff",
     ],

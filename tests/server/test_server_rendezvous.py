@@ -10,11 +10,11 @@ import trio.testing
 
 from lmcache_trio._transport import dial_pair, introduce
 from lmcache_trio._wire.codec import decode, encode
-from lmcache_trio._wire.messages import ErrorKind, Hello, Ping, Pong, Refused, Role, Welcome
+from lmcache_trio._wire.messages import PROTOCOL_VERSION, ErrorKind, Hello, Ping, Pong, Refused, Role, Welcome
 
 
 async def _say(rig: Any, **changes: Any) -> Any:
-    hello = Hello(1, "test", secrets.token_bytes(16), Role.WORKER, "engine")
+    hello = Hello(PROTOCOL_VERSION, "test", secrets.token_bytes(16), Role.WORKER, "engine")
     return decode(await introduce(rig.server.address, encode(attrs.evolve(hello, **changes))))
 
 
@@ -40,7 +40,7 @@ async def test_two_runs_of_a_server_have_two_boot_ids(rigs: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        ({"version": 7}, ErrorKind.PROTOCOL, "version 1 of the protocol, the client 7"),
+        ({"version": 7}, ErrorKind.PROTOCOL, f"version {PROTOCOL_VERSION} of the protocol, the client 7"),
         ({"token": b"short"}, ErrorKind.PROTOCOL, "16 random ones"),
         ({"engine": ""}, ErrorKind.MISUSE, "engine id is empty"),
         ({"shard": 2, "shards": 2}, ErrorKind.MISUSE, "count from 0"),
@@ -57,7 +57,12 @@ async def test_a_hello_out_of_order_is_refused_with_one_sentence(
 
 
 async def test_bytes_that_are_no_hello_are_refused_and_the_next_client_is_welcome(rig: Any) -> None:
-    for frame in (b"", b"\xff" * 40, encode(Ping(3)), encode(Hello(1, "x", b"t" * 16, Role.WORKER, "e"))[:-3]):
+    for frame in (
+        b"",
+        b"\xff" * 40,
+        encode(Ping(3)),
+        encode(Hello(PROTOCOL_VERSION, "x", b"t" * 16, Role.WORKER, "e"))[:-3],
+    ):
         reply = decode(await introduce(rig.server.address, frame))
         assert isinstance(reply, Refused)
         assert reply.kind is ErrorKind.PROTOCOL

@@ -13,6 +13,7 @@ from lmcache_trio._wire.messages import (
     Answer,
     AnswerState,
     Commit,
+    Committed,
     CopiesEnded,
     Done,
     ErrorKind,
@@ -72,9 +73,11 @@ async def test_a_chunk_is_ready_when_both_shards_are_committed(rig: Any, digests
     await scheduler.lookup(1, digests(2))
     made = [await worker.reserve(1, digests(2)) for worker in workers]
     assert [unpack_positions(m.positions) for m in made] == [(0, 1), (0, 1)]
-    await workers[0].commit(made[0].reservation)
+    first = await workers[0].get(Committed, Commit, made[0].reservation)
+    assert (first.published, first.kept) == (0, 2)
     assert (await scheduler.lookup(2, digests(2))).chunks == 0
-    assert await workers[1].commit(made[1].reservation) == 2
+    second = await workers[1].get(Committed, Commit, made[1].reservation)
+    assert (second.published, second.kept) == (2, 2)
     assert (await scheduler.lookup(2, digests(2))).chunks == 2
 
 

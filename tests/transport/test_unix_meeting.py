@@ -14,10 +14,12 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from lmcache_trio._transport import addresses, over_nng, over_unix
+from lmcache_trio._transport import addresses, over_nng, over_unix, watching
 from lmcache_trio._transport.unix import PACKET
+from lmcache_trio._transport.unix_sockets import open_socket
 from lmcache_trio.errors import ConfigError, Unavailable
 
+PACKETS = (socket.AF_UNIX, socket.SOCK_SEQPACKET)
 WHOLE, FIRST, _, LAST = (bytes([kind]) for kind in range(4))
 
 
@@ -144,6 +146,42 @@ async def test_without_descriptors_a_client_is_turned_away_and_the_loop_sleeps(
         assert await over_unix.introduce(near, b"me") == b"re: me"
 
 
+@pytest.mark.parametrize("again", ["in time", "when a client leaves"])
+async def test_when_the_spare_descriptor_is_gone_too_the_loop_sleeps_and_lets_clients_in_again(
+    near: str, no_descriptors: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    """Another part of the process takes it in the moment in which it is free."""
+    stolen: list[int] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def late() -> socket.socket:
+        if not stolen:
+            stolen.append(os.dup(0))
+        return open_socket()
+
+    monkeypatch.setattr(over_unix, "_NO_DESCRIPTOR", 0.05 if again == "in time" else 10_000)
+    async with answering(near):
+        monkeypatch.setattr(over_unix, "open_socket", late)
+        with contextlib.ExitStack() as callers:
+            silent, refused, waiting = (callers.enter_context(socket.socket(*PACKETS)) for _ in range(3))
+            silent.connect(near.removeprefix("unix://"))
+            await wait_all_tasks_blocked()
+            no_descriptors(0)
+            refused.connect(near.removeprefix("unix://"))
+            await wait_all_tasks_blocked()
+            assert stolen
+            assert await answer_to(refused) == b""
+            waiting.connect(near.removeprefix("unix://"))
+            waiting.send(WHOLE + b"me")
+            await wait_all_tasks_blocked()
+            if again == "in time":
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            else:
+                silent.close()
+            assert await answer_to(waiting) == WHOLE + b"re: me"
+    os.close(stolen[0])
+
+
 async def test_a_pair_address_refuses_a_second_client_also_before_the_first_was_let_in(near: str) -> None:
     listener = over_unix.listen_pair(near)
     first = await over_unix.dial_pair(listener.address)
@@ -186,14 +224,40 @@ async def test_one_scheme_does_not_take_the_others_file_and_says_what_is_there(n
     rendezvous = over_nng.listen(ipc)
     with pytest.raises(ConfigError, match="in use"):
         over_unix.listen(near)
-    with pytest.raises(Unavailable, match="is an ipc:// server"):
+    with pytest.raises(ConfigError, match=f"use {ipc}$"):
         await over_unix.introduce(near, b"hello")
     rendezvous.close()
     rendezvous = over_unix.listen(near)
     with pytest.raises(ConfigError, match="in use"):
         over_nng.listen(ipc)
-    with trio.fail_after(over_nng._HANDSHAKE / 2), pytest.raises(Unavailable, match="is a unix:// server"):
-        await over_nng.introduce(ipc, b"hello")
+    for ask in (over_nng.introduce(ipc, b"hello"), over_nng.wait_listening(ipc)):
+        with trio.fail_after(over_nng._HANDSHAKE / 2), pytest.raises(ConfigError, match=f"use {near}$"):
+            await ask
+    rendezvous.close()
+
+
+async def test_who_waits_for_an_ipc_server_is_told_when_another_kind_comes(
+    near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(over_nng, "_HANDSHAKE", 0.05)
+    told: list[ConfigError] = []
+
+    async def wait() -> None:
+        with pytest.raises(ConfigError, match=f"use {near}$") as caught:
+            await over_nng.wait_listening(f"ipc://{tmp_path}/s")
+        told.append(caught.value)
+
+    with trio.fail_after(60), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mute:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+            mute.bind(str(tmp_path / "s"))  # the first to come shakes no hands
+            mute.listen()
+            await trio.sleep(0.1)
+            assert not told
+            mute.close()
+            rendezvous = over_unix.listen(near)
+    assert told
     rendezvous.close()
 
 
@@ -266,8 +330,8 @@ async def test_without_watches_a_server_is_looked_for_now_and_then(near: str, mo
     def none_left(path: str) -> None:
         raise OSError(24, "no instances")
 
-    monkeypatch.setattr(over_unix, "Watch", none_left)
-    monkeypatch.setattr(over_unix, "_UNWATCHED", 0.01)
+    monkeypatch.setattr(watching, "Watch", none_left)
+    monkeypatch.setattr(watching, "_UNWATCHED", 0.01)
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(over_unix.wait_listening, near)
@@ -291,7 +355,7 @@ async def test_a_look_without_a_descriptor_does_not_end_the_wait_for_a_server(
         return is_listening(path)
 
     monkeypatch.setattr(addresses, "is_listening", out_of_descriptors_once)
-    monkeypatch.setattr(over_unix, "_UNWATCHED", 0.01)
+    monkeypatch.setattr(watching, "_UNWATCHED", 0.01)
     before = len(os.listdir("/proc/self/fd"))
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lmcache_trio._wire import codec, messages
 from lmcache_trio._wire.codec import decode, decode_expected, encode, peek_id
-from lmcache_trio._wire.messages import MAX_NUMBER, Answer, Lookup, LookupStatus, Message, Ping, Pong, Reserved
+from lmcache_trio._wire.messages import MAX_NUMBER, Answer, Lookup, LookupStatus, Message, Ping, Pong, Reserve, Reserved
 from lmcache_trio.errors import ProtocolError
 
 SENTENCES: list[type[Message]] = [
@@ -21,10 +21,10 @@ SENTENCES: list[type[Message]] = [
 PACKED = {"digests": 32, "offsets": 8, "positions": 4, "blocks": 4}
 
 
-def values(name: str, kind: Any) -> st.SearchStrategy[Any]:
+def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:
     """Values that the field *name* of type *kind* must take, drawn without asking the code under test."""
     if get_origin(kind) is Annotated:
-        return st.integers(0, MAX_NUMBER)
+        return st.integers(least, MAX_NUMBER)
     if name in PACKED:
         return st.integers(0, 5).flatmap(lambda n: st.binary(min_size=n * PACKED[name], max_size=n * PACKED[name]))
     if isinstance(kind, type) and issubclass(kind, IntEnum):
@@ -44,7 +44,9 @@ def sentences() -> st.SearchStrategy[Message]:
 
     def of(kind: type[Message]) -> st.SearchStrategy[Message]:
         hints = get_type_hints(kind, include_extras=True)
-        return st.builds(kind, **{f.name: values(f.name, hints[f.name]) for f in kind.__attrs_attrs__})  # type: ignore[attr-defined]
+        names = [f.name for f in kind.__attrs_attrs__]  # type: ignore[attr-defined]
+        asks = ("id", "request") if 16 <= kind.opcode < 40 else ("request",)
+        return st.builds(kind, **{name: values(name, hints[name], int(name in asks)) for name in names})
 
     return st.sampled_from(SENTENCES).flatmap(of)
 
@@ -109,7 +111,9 @@ def test_opcodes_are_one_byte_and_told_apart() -> None:
         (b"\xff", "opcode 255"),
         (bytes([Ping.opcode]), "Ping: .*truncated"),
         (raw(Ping), "Ping: .*`id`"),
-        (raw(Ping, id=-1), "Ping: .*>= 0"),
+        (raw(Ping, id=-1), "Ping: .*>= 1"),
+        (raw(Ping, id=0), "Ping: .*>= 1"),
+        (raw(Pong, id=-1, boot=b""), "Pong: .*>= 0"),
         (raw(Ping, id=2**63), "Ping: .*<= 9223372036854775807"),
         (raw(Ping, id=True), "Ping: .*got `bool`"),
         (raw(Ping, id=1.0), "Ping: .*got `float`"),
@@ -117,6 +121,7 @@ def test_opcodes_are_one_byte_and_told_apart() -> None:
         (raw(LookupStatus, id=1, session=2**64 - 1), "LookupStatus: .*session"),
         (raw(Lookup, id=1, session=1, start=0, digests=b"123", upto=0), "Lookup: digests: 3 bytes"),
         (raw(Lookup, id=1, session=1, start=0, digests=bytes(32 * 65_537), upto=0), "Lookup: .*digests"),
+        (raw(Reserve, id=1, session=1, parent=b"", digests=bytes(32 * 257)), "Reserve: .*digests"),
         (raw(Lookup, id=1, session=1, start=-1, digests=b"", upto=0), "Lookup: 'start'"),
         (raw(Reserved, id=1, reservation=b"", positions=b"123", offsets=b""), "Reserved: positions"),
         (raw(Reserved, id=1, reservation=b"x" * 33, positions=b"", offsets=b""), "Reserved: .*reservation"),

@@ -18,11 +18,12 @@ from lmcache_trio._server.handlers import HANDLERS
 from lmcache_trio._transport import Connection, dial_pair, introduce
 from lmcache_trio._transport.memory import connection_pair
 from lmcache_trio._wire import messages as m
+from lmcache_trio._wire import protocol
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import ErrorKind, Hello, Message
-from lmcache_trio._wire.protocol import FROM_CLIENT, PUSHES, REPLIES, check_hello, check_welcome, speakers
+from lmcache_trio._wire.protocol import FROM_CLIENT, PUSHES, REPLIES, check_hello, check_welcome, kind_of, speakers
 from lmcache_trio.client import serve_connection
-from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
+from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 from lmcache_trio.threads import Portal
 
 Kind = type[Message]
@@ -37,7 +38,13 @@ SAID_BY: dict[Role, dict[Kind, Kind | None]] = {
     Role.WORKER: ANYONE
     | {m.Register: m.NamespaceKnown, m.Retrieve: m.Pinned, m.Done: m.Finished, m.Reserve: m.Reserved}
     | {m.Commit: m.Committed, m.Abort: m.Ack, m.Attach: m.Ack, m.StoreBlocks: m.Stored}
-    | {m.RetrieveBlocks: m.Retrieved, m.Withdraw: None},
+    | {m.RetrieveBlocks: m.Retrieved, m.LayersWritten: None, m.Withdraw: None},
+}
+ERRORS = {
+    ErrorKind.UNAVAILABLE: Unavailable,
+    ErrorKind.GONE: Gone,
+    ErrorKind.MISUSE: Misuse,
+    ErrorKind.PROTOCOL: ProtocolError,
 }
 FROM_CLIENTS = SAID_BY[Role.OBSERVER] | SAID_BY[Role.SCHEDULER] | SAID_BY[Role.WORKER]
 REPLY_TO = {said: reply for said, reply in FROM_CLIENTS.items() if reply is not None}
@@ -74,16 +81,30 @@ def test_the_roles_of_a_sentence_are_those_that_may_say_it(role: Role) -> None:
         assert (role in speakers(kind)) == (kind in SAID_BY[role])
 
 
+def test_an_error_is_said_by_its_branch_and_comes_out_as_that_branch() -> None:
+    assert set(ERRORS) == set(ErrorKind)
+    for kind, branch in ERRORS.items():
+        assert kind_of(branch("why")) is kind
+        said = protocol.error_of(kind, "why")
+        assert (type(said), str(said)) == (branch, "why")
+    assert kind_of(ConfigError("path", "is none")) is ErrorKind.MISUSE
+    assert kind_of(LMCacheTrioError("of no branch")) is ErrorKind.UNAVAILABLE
+
+
 # --- at the rendezvous ------------------------------------------------------------------------------------------------
 
 
 def hello(**changes: Any) -> Hello:
-    return attrs.evolve(Hello(version=1, client="c", token=b"t" * 16, role=Role.WORKER, engine="e"), **changes)
+    return attrs.evolve(
+        Hello(version=m.PROTOCOL_VERSION, client="c", token=b"t" * 16, role=Role.WORKER, engine="e"), **changes
+    )
 
 
 def test_hello_of_another_version_names_both() -> None:
     assert check_hello(encode(hello())) == hello()
-    with pytest.raises(ProtocolError, match=r"server speaks version 1 .* client 7: install the same release"):
+    with pytest.raises(
+        ProtocolError, match=rf"server speaks version {m.PROTOCOL_VERSION} .* client 7: install the same release"
+    ):
         check_hello(encode(hello(version=7)))
 
 
@@ -111,12 +132,12 @@ def test_what_is_no_hello_is_refused_by_name() -> None:
 
 
 def test_welcome_of_another_version_names_both_and_refused_is_taken() -> None:
-    welcome = m.Welcome(version=1, address="a", boot=b"b", chunk_tokens=1)
+    welcome = m.Welcome(version=m.PROTOCOL_VERSION, address="a", boot=b"b", chunk_tokens=1)
     assert check_welcome(encode(welcome)) == welcome
     refused = m.Refused(kind=ErrorKind.UNAVAILABLE, reason="full")
     assert check_welcome(encode(refused)) == refused
-    with pytest.raises(ProtocolError, match=r"version 2 .* this client 1"):
-        check_welcome(encode(attrs.evolve(welcome, version=2)))
+    with pytest.raises(ProtocolError, match=rf"version 7 .* this client {m.PROTOCOL_VERSION}"):
+        check_welcome(encode(attrs.evolve(welcome, version=7)))
     with pytest.raises(ProtocolError, match="where Welcome or Refused was expected"):
         check_welcome(encode(m.Ack(id=1)))
 
@@ -194,14 +215,25 @@ async def test_what_no_client_may_say_ends_the_connection(
             await client.hear()
 
 
+@pytest.mark.parametrize("kind", sorted(REPLY_TO, key=str))
+async def test_a_request_with_the_id_of_what_is_said_unasked_ends_the_connection(
+    kind: Kind, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply would be a push to the client, and an error its last word."""
+    monkeypatch.setattr("lmcache_trio._server.connection.LAST_WORD", 0.02)
+    (role, *_) = speakers(kind)
+    client = await call(role)
+    await client.say(example(kind, 0))
+    last = await client.hear()
+    assert (type(last), last.id, last.kind) == (m.ErrorReply, 0, ErrorKind.PROTOCOL)
+    assert last.message.startswith(f"{kind.__name__}: ")
+    assert "`$.id`" in last.message
+    with pytest.raises(Gone):
+        await client.hear()
+
+
 # --- what a client believes of its server -----------------------------------------------------------------------------
 
-ERRORS = {
-    ErrorKind.UNAVAILABLE: Unavailable,
-    ErrorKind.GONE: Gone,
-    ErrorKind.MISUSE: Misuse,
-    ErrorKind.PROTOCOL: ProtocolError,
-}
 LAST_WORD = m.ErrorReply(0, ErrorKind.PROTOCOL, "it cannot be read")
 
 
@@ -282,7 +314,7 @@ class Conversations(RuleBasedStateMachine):
             del self.right[number], self.told[number]
 
     @precondition(lambda self: not self.over)
-    @rule(kind=st.sampled_from([m.Taken, m.Release, m.Ended, m.Withdraw]))
+    @rule(kind=st.sampled_from([m.Taken, m.Release, m.Ended, m.LayersWritten, m.Withdraw]))
     def notice(self, kind: Kind) -> None:
         self.do(self.client.notice_nowait, example(kind))
         assert self.heard_by_peer() == example(kind)

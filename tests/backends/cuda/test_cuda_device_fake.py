@@ -3,6 +3,7 @@
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
 import trio
@@ -155,6 +156,45 @@ async def test_an_event_that_never_comes_holds_nobody(driver: FakeDriver) -> Non
             await rig.device.wait_event(other.attached, b"?" * 64)
     for each in driver.events.values():
         each.set()
+
+
+LAYERS, MANY, CHUNK = 4, 64, 16
+
+
+async def many_blocks(rig: Rig) -> tuple[Attached, list[int]]:
+    """An engine of several layers with many blocks, and where slots for all of them are."""
+    kv = GpuMemory(rig.driver, LAYERS * MANY * BLOCK)
+    views = [TensorView(0, kv.OFFSET + i * MANY * BLOCK, DType.uint8, (MANY, BLOCK), (BLOCK, 1)) for i in range(LAYERS)]
+    attached = await rig.device.attach(Export((kv.named,), tuple(views), MANY), os.getpid())
+    return attached, [4096 + i * LAYERS * CHUNK * BLOCK for i in range(MANY // CHUNK)]
+
+
+@pytest.mark.parametrize("direction", Direction)
+async def test_many_scattered_blocks_of_all_layers_are_one_launch(cuda: FakeDriver, direction: Direction) -> None:
+    async with opened(cuda) as rig:
+        attached, slots = await many_blocks(rig)
+        scattered = [block * 37 % MANY for block in range(MANY)]
+        assert not any(after == before + 1 for before, after in pairwise(scattered))
+        cuda.calls.clear()
+        with trio.fail_after(20):
+            copy = Copy(attached, direction, slots, scattered, CHUNK, (0, LAYERS))
+            await rig.device.wait_ended(rig.device.start(copy))
+        assert cuda.calls == {"cuCtxSetCurrent": 1, "cuMemcpyBatchAsync": 1, "cuStreamSynchronize": 1}
+
+
+@pytest.mark.parametrize("direction", Direction)
+async def test_without_batches_blocks_that_lie_together_are_one_launch_a_chunk_and_layer(
+    cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch, direction: Direction
+) -> None:
+    monkeypatch.delattr(FakeDriver, "cuMemcpyBatchAsync")
+    async with opened(cuda) as rig:
+        attached, slots = await many_blocks(rig)
+        cuda.calls.clear()
+        with trio.fail_after(20):
+            copy = Copy(attached, direction, slots, list(range(MANY)), CHUNK, (0, LAYERS))
+            await rig.device.wait_ended(rig.device.start(copy))
+        one = "cuMemcpyDtoHAsync" if direction is Direction.STORE else "cuMemcpyHtoDAsync"
+        assert cuda.calls == {"cuCtxSetCurrent": 1, one: LAYERS * MANY // CHUNK, "cuStreamSynchronize": 1}
 
 
 async def test_a_copy_that_the_driver_refuses_is_unavailable_and_costs_no_other(driver: FakeDriver) -> None:

@@ -8,7 +8,7 @@ import pytest
 from transfer_rig import CHUNK_TOKENS, Open, PlainMemory, Rig, settled
 
 from lmcache_trio import Config, open_server
-from lmcache_trio.testing.fake_device import FakeDevice
+from lmcache_trio.testing.fake_device import FakeConfig, FakeDevice
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def open_rig(connect: Callable[..., Any]) -> Open:
             await settled()
             rig.before = rig.held
             yield rig
-            for copy in list(device.running):
-                copy.end()
+            device.config = FakeConfig(patient=False)  # what is begun from now on
+            rig.end_copies()
         assert device.broken_rules == []
 
     return opened

@@ -1,173 +1,205 @@
 """Everything that could happen to device transfers, in any order, over a fake device."""
 
-import struct
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, ClassVar
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from transfer_rig import BLOCK_BYTES, BLOCKS, CHUNK_BLOCKS, SHARD_BYTES, Open, Rig, content, fill, settled
-
-from lmcache_trio._wire.codec import pack_positions
-from lmcache_trio._wire.messages import Ack, ErrorReply, LetGo, Reset, RetrieveBlocks, Retrieved, Stored, Withdraw
-
-
-class World:
-    """An engine that writes over its blocks as soon as they are its own again, and knows what must never be seen."""
-
-    CHAINS = 3
-
-    def __init__(self, rig: Rig, digests: Callable[..., list[bytes]]) -> None:
-        self.rig = rig
-        self.chains = [digests(2, f"chain {i}") for i in range(self.CHAINS)]
-        self.lent: dict[int, tuple[Sequence[int], list[bytes] | None]] = {}  # by request: blocks, chain of a load
-        self.free = list(range(BLOCKS))
-        self.mine: dict[int, bytes] = {}
-        self.session = 10
-        self.scribbles = 0
-        for block in list(self.free):
-            self.scribble(block)
-
-    def scribble(self, block: int) -> None:
-        self.scribbles += 1
-        self.mine[block] = struct.pack("<Q", self.scribbles).ljust(BLOCK_BYTES, b"\xff")
-        self.rig.write(block, self.mine[block])
-
-    def lend(self, count: int) -> list[int]:
-        blocks, self.free = self.free[:count], self.free[count:]
-        for block in blocks:
-            del self.mine[block]
-        return blocks
-
-    async def store(self, which: int) -> None:
-        if len(self.free) < 4:
-            return
-        self.session += 1
-        chain, blocks = self.chains[which], self.lend(4)
-        await self.rig.scheduler.lookup(self.session, chain)
-        fill(self.rig, chain, blocks)
-        self.lent[await self.rig.store(self.session, chain, blocks)] = (blocks, None)
-
-    async def load(self, which: int, layered: bool) -> None:
-        if len(self.free) < 4:
-            return
-        self.session += 1
-        answer = await self.rig.scheduler.lookup(self.session, self.chains[which])
-        if not answer.chunks:
-            return
-        blocks = self.lend(answer.chunks * CHUNK_BLOCKS)
-        number = next(self.rig.numbers)
-        ask = RetrieveBlocks(number, answer.lease, 0, answer.chunks, 0, pack_positions(blocks), layered)
-        self.lent[number] = (blocks, self.chains[which])
-        await self.rig.worker.tell(ask)
-
-    def withdraw(self, choice: int) -> Withdraw | None:
-        return Withdraw(sorted(self.lent)[choice % len(self.lent)]) if self.lent else None
-
-    def copy(self, choice: int) -> Any:
-        running = self.rig.device.running
-        return running[choice % len(running)] if running else None
-
-    async def lose_worker(self) -> None:
-        """Blocks that were lent are the engine's again with the server's word for it, and not before."""
-        old, token = self.rig.worker, self.rig.worker.token
-        old.connection.close()
-        asker = await self.rig.observer()
-        await asker.tell(LetGo(1, token))
-        await settled()
-        while not (said := self.rig.said(asker)):
-            self.check()
-            self.rig.device.running[0].end()
-            await settled()
-        assert said == [Ack(1)]
-        asker.connection.close()
-        for blocks, _ in self.lent.values():
-            self.give_back(blocks)
-        self.lent.clear()
-        await self.rig.start_worker()
-
-    def hear(self) -> None:
-        for message in self.rig.said():
-            if isinstance(message, (Stored, Retrieved, ErrorReply)) and message.id in self.lent:
-                blocks, chain = self.lent.pop(message.id)
-                if isinstance(message, Retrieved) and message.valid:
-                    assert chain is not None
-                    for i, block in enumerate(blocks):
-                        assert self.rig.read(block) == content(chain[i // CHUNK_BLOCKS], i % CHUNK_BLOCKS)
-                self.give_back(blocks)
-
-    def give_back(self, blocks: Sequence[int]) -> None:
-        self.free += blocks
-        for block in blocks:
-            self.scribble(block)
-
-    def check(self) -> None:
-        assert self.rig.device.broken_rules == []
-        for block, expected in self.mine.items():
-            assert self.rig.read(block) == expected, f"block {block} was written to after it was given back"
-
-
-STEPS = st.one_of(
-    st.tuples(st.just("store"), st.integers(0, World.CHAINS - 1)),
-    st.tuples(st.just("load"), st.integers(0, World.CHAINS - 1), st.booleans()),
-    st.tuples(st.just("move"), st.integers(0, 5), st.integers(0, 9)),
-    st.tuples(st.just("end"), st.integers(0, 5)),
-    st.tuples(st.just("fail"), st.integers(0, 5)),
-    st.tuples(st.just("withdraw"), st.integers(0, 5)),
-    st.tuples(st.just("end session"), st.integers(0, 5)),
-    st.tuples(st.just("reset")),
-    st.tuples(st.just("lose")),
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
 )
+from transfer_loop import Loop
+from transfer_rig import LAYERS, SHARD_BYTES, Open
+from transfer_world import CHUNKS, LENT, Request, World
+
+from lmcache_trio._wire.messages import Ack, Reset
+
+CHAINS = 6
+TIMEOUT = 10.0
+QUIET = 3
+some = st.integers(0, 5)
+"""Which of those that there are."""
 
 
-async def carry_out(world: World, step: tuple[Any, ...]) -> None:
-    rig = world.rig
-    match step:
-        case ("store", which):
-            await world.store(which)
-        case ("load", which, layered):
-            await world.load(which, layered)
-        case ("move", choice, count) if (copy := world.copy(choice)) is not None:
-            copy.move(count)
-        case ("end", choice) if (copy := world.copy(choice)) is not None:
-            copy.end()
-        case ("fail", choice) if (copy := world.copy(choice)) is not None:
-            copy.fail()
-        case ("withdraw", choice) if (notice := world.withdraw(choice)) is not None:
-            await rig.worker.tell(notice)
-        case ("end session", back):
-            await rig.scheduler.end(max(11, world.session - back))
-        case ("reset",):
-            await rig.scheduler.get(Ack, Reset)
-        case ("lose",):
-            await world.lose_worker()
+class TransferLife(RuleBasedStateMachine):
+    """Rules are what an engine says, what a device does, and time that passes; `World` knows what must follow."""
 
+    opened: ClassVar[Callable[[], AbstractAsyncContextManager[World]]]
 
-@given(steps=st.lists(STEPS, max_size=40), room=st.sampled_from([1, 2 * SHARD_BYTES, 1 << 20]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_no_byte_moves_that_is_not_the_devices_and_nothing_half_copied_is_served(
-    open_rig: Open, digests: Callable[..., Any], steps: list[tuple[Any, ...]], room: int
-) -> None:
-    async with open_rig() as rig:
-        rig.room(room)
-        world = World(rig, digests)
-        for step in steps:
-            await carry_out(world, step)
-            await settled()
-            world.hear()
-            world.check()
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = Loop(type(self).opened())
+        self.world = self.loop.value
+        self.room = 0
+        self.quiet = 0
+        """Steps since the last trouble."""
+        self.failed = False
+
+    def do(self, async_fn: Callable[..., Any], *args: Any) -> None:
+        """And hear what comes of it."""
+        self.quiet += 1
+        try:
+            self.loop.call(async_fn, *args)
+            self.world.hear()
+        except BaseException:
+            self.failed = True
+            raise
+
+    def now(self, fn: Callable[..., object], *args: Any) -> None:
+        async def soon() -> None:
+            fn(*args)
+
+        self.do(soon)
+
+    @initialize(room=st.sampled_from([1, SHARD_BYTES, 3 * SHARD_BYTES, 1 << 20]))
+    def begin(self, room: int) -> None:
+        """With one chain to be loaded."""
+        self.do(self.world.store, 0, False, False)
+        self.now(self.world.rig.end_copies)
+        assert self.world.there == {0}
+        self.room = room
+        self.world.rig.room(room)
+
+    # --- the engine -------------------------------------------------------------------------------------------------
+
+    def lends(self) -> bool:
+        return len(self.world.free) >= LENT
+
+    def layered_stores(self) -> list[Request]:
+        found = self.world.lent.values()
+        return [each for each in found if each.layered and not each.loads and each.layers < LAYERS]
+
+    @precondition(lends)
+    @rule(choice=some, layered=st.booleans(), follows=st.booleans())
+    def store(self, choice: int, layered: bool, follows: bool) -> None:
+        known = [*self.world.there, *(each.which for each in self.world.lent.values() if not each.loads)]
+        which = pick([which for which in range(CHAINS) if which not in known] or range(CHAINS), choice)
+        self.do(self.world.store, which, layered, follows)
+
+    @precondition(lambda self: self.lends() and self.world.there)
+    @rule(choice=some, layered=st.booleans(), follows=st.booleans())
+    def load(self, choice: int, layered: bool, follows: bool) -> None:
+        self.do(self.world.load, pick(sorted(self.world.there), choice), layered, follows)
+
+    @precondition(lambda self: self.layered_stores())
+    @rule(choice=some, more=st.integers(1, LAYERS), follows=st.booleans())
+    def write_layers(self, choice: int, more: int, follows: bool) -> None:
+        request = pick(self.layered_stores(), choice)
+        self.do(self.world.written, request, min(LAYERS, request.layers + more), follows)
+
+    @precondition(lambda self: self.world.pending)
+    @rule(choice=some)
+    def an_event_happens(self, choice: int) -> None:
+        self.now(self.world.happen, pick(self.world.pending, choice))
+
+    @precondition(lambda self: self.world.lent)
+    @rule(choice=some, how=st.sampled_from(["withdraw", "end_session"]))
+    def give_up(self, choice: int, how: str) -> None:
+        self.do(getattr(self.world, how), pick(list(self.world.lent.values()), choice))
+
+    @precondition(lambda self: self.world.lent and self.quiet > QUIET)
+    @rule(what=st.sampled_from(["reset", "lose_worker", "lose_scheduler", "attach_anew", "time_passes"]))
+    def trouble(self, what: str) -> None:
+        """What ends all that there is: now and then, or nothing would ever come of anything."""
+        if what == "time_passes":
+            self.world.spoil(lambda request: not request.loads)
+            self.now(self.loop.clock.jump, TIMEOUT + 1)
+        else:
+            self.do(getattr(self.world, what))
+        self.quiet = 0
+
+    # --- the device, which begins by itself what there is room for ----------------------------------------------------
+
+    def running(self) -> list[Any]:
+        return self.world.rig.device.running
+
+    @precondition(lambda self: self.running())
+    @rule(choice=some, units=st.integers(1, 5))
+    def move(self, choice: int, units: int) -> None:
+        pick(self.running(), choice).move(units)
+
+    @precondition(lambda self: self.running())
+    @rule(choice=some)
+    def end(self, choice: int) -> None:
+        self.now(pick(self.running(), choice).end)
+
+    @precondition(lambda self: self.running())
+    @rule()
+    def end_all(self) -> None:
+        self.now(self.world.rig.end_copies)
+
+    @precondition(lambda self: self.running() and self.quiet > QUIET)
+    @rule(choice=some)
+    def fail(self, choice: int) -> None:
+        copy = pick(self.running(), choice)
+        for request in self.world.of(copy):
+            request.spoilt = True
+        self.now(copy.fail)
+        self.quiet = 0
+
+    # --- what must hold ---------------------------------------------------------------------------------------------
+
+    @invariant()
+    def nothing_is_written_to_that_is_not_lent(self) -> None:
+        assert self.world.rig.device.broken_rules == []
+        self.world.check_memory()
+
+    @invariant()
+    def slots_and_blocks_are_owned_until_the_device_says_that_the_copy_has_ended(self) -> None:
+        self.world.check_owned()
+
+    @invariant()
+    def no_more_is_with_the_device_than_may_be(self) -> None:
+        self.world.check_bounds(self.room)
+
+    def teardown(self) -> None:
+        try:
+            if not self.failed:
+                self.go_on()
+        finally:
+            self.loop.stop()
+
+    def go_on(self) -> None:
+        """Whatever happened, all is answered once engine and device go on; nothing is held then that was not before."""
+        world, rig = self.world, self.world.rig
+        for request in self.layered_stores():
+            self.do(world.written, request, LAYERS, False)
+        while world.pending:
+            self.now(world.happen, world.pending[0])
         while rig.device.running:
-            rig.device.running[0].end()
-            await settled()
-            world.hear()
-            world.check()
-        assert world.lent == {}, "a request was never answered"
-        for session in range(11, world.session + 1):
-            await rig.scheduler.end(session)
-        await rig.scheduler.get(Ack, Reset)
-        await settled()
-        rig.said()
+            self.now(rig.device.running[0].end)
+            world.check_memory()
+        assert world.requests() == [], "a request was never answered"
+        self.do(self.leave_nothing)
         held = rig.held
         held["bytes_free"] += held["bytes_stale"]  # what was reset is evicted when there is need of its room
         lazily = {"chunks_stale", "slots_stale", "bytes_stale", "largest_hole"}
         assert {name: held[name] for name in held if held[name] != rig.before[name] and name not in lazily} == {}
+
+    async def leave_nothing(self) -> None:
+        for session in range(11, self.world.session + 1):
+            await self.world.rig.scheduler.end(session)
+        await self.world.rig.scheduler.get(Ack, Reset)
+
+
+def pick(those: Any, choice: int) -> Any:
+    return those[choice % len(those)]
+
+
+def test_no_byte_moves_that_is_not_the_devices_and_nothing_half_copied_is_served(
+    open_rig: Open, digests: Callable[..., list[bytes]]
+) -> None:
+    class Life(TransferLife):
+        @staticmethod
+        @asynccontextmanager
+        async def opened() -> AsyncIterator[World]:
+            async with open_rig(gpu=True, reservation_timeout=TIMEOUT) as rig:
+                yield World(rig, [digests(CHUNKS, f"chain {i}") for i in range(CHAINS)])
+
+    run_state_machine_as_test(Life, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))

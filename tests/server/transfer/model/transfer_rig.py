@@ -10,9 +10,9 @@ import trio.testing
 
 from lmcache_trio import Server
 from lmcache_trio._core.exports import DType, Export, TensorView
-from lmcache_trio._wire.codec import decode, pack_positions
+from lmcache_trio._wire.codec import decode, pack_offsets, pack_positions
 from lmcache_trio._wire.handles import encode_export
-from lmcache_trio._wire.messages import Ack, Attach, Message, RetrieveBlocks, Role, StoreBlocks, Stored
+from lmcache_trio._wire.messages import Ack, Attach, LayersWritten, Message, RetrieveBlocks, Role, StoreBlocks, Stored
 from lmcache_trio.abc import Memory
 from lmcache_trio.errors import Gone
 from lmcache_trio.testing.fake_device import FakeDevice
@@ -105,23 +105,36 @@ class Rig:
 
     # --- engine memory ----------------------------------------------------------------------------------------------
 
-    def write(self, block: int, content: bytes) -> None:
-        for i in range(LAYERS):
+    def write(self, block: int, content: bytes, layers: Sequence[int] = range(LAYERS)) -> None:
+        for i in layers:
             at = (i * BLOCKS + block) * PIECE
             self.bytes[at : at + PIECE] = content[i * PIECE : (i + 1) * PIECE]
 
-    def read(self, block: int) -> bytes:
+    def read(self, block: int, layers: Sequence[int] = range(LAYERS)) -> bytes:
         return b"".join(
-            bytes(self.bytes[(i * BLOCKS + block) * PIECE : (i * BLOCKS + block + 1) * PIECE]) for i in range(LAYERS)
+            bytes(self.bytes[(i * BLOCKS + block) * PIECE : (i * BLOCKS + block + 1) * PIECE]) for i in layers
         )
 
     # --- requests, without waiting ----------------------------------------------------------------------------------
 
-    async def store(self, session: int, digests: Sequence[bytes], blocks: Sequence[int], *, event: bytes = b"") -> int:
-        number = next(self.numbers)
-        await self.worker.tell(StoreBlocks(number, session, b"", b"".join(digests), pack_positions(blocks), event))
+    async def store(
+        self,
+        session: int,
+        digests: Sequence[bytes],
+        blocks: Sequence[int],
+        *,
+        layered: bool = False,
+        event: bytes = b"",
+    ) -> int:
+        number, packed = next(self.numbers), pack_positions(blocks)
+        await self.worker.tell(StoreBlocks(number, session, b"", b"".join(digests), packed, layered, event))
         await settled()
         return number
+
+    async def written(self, number: int, layers: int, *, event: bytes = b"") -> None:
+        """The first *layers* layers of the layered store *number* are in their blocks."""
+        await self.worker.tell(LayersWritten(pack_offsets([number]), layers, event))
+        await settled()
 
     async def load(
         self,
@@ -175,6 +188,6 @@ def content(digest: bytes, place: int) -> bytes:
     return (digest + struct.pack("<Q", place)).ljust(BLOCK_BYTES, b"\x01")[:BLOCK_BYTES]
 
 
-def fill(rig: Rig, digests: Sequence[bytes], blocks: Sequence[int]) -> None:
+def fill(rig: Rig, digests: Sequence[bytes], blocks: Sequence[int], layers: Sequence[int] = range(LAYERS)) -> None:
     for i, block in enumerate(blocks):
-        rig.write(block, content(digests[i // CHUNK_BLOCKS], i % CHUNK_BLOCKS))
+        rig.write(block, content(digests[i // CHUNK_BLOCKS], i % CHUNK_BLOCKS), layers)
