@@ -23,7 +23,7 @@ from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio._wire.messages import Role
 from lmcache_trio.bench.machine import Meter
 from lmcache_trio.bench.rows import Round
-from lmcache_trio.bench.run import Child, ask, child, play, scratch, serving
+from lmcache_trio.bench.run import Child, ask, child, play, scratch, serving, wait_open
 from lmcache_trio.bench.settings import KVShape, Settings
 from lmcache_trio.client import Client, open_client
 from lmcache_trio.errors import Unavailable
@@ -91,6 +91,7 @@ async def _measure(call: Call, count: int, rounds: int, folder: Path, tell: Call
     tell(0)
     if call == "load":
         async with serving(address, _sets(disk), folder):
+            await wait_open(address)
             await _fill(address, [digest for some in prompts for digest in some])
     samples: dict[bool, list[dict[str, Round]]] = {False: [], True: []}
     loading = 0
@@ -99,6 +100,7 @@ async def _measure(call: Call, count: int, rounds: int, folder: Path, tell: Call
         faulty = {"backend": "faulty", "fifo": str(valve.path), **{f"inner.{key}": disk[key] for key in disk}}
         faulty |= {"faults.0.kind": "hang_thread", "faults.0.on": call, "faults.0.rate": 1.0}
         server = await stack.enter_async_context(serving(address, _sets(faulty), folder))
+        await wait_open(address)
         settings = Settings(KV, operation=1, rows=tuple(VERBS.values()))
         arguments = ["-m", "lmcache_trio.bench.host", settings.as_json(), "0", secrets.token_hex(8), address]
         host = await stack.enter_async_context(child(arguments, folder / "host.log"))

@@ -23,7 +23,7 @@ from lmcache_trio._server.plugins import make_backend
 from lmcache_trio._wire.messages import Role
 from lmcache_trio.abc import ChunkKey, Record, Tier
 from lmcache_trio.bench.files import forget
-from lmcache_trio.bench.run import scratch, serving
+from lmcache_trio.bench.run import scratch, serving, wait_open
 from lmcache_trio.client import Client, open_client
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
 
@@ -118,31 +118,31 @@ async def _start(table: dict[str, Any], count: int, digest: bytes, folder: Path,
         worker = await stack.enter_async_context(open_client(address, role=Role.WORKER, engine="records"))
         await worker.register(_FINGERPRINT, 1, 16)
         scheduler = await stack.enter_async_context(open_client(address, role=Role.SCHEDULER, engine="records"))
-        await _until(scheduler, lambda tier: not tier["fenced"])
+        await wait_open(address)
         asked = time.perf_counter()
         answer = await scheduler.lookup(1, [digest], budget=60)
         answered = time.perf_counter()
         if answer.chunks != 1:
             raise Unavailable("a lookup of a chunk that the disk tier has missed")
-        by_query = not (await _tier(scheduler))["backend"]["ready"]
-        found = await _until(scheduler, lambda tier: tier["backend"]["ready"])
+        by_query = not (await _backend(scheduler))["ready"]
+        backend = await _wait_read(scheduler)
         read = time.perf_counter()
-    if found["backend"]["chunks"] != count:
-        raise Unavailable(f"{found['backend']['chunks']} of {count} chunks are there after a restart")
+    if backend["chunks"] != count:
+        raise Unavailable(f"{backend['chunks']} of {count} chunks are there after a restart")
     return Start(empty, ready - began, answered - began, read - began, answered - asked, by_query)
 
 
-async def _until(client: Client, true: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """What the server says of the tier, once that is *true* of it."""
+async def _wait_read(client: Client) -> dict[str, Any]:
+    """Until the tier's index is read; what the tier says then."""
     with trio.fail_after(_WHOLE_SECONDS):
-        while not true(tier := await _tier(client)):
+        while not (backend := await _backend(client))["ready"]:
             with trio.move_on_after(_LOOK_SECONDS):
                 await client.wait_closed()
-    return tier
+    return backend
 
 
-async def _tier(client: Client) -> dict[str, Any]:
-    found: dict[str, Any] = (await client.statistics())["tiers"][0]
+async def _backend(client: Client) -> dict[str, Any]:
+    found: dict[str, Any] = (await client.statistics())["tiers"][0]["backend"]
     return found
 
 

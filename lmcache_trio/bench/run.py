@@ -27,10 +27,11 @@ from lmcache_trio.bench.settings import COPIES, DISK, Settings
 from lmcache_trio.client import open_client
 from lmcache_trio.errors import Unavailable
 
-__all__ = ["Child", "Measured", "ask", "child", "measure", "play", "scratch", "serving"]
+__all__ = ["Child", "Measured", "ask", "child", "measure", "play", "scratch", "serving", "wait_open"]
 
 _READY_SECONDS = 60.0
 _PHASE_SECONDS = 300.0
+_LOOK_SECONDS = 0.02
 _MAX_PARENT = 50
 """Longest path of a folder for sockets: a socket's path has 107 bytes at most."""
 
@@ -120,6 +121,15 @@ async def serving(
         yield server
 
 
+async def wait_open(address: str) -> None:
+    """Until all tiers of the server at *address* are open: it is ready before, where that takes longer."""
+    with trio.fail_after(_READY_SECONDS):
+        async with open_client(address, name="lmcache-trio bench") as client:
+            while any(tier["fenced"] for tier in (await client.statistics())["tiers"]):
+                with trio.move_on_after(_LOOK_SECONDS):
+                    await client.wait_closed()
+
+
 @asynccontextmanager
 async def scratch(near: Path | None = None) -> AsyncIterator[Path]:
     """A folder for sockets and logs, or for a disk tier *near* another; removed at the end."""
@@ -152,6 +162,7 @@ async def measure(
                 tier_folder = str(await stack.enter_async_context(scratch(disk)))
                 addresses.append(f"unix://{folder}/disk.sock")
                 await stack.enter_async_context(serving(addresses[1], _disk_sets(settings, tier_folder), folder))
+                await wait_open(addresses[1])
                 if "direct_read" in wanted and (why := why_no_direct(Path(tier_folder))):
                     left_out["direct_read"] = why
         tell("clients", 0, 0)

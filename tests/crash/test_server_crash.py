@@ -111,6 +111,8 @@ class Life:
         async with open_client(self.address, role=Role.SCHEDULER, engine="e") as scheduler:
             async with open_client(self.address, role=Role.WORKER, engine="e") as worker:
                 await worker.register(b"f" * 32, SHARD, 16)
+                while (await worker.statistics())["tiers"][0]["fenced"]:  # noqa: ASYNC110 - it is ready before, if busy
+                    await trio.sleep(0.01)
                 yield scheduler, worker
 
     async def use(self, scheduler: Client, worker: Client) -> None:
