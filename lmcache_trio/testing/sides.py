@@ -41,6 +41,10 @@ class ServerProcess:
         assert self.process.stdout is not None
         assert "ready" in self.process.stdout.readline()
 
+    def wait_tier(self) -> None:
+        """Wait until the first tier is open; what is stored or asked for before does not reach it."""
+        wait_until(lambda: bool(self.statistics()["tiers"][0]["state"] == "open"))
+
     def end(self, how: int = signal.SIGTERM) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)

@@ -23,19 +23,13 @@ def written(server: ServerProcess, chunks: int) -> bool:
     return bool(tier["stores"] == chunks)
 
 
-def is_open(server: ServerProcess) -> bool:
-    """A server does not wait for a slow disk for long; what is stored before it is open is not offered to it."""
-    (tier,) = server.statistics()["tiers"]
-    return bool(tier["state"] == "open")
-
-
 @pytest.mark.parametrize("end", ["end", "kill"])
 def test_what_was_stored_is_a_hit_after_a_restart_byte_for_byte(
     disk_server: ServerProcess, sides: Callable[..., Side], end: str
 ) -> None:
     disk_server.start()
     try:
-        wait_until(lambda: is_open(disk_server))
+        disk_server.wait_tier()
         kv = make_kv(7)
         one = sides(disk_server.address, kv)
         one.store("stored", TOKENS, BLOCKS)
@@ -44,7 +38,7 @@ def test_what_was_stored_is_a_hit_after_a_restart_byte_for_byte(
         one.close()
         getattr(disk_server, end)()
         disk_server.start()
-        wait_until(lambda: is_open(disk_server))
+        disk_server.wait_tier()
         two = sides(disk_server.address, make_kv())
         assert two.lookup("again", TOKENS) == 4 * CHUNK
         assert two.load("again", 4 * CHUNK, OTHERS) == set()

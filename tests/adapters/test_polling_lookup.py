@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,10 +90,28 @@ def scheme() -> str:
     return "unix"
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk that has TOKENS, of a server that has ended."""
+    folder = tmp_path_factory.mktemp("stored")
+    settings = ("tiers.0.backend=disk", f"tiers.0.path={folder}/disk", "tiers.0.size=16MiB", "grace=20.0")
+    server = ServerProcess(f"unix://{folder}/s.sock", *settings)
+    server.start()
+    try:
+        server.wait_tier()
+        side = Side(server.address, make_kv(3))
+        side.store("fill", TOKENS, AT)
+        side.close()
+        server.end()
+    finally:
+        server.kill()
+    return folder / "disk"
+
+
 @pytest.fixture
-def stalled(tmp_path: Path, scheme: str, sides: MakeSide) -> Iterator[Stalled]:
+def stalled(tmp_path: Path, scheme: str, stored: Path, sides: MakeSide) -> Iterator[Stalled]:
     address, disk, fifo = f"{scheme}://{tmp_path}/s.sock", f"{tmp_path}/disk", tmp_path / "fifo"
-    plain = ServerProcess(address, "tiers.0.backend=disk", f"tiers.0.path={disk}", "tiers.0.size=16MiB", "grace=20.0")
+    shutil.copytree(stored, disk)
     inner = ("backend=disk", f"path={disk}", "size=16MiB")
     server = ServerProcess(
         address,
@@ -106,20 +125,15 @@ def stalled(tmp_path: Path, scheme: str, sides: MakeSide) -> Iterator[Stalled]:
         "prefetch_budget=30.0",
         "grace=0.2",
     )
-    plain.start()
+    server.start()
     try:
-        filler = Side(address, make_kv(3))
-        filler.store("fill", TOKENS, AT)
-        filler.close()
-        plain.end()
-        server.start()
+        server.wait_tier()
         side = sides(address, make_kv(3))
         side.store("few", FEW, AT[:8])
         side.scheduler.end_session("few")
         wait_until(lambda: server.statistics()["tiers"][0]["stores"] == 2)
         yield Stalled(server, fifo, side, held(server))
     finally:
-        plain.kill()
         server.kill()
 
 
