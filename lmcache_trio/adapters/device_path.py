@@ -199,7 +199,7 @@ class DevicePath:
             client.request_nowait(ask, on_reply)
             sent()
             if step is not None:
-                await step.finished.wait()
+                await _first_of(step.finished, come)
             begun = trio.current_time()
             while not come.is_set() and trio.current_time() < (late := self._late(begun)):
                 with trio.move_on_at(late):
@@ -267,3 +267,13 @@ class DevicePath:
         self._progress = trio.current_time()
         if isinstance(message, LayersDone) and message.request in self._on_layers:
             self._on_layers[message.request](message.layers)
+
+
+async def _first_of(*events: trio.Event) -> None:
+    async def wait(event: trio.Event, done: trio.CancelScope) -> None:
+        await event.wait()
+        done.cancel()
+
+    async with trio.open_nursery() as first:
+        for event in events:
+            first.start_soon(wait, event, first.cancel_scope)

@@ -175,6 +175,21 @@ async def test_a_store_by_layers_is_not_late_while_its_engine_computes(
     ]
 
 
+async def test_a_store_that_is_answered_in_the_middle_of_its_step_is_over(path: DevicePath) -> None:
+    """As when its connection is lost: nothing more is to be waited for, and the next one may be made."""
+    server: Any = Server()
+    job = store()
+    step = StepStores([job], 2)
+    step.say = server.notice_nowait
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(path.store, server, job, step)
+        await trio.testing.wait_all_tasks_blocked()
+        server.asked.pop(1)(Stored(1, 0, 0, {"present": 1}))
+    step.layer_written(0, None)
+    step.finish(drop=False)
+    assert server.noticed == []
+
+
 async def test_a_store_whose_step_was_dropped_before_it_could_begin_does_not(path: DevicePath) -> None:
     server: Any = Server()
     first, second = store(), store()
