@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("few", settings.get_profile("project"), max_examples=20)
 settings.load_profile("project")
 
 # A shell that starts the tests in the background has them ignore SIGINT, and every process that they start with them.

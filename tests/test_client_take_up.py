@@ -11,7 +11,7 @@ import lmcache_trio.client
 from lmcache_trio import Unavailable, open_client
 from lmcache_trio._transport import dial_pair, listen
 from lmcache_trio._wire.codec import encode
-from lmcache_trio._wire.messages import Welcome
+from lmcache_trio._wire.messages import PROTOCOL_VERSION, Welcome
 from lmcache_trio.adapters import SchedulerAdapter
 from lmcache_trio.testing.sides import ServerProcess, wait_until
 
@@ -27,7 +27,7 @@ async def welcoming(tmp_path: Path) -> AsyncIterator[str]:
         async def welcome() -> None:
             while True:
                 introduction = await front.accept()
-                introduction.reply(encode(Welcome(1, f"ipc://{tmp_path}/pair", b"boot", 256)))
+                introduction.reply(encode(Welcome(PROTOCOL_VERSION, f"ipc://{tmp_path}/pair", b"boot", 256)))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(welcome)

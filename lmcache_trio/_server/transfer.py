@@ -270,14 +270,16 @@ class TransferWorker:
 
     def _stored(self, attachment: Attachment, work: Work, *, succeeded: bool) -> Stored:
         index, count = self._state.index, len(work.slots)
-        aborted = not index.may_publish(work.grant)  # whatever becomes of its copy
-        if not succeeded or aborted:
+        kept = index.would_keep(work.grant)  # not what was aborted, whatever becomes of its copy
+        if not succeeded or not index.may_publish(work.grant):
             index.abort(work.grant, attachment.writer)
-            work.dropped["aborted" if aborted else "failed"] = count
+            work.dropped["failed" if kept else "aborted"] = count
             return Stored(work.number, 0, 0, work.dropped)
         keys = index.commit(work.grant, attachment.writer)
+        if kept < count:
+            work.dropped["aborted"] = count - kept
         self._state.tiers.stored(keys)
-        return Stored(work.number, count, len(keys), work.dropped)
+        return Stored(work.number, kept, len(keys), work.dropped)
 
     def _answer_asking(self, token: bytes) -> None:
         """One thing less is moved for the client with *token*."""

@@ -48,7 +48,14 @@ class LayeredMoves:
         self._stores: StepStores | None = None
 
     def register(self, names: Sequence[str]) -> None:
-        """The layers, in the order of the slots."""
+        """The layers, in the order of the slots. Nothing of a step that began with others is copied by this process any
+        more, or published.
+        """
+        self.wait_retrieves()
+        jobs = self._stores.jobs if self._stores is not None else ()
+        self.drop_stores()
+        if self._worker.path == "shm":
+            wait_for([job.copied for job in jobs], lambda: self._worker._link.alive)
         self._layers = {name: i for i, name in enumerate(names)}
 
     # --- retrieves, called by the host ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Values that `layered` shares with the host's threads; nothing here asks a server or copies.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from lmcache_trio.adapters.jobs import Job
 from lmcache_trio.threads import Handoff, Latch
 
 __all__ = ["StepLoads", "StepStores", "event_of"]
+
+logger = logging.getLogger("lmcache_trio")
 
 
 class StepLoads:
@@ -51,6 +54,8 @@ class StepStores:
         self.written = [trio.Event() for _ in range(layers)]
         self.fences: list[Any] = [None] * layers
         """Of KV on a GPU, for each layer: the event behind what wrote it. A server may wait for it until the end."""
+        self._order: list[int] = []
+        """Layers, as they were written: each one's fence is behind those of all before it here."""
         self.finished = trio.Event()
         """No more will be written, or wanted: `dropped` says which."""
         self.dropped = False
@@ -59,8 +64,7 @@ class StepStores:
 
     def layer_written(self, layer: int, fence: Any) -> None:
         """In the loop."""
-        self.fences[layer] = fence
-        self.written[layer].set()
+        self._write(layer, fence)
         self._tell()
 
     def finish(self, fence: Any = None, *, drop: bool) -> None:
@@ -68,10 +72,14 @@ class StepStores:
         self.dropped = self.dropped or drop
         for layer, event in enumerate(self.written):
             if not event.is_set():
-                self.fences[layer] = fence
-                event.set()
+                self._write(layer, fence)
         self.finished.set()
         self._tell()
+
+    def _write(self, layer: int, fence: Any) -> None:
+        self.fences[layer] = fence
+        self._order.append(layer)
+        self.written[layer].set()
 
     # --- requests of a server that copies -----------------------------------------------------------------------------
 
@@ -85,16 +93,24 @@ class StepStores:
         self._told.pop(request, None)
 
     def _tell(self) -> None:
+        """Called by the loop itself, which a failure would end: of a GPU, say, that gives no event any more."""
+        layers = self._layers
+        behind = [request for request, told in self._told.items() if told < layers]
+        if behind and not self.dropped:
+            try:
+                self.say(LayersWritten(pack_offsets(behind), layers, event_of(self._fence_of(layers))))
+                self._told.update(dict.fromkeys(behind, layers))
+            except Exception:
+                logger.exception("bug in a step that is stored by layers: nothing of it is published")
+                self.dropped = True
         if self.dropped:
             for request in self._told:
                 self.say(Withdraw(request))
             self._told.clear()
-            return
-        layers = self._layers
-        behind = [request for request, told in self._told.items() if told < layers]
-        if behind:
-            self._told.update(dict.fromkeys(behind, layers))
-            self.say(LayersWritten(pack_offsets(behind), layers, event_of(self.fences[layers - 1])))
+
+    def _fence_of(self, layers: int) -> Any:
+        """What is behind all of the first *layers*, in whatever order they were written."""
+        return self.fences[next(layer for layer in reversed(self._order) if layer < layers)]
 
     @property
     def _layers(self) -> int:

@@ -99,8 +99,9 @@ class WorkerAdapter:
         """
         from lmcache_trio.adapters.paged import make_paged_kv  # the only import of torch
 
-        self._kv, self._tensors = make_paged_kv(kv_caches, num_blocks=num_blocks), kv_caches
-        self.layered.register(list(kv_caches))
+        kv = make_paged_kv(kv_caches, num_blocks=num_blocks)
+        self.layered.register(list(kv_caches))  # before `_kv`: what goes by layers still copies from the former ones
+        self._kv, self._tensors = kv, kv_caches
         try:
             self._link.call(self._register_now, timeout=self._reply_timeout + ATTACH_TIMEOUT)
         except (Unavailable, Gone, ProtocolError) as exc:

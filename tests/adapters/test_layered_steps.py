@@ -74,6 +74,40 @@ async def test_layers_that_are_named_out_of_order_are_said_in_order() -> None:
     assert said == [written([7], 2)]
 
 
+async def test_layers_out_of_order_go_with_the_event_behind_all_of_them() -> None:
+    stores, said = step()
+    stores.begun(7)
+    stores.layer_written(1, Fence(1))
+    stores.layer_written(0, Fence(2))
+    stores.layer_written(2, Fence(3))
+    stores.begun(8)
+    stores.finish(Fence(9), drop=False)
+    assert said == [written([7], 2, fence=2), written([8], 2, fence=2), written([7, 8], 3, fence=3)]
+
+
+async def test_a_layer_that_nobody_named_is_followed_though_others_behind_it_were() -> None:
+    stores, said = step()
+    stores.begun(7)
+    stores.layer_written(0, Fence(1))
+    stores.layer_written(2, Fence(2))
+    stores.finish(Fence(9), drop=False)
+    assert said == [written([7], 1, fence=1), written([7], 3, fence=9)]
+
+
+async def test_an_event_that_cannot_be_named_drops_the_step_and_not_the_loop() -> None:
+    class Broken(Fence):
+        def ipc_handle(self) -> bytes:
+            raise RuntimeError("the GPU has fallen off the bus")
+
+    stores, said = step()
+    stores.begun(7)
+    stores.layer_written(0, Broken(1))
+    stores.begun(8)
+    stores.finish(Fence(9), drop=False)
+    assert said == [Withdraw(7), Withdraw(8)]
+    assert stores.dropped
+
+
 async def test_a_layer_that_nobody_named_is_written_with_the_end() -> None:
     stores, said = step()
     stores.begun(7)

@@ -291,6 +291,33 @@ def test_stores_of_a_step_that_was_never_finished_keep_no_preemption_waiting(
     assert one.lookup("q", TOKENS) == 0
 
 
+@pytest.mark.parametrize("layers", [LAYERS, 2 * LAYERS], ids=["as many layers", "more layers"])
+@both_paths
+def test_kv_that_is_registered_anew_in_the_middle_of_a_step_ends_it(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV], layers: int
+) -> None:
+    """Else chunks of the former layers and of these would be published, and the rest find no place."""
+    one = sides(live_server.address, kv(1))
+    one.worker.layered.start_stores([store_spec(one, "r", TOKENS)])
+    one.worker.layered.layer_written(NAMES[0])
+    anew = {f"layer {i}": tensor for i, tensor in enumerate([*kv(2).values(), *kv(3).values()][:layers])}
+    if kv is shared:
+        one_memory = shared_tensor(sum(t.nbytes for t in anew.values())).view(torch.float32)
+        anew = dict(zip(anew, one_memory.view(layers, 2, BLOCKS, BLOCK, HEADS, HEAD), strict=True))
+    one.worker.register_kv_caches(anew)
+    for name in anew:
+        one.worker.layered.layer_written(name)
+    one.worker.layered.finish_stores()
+    one.worker.wait_stores()
+    wait_until(lambda: one.worker.statistics()["running"] == 0)
+    assert one.worker.take_finished() == ({"r"}, set())
+    assert one.worker.is_healthy()
+    assert one.lookup("q", TOKENS) == 0
+    wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
+    one.store("after", TOKENS, FROM)
+    assert one.worker.statistics()["stored_chunks"] == 3
+
+
 # --- behind what the engine has submitted ---------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ SENTENCES: list[type[Message]] = [
     for c in (getattr(messages, name) for name in messages.__all__)
     if isinstance(c, type) and issubclass(c, Message) and c is not Message
 ]
-PACKED = {"digests": 32, "offsets": 8, "requests": 8, "positions": 4, "blocks": 4}
+PACKED = {"digests": 32, "offsets": 8, "positions": 4, "blocks": 4, "requests": 8}
 
 
 def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
-from transfer_rig import BLOCKS, CHUNK_TOKENS, PIECE, SHARD_BYTES, Open, PlainMemory, Rig, fill, settled
+from transfer_rig import BLOCKS, CHUNK_BLOCKS, CHUNK_TOKENS, PIECE, SHARD_BYTES, Open, PlainMemory, Rig, fill, settled
 
 from lmcache_trio import Config, Server, open_server
 from lmcache_trio._wire.codec import pack_positions
@@ -283,6 +283,27 @@ async def test_a_copy_that_fails_publishes_nothing_and_its_load_is_not_valid(
         rig.device.running[0].fail()
         assert await rig.worker.reply(number) == Retrieved(number, False)
         assert rig.held["pins"] == 0
+
+
+async def test_what_another_shard_gave_up_is_not_said_to_be_stored(
+    open_rig: Open, digests: Callable[..., Any], connect: Callable[..., Any]
+) -> None:
+    async with open_rig() as rig:
+        two = Rig(rig.server, rig.device, connect, "two ranks")
+        two.scheduler = await connect(rig.server.address, Role.SCHEDULER, two.engine, shards=2)
+        ranks = [await connect(rig.server.address, Role.WORKER, two.engine, i, 2) for i in range(2)]
+        for rank in ranks:
+            await rank.register(shard_bytes=SHARD_BYTES)
+        for rank in ranks:
+            await rank.get(Ack, Attach, encode_export(two.export))
+        await two.scheduler.lookup(1, digests(2))
+        numbers = []
+        for two.worker, count in zip(ranks, (1, 2), strict=True):
+            numbers.append(await two.store(1, digests(count), range(count * CHUNK_BLOCKS)))
+        rig.device.running[0].fail()
+        assert await ranks[0].reply(numbers[0]) == Stored(numbers[0], 0, 0, {"failed": 1})
+        rig.end_copies()
+        assert await ranks[1].reply(numbers[1]) == Stored(numbers[1], 1, 0, {"aborted": 1})
 
 
 async def test_a_reservation_that_timed_out_under_its_copy_publishes_nothing(
