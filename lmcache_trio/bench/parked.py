@@ -20,7 +20,7 @@ import attrs
 import trio
 
 from lmcache_trio._core.keys import DIGEST_BYTES
-from lmcache_trio._wire.messages import Role
+from lmcache_trio._wire.messages import MAX_RESERVED, Role
 from lmcache_trio.bench.machine import Meter
 from lmcache_trio.bench.rows import Round
 from lmcache_trio.bench.run import Child, ask, child, play, scratch, serving, wait_open
@@ -41,7 +41,7 @@ OPERATIONS = 500
 """Of each verb, in a round."""
 _PARKED_BYTES = 4096
 """Of a chunk that is waited for."""
-_FILL = 512
+_FILL = MAX_RESERVED
 _WAIT = 600
 """Seconds that a parked lookup is let wait: longer than the run."""
 
