@@ -16,8 +16,7 @@ starves. Rule 3: no more than *in_flight* bytes are with the device, so that a l
 a unit that is larger goes alone. Rule 4: layered loads of one owner go layer by layer, the first of all of them before
 the second of any: an engine waits for them so. Only those among the first *reach* that came, counted from the head of
 the queue on, take part: so each that waits, of whatever owner, is overtaken by fewer than *reach*, however many come.
-Rule 5: no I/O and no clock here; a method that raises has changed
-nothing.
+Rule 5: no I/O and no clock here; a method that raises has changed nothing.
 """
 
 from collections import deque
@@ -122,15 +121,18 @@ class Transfers:
         if transfer.state is not TransferState.QUEUED or transfer.submitted:
             raise Misuse("a transfer is submitted once")
         transfer.submitted = True
-        self._queue(transfer)
+        if transfer.allowed:
+            self._queue(transfer)
 
     def allow(self, transfer: Transfer, units: int) -> None:
         """Its first *units* units may be started: those that might not before, behind what is queued by now."""
         if not transfer.submitted or units > len(transfer.units):
             raise Misuse("only units of a transfer that was submitted can be allowed")
-        if transfer.state in (TransferState.QUEUED, TransferState.RUNNING):
-            transfer.allowed = max(transfer.allowed, units)
-            self._queue(transfer)
+        if transfer.state in (TransferState.QUEUED, TransferState.RUNNING) and units > transfer.allowed:
+            in_queue = transfer.started < transfer.allowed
+            transfer.allowed = units
+            if not in_queue:
+                self._queue(transfer)
 
     def next(self) -> Batch | None:
         """What to start now, which is then running; None when there is nothing, or no room."""
@@ -259,11 +261,9 @@ class Transfers:
         self._unqueue(transfer)
 
     def _queue(self, transfer: Transfer) -> None:
-        queue = self._queues[transfer.direction]
-        if transfer.started < transfer.allowed and transfer not in queue:
-            transfer.place = self._came[transfer.direction]
-            self._came[transfer.direction] += 1
-            queue.append(transfer)
+        transfer.place = self._came[transfer.direction]
+        self._came[transfer.direction] += 1
+        self._queues[transfer.direction].append(transfer)
 
     def _unqueue(self, transfer: Transfer) -> None:
         queue = self._queues[transfer.direction]
