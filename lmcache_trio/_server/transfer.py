@@ -271,7 +271,7 @@ class TransferWorker:
     def _stored(self, attachment: Attachment, work: Work, *, succeeded: bool) -> Stored:
         index, count = self._state.index, len(work.slots)
         kept = index.would_keep(work.grant)  # not what was aborted, whatever becomes of its copy
-        if not succeeded or not index.may_publish(work.grant):
+        if not succeeded or not kept:
             index.abort(work.grant, attachment.writer)
             work.dropped["failed" if kept else "aborted"] = count
             return Stored(work.number, 0, 0, work.dropped)
