@@ -156,15 +156,13 @@ class _Rendezvous(Rendezvous):
         self._spare.close()
         with contextlib.suppress(OSError):
             self._listener.socket.accept()[0].close()
-        try:
-            self._spare = open_socket()
-        except Unavailable:
-            # Another took it. Who comes now waits in the kernel's queue, and we would be told so for ever.
-            self._arrivals.unregister(self._listener.socket)
-            self._look_again = trio.current_time() + _NO_DESCRIPTOR
+        self._arrivals.unregister(self._listener.socket)
+        self._listen_again()
 
     def _listen_again(self) -> None:
-        """If there is a spare descriptor by now."""
+        """If there is a spare descriptor. Where another took it, who comes waits in the kernel's queue, and we would be
+        told so for ever.
+        """
         try:
             self._spare = open_socket()
         except Unavailable:
