@@ -138,9 +138,7 @@ class DevicePath:
         """
         spec = job.spec
         assert isinstance(spec, StoreSpec)
-        if job.before is not None:  # tasks begin in any order; a chunk's parent must be reserved before it
-            await job.before.asked.wait()
-            job.before = None
+        await job.turn()
         if step is not None and step.dropped:
             raise Unavailable("its step was dropped before it began")
         number, blocks, layered = client.new_id(), pack_positions(spec.block_ids), step is not None

@@ -1,6 +1,6 @@
 """What a worker has under way and what came of it: one table, shared by the host's threads and the loop.
 
-Only bookkeeping: nothing here waits but `wait_copied` and `wait_ended`, on behalf of a host thread.
+Only bookkeeping: nothing here waits but `Job.turn`, and `wait_copied` and `wait_ended` on behalf of a host thread.
 """
 
 import math
@@ -34,6 +34,12 @@ class Job:
         """Of KV on a GPU: the event behind what its engine had submitted by then."""
         self.copied: Handoff[bool] = Handoff()
         self.ended: Handoff[bool] = Handoff()
+
+    async def turn(self) -> None:
+        """In the loop: until the store before this one has asked. Tasks begin in any order."""
+        if self.before is not None:
+            await self.before.asked.wait()
+            self.before = None
 
 
 class Jobs:

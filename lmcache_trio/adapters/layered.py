@@ -185,7 +185,7 @@ class LayeredMoves:
             if spec.lease and await worker._device.retrieve(client, job, lambda n: loads.reached([job], n)):
                 worker._jobs.count("retrieved_chunks", spec.count)
                 worker._jobs.end(job, failed=False)
-        self._end(loads, [job])
+        loads.over(job)
 
     async def _store_by_server(self, client: Client, stores: StepStores, job: Job) -> None:
         with self._contained(job):
@@ -230,7 +230,8 @@ class LayeredMoves:
         granted: list[tuple[Job, Reserved]] = []
         try:
             for job in stores.jobs:
-                granted.append((job, await self._reserve(client, job)))
+                await job.turn()  # before its own time for a reply begins
+                granted.append((job, await self._worker._reply(self._worker._shm.reserve, client, job)))
             await self._copy_layers(arena, stores, granted)
             await stores.finished.wait()
             if not stores.dropped:
@@ -240,19 +241,6 @@ class LayeredMoves:
             for job, reserved in granted:
                 if not job.ended.done:
                     client.abort_nowait(reserved.reservation)
-
-    async def _reserve(self, client: Client, job: Job) -> Reserved:
-        from lmcache_trio._core.keys import split_digests
-
-        spec = job.spec
-        assert isinstance(spec, StoreSpec)
-        try:
-            if job.before is not None:
-                await job.before.asked.wait()
-                job.before = None
-            return await self._worker._reply(client.reserve, spec.session, spec.parent, split_digests(spec.digests))
-        finally:
-            job.asked.set()
 
     async def _copy_layers(self, arena: ArenaMap, stores: StepStores, granted: Sequence[tuple[Job, Reserved]]) -> None:
         for layer, written in enumerate(stores.written):

@@ -34,7 +34,7 @@ class ShmPath:
         """Store what *job* says; it ends here if it ends well."""
         spec = job.spec
         assert isinstance(spec, StoreSpec)
-        reserved = await self._worker._reply(self._reserve_in_turn, client, job, spec)
+        reserved = await self._worker._reply(self.reserve, client, job)
         try:
             if reserved.reservation:
                 await self._worker._copiers.run(self._gather, arena, kv, spec, reserved, job.fence)
@@ -71,13 +71,11 @@ class ShmPath:
             self._worker._jobs.count("retrieved_chunks", spec.count)
             self._worker._jobs.end(job, failed=False)
 
-    # --- inside -----------------------------------------------------------------------------------------------------
-
-    async def _reserve_in_turn(self, client: Client, job: Job, spec: StoreSpec) -> Reserved:
-        """Tasks begin in any order; stores are reserved in the order in which they were submitted."""
-        if job.before is not None:
-            await job.before.asked.wait()
-            job.before = None
+    async def reserve(self, client: Client, job: Job) -> Reserved:
+        """Slots for *job*, in the order in which stores were submitted."""
+        spec = job.spec
+        assert isinstance(spec, StoreSpec)
+        await job.turn()
         reserved = await client.reserve(spec.session, spec.parent, split_digests(spec.digests))
         job.asked.set()
         return reserved
