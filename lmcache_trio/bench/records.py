@@ -16,15 +16,14 @@ from statistics import median
 from typing import Any
 
 import attrs
-import trio
 
 from lmcache_trio._core.keys import DIGEST_BYTES, namespace_of
 from lmcache_trio._server.plugins import make_backend
 from lmcache_trio._wire.messages import Role
 from lmcache_trio.abc import ChunkKey, Record, Tier
 from lmcache_trio.bench.files import forget
-from lmcache_trio.bench.run import scratch, serving, wait_open
-from lmcache_trio.client import Client, open_client
+from lmcache_trio.bench.run import look_until, scratch, serving, wait_open
+from lmcache_trio.client import open_client
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
 
 __all__ = ["Start", "main", "measure_records", "typical"]
@@ -34,8 +33,6 @@ CHAIN = 8
 _BATCH = 4000
 """Records in one call of the tier's."""
 _FINGERPRINT = b"records".ljust(DIGEST_BYTES)
-_LOOK_SECONDS = 0.02
-"""Between two looks at whether all is read: each costs the server as much as a page of the reading."""
 _WHOLE_SECONDS = 300
 Tell = Callable[[str, int, int], None]
 
@@ -124,25 +121,16 @@ async def _start(table: dict[str, Any], count: int, digest: bytes, folder: Path,
         answered = time.perf_counter()
         if answer.chunks != 1:
             raise Unavailable("a lookup of a chunk that the disk tier has missed")
-        by_query = not (await _backend(scheduler))["ready"]
-        backend = await _wait_read(scheduler)
+        by_query = not _tier(await scheduler.statistics())["ready"]
+        said = await look_until(scheduler, lambda said: bool(_tier(said)["ready"]), _WHOLE_SECONDS)
         read = time.perf_counter()
-    if backend["chunks"] != count:
-        raise Unavailable(f"{backend['chunks']} of {count} chunks are there after a restart")
+    if (found := _tier(said)["chunks"]) != count:
+        raise Unavailable(f"{found} of {count} chunks are there after a restart")
     return Start(empty, ready - began, answered - began, read - began, answered - asked, by_query)
 
 
-async def _wait_read(client: Client) -> dict[str, Any]:
-    """Until the tier's index is read; what the tier says then."""
-    with trio.fail_after(_WHOLE_SECONDS):
-        while not (backend := await _backend(client))["ready"]:
-            with trio.move_on_after(_LOOK_SECONDS):
-                await client.wait_closed()
-    return backend
-
-
-async def _backend(client: Client) -> dict[str, Any]:
-    found: dict[str, Any] = (await client.statistics())["tiers"][0]["backend"]
+def _tier(said: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = said["tiers"][0]["backend"]
     return found
 
 

@@ -24,14 +24,15 @@ from lmcache_trio.bench.files import why_no_direct
 from lmcache_trio.bench.machine import Meter, cpu_seconds
 from lmcache_trio.bench.rows import Part, Round
 from lmcache_trio.bench.settings import COPIES, DISK, Settings
-from lmcache_trio.client import open_client
+from lmcache_trio.client import Client, open_client
 from lmcache_trio.errors import Unavailable
 
-__all__ = ["Child", "Measured", "ask", "child", "measure", "play", "scratch", "serving", "wait_open"]
+__all__ = ["Child", "Measured", "ask", "child", "look_until", "measure", "play", "scratch", "serving", "wait_open"]
 
 _READY_SECONDS = 60.0
 _PHASE_SECONDS = 300.0
 _LOOK_SECONDS = 0.02
+"""Between two looks at what a server says: each costs it as much as a page of an index that it reads."""
 _MAX_PARENT = 50
 """Longest path of a folder for sockets: a socket's path has 107 bytes at most."""
 
@@ -123,11 +124,17 @@ async def serving(
 
 async def wait_open(address: str) -> None:
     """Until all tiers of the server at *address* are open: it is ready before, where that takes longer."""
-    with trio.fail_after(_READY_SECONDS):
-        async with open_client(address, name="lmcache-trio bench") as client:
-            while any(tier["fenced"] for tier in (await client.statistics())["tiers"]):
-                with trio.move_on_after(_LOOK_SECONDS):
-                    await client.wait_closed()
+    async with open_client(address, name="lmcache-trio bench") as client:
+        await look_until(client, lambda said: not any(tier["fenced"] for tier in said["tiers"]), _READY_SECONDS)
+
+
+async def look_until(client: Client, there: Callable[[dict[str, Any]], bool], seconds: float) -> dict[str, Any]:
+    """What the server says of itself once *there* is true of it. Nothing tells, so it is asked again and again."""
+    with trio.fail_after(seconds):
+        while not there(said := await client.statistics()):
+            with trio.move_on_after(_LOOK_SECONDS):
+                await client.wait_closed()
+    return said
 
 
 @asynccontextmanager
