@@ -134,17 +134,23 @@ def demo(  # noqa: PLR0913  (flags)
     deadline
         Seconds after which it is given up, with exit status 1; by default it is not.
     """
-    from lmcache_trio.testing import demo as job
+    from lmcache_trio.demo import command as job
 
     given = {} if threads is None else {"threads": threads}
     sizes = {"prompts": prompts, "longest": longest, "new_tokens": new_tokens}
-    code = job.main(job.Settings(**sizes, seed=seed, path=path, deadline=deadline, **given))
-    if code:
-        raise SystemExit(code)
+    _exit(job.main(job.DemoSettings(**sizes, seed=seed, path=path, deadline=deadline, **given)))
 
 
-@app.command
-def bench(  # noqa: PLR0913  (flags)
+bench = App(
+    name="bench",
+    help="Measure lookups and copies beside the limits of this machine: one memcpy, one bare round trip.",
+)
+app.command(bench)
+
+
+@bench.command(name="rows")
+@bench.default
+def bench_rows(  # noqa: PLR0913  (flags)
     *,
     address: str | None = None,
     clients: int = 1,
@@ -155,12 +161,8 @@ def bench(  # noqa: PLR0913  (flags)
     rows: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     disk: Path | None = None,
     json: Path | None = None,
-    compare: Annotated[tuple[Path, Path] | None, Parameter(negative=())] = None,
-    grow: Path | None = None,
-    parked: int | None = None,
-    records: int | None = None,
 ) -> None:
-    """Measure lookups and copies beside the limits of this machine: one memcpy, one bare round trip.
+    """Measure every row of the table and print it; this is what `bench` without a subcommand does.
 
     Parameters
     ----------
@@ -174,7 +176,7 @@ def bench(  # noqa: PLR0913  (flags)
     operation
         Bytes of one store or retrieve.
     rounds
-        How often every row is measured; the medians are told.
+        How often every row is measured; the table shows medians.
     lookups
         Lookups of one client in one round.
     rows
@@ -183,30 +185,79 @@ def bench(  # noqa: PLR0913  (flags)
         A folder on the disk to be measured; by default where temporary files lie.
     json
         Write the rows to this file, as a list of objects.
-    compare
-        Measure nothing: print two such files side by side.
-    grow
-        Instead, measure how lookups grow with prompts, index and clients, and draw plots into this folder.
-    parked
-        Instead, measure what others notice while so many lookups wait for a disk that hangs.
-    records
-        Instead, measure how a server starts whose disk tier knows so many chunks.
     """
     from lmcache_trio.bench import command
-    from lmcache_trio.bench.settings import ROWS, KVShape, Settings, size_of
+    from lmcache_trio.bench.settings import ROWS, BenchSettings, KVShape, size_of
 
-    if compare is not None:
-        code = command.compare(*compare)
-    elif grow is not None:
-        code = command.grow(grow)
-    elif parked is not None:
-        code = command.parked(parked, rounds)
-    elif records is not None:
-        code = command.records(records, disk)
-    else:
-        shape, size = KVShape.parse(kv), size_of("--operation", operation)
-        settings = Settings(shape, clients, rounds, size, lookups=lookups, rows=rows or ROWS)
-        code = command.run(settings, address=address, disk=disk, json=json)
+    shape, size = KVShape.parse(kv), size_of("--operation", operation)
+    settings = BenchSettings(shape, clients, rounds, size, lookups=lookups, rows=rows or ROWS)
+    _exit(command.run(settings, address=address, disk=disk, json=json))
+
+
+@bench.command(name="compare")
+def bench_compare(before: Path, after: Path) -> None:
+    """Print two files that `bench --json` wrote, side by side; nothing is measured.
+
+    Parameters
+    ----------
+    before
+        The first run's rows.
+    after
+        The second run's rows.
+    """
+    from lmcache_trio.bench import command
+
+    _exit(command.compare(before, after))
+
+
+@bench.command(name="grow")
+def bench_grow(folder: Path) -> None:
+    """Measure how lookups grow with prompts, index and clients, and draw the plots.
+
+    Parameters
+    ----------
+    folder
+        Where the figures and the plots are written.
+    """
+    from lmcache_trio.bench import command
+
+    _exit(command.grow(folder))
+
+
+@bench.command(name="parked")
+def bench_parked(count: int = 1000, *, rounds: int = 3) -> None:
+    """Measure what other clients notice while lookups wait for a disk that hangs.
+
+    Parameters
+    ----------
+    count
+        How many lookups wait at the same time.
+    rounds
+        How often it is measured; the table shows medians.
+    """
+    from lmcache_trio.bench import command
+
+    _exit(command.parked(count, rounds))
+
+
+@bench.command(name="records")
+def bench_records(count: int = 1_000_000, *, disk: Path | None = None) -> None:
+    """Measure how a server starts whose disk tier holds many chunks.
+
+    Parameters
+    ----------
+    count
+        How many chunks the tier holds; a million take 5 GiB of disk.
+    disk
+        A folder on the disk to be measured; by default where temporary files lie.
+    """
+    from lmcache_trio.bench import command
+
+    _exit(command.records(count, disk))
+
+
+def _exit(code: int) -> None:
+    """End with *code* where it is not 0."""
     if code:
         raise SystemExit(code)
 

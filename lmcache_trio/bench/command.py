@@ -18,7 +18,7 @@ from lmcache_trio.bench.records import measure_records
 from lmcache_trio.bench.report import comparison, doubts, parked_table, parked_verdicts, start_lines, table, verdicts
 from lmcache_trio.bench.rows import load_rows, save_rows, summarise
 from lmcache_trio.bench.run import measure
-from lmcache_trio.bench.settings import Settings
+from lmcache_trio.bench.settings import BenchSettings
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["compare", "grow", "parked", "records", "run"]
@@ -29,7 +29,7 @@ MOST_RECORDS = 10_000_000
 Tell = Callable[[str, int, int], None]
 
 
-def run(settings: Settings, *, address: str | None, disk: Path | None, json: Path | None) -> int:
+def run(settings: BenchSettings, *, address: str | None, disk: Path | None, json: Path | None) -> int:
     """Measure, print the table, write *json*. Returns the exit status."""
     if json is not None:
         save_rows(json, [])  # a path that cannot be written is told before the run, not after it
@@ -61,7 +61,7 @@ def compare(before: Path, after: Path) -> int:
 def parked(count: int, rounds: int) -> int:
     """Print what others notice of *count* lookups that wait for a disk that hangs. Returns the exit status."""
     if not 0 < count <= MOST_PARKED:
-        raise ConfigError("--parked", f"{count} is out of range; give 1 to {MOST_PARKED}")
+        raise ConfigError("COUNT", f"{count} is out of range; give 1 to {MOST_PARKED}")
     if rounds < 1:
         raise ConfigError("--rounds", f"{rounds} is too few; give 1 or more")
     measured = _with_progress(lambda tell: measure_parked(count, rounds, tell))
@@ -82,7 +82,7 @@ def parked(count: int, rounds: int) -> int:
 def records(count: int, disk: Path | None = None) -> int:
     """Print how a server starts whose disk tier knows *count* chunks. Returns the exit status."""
     if not 0 < count <= MOST_RECORDS:
-        raise ConfigError("--records", f"{count} is out of range; give 1 to {MOST_RECORDS}")
+        raise ConfigError("COUNT", f"{count} is out of range; give 1 to {MOST_RECORDS}")
     starts = _with_progress(lambda tell: measure_records(count, tell, disk))
     if starts is None:
         return 128 + signal.SIGTERM
@@ -93,14 +93,14 @@ def records(count: int, disk: Path | None = None) -> int:
     return 0
 
 
-def grow(folder: Path, plan: growth.Plan | None = None) -> int:
+def grow(folder: Path, plan: growth.GrowthPlan | None = None) -> int:
     """Measure how it grows; write the figures and their plots into *folder*."""
     plots.check()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise ConfigError("--grow", f"{folder} cannot be made: {exc.strerror}") from exc
-    grown = _with_progress(lambda tell: growth.grow(plan or growth.Plan(), tell))
+        raise ConfigError("FOLDER", f"{folder} cannot be made: {exc.strerror}") from exc
+    grown = _with_progress(lambda tell: growth.grow(plan or growth.GrowthPlan(), tell))
     if grown is None:
         return 128 + signal.SIGTERM
     (folder / "grow.json").write_text(grown.as_json())

@@ -20,17 +20,17 @@ import trio
 from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio.bench.light import CHUNK_TOKENS, DOCUMENT_CHUNKS
 from lmcache_trio.bench.machine import anonymous_bytes
-from lmcache_trio.bench.rows import Part, Round
+from lmcache_trio.bench.rows import HostPart, Round
 from lmcache_trio.bench.run import Child, child, scratch, serving
 
-__all__ = ["Grown", "Plan", "Point", "grow"]
+__all__ = ["Grown", "GrowthPlan", "Point", "grow"]
 
 _SLOT = 4096
 Tell = Callable[[str, int, int], None]
 
 
 @attrs.frozen
-class Plan:
+class GrowthPlan:
     """How far. The defaults take about two minutes and 5 GiB of shared memory."""
 
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
@@ -67,7 +67,7 @@ class Grown:
         return [point for point in self.points if point.series == series]
 
 
-async def grow(plan: Plan, tell: Tell) -> Grown:
+async def grow(plan: GrowthPlan, tell: Tell) -> Grown:
     """Measure all of *plan*."""
     points: list[Point] = []
     figures: dict[str, float] = {}
@@ -78,7 +78,7 @@ async def grow(plan: Plan, tell: Tell) -> Grown:
     return Grown(tuple(points), figures)
 
 
-async def _ready(plan: Plan, folder: Path, tell: Tell) -> float:
+async def _ready(plan: GrowthPlan, folder: Path, tell: Tell) -> float:
     """From the start of `serve` to its line, with a large arena that it goes on taking in the background."""
     took = []
     for number in range(3):
@@ -89,7 +89,7 @@ async def _ready(plan: Plan, folder: Path, tell: Tell) -> float:
     return median(took)
 
 
-async def _by_index(plan: Plan, folder: Path, figures: dict[str, float], tell: Tell) -> list[Point]:
+async def _by_index(plan: GrowthPlan, folder: Path, figures: dict[str, float], tell: Tell) -> list[Point]:
     small_documents = max(2, -(-plan.chunks[0] // DOCUMENT_CHUNKS))
     largest = max(small_documents, -(-plan.chunks[-1] // DOCUMENT_CHUNKS))
     points: list[Point] = []
@@ -121,7 +121,7 @@ async def _by_index(plan: Plan, folder: Path, figures: dict[str, float], tell: T
     return points
 
 
-async def _by_clients(plan: Plan, folder: Path, tell: Tell) -> list[Point]:
+async def _by_clients(plan: GrowthPlan, folder: Path, tell: Tell) -> list[Point]:
     points = []
     run = secrets.token_hex(8)
     address = f"unix://{folder}/clients.sock"
@@ -157,7 +157,7 @@ def _sets(documents: int) -> list[str]:
     return [f"memory.size={size}", f"chunk_tokens={CHUNK_TOKENS}", "lease_timeout=3600", "lease_share=1"]
 
 
-async def _point(series: str, x: int, plan: Plan, clients: Sequence[Child], do: str, tokens: int) -> Point:
+async def _point(series: str, x: int, plan: GrowthPlan, clients: Sequence[Child], do: str, tokens: int) -> Point:
     rounds = [await _round(clients, do, tokens, plan.lookups) for _ in range(plan.rounds + 1)][1:]
     return Point(
         series,
@@ -168,7 +168,7 @@ async def _point(series: str, x: int, plan: Plan, clients: Sequence[Child], do: 
     )
 
 
-async def _full_to_empty(plan: Plan, small: Child, large: Child) -> float:
+async def _full_to_empty(plan: GrowthPlan, small: Child, large: Child) -> float:
     """A lookup's p50 with all those chunks and sessions, as a share of an empty server's: by turns, in one minute."""
     shares = []
     for _ in range(2 * plan.rounds):
@@ -181,7 +181,7 @@ async def _full_to_empty(plan: Plan, small: Child, large: Child) -> float:
 async def _round(clients: Sequence[Child], do: str, tokens: int, n: int) -> Round:
     for client in clients:
         await client.say(do=do, tokens=tokens, n=n)
-    return Round([Part(**await client.hear()) for client in clients], None)
+    return Round([HostPart(**await client.hear()) for client in clients], None)
 
 
 async def _pauses(server: Child) -> dict[str, float]:

@@ -1,15 +1,9 @@
-"""One client of the benchmark: an engine's process, with a scheduler's and a worker's side, but no model.
+"""One client of the benchmark: an engine with a scheduler's and a worker's side, but no model.
 
-Run as `python -m lmcache_trio.bench.host SETTINGS RANK RUN ADDRESS [DISK_ADDRESS DIRECTORY]`. It reads one JSON object
-a line, and writes one for each: `{"prepare": row, "n": n}` is answered when all is ready, so that several hosts begin
-together; `{"go": true}` by what was measured. A line that names an `error` is its last.
+`host_process` runs one in a process of its own.
 """
 
-import gc
-import json
 import secrets
-import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -17,15 +11,15 @@ import attrs
 import numpy as np
 import torch
 
-from lmcache_trio.bench.settings import DEVICE, ROTATION, Settings
+from lmcache_trio.bench.settings import DEVICE, ROTATION, BenchSettings
 from lmcache_trio.bench.site import Site, private_kv, shared_kv
-from lmcache_trio.errors import LMCacheTrioError, Unavailable
+from lmcache_trio.errors import Unavailable
 
-__all__ = ["Host", "Job", "main"]
+__all__ = ["Host", "Timed"]
 
 
 @attrs.frozen
-class Job:
+class Timed:
     """What is timed. *run* gives seconds an operation; *finish* checks what came of it, and is not timed."""
 
     run: Callable[[], list[float]]
@@ -36,7 +30,7 @@ class Job:
 class Host:
     """The process: its prompts, and its engines: one at each server, and one whose KV the server moves."""
 
-    def __init__(self, settings: Settings, rank: int, run: str, addresses: Sequence[str], directory: str) -> None:
+    def __init__(self, settings: BenchSettings, rank: int, run: str, addresses: Sequence[str], directory: str) -> None:
         torch.set_num_threads(1)
         self.settings = settings
         self.rank = rank
@@ -104,53 +98,3 @@ class Host:
     def close(self) -> None:
         for site in self.sites:
             site.close()
-
-
-def main(arguments: Sequence[str]) -> None:
-    settings, rank, run = Settings.of_json(arguments[0]), int(arguments[1]), arguments[2]
-    addresses, directory = [arguments[3], *arguments[4:5]], arguments[5] if len(arguments) > 5 else ""
-    try:
-        host = Host(settings, rank, run, addresses, directory)
-        servers = [site for site in (host.site, host.disk_site) if site is not None]
-        gc.collect()
-        gc.freeze()  # as engines do
-        _say(pids=[site.client._connection.peer_pid for site in servers], left_out=host.left_out)
-        serve(host)
-        host.close()
-    except LMCacheTrioError as exc:
-        _say(error=str(exc))
-
-
-def serve(host: Host) -> None:
-    """Do as standard input says, until it ends."""
-    from lmcache_trio.bench.phases import PHASES
-
-    job: Job | None = None
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if "prepare" in asked:
-            job = PHASES[asked["prepare"]](host, asked["n"])
-            _say(ready=True)
-        elif "hot" in asked:
-            host.keep_hot()
-            _say(ready=True)
-        elif job is not None:
-            _say(**measure(job))
-            job = None
-
-
-def measure(job: Job) -> dict[str, object]:
-    """Run *job*: one `Part`."""
-    cpu, began = time.process_time(), time.perf_counter()
-    times = job.run()
-    ended, used = time.perf_counter(), time.process_time() - cpu
-    job.finish()
-    return {"times": times, "began": began, "ended": ended, "cpu": used, "moved": job.moved}
-
-
-def _say(**values: object) -> None:
-    print(json.dumps(values), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

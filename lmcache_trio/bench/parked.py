@@ -24,7 +24,7 @@ from lmcache_trio._wire.messages import MAX_RESERVED, Role
 from lmcache_trio.bench.machine import Meter
 from lmcache_trio.bench.rows import Round
 from lmcache_trio.bench.run import Child, ask, child, play, scratch, serving, wait_open
-from lmcache_trio.bench.settings import KVShape, Settings
+from lmcache_trio.bench.settings import BenchSettings, KVShape
 from lmcache_trio.client import Client, open_client
 from lmcache_trio.errors import Unavailable
 
@@ -101,8 +101,8 @@ async def _measure(call: Call, count: int, rounds: int, folder: Path, tell: Call
         faulty |= {"faults.0.kind": "hang_thread", "faults.0.on": call, "faults.0.rate": 1.0}
         server = await stack.enter_async_context(serving(address, _sets(faulty), folder))
         await wait_open(address)
-        settings = Settings(KV, operation=1, rows=tuple(VERBS.values()))
-        arguments = ["-m", "lmcache_trio.bench.host", settings.as_json(), "0", secrets.token_hex(8), address]
+        settings = BenchSettings(KV, operation=1, rows=tuple(VERBS.values()))
+        arguments = ["-m", "lmcache_trio.bench.host_process", settings.as_json(), "0", secrets.token_hex(8), address]
         host = await stack.enter_async_context(child(arguments, folder / "host.log"))
         await host.hear()
         scheduler, worker = await _engine(stack, address)

@@ -1,4 +1,4 @@
-"""Row by row: what a client prepares, what is timed, and what is checked afterwards. Disk rows are `tiers`'."""
+"""ResultRow by row: what a client prepares, what is timed, and what is checked afterwards. Disk rows are `tiers`'."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 from lmcache_trio._core.keys import chain_digests
 from lmcache_trio._wire.codec import unpack_offsets
 from lmcache_trio.bench import lookups, tiers
-from lmcache_trio.bench.host import Host, Job
+from lmcache_trio.bench.host import Host, Timed
 from lmcache_trio.bench.settings import ROTATION
 from lmcache_trio.bench.site import Site
 from lmcache_trio.errors import Unavailable
@@ -21,17 +21,17 @@ _SECONDS = 60.0
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
-def memcpy(host: Host, n: int) -> Job:
+def memcpy(host: Host, n: int) -> Timed:
     """torch's copy_, one thread, private memory to private memory, all of it warm."""
     pairs = [(host.buffers[ROTATION + i % ROTATION], host.buffers[i % ROTATION]) for i in range(n)]
 
     def run() -> list[float]:
         return [_timed(target.copy_, source) for target, source in pairs]
 
-    return Job(run, n * host.settings.operation_bytes)
+    return Timed(run, n * host.settings.operation_bytes)
 
 
-def memcpy_shm(host: Host, n: int) -> Job:
+def memcpy_shm(host: Host, n: int) -> Timed:
     """The same into slots of the arena: a reservation that is aborted afterwards. Rotates over its source alone."""
     client, worker = host.site.worker._link.client, host.site.worker
     if client is None or client.arena is None:
@@ -58,25 +58,25 @@ def memcpy_shm(host: Host, n: int) -> Job:
     def run() -> list[float]:
         return [_timed(copy, host.buffers[i % ROTATION]) for i in range(n)]
 
-    return Job(run, n * host.settings.operation_bytes, finish)
+    return Timed(run, n * host.settings.operation_bytes, finish)
 
 
-def store(host: Host, n: int) -> Job:
+def store(host: Host, n: int) -> Timed:
     """Blocks to slots, from the call until the server has published them: prompts that are new to it."""
     return _store(host, host.site, n)
 
 
-def retrieve(host: Host, n: int) -> Job:
+def retrieve(host: Host, n: int) -> Timed:
     """Slots to blocks, from the call until what was read is known to be valid: what the last `store` left."""
     return _retrieve(host, host.site, n)
 
 
-def store_device(host: Host, n: int) -> Job:
+def store_device(host: Host, n: int) -> Timed:
     """As `store`, by an engine that only names its blocks: the server moves them."""
     return _store(host, _device(host), n)
 
 
-def retrieve_device(host: Host, n: int) -> Job:
+def retrieve_device(host: Host, n: int) -> Timed:
     """As `retrieve`, likewise: what the last `store_device` left."""
     return _retrieve(host, _device(host), n)
 
@@ -87,7 +87,7 @@ def _device(host: Host) -> Site:
     return host.device_site
 
 
-def _store(host: Host, site: Site, n: int) -> Job:
+def _store(host: Host, site: Site, n: int) -> Timed:
     prompts = host.fresh_prompts(n)
     specs = site.store_specs(prompts, host.blocks)
     before = site.count_stored()
@@ -103,10 +103,10 @@ def _store(host: Host, site: Site, n: int) -> Job:
     def run() -> list[float]:
         return [_timed(site.worker.store_now, [spec]) for spec in specs]
 
-    return Job(run, n * host.settings.operation_bytes, finish)
+    return Timed(run, n * host.settings.operation_bytes, finish)
 
 
-def _retrieve(host: Host, site: Site, n: int) -> Job:
+def _retrieve(host: Host, site: Site, n: int) -> Timed:
     prompts = {host.name(): tokens for tokens in list(site.stored.values())[-n:]}
     if len(prompts) != n:
         raise Unavailable("a retrieve needs what a store left: measure that too")
@@ -122,47 +122,47 @@ def _retrieve(host: Host, site: Site, n: int) -> Job:
     def run() -> list[float]:
         return [_timed(site.worker.retrieve_now, [spec]) for spec in specs]
 
-    return Job(run, n * host.settings.operation_bytes, finish)
+    return Timed(run, n * host.settings.operation_bytes, finish)
 
 
 # --- lookups ----------------------------------------------------------------------------------------------------------
 
 
-def bare_round_trip(host: Host, n: int) -> Job:
-    return Job(lambda: lookups.bare_round_trips(host.site.client, n))
+def bare_round_trip(host: Host, n: int) -> Timed:
+    return Timed(lambda: lookups.bare_round_trips(host.site.client, n))
 
 
-def ping(host: Host, n: int) -> Job:
-    return Job(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.pings(client, n)))
+def ping(host: Host, n: int) -> Timed:
+    return Timed(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.pings(client, n)))
 
 
-def lookup_hit(host: Host, n: int) -> Job:
+def lookup_hit(host: Host, n: int) -> Timed:
     digests = hot_digests(host)
-    return Job(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.lookups(client, digests, n)))
+    return Timed(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.lookups(client, digests, n)))
 
 
-def lookup_miss(host: Host, n: int) -> Job:
+def lookup_miss(host: Host, n: int) -> Timed:
     chunks = host.settings.prompt_chunks
     prompts = lookups.unknown_prompts(chunks, n)
-    return Job(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.misses(client, prompts)))
+    return Timed(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.misses(client, prompts)))
 
 
-def sync_lookup(host: Host, n: int) -> Job:
+def sync_lookup(host: Host, n: int) -> Timed:
     names = [host.name() for _ in range(n)]
-    return Job(lambda: lookups.sync_lookups(host.site.scheduler, names, host.hot))
+    return Timed(lambda: lookups.sync_lookups(host.site.scheduler, names, host.hot))
 
 
-def lookup_extend(host: Host, n: int) -> Job:
+def lookup_extend(host: Host, n: int) -> Timed:
     digests = hot_digests(host)
     sessions = _opened(host, digests[:-1], n)
-    return Job(
+    return Timed(
         lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.extensions(client, digests, sessions))
     )
 
 
-def end_session(host: Host, n: int) -> Job:
+def end_session(host: Host, n: int) -> Timed:
     sessions = _opened(host, hot_digests(host), n)
-    return Job(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.ends(client, sessions)))
+    return Timed(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.ends(client, sessions)))
 
 
 def hot_digests(host: Host) -> list[bytes]:
@@ -182,7 +182,7 @@ def _timed(do: Callable[..., object], *args: object) -> float:
     return time.perf_counter() - began
 
 
-PHASES: dict[str, Callable[[Host, int], Job]] = {
+PHASES: dict[str, Callable[[Host, int], Timed]] = {
     "memcpy": memcpy,
     "memcpy_shm": memcpy_shm,
     "bare_round_trip": bare_round_trip,

@@ -1,4 +1,4 @@
-"""How a server starts whose disk tier knows very many chunks: `python -m lmcache_trio.bench.records [COUNT]`.
+"""How a server starts whose disk tier knows very many chunks.
 
 The tier is filled through its own interface, with chunks of one byte in chains of 8, each of which takes a page of a
 slab: a million, the default, take 5 GiB of disk and some minutes. Then a server is started on it, three times, after
@@ -7,7 +7,6 @@ lookup is answered by query if the reading was still under way when the answer h
 """
 
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -24,9 +23,9 @@ from lmcache_trio.abc import ChunkKey, Record, Tier
 from lmcache_trio.bench.files import forget
 from lmcache_trio.bench.run import look_until, scratch, serving, wait_open
 from lmcache_trio.client import open_client
-from lmcache_trio.errors import LMCacheTrioError, Unavailable
+from lmcache_trio.errors import Unavailable
 
-__all__ = ["Start", "main", "measure_records", "typical"]
+__all__ = ["Start", "measure_records", "typical"]
 
 STARTS = 3
 CHAIN = 8
@@ -132,18 +131,3 @@ async def _start(table: dict[str, Any], count: int, digest: bytes, folder: Path,
 def _tier(said: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = said["tiers"][0]["backend"]
     return found
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Measure and print. Returns the exit status."""
-    from lmcache_trio.bench.command import records
-
-    try:
-        return records(int(arguments[0]) if arguments else 1_000_000)
-    except LMCacheTrioError as exc:
-        print(f"lmcache-trio: {exc}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -6,8 +6,8 @@ from rich.table import Table
 
 from lmcache_trio.bench.parked import Parked
 from lmcache_trio.bench.records import Start, typical
-from lmcache_trio.bench.rows import Round, Row, client_share, speed_of, spread
-from lmcache_trio.bench.settings import DEVICE, ROTATION, KVShape, Settings
+from lmcache_trio.bench.rows import ResultRow, Round, client_share, speed_of, spread
+from lmcache_trio.bench.settings import DEVICE, ROTATION, BenchSettings, KVShape
 
 __all__ = ["comparison", "doubts", "parked_table", "parked_verdicts", "start_lines", "table", "verdicts"]
 
@@ -27,7 +27,7 @@ _COMPARED = {"p50_us": "p50 µs", "ops_s": "ops/s", "gb_s": "GB/s", "ratio": "ra
 _COLUMNS = ("row", "clients", "n", "p50 µs", "p99 µs", "ops/s", "GB/s", "client µs", "server µs", "ratio")
 
 
-def table(rows: Sequence[Row], settings: Settings) -> Table:
+def table(rows: Sequence[ResultRow], settings: BenchSettings) -> Table:
     """All figures. Processor time is an operation's."""
     made = Table(title=f"{_shape(settings.kv)}, operations of {settings.operation_bytes / (1 << 20):.4g} MiB")
     for name in _COLUMNS:
@@ -56,7 +56,7 @@ def doubts(rounds: Mapping[str, Sequence[Round]], others: float) -> list[str]:
     return found
 
 
-def verdicts(rounds: Mapping[str, Sequence[Round]], settings: Settings) -> list[str]:
+def verdicts(rounds: Mapping[str, Sequence[Round]], settings: BenchSettings) -> list[str]:
     """What the copies reached of their goals, one sentence each, where the table alone does not say it."""
     memcpy, told = rounds.get("memcpy", ()), []
     if ROTATION * settings.operation_bytes < _UNCACHED:
@@ -112,7 +112,7 @@ def start_lines(starts: Sequence[Start], count: int) -> list[str]:
     ]
 
 
-def comparison(before: Sequence[Row], after: Sequence[Row], names: tuple[str, str]) -> Table:
+def comparison(before: Sequence[ResultRow], after: Sequence[ResultRow], names: tuple[str, str]) -> Table:
     """Two runs side by side, and what the second is of the first: below 1 is faster for times, above 1 for rates.
 
     A row that one of them lacks leaves its cells empty."""

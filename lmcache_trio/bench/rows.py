@@ -1,4 +1,4 @@
-"""What was measured: one `Part` a client and round, one `Round` of all clients, one `Row` of all rounds.
+"""What was measured: one `HostPart` a client and round, one `Round` of all clients, one `ResultRow` of all rounds.
 
 Every figure of a row is the median of its rounds', and so is its ratio: each round's figure is divided by the limit
 that the same round measured. Nothing here measures or prints.
@@ -17,9 +17,9 @@ from lmcache_trio.bench.settings import COPIES, DISK
 from lmcache_trio.errors import ConfigError
 
 __all__ = [
-    "Part",
+    "HostPart",
+    "ResultRow",
     "Round",
-    "Row",
     "client_share",
     "load_rows",
     "percentile",
@@ -34,7 +34,7 @@ _WITHOUT_SERVER = ("memcpy", "memcpy_shm", "direct_read")
 
 
 @attrs.frozen
-class Part:
+class HostPart:
     """One client's share of a round: seconds of each operation, and when they were, on the machine's monotonic clock.
 
     *cpu* is the client's own processor time, all threads; *moved* the bytes that were copied.
@@ -51,7 +51,7 @@ class Part:
 class Round:
     """All clients together. *server_cpu* is None where the server's processor time cannot be read."""
 
-    parts: Sequence[Part]
+    parts: Sequence[HostPart]
     server_cpu: float | None
 
     @property
@@ -82,7 +82,7 @@ class Round:
 
 
 @attrs.frozen
-class Row:
+class ResultRow:
     """A line of the table. Microseconds are an operation's; *ratio* is told by docs/performance.md."""
 
     name: str
@@ -103,16 +103,16 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ranked[max(0, math.ceil(share * len(ranked)) - 1)]
 
 
-def summarise(measured: Mapping[str, Sequence[Round]]) -> list[Row]:
+def summarise(measured: Mapping[str, Sequence[Round]]) -> list[ResultRow]:
     """One row a name, in order. `memcpy` and `bare_round_trip`, if there, are what the others are related to."""
     return [_row(name, rounds, measured) for name, rounds in measured.items() if rounds]
 
 
-def _row(name: str, rounds: Sequence[Round], measured: Mapping[str, Sequence[Round]]) -> Row:
+def _row(name: str, rounds: Sequence[Round], measured: Mapping[str, Sequence[Round]]) -> ResultRow:
     copying = name in _COPYING
     limits = measured.get("memcpy" if copying else "bare_round_trip", ())
     servers = [r.server_cpu / r.operations for r in rounds if r.server_cpu is not None]
-    return Row(
+    return ResultRow(
         name,
         len(rounds[0].parts),
         sum(r.operations for r in rounds),
@@ -156,7 +156,7 @@ def spread(values: Sequence[float]) -> float:
     return (inner[-1] - inner[0]) / median(ranked)
 
 
-def save_rows(path: Path, rows: Sequence[Row]) -> None:
+def save_rows(path: Path, rows: Sequence[ResultRow]) -> None:
     """Write *rows* as a JSON list of objects."""
     try:
         path.write_text(json.dumps([_rounded(row) for row in rows], indent=1) + "\n")
@@ -164,17 +164,17 @@ def save_rows(path: Path, rows: Sequence[Row]) -> None:
         raise ConfigError("--json", f"{path} cannot be written: {exc.strerror}") from exc
 
 
-def load_rows(path: Path) -> list[Row]:
+def load_rows(path: Path) -> list[ResultRow]:
     """What `save_rows` wrote; `ConfigError` if it is something else."""
     try:
         found: Any = json.loads(path.read_text())
         if not isinstance(found, list):
             raise TypeError("it holds no list")
-        return [Row(**row) for row in found]
+        return [ResultRow(**row) for row in found]
     except (OSError, ValueError, TypeError) as exc:
-        raise ConfigError("--compare", f"{path} is no file that lmcache-trio bench --json wrote: {exc}") from exc
+        raise ConfigError(path.name, f"{path} is no file that lmcache-trio bench --json wrote: {exc}") from exc
 
 
-def _rounded(row: Row) -> dict[str, Any]:
+def _rounded(row: ResultRow) -> dict[str, Any]:
     """Five digits: nothing here is known to more."""
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in attrs.asdict(row).items()}

@@ -22,8 +22,8 @@ import trio
 
 from lmcache_trio.bench.files import why_no_direct
 from lmcache_trio.bench.machine import Meter, cpu_seconds
-from lmcache_trio.bench.rows import Part, Round
-from lmcache_trio.bench.settings import COPIES, DISK, Settings
+from lmcache_trio.bench.rows import HostPart, Round
+from lmcache_trio.bench.settings import COPIES, DISK, BenchSettings
 from lmcache_trio.client import Client, open_client
 from lmcache_trio.errors import Unavailable
 
@@ -148,7 +148,7 @@ async def scratch(near: Path | None = None) -> AsyncIterator[Path]:
 
 
 async def measure(
-    settings: Settings, *, address: str | None, disk: Path | None, tell: Callable[[str, int, int], None]
+    settings: BenchSettings, *, address: str | None, disk: Path | None, tell: Callable[[str, int, int], None]
 ) -> Measured:
     """Run it all. *address*: of a server that runs already; disk rows, which need one of our own, are then left out.
 
@@ -176,7 +176,7 @@ async def measure(
         run = secrets.token_hex(8)
         hosts = []
         for rank in range(settings.clients):
-            arguments = ["-m", "lmcache_trio.bench.host", settings.as_json(), str(rank), run, *addresses]
+            arguments = ["-m", "lmcache_trio.bench.host_process", settings.as_json(), str(rank), run, *addresses]
             arguments += [tier_folder] if tier_folder else []
             hosts.append(await stack.enter_async_context(child(arguments, folder / "host.log")))
         said = [await host.hear() for host in hosts]
@@ -188,7 +188,7 @@ async def measure(
 
 
 async def _rounds(
-    settings: Settings,
+    settings: BenchSettings,
     wanted: Sequence[str],
     hosts: Sequence[Child],
     servers: Sequence[int | None],
@@ -214,7 +214,7 @@ async def play(name: str, n: int, hosts: Sequence[Child], server: int | None) ->
     """*n* operations of row *name* by each of *hosts*, all at the same time."""
     await ask(hosts, prepare=name, n=n)
     before = cpu_seconds(server) if server else None
-    parts = [Part(**said) for said in await ask(hosts, go=True)]
+    parts = [HostPart(**said) for said in await ask(hosts, go=True)]
     after = cpu_seconds(server) if server else None
     return Round(parts, None if before is None or after is None else after - before)
 
@@ -226,11 +226,11 @@ async def ask(hosts: Sequence[Child], **what: object) -> list[dict[str, Any]]:
     return [await host.hear() for host in hosts]
 
 
-def _main_sets(settings: Settings) -> list[str]:
+def _main_sets(settings: BenchSettings) -> list[str]:
     return [f"memory.size={settings.arena_bytes}", f"chunk_tokens={settings.kv.chunk_tokens}"]
 
 
-def _disk_sets(settings: Settings, folder: str) -> list[str]:
+def _disk_sets(settings: BenchSettings, folder: str) -> list[str]:
     """A load is to be waited for: this measures it, and does not bound it. Each client may have an operation queued."""
     table = {"backend": "disk", "path": f"{folder}/tier", "size": settings.disk_bytes}
     return [

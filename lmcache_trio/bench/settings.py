@@ -17,8 +17,8 @@ __all__ = [
     "PROMPT_TOKENS",
     "ROTATION",
     "ROWS",
+    "BenchSettings",
     "KVShape",
-    "Settings",
     "size_of",
 ]
 
@@ -103,7 +103,7 @@ NAMED_KV = {
 
 
 @attrs.frozen
-class Settings:
+class BenchSettings:
     """One run. *operation* is the bytes of a store or retrieve, rounded up to whole chunks; counts are a client's.
 
     *rows* are those to be measured; memcpy and the bare round trip always are, and a cold load's limit with it.
@@ -183,7 +183,7 @@ class Settings:
         return json.dumps(attrs.asdict(self))
 
     @classmethod
-    def of_json(cls, text: str) -> "Settings":
+    def of_json(cls, text: str) -> "BenchSettings":
         given = json.loads(text)
         kv = KVShape(**given.pop("kv"))
         return cls(kv=kv, rows=tuple(given.pop("rows")), **given)

@@ -13,7 +13,7 @@ from lmcache_trio.adapters import PollingSchedulerAdapter, WorkerAdapter
 from lmcache_trio.adapters.device_path import Path
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
-from lmcache_trio.bench.settings import ROTATION, Settings
+from lmcache_trio.bench.settings import ROTATION, BenchSettings
 from lmcache_trio.client import Client
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.threads import Handoff
@@ -36,7 +36,9 @@ class TimedWorker(WorkerAdapter):
 class Site:
     """An engine whose KV is *kv* and is moved by *path*; `Unavailable` says why it can't be by that."""
 
-    def __init__(self, settings: Settings, address: str, run: str, kv: Mapping[str, torch.Tensor], path: Path) -> None:
+    def __init__(
+        self, settings: BenchSettings, address: str, run: str, kv: Mapping[str, torch.Tensor], path: Path
+    ) -> None:
         engine = f"bench {run} {os.getpid()} {path}"
         self.kv = kv
         self.stored: dict[str, list[int]] = {}
@@ -141,24 +143,24 @@ class Site:
         self.scheduler.shutdown()
 
 
-def private_kv(settings: Settings) -> dict[str, torch.Tensor]:
+def private_kv(settings: BenchSettings) -> dict[str, torch.Tensor]:
     """As most engines make it: an allocation a layer."""
     size = _layer_bytes(settings)
     return _filled(settings, [torch.empty(size, dtype=torch.uint8) for _ in range(settings.kv.layers)])
 
 
-def shared_kv(settings: Settings) -> dict[str, torch.Tensor]:
+def shared_kv(settings: BenchSettings) -> dict[str, torch.Tensor]:
     """The same in one piece of memory that the server can open. `Unavailable`: there is not so much."""
     size, layers = _layer_bytes(settings), settings.kv.layers
     whole = shared_tensor(layers * size)
     return _filled(settings, [whole[i * size : (i + 1) * size] for i in range(layers)])
 
 
-def _layer_bytes(settings: Settings) -> int:
+def _layer_bytes(settings: BenchSettings) -> int:
     return ROTATION * settings.operation_bytes // settings.kv.layers
 
 
-def _filled(settings: Settings, layers: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _filled(settings: BenchSettings, layers: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Each of *layers* as (2, blocks, block tokens, heads, head dim). No two blocks are alike."""
     kv = settings.kv
     blocks = ROTATION * settings.operation_tokens // kv.block_tokens

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lmcache_trio.bench import files
-from lmcache_trio.bench.host import Host, Job
+from lmcache_trio.bench.host import Host, Timed
 from lmcache_trio.bench.site import Site
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.threads import Handoff
@@ -28,7 +28,7 @@ DIRECT_PIECE = 32 << 20
 anyway: 8, 32 and 128 MiB read alike here, within what the disk varied by of itself."""
 
 
-def writeback(host: Host, n: int) -> Job:
+def writeback(host: Host, n: int) -> Timed:
     """One operation after the other, each waited for."""
     site = _disk(host)
     prompts = host.fresh_prompts(n)
@@ -47,10 +47,10 @@ def writeback(host: Host, n: int) -> Job:
         host.written = prompts
         site.end(list(prompts))
 
-    return Job(run, n * host.settings.operation_bytes, finish)
+    return Timed(run, n * host.settings.operation_bytes, finish)
 
 
-def load_warm(host: Host, n: int) -> Job:
+def load_warm(host: Host, n: int) -> Timed:
     """What the last writeback left, oldest first: it is not in memory any more when its turn comes."""
     site = _disk(host)
     prompts = {host.name(): tokens for tokens in list(host.written.values())[:n]}
@@ -72,16 +72,16 @@ def load_warm(host: Host, n: int) -> Job:
         if loaded < n * host.settings.operation_chunks and host.settings.clients == 1:
             raise Unavailable(f"only {loaded} chunks came from disk: the rest was in memory")
 
-    return Job(run, n * host.settings.operation_bytes, finish)
+    return Timed(run, n * host.settings.operation_bytes, finish)
 
 
-def load_cold(host: Host, n: int) -> Job:
+def load_cold(host: Host, n: int) -> Timed:
     """The same, after the page cache was told to forget the tier's files."""
     _forget(host)
     return load_warm(host, n)
 
 
-def direct_read(host: Host, n: int) -> Job:
+def direct_read(host: Host, n: int) -> Timed:
     """As many bytes of the slabs as a load of this round moves: one thread, in order, into one warm buffer.
 
     Each round, and each client, goes on where the one before it ended.
@@ -108,7 +108,7 @@ def direct_read(host: Host, n: int) -> Job:
                 times.append(time.perf_counter() - began)
         return times
 
-    return Job(run, n * size)
+    return Timed(run, n * size)
 
 
 def _forget(host: Host) -> None:

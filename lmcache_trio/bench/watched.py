@@ -18,10 +18,10 @@ import trio
 from lmcache_trio._server.supervise import Server, serve
 from lmcache_trio.config import load_config
 
-__all__ = ["Watch", "main"]
+__all__ = ["PauseInstrument", "main"]
 
 
-class Watch(trio.abc.Instrument):
+class PauseInstrument(trio.abc.Instrument):
     """How long a loop was away from its I/O, at most."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Watch(trio.abc.Instrument):
 
 def main(arguments: Sequence[str]) -> None:
     address, sets = arguments[1], [item for item in arguments[2:] if item != "--set"]
-    watch = Watch()
+    watch = PauseInstrument()
 
     def on_ready(server: Server) -> None:
         signal.signal(signal.SIGUSR1, watch.tell)

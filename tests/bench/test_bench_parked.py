@@ -44,7 +44,7 @@ def test_what_is_copied_is_small() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"), [(["--parked", "0"], "--parked"), (["--parked", "9", "--rounds", "0"], "--rounds")]
+    ("flags", "named"), [(["parked", "0"], "COUNT"), (["parked", "9", "--rounds", "0"], "--rounds")]
 )
 def test_a_number_out_of_range_is_refused_by_name(flags: list[str], named: str) -> None:
     command = [sys.executable, "-m", "lmcache_trio", "bench", *flags]

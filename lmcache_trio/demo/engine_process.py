@@ -1,6 +1,6 @@
 """The engine process of `lmcache-trio demo`: serves the demo's prompts one after the other, and says how it went.
 
-Run as `python -m lmcache_trio.testing.demo_engine ADDRESS SETTINGS`, *SETTINGS* as JSON. It writes one JSON object a
+Run as `python -m lmcache_trio.demo.engine_process ADDRESS SETTINGS`, *SETTINGS* as JSON. It writes one JSON object a
 line to its standard output, and nothing else: one when it is ready, then one a prompt. Served, it ends.
 """
 
@@ -14,18 +14,18 @@ import attrs
 import torch
 
 from lmcache_trio.adapters.device_path import Path
+from lmcache_trio.demo.command import DemoSettings
+from lmcache_trio.demo.connected_engine import connect
+from lmcache_trio.demo.engine import EngineConfig
+from lmcache_trio.demo.model import Model, ModelConfig
+from lmcache_trio.demo.model_kv import ModelKV
 from lmcache_trio.errors import Unavailable
-from lmcache_trio.testing.connected import connect
-from lmcache_trio.testing.demo import Settings
-from lmcache_trio.testing.engine import EngineConfig
-from lmcache_trio.testing.model import Model, ModelConfig
-from lmcache_trio.testing.paged_kv import PagedKV
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    address, settings = arguments[0], Settings(**json.loads(arguments[1]))
+    address, settings = arguments[0], DemoSettings(**json.loads(arguments[1]))
     torch.set_num_threads(settings.threads)
     model = ModelConfig(seed=settings.seed)
     blocks = -(-(settings.longest + settings.new_tokens) // 16)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
             _say(tokens=len(prompt), **attrs.asdict(completion))
 
 
-def _prompts(settings: Settings, vocabulary: int) -> list[list[int]]:
+def _prompts(settings: DemoSettings, vocabulary: int) -> list[list[int]]:
     """The same in every process. They share no prefix: what is served cold is cold."""
     rng = torch.Generator().manual_seed(settings.seed + 1)
     return [torch.randint(0, vocabulary, (length,), generator=rng).tolist() for length in settings.lengths]
@@ -51,7 +51,7 @@ def _prompts(settings: Settings, vocabulary: int) -> list[list[int]]:
 
 def _warm_up(config: ModelConfig) -> None:
     """The first pass of a process starts torch's threads and picks its kernels: no prompt should pay for that."""
-    kv = PagedKV(config.kv_shape(num_blocks=16, block_tokens=16))
+    kv = ModelKV(config.kv_shape(num_blocks=16, block_tokens=16))
     Model(config).forward(torch.zeros(256, dtype=torch.int64), 0, kv, torch.arange(16))
 
 

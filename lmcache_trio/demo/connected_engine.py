@@ -1,4 +1,4 @@
-"""An engine of `lmcache_trio.testing.engine`, connected to a server: scheduler's side, worker's side and their end.
+"""An engine of `lmcache_trio.demo.engine`, connected to a server: scheduler's side, worker's side and their end.
 
 Apart from the engine, which runs without any server too.
 """
@@ -12,7 +12,7 @@ import torch
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
 from lmcache_trio.adapters.device_path import Path
 from lmcache_trio.adapters.shared_kv import shared_tensor
-from lmcache_trio.testing.engine import Engine, EngineConfig
+from lmcache_trio.demo.engine import EngineConfig, SmallEngine
 
 __all__ = ["ConnectedEngine", "connect"]
 
@@ -21,7 +21,7 @@ __all__ = ["ConnectedEngine", "connect"]
 class ConnectedEngine:
     """The three parts, for tests that reach past the engine."""
 
-    engine: Engine
+    engine: SmallEngine
     scheduler: SchedulerAdapter
     worker: WorkerAdapter
 
@@ -54,7 +54,9 @@ def connect(
         )
         stack.callback(worker.shutdown)
         storage = None if path == "shm" else shared_storage(config)
-        yield ConnectedEngine(Engine(config, scheduler=scheduler, worker=worker, storage=storage), scheduler, worker)
+        yield ConnectedEngine(
+            SmallEngine(config, scheduler=scheduler, worker=worker, storage=storage), scheduler, worker
+        )
 
 
 def shared_storage(config: EngineConfig) -> torch.Tensor:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from lmcache_trio.errors import ConfigError, Unavailable
 
-__all__ = ["Row", "Served", "Settings", "demo", "main", "verdict"]
+__all__ = ["DemoSettings", "PromptComparison", "Served", "demo", "main", "verdict"]
 
 _READY_SECONDS = 30.0
 """For the server to say that it is ready, which takes it 0.3 s on an idle machine."""
@@ -70,7 +70,7 @@ def _default_threads() -> int:
 
 
 @attrs.frozen
-class Settings:
+class DemoSettings:
     """What the demo runs. The default ones fit into the 64 MiB of shared memory that a container has."""
 
     prompts: int = attrs.field(default=4, validator=_at_least(1))
@@ -111,7 +111,7 @@ class Served:
 
 
 @attrs.frozen
-class Row:
+class PromptComparison:
     """One prompt, served cold, warm from memory, and warm from the disk."""
 
     cold: Served
@@ -123,7 +123,7 @@ class Row:
         return list(self.cold.output_ids) == list(self.warm.output_ids) == list(self.disk.output_ids)
 
 
-def main(settings: Settings) -> int:
+def main(settings: DemoSettings) -> int:
     """Run the demo and print it. Returns the exit status: 1 if any id differs or a prompt was not reused.
 
     `Unavailable` when it is not done by the deadline, or a process of it fails (then in a group).
@@ -143,7 +143,7 @@ def main(settings: Settings) -> int:
     return 1 if problems else 0
 
 
-def verdict(rows: Sequence[Row]) -> list[str]:
+def verdict(rows: Sequence[PromptComparison]) -> list[str]:
     """What is wrong with *rows*, one sentence a prompt; empty if the job was done."""
     problems = []
     for row in rows:
@@ -157,7 +157,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return problems
 
 
-async def demo(settings: Settings, progress: Progress) -> list[Row]:
+async def demo(settings: DemoSettings, progress: Progress) -> list[PromptComparison]:
     """Run the five processes, telling *progress*. All have ended, and left no file, when this returns or raises.
 
     `Unavailable` (in a group) when one of them fails; it ends with what that one last wrote to its standard error.
@@ -171,7 +171,7 @@ async def demo(settings: Settings, progress: Progress) -> list[Row]:
         arguments += ["--set", f"memory.size={settings.arena_bytes}", "--set", "grace=3"]
         disk = f'backend = "disk", path = "{directory}/disk", size = {settings.disk_bytes}, slab_size = {16 << 20}'
         arguments += ["--set", f"tiers=[{{ {disk} }}]"]
-        engine = ["-m", "lmcache_trio.testing.demo_engine", address, json.dumps(attrs.asdict(settings))]
+        engine = ["-m", "lmcache_trio.demo.engine_process", address, json.dumps(attrs.asdict(settings))]
         served = []
         for titles in _TITLES:
             async with trio.open_nursery() as processes:
@@ -181,7 +181,7 @@ async def demo(settings: Settings, progress: Progress) -> list[Row]:
                 for title in titles:
                     served.append(await _serve_prompts(title, engine, settings, progress, logs))
                 processes.cancel_scope.cancel()  # SIGTERM; the server writes to the disk what it still owes, and ends
-    return [Row(*three) for three in zip(*served, strict=True)]
+    return [PromptComparison(*three) for three in zip(*served, strict=True)]
 
 
 async def _wait_ready(server: trio.Process) -> None:
@@ -193,7 +193,7 @@ async def _wait_ready(server: trio.Process) -> None:
 
 
 async def _serve_prompts(
-    title: str, arguments: Sequence[str], settings: Settings, progress: Progress, logs: Path
+    title: str, arguments: Sequence[str], settings: DemoSettings, progress: Progress, logs: Path
 ) -> list[Served]:
     """One engine's whole life."""
     served = []
@@ -262,15 +262,15 @@ async def _lines(process: trio.Process) -> AsyncIterator[bytes]:
             yield line
 
 
-async def _until_done(settings: Settings, progress: Progress) -> list[Row] | None:
+async def _until_done(settings: DemoSettings, progress: Progress) -> list[PromptComparison] | None:
     with trio.move_on_after(math.inf if settings.deadline is None else settings.deadline):
         return await _until_terminated(settings, progress)
     raise Unavailable(f"the demo was not done within {settings.deadline:g} s; all it started has ended")
 
 
-async def _until_terminated(settings: Settings, progress: Progress) -> list[Row] | None:
+async def _until_terminated(settings: DemoSettings, progress: Progress) -> list[PromptComparison] | None:
     """`demo`, or None if SIGTERM came: by default that would end this process and leave the others."""
-    rows: list[Row] | None = None
+    rows: list[PromptComparison] | None = None
     async with trio.open_nursery() as nursery:
 
         async def watch(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -285,7 +285,7 @@ async def _until_terminated(settings: Settings, progress: Progress) -> list[Row]
     return rows
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _table(rows: Sequence[PromptComparison]) -> Table:
     table = Table(title="Time to first token, in milliseconds")
     for name in ("#", "tokens", "cold", "warm", "reused", "from disk", "reused", "ids"):
         table.add_column(name, justify="left" if name == "ids" else "right")

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lmcache_trio.demo.engine import EngineConfig, SmallEngine
+from lmcache_trio.demo.model import Model, ModelConfig
+from lmcache_trio.demo.model_kv import BlockPool, KVLayout, ModelKV, ModelKVShape
 from lmcache_trio.errors import Misuse
-from lmcache_trio.testing.engine import Engine, EngineConfig
-from lmcache_trio.testing.model import Model, ModelConfig
-from lmcache_trio.testing.paged_kv import BlockPool, KVLayout, KVShape, PagedKV
 
 SMALL = ModelConfig(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, vocabulary=512)
 CONFIG = EngineConfig(model=SMALL, num_blocks=64, block_tokens=16, prefill_tokens=64)
@@ -28,7 +28,7 @@ def prompt(length: int, seed: int = 1) -> list[int]:
 
 
 def generate(config: EngineConfig, tokens: list[int], count: int = 12) -> tuple[int, ...]:
-    engine = Engine(config)
+    engine = SmallEngine(config)
     engine.submit("r", tokens, count)
     return engine.run()["r"].output_ids
 
@@ -60,7 +60,7 @@ def test_paged_attention_gives_the_ids_of_a_contiguous_forward_pass() -> None:
     model = Model(SMALL)
     expected: list[int] = []
     for _ in range(6):  # one pass over everything each time: no cache, one block as long as the request
-        kv = PagedKV(SMALL.kv_shape(num_blocks=1, block_tokens=256))
+        kv = ModelKV(SMALL.kv_shape(num_blocks=1, block_tokens=256))
         logits = model.forward(torch.tensor(tokens + expected), 0, kv, torch.tensor([0]))
         expected.append(int(logits.argmax()))
     assert generate(CONFIG, tokens, 6) == tuple(expected)
@@ -75,7 +75,7 @@ def test_bfloat16_runs_and_repeats_itself() -> None:
 def test_wrong_kv_of_any_block_changes_the_logits(position: int) -> None:
     tokens = torch.tensor(prompt(200))
     model = Model(SMALL)
-    kv = PagedKV(SMALL.kv_shape(num_blocks=16, block_tokens=16))
+    kv = ModelKV(SMALL.kv_shape(num_blocks=16, block_tokens=16))
     table = torch.arange(16)
     model.forward(tokens, 0, kv, table)
     right = model.forward(tokens[-1:], 200, kv, table)
@@ -89,7 +89,7 @@ def test_wrong_kv_of_any_block_changes_the_logits(position: int) -> None:
 
 
 def test_requests_that_run_together_get_the_ids_they_get_alone() -> None:
-    engine = Engine(CONFIG)
+    engine = SmallEngine(CONFIG)
     for i in range(4):
         engine.submit(f"r{i}", prompt(100 + 50 * i, seed=i), 8)
     together = engine.run()
@@ -98,7 +98,7 @@ def test_requests_that_run_together_get_the_ids_they_get_alone() -> None:
 
 
 def test_a_request_waits_until_blocks_are_free_and_all_come_back() -> None:
-    engine = Engine(EngineConfig(model=SMALL, num_blocks=8, block_tokens=16, prefill_tokens=64))
+    engine = SmallEngine(EngineConfig(model=SMALL, num_blocks=8, block_tokens=16, prefill_tokens=64))
     for i in range(5):
         engine.submit(f"r{i}", prompt(100, seed=i), 8)
     assert len(engine.run()) == 5
@@ -106,7 +106,7 @@ def test_a_request_waits_until_blocks_are_free_and_all_come_back() -> None:
 
 
 def test_an_aborted_request_gives_its_blocks_back() -> None:
-    engine = Engine(CONFIG)
+    engine = SmallEngine(CONFIG)
     engine.submit("r", prompt(300), 8)
     engine.step()
     assert engine.pool.free_blocks < CONFIG.num_blocks
@@ -117,11 +117,11 @@ def test_an_aborted_request_gives_its_blocks_back() -> None:
 
 def test_a_request_that_can_never_fit_is_refused_by_name() -> None:
     with pytest.raises(Misuse, match="num_blocks=64"):
-        Engine(CONFIG).submit("r", prompt(1020), 8)
+        SmallEngine(CONFIG).submit("r", prompt(1020), 8)
 
 
 def test_an_id_in_use_is_refused_by_name() -> None:
-    engine = Engine(CONFIG)
+    engine = SmallEngine(CONFIG)
     engine.submit("r", prompt(10), 1)
     with pytest.raises(Misuse, match="request_id 'r'"):
         engine.submit("r", prompt(10), 1)
@@ -143,9 +143,9 @@ def test_a_block_is_handed_out_once_and_taken_back_once() -> None:
 
 @pytest.mark.parametrize("layout", KVLayout)
 def test_all_layers_are_views_of_one_storage_in_the_layout_asked_for(layout: KVLayout) -> None:
-    shape = KVShape(layers=3, num_blocks=5, block_tokens=4, kv_heads=2, head_dim=8)
+    shape = ModelKVShape(layers=3, num_blocks=5, block_tokens=4, kv_heads=2, head_dim=8)
     storage = torch.zeros(shape.numel + 7)
-    kv = PagedKV(shape, layout=layout, storage=storage)
+    kv = ModelKV(shape, layout=layout, storage=storage)
     expected = (2, 5, 4, 2, 8) if layout is KVLayout.KV_FIRST else (5, 2, 4, 2, 8)
     assert [tuple(t.shape) for t in kv.layers.values()] == [expected] * 3
     for tensor in kv.layers.values():
@@ -155,7 +155,7 @@ def test_all_layers_are_views_of_one_storage_in_the_layout_asked_for(layout: KVL
 
 @pytest.mark.parametrize("layout", KVLayout)
 def test_what_is_written_through_a_table_is_read_back_through_it(layout: KVLayout) -> None:
-    kv = PagedKV(KVShape(layers=1, num_blocks=6, block_tokens=4, kv_heads=2, head_dim=8), layout=layout)
+    kv = ModelKV(ModelKVShape(layers=1, num_blocks=6, block_tokens=4, kv_heads=2, head_dim=8), layout=layout)
     table = torch.tensor([5, 0, 3])
     keys, values = torch.randn(10, 2, 8), torch.randn(10, 2, 8)
     kv.write(0, table, 0, keys[:7], values[:7])

@@ -15,9 +15,9 @@ import attrs
 import pytest
 
 from lmcache_trio import cli
+from lmcache_trio.demo import command as demo
+from lmcache_trio.demo.command import DemoSettings, PromptComparison, Served, verdict
 from lmcache_trio.errors import ConfigError
-from lmcache_trio.testing import demo
-from lmcache_trio.testing.demo import Row, Served, Settings, verdict
 
 DEMO = [sys.executable, "-m", "lmcache_trio", "demo"]
 SMALL = ["--prompts", "2", "--longest", "700", "--new-tokens", "4"]
@@ -126,23 +126,23 @@ WARM = attrs.evolve(COLD, reused_tokens=512, first_token_seconds=0.1)
 
 
 def test_equal_ids_and_something_reused_pass() -> None:
-    assert verdict([Row(COLD, WARM, WARM)]) == []
+    assert verdict([PromptComparison(COLD, WARM, WARM)]) == []
 
 
 @pytest.mark.parametrize(
     "warm", [attrs.evolve(WARM, output_ids=(1, 2, 4)), attrs.evolve(WARM, output_ids=(1, 2)), COLD]
 )
 def test_one_different_id_or_one_prompt_not_reused_fails(warm: Served) -> None:
-    assert len(verdict([Row(COLD, WARM, WARM), Row(COLD, warm, WARM)])) == 1
-    assert len(verdict([Row(COLD, WARM, WARM), Row(COLD, WARM, warm)])) == 1
+    assert len(verdict([PromptComparison(COLD, WARM, WARM), PromptComparison(COLD, warm, WARM)])) == 1
+    assert len(verdict([PromptComparison(COLD, WARM, WARM), PromptComparison(COLD, WARM, warm)])) == 1
 
 
 @pytest.mark.parametrize(("warm", "status"), [(WARM, 0), (attrs.evolve(WARM, output_ids=(1, 2, 4)), 1), (COLD, 1)])
 def test_the_command_ends_with_status_1_if_an_id_differs_or_nothing_was_reused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], warm: Served, status: int
 ) -> None:
-    async def run(settings: Settings, progress: object) -> list[Row]:
-        return [Row(COLD, warm, WARM)]
+    async def run(settings: DemoSettings, progress: object) -> list[PromptComparison]:
+        return [PromptComparison(COLD, warm, WARM)]
 
     monkeypatch.setattr(demo, "demo", run)
     try:
@@ -158,24 +158,24 @@ def test_the_command_ends_with_status_1_if_an_id_differs_or_nothing_was_reused(
 
 def test_every_prompt_is_longer_than_a_chunk_and_the_last_is_the_longest() -> None:
     for prompts in range(1, 10):
-        lengths = Settings(prompts=prompts, longest=600).lengths
+        lengths = DemoSettings(prompts=prompts, longest=600).lengths
         assert len(lengths) == prompts
         assert min(lengths) > 256
         assert max(lengths) <= 600
 
 
 def test_the_defaults_fit_into_the_shared_memory_of_a_container() -> None:
-    assert Settings().arena_bytes < 64 << 20
+    assert DemoSettings().arena_bytes < 64 << 20
 
 
 @pytest.mark.parametrize("name", ["prompts", "longest", "new_tokens", "threads"])
 def test_a_setting_too_small_is_refused_by_its_flag(name: str) -> None:
     too_small: dict[str, Any] = {name: 0}
     with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):
-        Settings(**too_small)
+        DemoSettings(**too_small)
 
 
 @pytest.mark.parametrize("deadline", [0.0, -1.0, float("nan")])
 def test_a_deadline_that_is_none_is_refused_by_its_flag(deadline: float) -> None:
     with pytest.raises(ConfigError, match="--deadline"):
-        Settings(deadline=deadline)
+        DemoSettings(deadline=deadline)

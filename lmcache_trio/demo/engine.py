@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
+from lmcache_trio.demo.model import Model, ModelConfig
+from lmcache_trio.demo.model_kv import BlockPool, KVLayout, ModelKV
 from lmcache_trio.errors import Misuse
-from lmcache_trio.testing.model import Model, ModelConfig
-from lmcache_trio.testing.paged_kv import BlockPool, KVLayout, PagedKV
 
 if TYPE_CHECKING:
     from lmcache_trio.adapters import SchedulerAdapter, WorkerAdapter
 
-__all__ = ["Completion", "Engine", "EngineConfig", "LoadMode", "Phase"]
+__all__ = ["Completion", "EngineConfig", "Phase", "RetrieveMode", "SmallEngine"]
 
 _IDLE_SECONDS = 0.001
 """The pause of a step that found nothing to compute, and vLLM's own."""
 
 
-class LoadMode(Enum):
+class RetrieveMode(Enum):
     """Whether the engine's thread copies a hit itself, or goes on with other requests meanwhile."""
 
     SYNC = "sync"
@@ -63,7 +63,7 @@ class EngineConfig:
     block_tokens: int = 16
     prefill_tokens: int = attrs.field(default=256, validator=attrs.validators.ge(1))
     layout: KVLayout = KVLayout.KV_FIRST
-    load: LoadMode = LoadMode.SYNC
+    load: RetrieveMode = RetrieveMode.SYNC
 
 
 @attrs.frozen
@@ -77,7 +77,7 @@ class Completion:
 
 
 @attrs.define(eq=False)
-class _Request:
+class _Generation:
     id: str
     tokens: list[int]  # the prompt, then what was generated
     prompt_tokens: int
@@ -97,7 +97,7 @@ class _Request:
         return len(self.tokens) - self.prompt_tokens
 
 
-class Engine:
+class SmallEngine:
     """One model, one paged KV cache, any number of requests. Drive it with `step()`, or `run()` to the end.
 
     *scheduler* and *worker* are both given, or neither (a reference run). The engine registers its tensors with
@@ -116,7 +116,7 @@ class Engine:
             raise Misuse("give both scheduler and worker, or neither")
         self.config = config
         self.model = Model(config.model)
-        self.kv = PagedKV(
+        self.kv = ModelKV(
             config.model.kv_shape(num_blocks=config.num_blocks, block_tokens=config.block_tokens),
             layout=config.layout,
             storage=storage,
@@ -124,7 +124,7 @@ class Engine:
         self.pool = BlockPool(config.num_blocks)
         self._scheduler = scheduler
         self._worker = worker
-        self._requests: dict[str, _Request] = {}  # in the order of submission
+        self._requests: dict[str, _Generation] = {}  # in the order of submission
         self._failed_blocks: set[int] = set()
         if worker is not None:
             worker.register_kv_caches(self.kv.layers, num_blocks=config.num_blocks)
@@ -138,7 +138,7 @@ class Engine:
             raise Misuse("a request needs 1 or more prompt tokens and 1 or more new tokens")
         if self._blocks_for(total) > self.config.num_blocks:
             raise Misuse(f"{total} tokens need more than num_blocks={self.config.num_blocks}: raise it")
-        self._requests[request_id] = _Request(
+        self._requests[request_id] = _Generation(
             request_id, list(prompt_ids), len(prompt_ids), max_new_tokens, perf_counter()
         )
 
@@ -195,21 +195,21 @@ class Engine:
             if self._scheduler is not None:
                 self._start_load(self._scheduler, request, hit)
 
-    def _look_up(self, request: _Request) -> int | None:
+    def _look_up(self, request: _Generation) -> int | None:
         if self._scheduler is None:
             return 0
         # One token at least is left to compute: there are no logits without it
         self._scheduler.maybe_submit_lookup_request(request.id, request.tokens, max_tokens=request.prompt_tokens - 1)
         return self._scheduler.check_lookup_result(request.id)
 
-    def _start_load(self, scheduler: "SchedulerAdapter", request: _Request, hit: int) -> None:
+    def _start_load(self, scheduler: "SchedulerAdapter", request: _Generation, hit: int) -> None:
         blocks = request.blocks[: hit // self.config.block_tokens]
         spec = scheduler.update_after_alloc(request.id, hit, block_ids=blocks)
         if spec is None or self._worker is None:
             return
         request.computed = request.reused = hit
         request.stored_chunks = hit // scheduler.chunk_tokens
-        if self.config.load is LoadMode.SYNC:
+        if self.config.load is RetrieveMode.SYNC:
             self._worker.retrieve_now([spec])
             self._loaded(scheduler, request)
         else:
@@ -226,7 +226,7 @@ class Engine:
         for request_id in retrieved & self._requests.keys():
             self._loaded(self._scheduler, self._requests[request_id])
 
-    def _loaded(self, scheduler: "SchedulerAdapter", request: _Request) -> None:
+    def _loaded(self, scheduler: "SchedulerAdapter", request: _Generation) -> None:
         """Go on with what was loaded; a failed load is cut to the whole chunks before its first failed block."""
         request.phase = Phase.PREFILLING
         if self._worker is not None:
@@ -241,7 +241,7 @@ class Engine:
 
     # --- computing --------------------------------------------------------------------------------------------------
 
-    def _prefill(self, request: _Request) -> None:
+    def _prefill(self, request: _Generation) -> None:
         start, piece = request.computed, self.config.prefill_tokens
         stop = min((start // piece + 1) * piece, request.prompt_tokens)
         logits = self._forward(request, start, stop)
@@ -250,15 +250,15 @@ class Engine:
             request.phase = Phase.DECODING
             self._accept(request, logits)
 
-    def _decode(self, request: _Request) -> None:
+    def _decode(self, request: _Generation) -> None:
         self._accept(request, self._forward(request, len(request.tokens) - 1, len(request.tokens)))
 
-    def _forward(self, request: _Request, start: int, stop: int) -> torch.Tensor:
+    def _forward(self, request: _Generation, start: int, stop: int) -> torch.Tensor:
         logits = self.model.forward(torch.tensor(request.tokens[start:stop]), start, self.kv, request.table)
         request.computed = stop
         return logits
 
-    def _accept(self, request: _Request, logits: torch.Tensor) -> None:
+    def _accept(self, request: _Generation, logits: torch.Tensor) -> None:
         request.tokens.append(int(logits.argmax()))
         if request.generated == request.max_new_tokens:
             request.phase = Phase.SAVING
@@ -280,7 +280,7 @@ class Engine:
             request.storing = True
             self._worker.submit_store(spec)
 
-    def _end(self, request: _Request) -> None:
+    def _end(self, request: _Generation) -> None:
         del self._requests[request.id]
         request.phase = Phase.FINISHED
         if request.blocks:

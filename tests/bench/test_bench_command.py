@@ -16,7 +16,7 @@ import trio
 
 from lmcache_trio.bench import command, plots
 from lmcache_trio.bench.files import why_no_direct
-from lmcache_trio.bench.grow import Grown, Plan, Point, grow
+from lmcache_trio.bench.grow import Grown, GrowthPlan, Point, grow
 from lmcache_trio.bench.machine import Meter, anonymous_bytes, cpu_seconds, describe
 from lmcache_trio.bench.records import Start, measure_records, typical
 from lmcache_trio.bench.report import start_lines
@@ -148,7 +148,7 @@ def test_a_bench_that_is_told_to_end_takes_its_processes_with_it(folder: Path) -
 
 
 async def test_growth_is_measured_at_each_point_and_drawn(tmp_path: Path) -> None:
-    plan = Plan((1024, 8192), (1000, 4000), (1, 2), sessions=20, rounds=1, lookups=5, ready_arena=64 << 20)
+    plan = GrowthPlan((1024, 8192), (1000, 4000), (1, 2), sessions=20, rounds=1, lookups=5, ready_arena=64 << 20)
     told: list[str] = []
     with trio.fail_after(100):
         grown = await grow(plan, lambda what, done, whole: told.append(what))
@@ -205,7 +205,7 @@ def test_how_it_starts_is_the_median_of_each_and_held_to_a_second() -> None:
 
 
 def test_a_number_of_records_out_of_range_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--records"):
+    with pytest.raises(ConfigError, match="COUNT"):
         command.records(0)
 
 

@@ -15,10 +15,10 @@ import trio
 from lmcache_trio._wire.messages import Role
 from lmcache_trio.adapters import SchedulerAdapter
 from lmcache_trio.client import open_client
-from lmcache_trio.testing.connected import ConnectedEngine, connect
-from lmcache_trio.testing.engine import Completion, Engine, EngineConfig, LoadMode
-from lmcache_trio.testing.model import ModelConfig
-from lmcache_trio.testing.paged_kv import KVLayout
+from lmcache_trio.demo.connected_engine import ConnectedEngine, connect
+from lmcache_trio.demo.engine import Completion, EngineConfig, RetrieveMode, SmallEngine
+from lmcache_trio.demo.model import ModelConfig
+from lmcache_trio.demo.model_kv import KVLayout
 
 CHUNK = 64
 MODEL = ModelConfig(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, vocabulary=512)
@@ -64,13 +64,13 @@ def prompt(length: int) -> list[int]:
     return torch.randint(0, MODEL.vocabulary, (length,), generator=rng).tolist()
 
 
-def generate(engine: Engine, tokens: list[int], count: int = 8) -> Completion:
+def generate(engine: SmallEngine, tokens: list[int], count: int = 8) -> Completion:
     engine.submit("r", tokens, count)
     return engine.run()["r"]
 
 
 def reference(tokens: list[int], count: int = 8, config: EngineConfig = CONFIG) -> tuple[int, ...]:
-    return generate(Engine(config), tokens, count).output_ids
+    return generate(SmallEngine(config), tokens, count).output_ids
 
 
 def serve_once(server: Server, tokens: list[int], count: int = 8, config: EngineConfig = CONFIG) -> Completion:
@@ -146,9 +146,9 @@ def test_a_shared_beginning_is_reused_as_far_as_it_goes(server: Server) -> None:
     assert warm.output_ids == reference(tokens)
 
 
-@pytest.mark.parametrize("load", LoadMode)
+@pytest.mark.parametrize("load", RetrieveMode)
 @pytest.mark.parametrize("two_step", [True, False])
-def test_requests_that_run_together_all_get_their_hits(server: Server, load: LoadMode, two_step: bool) -> None:
+def test_requests_that_run_together_all_get_their_hits(server: Server, load: RetrieveMode, two_step: bool) -> None:
     prompts = {f"r{i}": prompt(100 + 40 * i) for i in range(4)}
     for tokens in prompts.values():
         serve_once(server, tokens)
@@ -222,8 +222,8 @@ def test_an_engine_goes_on_when_its_server_is_killed(server: Server) -> None:
     assert after.output_ids == reference(tokens)
 
 
-@pytest.mark.parametrize("load", LoadMode)
-def test_a_load_that_fails_is_recomputed_once_and_says_the_same(server: Server, load: LoadMode) -> None:
+@pytest.mark.parametrize("load", RetrieveMode)
+def test_a_load_that_fails_is_recomputed_once_and_says_the_same(server: Server, load: RetrieveMode) -> None:
     tokens = prompt(200)
     serve_once(server, tokens)
     with connect(server.address, attrs.evolve(CONFIG, load=load), engine_id=next(engine_ids)) as connected:

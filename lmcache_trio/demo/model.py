@@ -10,8 +10,8 @@ import attrs
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
+from lmcache_trio.demo.model_kv import ModelKV, ModelKVShape
 from lmcache_trio.errors import Misuse
-from lmcache_trio.testing.paged_kv import KVShape, PagedKV
 
 __all__ = ["Model", "ModelConfig"]
 
@@ -46,8 +46,8 @@ class ModelConfig:
         """Everything that decides the KV of a token: two models with equal identity may share chunks."""
         return tuple(f"{name}={value}" for name, value in attrs.asdict(self).items())
 
-    def kv_shape(self, *, num_blocks: int, block_tokens: int) -> KVShape:
-        return KVShape(self.layers, num_blocks, block_tokens, self.kv_heads, self.head_dim, self.dtype)
+    def kv_shape(self, *, num_blocks: int, block_tokens: int) -> ModelKVShape:
+        return ModelKVShape(self.layers, num_blocks, block_tokens, self.kv_heads, self.head_dim, self.dtype)
 
 
 @attrs.frozen(eq=False)
@@ -83,7 +83,7 @@ class Model:
         self._frequencies = c.rope_base ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
 
     @torch.inference_mode()
-    def forward(self, token_ids: torch.Tensor, start: int, kv: PagedKV, blocks: torch.Tensor) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, start: int, kv: ModelKV, blocks: torch.Tensor) -> torch.Tensor:
         """Logits, (vocabulary,), after the last of *token_ids*, which stand at positions *start* … of one request.
 
         Their K and V are written into *kv* through the request's table *blocks* (int64); those of earlier positions
@@ -105,7 +105,7 @@ class Model:
         x: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
-        where: tuple[int, PagedKV, torch.Tensor],
+        where: tuple[int, ModelKV, torch.Tensor],
     ) -> torch.Tensor:
         c = self.config
         start, kv, blocks = where

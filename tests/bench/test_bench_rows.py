@@ -13,8 +13,8 @@ from rich.console import Console
 
 from lmcache_trio.bench.files import PAGE, Extent, pieces, why_no_direct, written
 from lmcache_trio.bench.report import comparison, doubts, verdicts
-from lmcache_trio.bench.rows import Part, Round, Row, load_rows, percentile, save_rows, spread, summarise
-from lmcache_trio.bench.settings import NAMED_KV, ROWS, KVShape, Settings
+from lmcache_trio.bench.rows import HostPart, ResultRow, Round, load_rows, percentile, save_rows, spread, summarise
+from lmcache_trio.bench.settings import NAMED_KV, ROWS, BenchSettings, KVShape
 from lmcache_trio.errors import ConfigError, Unavailable
 
 FIELDS = ["name", "clients", "n", "p50_us", "p99_us", "ops_s", "gb_s", "cpu_client_us", "cpu_server_us", "ratio"]
@@ -22,10 +22,10 @@ FIELDS = ["name", "clients", "n", "p50_us", "p99_us", "ops_s", "gb_s", "cpu_clie
 
 def a_round(times: list[float], *, moved: int = 0, server_cpu: float | None = None, clients: int = 1) -> Round:
     """Every client with the same *times*, one operation right after the other, all from 0 on."""
-    return Round([Part(times, 0.0, sum(times), sum(times) / 2, moved) for _ in range(clients)], server_cpu)
+    return Round([HostPart(times, 0.0, sum(times), sum(times) / 2, moved) for _ in range(clients)], server_cpu)
 
 
-def only(rows: list[Row], name: str) -> Row:
+def only(rows: list[ResultRow], name: str) -> ResultRow:
     (found,) = [row for row in rows if row.name == name]
     return found
 
@@ -123,14 +123,14 @@ def test_goals_of_copies_are_told_beside_the_table() -> None:
         "load_disk_cold": [a_round([4.0], moved=10**9)] * 3,
         "direct_read": [a_round([2.0], moved=10**9)] * 3,
     }
-    device, disk = verdicts(rounds, Settings())
+    device, disk = verdicts(rounds, BenchSettings())
     assert device.startswith("store_device is 0.80 x memcpy (goal 0.8); ")
     assert "spent 100.0% (goal 5% at most)" in device
     assert disk == "load_disk_cold is 0.50 x direct_read (goal 0.9), load_disk_warm is 0.50 x memcpy (goal 0.6)"
     del rounds["direct_read"], rounds["store_device"]
-    assert verdicts(rounds, Settings()) == ["load_disk_warm is 0.50 x memcpy (goal 0.6)"]
-    assert verdicts({}, Settings()) == []
-    assert "caches" in verdicts({}, Settings(operation=1))[0]
+    assert verdicts(rounds, BenchSettings()) == ["load_disk_warm is 0.50 x memcpy (goal 0.6)"]
+    assert verdicts({}, BenchSettings()) == []
+    assert "caches" in verdicts({}, BenchSettings(operation=1))[0]
 
 
 def test_a_direct_read_is_no_work_of_the_servers_and_has_the_memcpy_for_its_limit() -> None:
@@ -203,22 +203,27 @@ def test_a_shape_that_is_none_is_refused(text: str) -> None:
 
 
 def test_settings_come_back_as_they_went_to_the_clients() -> None:
-    settings = Settings(NAMED_KV["qwen2.5-7b"], 3, 2, 5 << 20, rows=("store",))
-    assert Settings.of_json(settings.as_json()) == settings
+    settings = BenchSettings(NAMED_KV["qwen2.5-7b"], 3, 2, 5 << 20, rows=("store",))
+    assert BenchSettings.of_json(settings.as_json()) == settings
 
 
 def test_the_two_limits_are_always_measured() -> None:
-    assert Settings(rows=("store",)).wanted == ("memcpy", "bare_round_trip", "store")
-    assert Settings(rows=("load_disk_cold",)).wanted == ("memcpy", "bare_round_trip", "load_disk_cold", "direct_read")
-    assert Settings().wanted == ROWS
+    assert BenchSettings(rows=("store",)).wanted == ("memcpy", "bare_round_trip", "store")
+    assert BenchSettings(rows=("load_disk_cold",)).wanted == (
+        "memcpy",
+        "bare_round_trip",
+        "load_disk_cold",
+        "direct_read",
+    )
+    assert BenchSettings().wanted == ROWS
 
 
 def test_operations_are_whole_chunks() -> None:
-    settings = Settings()
+    settings = BenchSettings()
     assert (settings.operation_chunks, settings.operation_tokens, settings.operation_bytes) == (4, 1024, 128 << 20)
-    assert Settings(operation=1).operation_chunks == 1
+    assert BenchSettings(operation=1).operation_chunks == 1
     for kv in NAMED_KV.values():
-        assert 128 << 20 <= Settings(kv).operation_bytes < 256 << 20
+        assert 128 << 20 <= BenchSettings(kv).operation_bytes < 256 << 20
 
 
 @pytest.mark.parametrize(
@@ -230,7 +235,7 @@ def test_operations_are_whole_chunks() -> None:
         (["--rounds", "0"], "--rounds"),
         (["--operation", "big"], "--operation"),
         (["--rows", "nothing"], "--rows"),
-        (["--compare", "a.json", "b.json"], "--compare"),
+        (["compare", "a.json", "b.json"], "a.json"),
         (["--json", "/nowhere/at/all.json"], "--json"),
     ],
 )

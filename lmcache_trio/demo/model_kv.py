@@ -13,7 +13,7 @@ import torch
 
 from lmcache_trio.errors import Misuse
 
-__all__ = ["BlockPool", "KVLayout", "KVShape", "PagedKV"]
+__all__ = ["BlockPool", "KVLayout", "ModelKV", "ModelKVShape"]
 
 
 class KVLayout(Enum):
@@ -55,7 +55,7 @@ class BlockPool:
 
 
 @attrs.frozen
-class KVShape:
+class ModelKVShape:
     """Sizes of a paged KV cache. *dtype* is a torch dtype's name."""
 
     layers: int
@@ -74,7 +74,7 @@ class KVShape:
         return self.layers * 2 * self.num_blocks * self.block_tokens * self.kv_heads * self.head_dim
 
 
-class PagedKV:
+class ModelKV:
     """The tensors of a paged KV cache.
 
     `layers` maps a layer's name to its tensor in *layout*'s shape: this is what `register_kv_caches` takes. *storage*,
@@ -82,7 +82,7 @@ class PagedKV:
     """
 
     def __init__(
-        self, shape: KVShape, *, layout: KVLayout = KVLayout.KV_FIRST, storage: torch.Tensor | None = None
+        self, shape: ModelKVShape, *, layout: KVLayout = KVLayout.KV_FIRST, storage: torch.Tensor | None = None
     ) -> None:
         dtype: torch.dtype = getattr(torch, shape.dtype)
         if storage is None:
