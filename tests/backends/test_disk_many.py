@@ -19,6 +19,7 @@ from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_index import IndexFile
 from lmcache_trio_backends._disk_leaves import _GLANCES
 from lmcache_trio_backends._disk_records import Row, pack
+from lmcache_trio_backends._disk_worker import Worker
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
 from lmcache_trio._core.arena import Arena
@@ -220,18 +221,47 @@ async def test_a_deletion_that_is_cancelled_early_is_for_good(tmp_path: Path, ma
         assert tier.statistics()["bytes_used"] == 0
 
 
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> trio.Semaphore:
+    """Each erasure of a batch of rows takes one of these, and waits where none is left."""
+    permitted = trio.Semaphore(0)
+    ask = Worker.ask
+
+    async def gated(worker: Worker, fn: Any, *args: Any) -> Any:
+        if fn.__name__ == "erase":
+            await permitted.acquire()
+        return await ask(worker, fn, *args)
+
+    monkeypatch.setattr(Worker, "ask", gated)
+    return permitted
+
+
 async def test_who_needs_room_waits_for_one_piece_of_a_deletion_and_not_for_its_end(
-    tmp_path: Path, many: list[Row]
+    tmp_path: Path, many: list[Row], pieces: trio.Semaphore
 ) -> None:
     assert Budget.of(FULL).slabs == MANY * LENGTH
     tier = disk_tier(tmp_path, FULL)
     async with tier.open():
         assert tier.statistics()["bytes_used"] == tier.statistics()["bytes_capacity"] == MANY * LENGTH
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(tier.delete, NAMESPACE)
-            await trio.testing.wait_all_tasks_blocked()
+        stored = trio.Event()
+
+        async def store() -> None:
             assert list(await tier.store([record_of(key_of(1), (LENGTH,))])) == [True]
             assert int(tier.statistics()["bytes_used"]) > MANY * LENGTH // 2
+            stored.set()
+
+        async with trio.open_nursery() as nursery:
+            for task in (lambda: tier.delete(NAMESPACE), store):
+                nursery.start_soon(task)
+                await trio.testing.wait_all_tasks_blocked()
+            for _ in range(3):  # the deletion's own, the housekeeper's and the store's: they take turns
+                pieces.release()
+            try:
+                with trio.fail_after(60):
+                    await stored.wait()
+            finally:
+                for _ in range(MANY):  # no piece can be cancelled
+                    pieces.release()
         assert tier.statistics()["bytes_used"] == LENGTH
         load = load_of(key_of(1), (LENGTH,))
         assert list(await tier.load([load])) == [True]
