@@ -7,6 +7,7 @@ what it needs when it runs, so that `serve` and `status` start in a fraction of 
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ app = App(name=_NAME, help="A KV-cache server for LLM engines.", version=_versio
 
 @app.command
 def serve(*, config: ConfigFile = None, sets: Sets = (), address: str | None = None) -> None:
-    """Run a server until SIGINT or SIGTERM; a second one ends it at once.
+    """Run a server until SIGINT, SIGTERM or SIGHUP; a second one, 0.5 s later or more, ends it at once.
 
     Parameters
     ----------
@@ -136,6 +137,7 @@ def demo(  # noqa: PLR0913  (flags)
     """
     from lmcache_trio.demo import command as job
 
+    _interrupt_by_exception()
     given = {} if threads is None else {"threads": threads}
     sizes = {"prompts": prompts, "longest": longest, "new_tokens": new_tokens}
     _exit(job.main(job.DemoSettings(**sizes, seed=seed, path=path, deadline=deadline, **given)))
@@ -191,6 +193,7 @@ def bench_rows(  # noqa: PLR0913  (flags)
 
     shape, size = KVShape.parse(kv), size_of("--operation", operation)
     settings = BenchSettings(shape, clients, rounds, size, lookups=lookups, rows=rows or ROWS)
+    _interrupt_by_exception()
     _exit(command.run(settings, address=address, disk=disk, json=json))
 
 
@@ -221,6 +224,7 @@ def bench_grow(folder: Path) -> None:
     """
     from lmcache_trio.bench import command
 
+    _interrupt_by_exception()
     _exit(command.grow(folder))
 
 
@@ -237,6 +241,7 @@ def bench_parked(count: int = 1000, *, rounds: int = 3) -> None:
     """
     from lmcache_trio.bench import command
 
+    _interrupt_by_exception()
     _exit(command.parked(count, rounds))
 
 
@@ -253,6 +258,7 @@ def bench_records(count: int = 1_000_000, *, disk: Path | None = None) -> None:
     """
     from lmcache_trio.bench import command
 
+    _interrupt_by_exception()
     _exit(command.records(count, disk))
 
 
@@ -306,6 +312,12 @@ def _settings(config: Path | None, sets: Sequence[str], address: str | None) -> 
     if config is None and os.environ.get("LMCACHE_TRIO_CONFIG"):
         config = Path(os.environ["LMCACHE_TRIO_CONFIG"])
     return load_config(config, sets if address is None else (*sets, f"address={address}"))
+
+
+def _interrupt_by_exception() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt from now on, in a command that has processes and files to remove."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _log_to_stderr() -> None:

@@ -148,7 +148,7 @@ def test_processes_that_end_as_soon_as_they_gave_up_on_a_stopped_server_end_with
     assert [process.returncode for process in asking] == [1] * len(asking), ended
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_cleanly_and_no_file_is_left(tmp_path: Path, number: signal.Signals) -> None:
     server = start(f"unix://{tmp_path}/server.sock")
     assert len(arenas(server.process)) == 1

@@ -1,8 +1,10 @@
 """The command line's edges, in processes of their own: flags, settings, exit statuses. None of them starts a server."""
 
 import os
+import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,43 @@ def test_nothing_that_every_server_imports_imports_torch_numpy_or_pynng(module: 
     code = f"import sys, {module}; print([m for m in ('torch', 'numpy', 'pynng') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == where:
+            os.kill(os.getpid(), signal.SIGINT)
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+sys.meta_path.insert(0, CtrlC())
+where, sys.argv = sys.argv[1], sys.argv[1:]
+runpy.run_module("lmcache_trio", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("lmcache_trio.cli", "cyclopts", "lmcache_trio.config", "attrs", "cattrs", "trio", "msgspec"),
+        *("lmcache_trio._server.supervise", "lmcache_trio._wire.codec"),
+    ],
+)
+def test_ctrl_c_while_a_server_starts_ends_it_without_a_word(module: str, tmp_path: Path) -> None:
+    """Wherever it is by then: here at an import. A KeyboardInterrupt in mid-import left a traceback, or a SIGSEGV."""
+    command = [sys.executable, "-c", INTERRUPTED, module, "serve", "--address", f"unix://{tmp_path}/s.sock"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")  # a shell calls it 130
+
+
+def test_ctrl_c_is_ignored_where_it_was_ignored_before() -> None:
+    """A shell starts background jobs so, that the Ctrl-C of another command does not end them."""
+    code = INTERRUPTED.replace("assert", "signal.signal(signal.SIGINT, signal.SIG_IGN)\nassert not")
+    command = [sys.executable, "-c", code, "cyclopts", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_program_and_the_module_begin_at_the_same_line() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"lmcache-trio": "lmcache_trio.__main__:main"}

@@ -14,11 +14,12 @@ seconds to end, then connections end; what is left of the grace, tiers have to w
 
 import gc
 import logging
+import math
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import attrs
@@ -54,6 +55,10 @@ ENDING = 0.5
 LAST = 0.2
 """Seconds before the grace is over at which a process that still runs is ended: a thread of it hangs, maybe for ever.
 What is on a disk is safe at any moment, so all that a longer wait would buy is a kinder exit status."""
+
+REPEAT = 0.5
+"""Seconds in which further signals repeat the first. `timeout` and terminals signal a process and then its group, and
+systemd sends SIGHUP behind SIGTERM, all within some milliseconds; a user who means it presses Ctrl-C again later."""
 
 
 @attrs.frozen(eq=False)
@@ -229,10 +234,11 @@ def _count_tasks(nursery: trio.Nursery) -> int:
 
 
 def serve(config: Config | None = None, on_ready: Callable[[Server], None] | None = None) -> None:
-    """Serve in this process until SIGINT or SIGTERM, then drain and return, all within the configured grace.
+    """Serve in this process until SIGINT, SIGTERM or SIGHUP, then drain and return, all within the configured grace.
 
-    A second signal ends the process at once, and the end of the grace does where a thread hangs. *on_ready* is called
-    when clients are answered. Runs a Trio loop in the main thread. ConfigError names the setting at fault.
+    A second signal, `REPEAT` seconds later or more, ends the process at once, and the end of the grace does where a
+    thread hangs. *on_ready* is called when clients are answered. Runs a Trio loop in the main thread. When this returns
+    the process is meant to end: it ignores those signals from then on. ConfigError names the setting at fault.
     """
     try:
         trio.run(_serve, config, on_ready)
@@ -246,17 +252,44 @@ def serve(config: Config | None = None, on_ready: Callable[[Server], None] | Non
 async def _serve(config: Config | None, on_ready: Callable[[Server], None] | None) -> None:
     config = Config() if config is None else config
     grace = config.grace
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with _ending_signals() as signals:
         async with trio.open_nursery() as watch:
             async with open_server(attrs.evolve(config, grace=_draining(grace))) as server:
                 log.info("listening at %s", server.address)
                 gc.freeze()  # what is there now stays: no collection need look at it. One before finds 54 of 36,000
                 if on_ready is not None:
                     on_ready(server)
-                first = await anext(signals)
-                log.info("%s: ending; a second signal ends it at once", signal.Signals(first).name)
+                first = await signals.receive()
+                log.info("%s: ending; a second signal ends it at once", first.name)
                 watch.start_soon(_end_in_a_hurry, server, signals, grace, name="second signal")
             watch.cancel_scope.cancel()
+
+
+@contextmanager
+def _ending_signals() -> Iterator["trio.MemoryReceiveChannel[signal.Signals]"]:
+    """The signals that ask this process to end, as they come; a SIGHUP that nohup has set to be ignored stays ignored.
+
+    After the block they are ignored, so that a late repeat does not change the exit status of a clean end; where the
+    block raises, their former actions return. (Trio's own receiver would raise anew what came and was not read.)
+    """
+    send, receive = trio.open_memory_channel[signal.Signals](math.inf)
+    loop = trio.lowlevel.current_trio_token()
+
+    def handle(number: int, frame: object) -> None:
+        loop.run_sync_soon(send.send_nowait, signal.Signals(number))
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    former = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield receive
+    except BaseException:
+        for number, action in former.items():
+            signal.signal(number, action)
+        raise
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _draining(grace: float) -> float:
@@ -264,11 +297,20 @@ def _draining(grace: float) -> float:
     return max(grace - ENDING, grace / 2)
 
 
-async def _end_in_a_hurry(server: Server, signals: AsyncIterator[int], grace: float) -> None:
+async def _end_in_a_hurry(server: Server, signals: "trio.MemoryReceiveChannel[signal.Signals]", grace: float) -> None:
     """On a second signal, or when something hangs until the grace is over: leave without waiting for anything."""
     signum = signal.SIGTERM
     with trio.move_on_after(max(grace - LAST, ENDING)):
-        signum = signal.Signals(await anext(signals))
+        signum = await _second_signal(signals)
     log.warning("ending at once")
     server.remove_files()
     os._exit(128 + signum)
+
+
+async def _second_signal(signals: "trio.MemoryReceiveChannel[signal.Signals]") -> signal.Signals:
+    """Wait for one of *signals* that does not repeat the first, which came just now."""
+    repeated_until = trio.current_time() + REPEAT
+    while True:
+        number = await signals.receive()
+        if trio.current_time() >= repeated_until:
+            return number
