@@ -1,6 +1,7 @@
 """What the connector refuses at start and by name, and what it adds to token ids: vLLM's own classes, but no engine."""
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from lmcache_trio import ConfigError, Misuse, Unavailable
+from lmcache_trio.adapters.vllm.identity import _model_files_identity
 
 with warnings.catch_warnings():  # vLLM's and torch's own, while they are imported
     warnings.simplefilter("ignore")
@@ -66,6 +68,25 @@ def test_layer_by_layer_captured_graphs_are_refused_for_they_would_skip_the_hook
 def test_a_load_failure_policy_other_than_recompute_is_refused_with_the_line_to_paste() -> None:
     with pytest.raises(ConfigError, match='"kv_load_failure_policy": "recompute"'):
         connector(policy="fail")
+
+
+def test_a_model_named_by_its_repository_is_its_revision_in_the_hubs_cache(tmp_path: Path) -> None:
+    """Since transformers 5 a model's config does not tell the revision that was loaded."""
+    revision, repository = "0" * 39 + "1", tmp_path / "models--org--model"
+    for name in ("blobs", "refs", f"snapshots/{revision}"):
+        (repository / name).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    for name in ("config.json", "model.safetensors"):
+        (repository / "blobs" / name).write_bytes(b"{}")
+        (repository / "snapshots" / revision / name).symlink_to(repository / "blobs" / name)
+    model = SimpleNamespace(model="org/model", revision=None, hf_config=SimpleNamespace())
+    load = SimpleNamespace(load_format="auto", download_dir=str(tmp_path))
+    assert _model_files_identity(model, load, "") == b"revision:" + revision.encode()
+    model.model = str(repository / "snapshots" / revision)
+    assert _model_files_identity(model, load, "") == b"revision:" + revision.encode()
+    model.model = "org/absent"
+    with pytest.raises(ConfigError, match="namespace"):
+        _model_files_identity(model, load, "")
 
 
 def test_an_unknown_extra_key_is_refused_by_name() -> None:
