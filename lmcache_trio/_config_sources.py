@@ -3,6 +3,9 @@
 It knows no setting: which keys there are, and what they may be, stands in `config`.
 """
 
+import difflib
+import logging
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +15,16 @@ from lmcache_trio.errors import ConfigError
 
 __all__ = ["gather", "gather_client"]
 
+log = logging.getLogger("lmcache_trio")
+
 ENVIRONMENT_PREFIX = "LMCACHE_TRIO_"
 OTHER_VARIABLES = frozenset({"CONFIG", "LOG"})
 """Variables with our prefix that are no settings: read by the command line itself. An engine's begin with CLIENT_."""
+
+_SERVICE_LINK = re.compile(
+    r"(?:.*_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
+)
+_SERVICE_URL = re.compile(r"(?:tcp|udp|sctp)://")
 
 
 def gather(path: Path | None, sets: Sequence[str], environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -27,16 +37,28 @@ def gather(path: Path | None, sets: Sequence[str], environ: Mapping[str, str]) -
     return table, origins
 
 
-def gather_client(environ: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
-    """The `client` table of the file that *environ* names, with *environ* over it; and who set a key otherwise."""
+def gather_client(known: Sequence[str], environ: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    """The `client` table of the file that *environ* names, with *environ* over it; and who set a key otherwise.
+
+    A variable without the two underscores belongs to somebody else, and is passed over, unless it looks like a setting
+    in *known*.
+    """
     where = ENVIRONMENT_PREFIX + "CONFIG"
     table = _read(Path(environ[where]), where) if environ.get(where) else {}
     origins: dict[str, str] = {}
     prefix = ENVIRONMENT_PREFIX + "CLIENT_"
-    for name in sorted(name for name in environ if name.startswith(prefix)):
-        key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+    for name, rest in _ours(environ):
+        if not name.startswith(prefix):
+            continue
+        key = rest.lower().replace("__", ".")
         if not key.startswith("client."):
-            raise ConfigError(name, f"is no setting; two underscores stand for the dot: {prefix}_{key[7:].upper()}")
+            close = difflib.get_close_matches(key[7:], known, n=1)
+            if close:
+                raise ConfigError(
+                    name, f"is no setting; two underscores stand for the dot: {prefix}_{close[0].upper()}"
+                )
+            log.warning("%s is no setting of lmcache-trio, and is passed over", name)
+            continue
         _put(table, key, _value_of(environ[name]))
         origins[key] = f"the environment variable {name}"
     return table.get("client", {}), origins
@@ -52,10 +74,24 @@ def _read(path: Path, named_by: str) -> dict[str, Any]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    for name, rest in _ours(environ):
+        if rest not in OTHER_VARIABLES and not rest.startswith("CLIENT_"):
+            yield rest.lower().replace("__", "."), environ[name], f"the environment variable {name}"
+
+
+def _ours(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The variables with our prefix, each with the rest of its name, but for those that Kubernetes makes.
+
+    For each Service of a namespace it sets, in every container: NAME_SERVICE_HOST, NAME_SERVICE_PORT, NAME_PORT (a URL),
+    NAME_PORT_80_TCP, … One that is named lmcache-trio, or lmcache-trio-client, gives them our prefix.
+    """
     for name in sorted(environ):
         rest = name.removeprefix(ENVIRONMENT_PREFIX)
-        if rest != name and rest not in OTHER_VARIABLES and not rest.startswith("CLIENT_"):
-            yield rest.lower().replace("__", "."), environ[name], f"the environment variable {name}"
+        if rest == name or _SERVICE_LINK.fullmatch(rest):
+            continue
+        if (rest == "PORT" or rest.endswith("_PORT")) and _SERVICE_URL.match(environ[name]):
+            continue
+        yield name, rest
 
 
 def _from_flags(sets: Sequence[str]) -> Iterator[tuple[str, str, str]]:

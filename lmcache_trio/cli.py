@@ -321,9 +321,10 @@ def _interrupt_by_exception() -> None:
 
 
 def _log_to_stderr() -> None:
-    level = os.environ.get("LMCACHE_TRIO_LOG", "info")
+    given = os.environ.get("LMCACHE_TRIO_LOG") or "info"
+    level = given.strip().lower()
     if level not in _LEVELS:
-        raise ConfigError("LMCACHE_TRIO_LOG", f"{level!r} is no level; give one of {', '.join(_LEVELS)}")
+        raise ConfigError("LMCACHE_TRIO_LOG", f"{given!r} is no level; give one of {', '.join(_LEVELS)}")
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
 
 

@@ -57,7 +57,7 @@ def client_config_of(table: Any) -> ClientConfig:
 
 def load_client_config(environ: Mapping[str, str] = os.environ) -> ClientConfig:
     """The settings of an engine in *environ*. `ConfigError` names the one that is wrong, and who set it."""
-    table, origins = _config_sources.gather_client(environ)
+    table, origins = _config_sources.gather_client([f.name for f in attrs.fields(ClientConfig)], environ)
     try:
         return client_config_of(table)
     except ConfigError as exc:

@@ -37,6 +37,7 @@ MAX_SOCKET_PATH = 94
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+    "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def default_address(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `"4GiB"`, `"512 MiB"`, `"1.5G"` or `"1000000"`. ValueError says what is accepted."""
+    """Bytes of `"4GiB"`, `"512 Mi"`, `"1.5G"` or `"1000000"`. ValueError says what is accepted."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(found[2].lower()) if found else None
     if found is None or unit is None:

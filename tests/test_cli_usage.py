@@ -109,6 +109,12 @@ def test_the_environment_names_the_file_and_is_named_itself(tmp_path: Path) -> N
     refused(run("serve", "--address", f"ipc://{tmp_path}/s.ipc", env={"LMCACHE_TRIO_LOG": "loud"}), "LMCACHE_TRIO_LOG")
 
 
+@pytest.mark.parametrize("level", ["INFO", "Warning", "debug", ""])
+def test_a_level_of_log_is_understood_in_either_case(level: str, tmp_path: Path) -> None:
+    arguments = ["serve", "--address", f"ipc://{tmp_path}/s.ipc", "--set", "tiers.0.backend=nope"]
+    refused(run(*arguments, env={"LMCACHE_TRIO_LOG": level}), "tiers.0.backend")  # the next thing that is wrong
+
+
 def test_several_settings_follow_one_flag(tmp_path: Path) -> None:
     refused(run("serve", "--set", f"address=ipc://{tmp_path}/s.ipc", "grace=1", "chunk_tokens=0"), "chunk_tokens")
 

@@ -71,6 +71,13 @@ def test_other_variables_of_ours_are_not_an_engines() -> None:
     assert load_client_config({"LMCACHE_TRIO_LOG": "debug", "LMCACHE_TRIO_GRACE": "long"}) == ClientConfig()
 
 
+@pytest.mark.parametrize("name", ["LMCACHE_TRIO_CLIENT_IMAGE", "LMCACHE_TRIO_CLIENT_VERSION", "LMCACHE_TRIO_CLIENTS"])
+def test_a_variable_of_somebody_else_stops_no_engine(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert load_client_config({name: "registry/image:1"}) == ClientConfig()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ([] if name.endswith("S") else [f"{name} is no setting of lmcache-trio, and is passed over"])
+
+
 def test_a_server_takes_the_same_file_and_names_what_is_wrong_in_the_engines_table(tmp_path: Path) -> None:
     path = tmp_path / "node.toml"
     path.write_text("chunk_tokens = 64\n[client]\npoll_interval = 0.5\n")

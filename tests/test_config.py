@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_trio import Config, ConfigError, load_config
+from lmcache_trio.client_config import ClientConfig, load_client_config
 from lmcache_trio.config import default_address, describe, parse_size, structure
 
 
@@ -103,6 +104,56 @@ def test_variables_of_the_command_line_and_of_clients_are_not_settings_of_the_se
     assert load_config(None, [], environ).grace == 5.0
 
 
+def _service_links(name: str) -> dict[str, str]:
+    """What Kubernetes sets in every container of a namespace with a Service of this name (kubelet's envvars.go)."""
+    prefix = name.upper().replace("-", "_")
+    return {
+        f"{prefix}_SERVICE_HOST": "10.0.0.11",
+        f"{prefix}_SERVICE_PORT": "5555",
+        f"{prefix}_SERVICE_PORT_METRICS": "9090",
+        f"{prefix}_SERVICE_PORT_HTTP_API": "80",
+        f"{prefix}_PORT": "tcp://10.0.0.11:5555",
+        **{
+            f"{prefix}_PORT_{port}_{protocol.upper()}{rest}": value
+            for port, protocol in ((5555, "tcp"), (9090, "udp"), (7, "sctp"))
+            for rest, value in (
+                ("", f"{protocol}://10.0.0.11:{port}"),
+                ("_PROTO", protocol),
+                ("_PORT", str(port)),
+                ("_ADDR", "10.0.0.11"),
+            )
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "service",
+    [
+        *("lmcache-trio", "lmcache-trio-client", "lmcache-trio-memory", "lmcache-trio-log", "lmcache-trio-config"),
+        *("lmcache-trio-client-lookup-timeout", "lmcache-trio-client--poll-interval", "lmcache-trio--a-port-80-tcp"),
+    ],
+)
+def test_the_variables_of_a_kubernetes_service_are_no_settings(service: str) -> None:
+    links = _service_links(service)
+    assert load_config(None, [], {**links, "LMCACHE_TRIO_GRACE": "2"}).grace == 2.0
+    assert load_client_config({**links, "LMCACHE_TRIO_CLIENT__LOOKUP_TIMEOUT": "2"}) == ClientConfig(lookup_timeout=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("LMCACHE_TRIO_PORT", "5555", "port: is no setting"),
+        ("LMCACHE_TRIO_ADRESS", "tcp://10.0.0.11:5555", "did you mean 'address'"),
+        ("LMCACHE_TRIO_MEMORY_SIZE", "4Gi", "LMCACHE_TRIO_MEMORY_SIZE"),
+        ("LMCACHE_TRIO_SERVICE_HOSTS", "10.0.0.11", "is no setting"),
+    ],
+)
+def test_a_variable_that_only_resembles_those_is_still_refused_by_a_server(name: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(None, [], {name: value})
+    assert name in str(caught.value)
+
+
 def test_a_file_that_is_not_there_or_no_toml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "none.toml", [], {})
@@ -127,7 +178,19 @@ def test_a_config_is_checked_when_it_is_made_in_code_too() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GiB", 4 << 30), ("4 gib", 4 << 30), ("1.5G", 3 << 29), ("2MB", 2_000_000), ("17", 17), ("0", 0), ("3k", 3072)],
+    [
+        ("4Gi", 4 << 30),
+        ("512 Mi", 512 << 20),
+        ("1ki", 1024),
+        ("2TI", 2 << 40),
+        ("4GiB", 4 << 30),
+        ("4 gib", 4 << 30),
+        ("1.5G", 3 << 29),
+        ("2MB", 2_000_000),
+        ("17", 17),
+        ("0", 0),
+        ("3k", 3072),
+    ],
 )
 def test_sizes_are_bytes_or_bytes_with_a_unit(text: str, size: int) -> None:
     assert parse_size(text) == size
