@@ -8,12 +8,13 @@ larger than a quarter.
 
 import contextlib
 import logging
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lmcache_trio.errors import ConfigError
+from lmcache_trio_backends._disk_home import FORMAT, open_own
 from lmcache_trio_backends._disk_records import Doomed, Row, is_sound
 
 __all__ = ["PAGE", "Damaged", "IndexFile", "is_corrupt"]
@@ -21,7 +22,6 @@ __all__ = ["PAGE", "Damaged", "IndexFile", "is_corrupt"]
 log = logging.getLogger("lmcache_trio.disk")
 
 PAGE = 4096
-_VERSION = 1
 _COLUMNS = "key, parent, place, generation, recency, shards"
 _TYPES = {"key": "blob", "parent": "blob", "place": "integer", "generation": "integer", "recency": "integer"}
 _TYPED = " AND ".join(f"typeof({name}) = '{kind}'" for name, kind in {**_TYPES, "shards": "blob"}.items())
@@ -107,6 +107,10 @@ class IndexFile:
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
     def _connect(self) -> None:
+        for suffix in ("", "-wal", "-shm", "-journal"):  # SQLite would follow a link, and let others read
+            with contextlib.suppress(FileNotFoundError):
+                path = self.path.with_name(self.path.name + suffix)
+                os.close(open_own(path, os.O_RDWR | (0 if suffix else os.O_CREAT)))
         self._db = db = sqlite3.connect(self.path, isolation_level=None, timeout=0)
         db.execute(f"PRAGMA page_size = {PAGE}")
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -117,12 +121,10 @@ class IndexFile:
         db.execute(f"PRAGMA wal_autocheckpoint = {max(1, self._wal_room // 2 // (PAGE + 24))}")
         db.execute(f"PRAGMA journal_size_limit = {self._wal_room}")
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, _VERSION):
-            raise ConfigError(
-                "path", f"{self.path} was written by another version (format {version}); use another directory"
-            )
+        if version not in (0, FORMAT):
+            raise Damaged(f"it has format {version} where {FORMAT} should be")
         db.executescript(_SCHEMA)
-        db.execute(f"PRAGMA user_version = {_VERSION}")
+        db.execute(f"PRAGMA user_version = {FORMAT}")
         db.execute(f"PRAGMA max_page_count = {max(8, self._room // PAGE)}")
         db.execute(
             "INSERT INTO facts VALUES ('opened', 1) ON CONFLICT DO UPDATE SET value = value + 1"

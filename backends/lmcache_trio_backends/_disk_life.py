@@ -20,6 +20,7 @@ from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
+from lmcache_trio_backends._disk_home import Home
 from lmcache_trio_backends._disk_policy import Admission
 from lmcache_trio_backends._disk_reading import Reading
 from lmcache_trio_backends._disk_records import MAX_SHARDS, Read, Write, extent_of, name_of
@@ -46,10 +47,15 @@ _BAD_PATH = (PermissionError, NotADirectoryError, FileExistsError)
 
 
 class DiskLife:
-    """*wrap* stands between the tier and its slabs; *counts* outlives this life."""
+    """*home* and *counts* outlive this life; *wrap* stands between the tier and its slabs."""
 
     def __init__(
-        self, config: DiskConfig, admit: Admission, counts: "Counter[str]", wrap: Callable[[ByteIO], ByteIO]
+        self,
+        config: DiskConfig,
+        home: Home,
+        admit: Admission,
+        counts: "Counter[str]",
+        wrap: Callable[[ByteIO], ByteIO],
     ) -> None:
         self._config = config
         self._admit = admit
@@ -57,7 +63,7 @@ class DiskLife:
         self._wrap = wrap
         self.budget = Budget.of(config.size)
         self._directory = Directory(Arena(), self.budget.index)
-        self._files = Files(config, self.budget)
+        self._files = Files(config, self.budget, home)
         self._io: ByteIO = self._files.slabs
         self._worker = Worker(Path(config.path), config.threads)
         self._room = Room(self._directory, self._files, self._worker, counts)

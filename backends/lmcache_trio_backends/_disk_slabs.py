@@ -7,18 +7,17 @@ a chunk that was given room has it. This module knows no chunks and keeps nothin
 
 import ctypes
 import errno
-import fcntl
 import itertools
 import mmap
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol
 
 from lmcache_trio.errors import ConfigError
+from lmcache_trio_backends._disk_home import Home, slab_name
 from lmcache_trio_backends._disk_records import ALIGNMENT, round_up
 
-__all__ = ["ByteIO", "Lock", "Slabs", "fallocate", "flush_directory", "probe"]
+__all__ = ["ByteIO", "Slabs", "fallocate", "probe"]
 
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _CANT_ALLOCATE = "can't set space aside (fallocate); use ext4, XFS or tmpfs"
@@ -40,65 +39,30 @@ class ByteIO(Protocol):
         ...
 
 
-class Lock:
-    """The directory is one server's: `flock` on a file in it, which the kernel lets go of when the process ends."""
-
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / "lock"
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            self._take(directory)
-        except BaseException:
-            self.close()  # or we would keep ourselves out, next time
-            raise
-
-    def _take(self, directory: Path) -> None:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            if exc.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            problem = f"{str(directory)!r} is in use by process {holder}; give each server a directory of its own"
-            raise ConfigError("path", problem) from exc
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode("ascii"), 0)
-
-    def check(self) -> None:
-        """OSError when the directory was removed under us: the open files would take bytes that nobody finds again."""
-        if os.fstat(self._fd).st_nlink == 0 or not self._path.exists():
-            raise FileNotFoundError(errno.ENOENT, "the directory was removed", str(self._path.parent))
-
-    def close(self) -> None:
-        """Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-
 class Slabs:
-    """The files `slab-00000` and on in *directory*, up to *capacity* bytes in all. Is a `ByteIO`."""
+    """The files `lmcache-trio-slab-00000` and on in *home*, up to *capacity* bytes in all. Is a `ByteIO`."""
 
-    def __init__(self, directory: Path, *, slab_size: int, capacity: int, direct: bool) -> None:
-        self._directory = directory
+    def __init__(self, home: Home, *, slab_size: int, capacity: int, direct: bool) -> None:
+        self._home = home
         self.slab_size = slab_size
         self.capacity = capacity
-        self._flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        self._flags = os.O_RDWR | (os.O_DIRECT if direct else 0)
         self._direct = direct
         self._fds: list[int] = []
         self.taken = 0
 
     def open(self) -> None:
         """Open what is there, cut to the capacity; a slab that a kill left half made is finished by the next `grow`."""
+        there = dict(self._home.slabs())
         kept = set()
         for index in itertools.count():
-            path, start = self._path(index), index * self.slab_size
+            start = index * self.slab_size
             length = min(self.slab_size, self.capacity - start)
-            if length <= 0 or not path.exists():
+            if length <= 0 or index not in there:
                 break
-            fd = os.open(path, self._flags)
+            fd = self._home.open_file(there[index], self._flags)
             self._fds.append(fd)
-            kept.add(path)
+            kept.add(index)
             size = os.fstat(fd).st_size
             if size > length:
                 os.ftruncate(fd, length)
@@ -106,15 +70,15 @@ class Slabs:
             self.taken = start + whole
             if whole < length:
                 break
-        for path in set(self._directory.glob("slab-*")) - kept:
-            path.unlink()
+        for index in there.keys() - kept:
+            self._home.remove_file(there[index])
 
     def remove(self) -> None:
         """Delete all slabs: nothing names their bytes any more."""
         self.close()
         self.taken = 0
-        for path in self._directory.glob("slab-*"):
-            path.unlink()
+        for _, name in self._home.slabs():
+            self._home.remove_file(name)
 
     def grow(self) -> int:
         """Take the next slab, or the rest of the last. Returns the bytes taken; the same again: no more to come."""
@@ -124,15 +88,15 @@ class Slabs:
         start = index * self.slab_size
         length = min(self.slab_size, self.capacity - start)
         if index == len(self._fds):
-            self._fds.append(os.open(self._path(index), self._flags | os.O_CREAT, 0o600))
-            flush_directory(self._directory)  # or a power failure takes the file whose bytes were flushed
+            self._fds.append(self._home.open_file(slab_name(index), self._flags | os.O_CREAT))
+            self._home.flush_names()  # or a power failure takes the file whose bytes were flushed
         have = self.taken - start
         try:
             fallocate(self._fds[index], have, length - have)
         except OSError as exc:
             os.ftruncate(self._fds[index], have)  # what the attempt took goes back
             if exc.errno in _NO_FALLOCATE:
-                raise ConfigError("path", f"the file system of {str(self._directory)!r} {_CANT_ALLOCATE}") from exc
+                raise ConfigError("path", f"the file system of {str(self._home.path)!r} {_CANT_ALLOCATE}") from exc
             raise
         self.taken = start + length
         return self.taken
@@ -166,9 +130,6 @@ class Slabs:
         for fd in fds:
             os.close(fd)
 
-    def _path(self, index: int) -> Path:
-        return self._directory / f"slab-{index:05}"
-
     def _parts(self, offset: int, view: memoryview) -> Iterator[tuple[int, int, memoryview]]:
         """(file, place in it, bytes) for each slab that *view* lies in; nothing for slabs that are not there."""
         at = 0
@@ -196,37 +157,28 @@ def fallocate(fd: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
-def flush_directory(directory: Path) -> None:
-    """The names in it outlive a power failure."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def probe(directory: Path, *, direct: bool) -> None:
+def probe(home: Home, *, direct: bool) -> None:
     """ConfigError when the file system can't do what is asked of it; found by doing it."""
-    path = directory / "probe"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    name = "lmcache-trio-probe"
+    fd = home.open_file(name, os.O_RDWR | os.O_CREAT)
     try:
         fallocate(fd, 0, ALIGNMENT)
         if direct:
             os.close(fd)
             fd = -1
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+            fd = home.open_file(name, os.O_RDWR | os.O_DIRECT)
             _write_direct(fd, 0, memoryview(bytes(ALIGNMENT)))
     except OSError as exc:
         if exc.errno not in _NO_FALLOCATE:
             raise
         if not direct:
-            raise ConfigError("path", f"the file system of {str(directory)!r} {_CANT_ALLOCATE}") from exc
-        problem = f"the file system of {str(directory)!r} takes no O_DIRECT; set it to false, or use ext4 or XFS"
+            raise ConfigError("path", f"the file system of {str(home.path)!r} {_CANT_ALLOCATE}") from exc
+        problem = f"the file system of {str(home.path)!r} takes no O_DIRECT; set it to false, or use ext4 or XFS"
         raise ConfigError("direct", problem) from exc
     finally:
         if fd >= 0:
             os.close(fd)
-        path.unlink(missing_ok=True)
+        home.remove_file(name)
 
 
 def _read(fd: int, place: int, view: memoryview) -> int:

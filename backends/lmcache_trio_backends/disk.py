@@ -15,6 +15,7 @@ import trio
 from lmcache_trio.abc import ChunkKey, Load, Record, Tier
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
+from lmcache_trio_backends._disk_home import Home
 from lmcache_trio_backends._disk_life import DiskLife
 from lmcache_trio_backends._disk_policy import make_admission
 from lmcache_trio_backends._disk_slabs import ByteIO
@@ -37,6 +38,7 @@ class DiskTier(Tier):
         super().__init__(config)
         self.wrap_io: Callable[[ByteIO], ByteIO] = _as_it_is
         """Stands between the tier and its slabs from the next `open()` on: for fault injection below the checksums."""
+        self._home = Home(config.path)
         self._admit = make_admission(config.admission)
         self._counts: Counter[str] = Counter()
         self._life: DiskLife | None = None
@@ -50,7 +52,7 @@ class DiskTier(Tier):
         ConfigError for a setting that does not fit this machine, at the first time; after that, whatever is wrong is
         `Unavailable`, because it may pass.
         """
-        life = DiskLife(self.config, self._admit, self._counts, self.wrap_io)
+        life = DiskLife(self.config, self._home, self._admit, self._counts, self.wrap_io)
         try:
             await life.start(anew=self._anew)
         except ConfigError as exc:

@@ -87,7 +87,7 @@ def direct_read(host: Host, n: int) -> Timed:
     Each round, and each client, goes on where the one before it ended.
     """
     _forget(host)
-    extents = [extent for path in sorted(Path(host.directory).rglob("slab-*")) for extent in files.written(path)]
+    extents = [extent for path in sorted(Path(host.directory).rglob("*slab-*")) for extent in files.written(path)]
     size = max(files.PAGE, host.settings.operation_bytes // files.PAGE * files.PAGE)
     buffer = memoryview(mmap.mmap(-1, min(DIRECT_PIECE, size)))
     buffer[:] = bytes(len(buffer))

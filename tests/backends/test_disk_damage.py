@@ -10,6 +10,7 @@ import pytest
 import trio
 from lmcache_trio_backends._disk_config import Budget
 from lmcache_trio_backends._disk_files import Files
+from lmcache_trio_backends._disk_home import INDEX_NAME, Home
 from lmcache_trio_backends._disk_records import pack
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
@@ -25,11 +26,11 @@ def disk_tier(path: Path, size: int = 24 * MIB) -> DiskTier:
 
 
 def physical(path: Path) -> int:
-    return sum(found.stat().st_blocks * 512 for found in [path, *path.iterdir()])
+    return sum(found.stat().st_blocks * 512 for found in [path, *path.rglob("*")])
 
 
 def query(path: Path, sql: str, *parameters: object) -> list[Any]:
-    db = sqlite3.connect(path / "index")
+    db = sqlite3.connect(Home(str(path)).inside / INDEX_NAME)
     try:
         with db:
             return db.execute(sql, parameters).fetchall()
@@ -159,10 +160,10 @@ async def test_an_index_that_is_corrupt_in_the_middle_is_begun_anew(tmp_path: Pa
     keys = [key_of(n) for n in range(400)]
     async with tier.open():
         assert all(await tier.store([record_of(key, (4096,)) for key in keys]))
-    raw = bytearray((tmp_path / "index").read_bytes())
+    raw = bytearray((Home(str(tmp_path)).inside / INDEX_NAME).read_bytes())
     page = raw.index(max(key.digest for key in keys)) // 4096
     raw[page * 4096 : page * 4096 + 64] = b"\xff" * 64
-    (tmp_path / "index").write_bytes(raw)
+    (Home(str(tmp_path)).inside / INDEX_NAME).write_bytes(raw)
     with pytest.raises(Unavailable, match="malformed"):
         async with tier.open():
             await settled(tier)
@@ -180,7 +181,7 @@ async def test_an_index_that_is_corrupt_in_the_middle_is_begun_anew(tmp_path: Pa
 async def test_an_index_that_is_larger_than_its_share_of_a_smaller_size_is_begun_anew(tmp_path: Path) -> None:
     """60,000 rows: 6.5 MiB of index, where the smaller tier has 256 KiB for it."""
     config = DiskConfig(path=str(tmp_path), size=2048 * MIB, slab_size=MIB)
-    files = Files(config, Budget.of(config.size))
+    files = Files(config, Budget.of(config.size), Home(config.path))
     files.open(False)
     random = Random(0)
     rows = sorted((random.randbytes(64), b"", n * 4096, n + 1, n + 1, pack([4096], [1])) for n in range(60_000))

@@ -16,6 +16,7 @@ from lmcache_trio_backends import _disk_life, _disk_reading
 from lmcache_trio_backends._disk_config import Budget
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
+from lmcache_trio_backends._disk_home import INDEX_NAME, Home, slab_name
 from lmcache_trio_backends._disk_index import IndexFile
 from lmcache_trio_backends._disk_leaves import _GLANCES
 from lmcache_trio_backends._disk_records import Row, pack
@@ -58,13 +59,13 @@ def disk_tier(path: Path, size: int = 512 << 20) -> DiskTier:
 def many(tmp_path: Path) -> list[Row]:
     """What the directory `tmp_path` holds: as a killed server would leave it, without its bytes."""
     config = disk_tier(tmp_path).config
-    files = Files(config, Budget.of(config.size))
+    files = Files(config, Budget.of(config.size), Home(config.path))
     files.open(False)
     found = rows(MANY)
     for i in range(0, MANY, files.index.batch):
         files.index.publish(found[i : i + files.index.batch])
     files.close()
-    with open(tmp_path / "slab-00000", "wb") as slab:
+    with open(Home(config.path).inside / slab_name(0), "wb") as slab:
         slab.truncate(512 << 20)
     return found
 
@@ -107,7 +108,9 @@ async def test_a_question_waits_for_one_page_of_the_reading_and_not_for_its_end(
 async def test_a_small_index_is_read_before_the_tier_is_open_and_a_large_one_after_that(
     tmp_path: Path, many: list[Row], monkeypatch: pytest.MonkeyPatch, small: bool
 ) -> None:
-    monkeypatch.setattr(_disk_reading, "SMALL", (tmp_path / "index").stat().st_size - (0 if small else 1))
+    monkeypatch.setattr(
+        _disk_reading, "SMALL", (Home(str(tmp_path)).inside / INDEX_NAME).stat().st_size - (0 if small else 1)
+    )
     tier = disk_tier(tmp_path)
     async with tier.open():
         known = int(tier.statistics()["chunks"])
@@ -154,7 +157,7 @@ async def test_a_namespace_is_absent_at_once_and_erased_in_pieces(
 def publish(path: Path, found: list[Row], forgotten_to: int) -> None:
     """What a server leaves that was killed after it forgot all up to that generation."""
     config = disk_tier(path).config
-    files = Files(config, Budget.of(config.size))
+    files = Files(config, Budget.of(config.size), Home(config.path))
     files.open(False)
     files.index.publish(found)
     files.index.forget(NAMESPACE, forgotten_to)

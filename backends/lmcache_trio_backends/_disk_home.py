@@ -1,0 +1,382 @@
+"""The directory of one disk tier: whether it may be used, which files in it are ours, and whether it is still there.
+
+    PATH/                          the user's: empty at first, or marked as ours
+    PATH/lmcache-trio.lock         the mark, with the directory's id; held by flock while a server uses the directory
+    PATH/lmcache-trio-format-2/    all else that this version keeps; private, and so is each file in it
+    PATH/lmcache-trio-format-N/    another version's: an older one is removed, a newer one stays as it is
+
+Rule 1: a file is opened, made or removed through the descriptor of the directory that was checked, never through a
+symbolic link. So a path that leads elsewhere in the middle of a run changes nothing there. Rule 2: a file that has no
+name of ours is never removed or written. Every method blocks, and runs in the index file's thread; `check` in any.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import attrs
+
+from lmcache_trio.errors import ConfigError
+
+__all__ = ["FORMAT", "INDEX_NAME", "LOCK_NAME", "Home", "open_own", "slab_name"]
+
+log = logging.getLogger("lmcache_trio.disk")
+
+FORMAT = 2
+"""Of everything but the lock, whose form all versions share. 1 had its files in the user's directory itself."""
+LOCK_NAME = "lmcache-trio.lock"
+INDEX_NAME = "lmcache-trio-index"
+_FORMAT_NAME = re.compile(r"lmcache-trio-format-(\d{1,9})")
+_SLAB_NAME = re.compile(r"lmcache-trio-slab-(\d{5,9})")
+_PREFIX = "lmcache-trio-"
+_MARK = re.compile(rb"lmcache-trio disk tier\nid ([0-9a-f]{32})\n(?:process (\d+)\n)?")
+_OLD_NAMES = re.compile(r"lock|index(?:-wal|-shm|-journal)?|probe|slab-\d{5}")
+_OLD_SCHEMA = b"key BLOB PRIMARY KEY, parent BLOB NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL"
+_OVERFLOW_UID = 65534
+"""Owner of what belongs to somebody outside of our user namespace: there, `/` itself does."""
+
+
+def slab_name(index: int) -> str:
+    """The file of slab *index*."""
+    return f"lmcache-trio-slab-{index:05}"
+
+
+@attrs.define
+class _Known:
+    """The directory as it was when it was open last: another one is not taken for it."""
+
+    id: bytes
+    place: tuple[int, int]
+    removed: bool = False
+
+
+class Home:
+    """The directory *path* of one tier, for as long as the tier lives; open between `open` and `close`."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.inside = self.path / f"{_PREFIX}format-{FORMAT}"
+        self._top = self._in = self._lock = -1
+        self._known: _Known | None = None
+        self._is_open = False
+
+    # ---- opening
+
+    def open(self, *, flush: bool) -> None:
+        """Make it or check it, lock it, and remove what older versions left. *flush*: it outlives a power failure.
+
+        ConfigError says why it may not be used. OSError: it can't be now, or another stands where it was before.
+        """
+        try:
+            self._check_way()
+            self._open_top(flush)
+            mark = self._take_mark()
+            self._settle_formats()
+            self._open_inside(flush)
+            self.check()
+            self._known = _Known(mark, _place(os.fstat(self._top)))
+            self._is_open = True
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_way(self) -> None:
+        """ConfigError when somebody else could put another directory in the place of this one."""
+        real = Path(os.path.realpath(self.path))
+        for step in dict.fromkeys([self.path, *self.path.parents, *real.parents]):
+            try:
+                found = step.lstat()
+            except FileNotFoundError:
+                continue
+            if step == self.path and not stat.S_ISLNK(found.st_mode):
+                continue  # it is checked when it is open
+            if found.st_uid not in (os.geteuid(), 0, _OVERFLOW_UID):
+                self._refuse(f"{step} in it belongs to another user (uid {found.st_uid}), who could replace it")
+            if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+                self._refuse(f"everybody can write in {step}, and replace what is in it; `chmod o-w {step}`")
+
+    def _open_top(self, flush: bool) -> None:
+        known = self._known
+        if not self.path.exists():
+            if known is not None and not known.removed:
+                raise FileNotFoundError(errno.ENOENT, "the directory is not there any more (unmounted, or renamed?)")
+            missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            above = missing[-1].parent
+            if known is not None and above.stat().st_dev != known.place[0]:
+                raise FileNotFoundError(errno.ENOENT, f"the directory was removed, and {above} is on another disk now")
+            for path in reversed(missing):
+                path.mkdir(mode=0o700, exist_ok=True)
+                if flush:
+                    _flush_names(path.parent)
+        self._top = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        found = os.fstat(self._top)
+        if found.st_uid not in (os.geteuid(), 0):
+            self._refuse(f"it belongs to another user (uid {found.st_uid})")
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            self._refuse(
+                f"others can write in it; `chmod go-w {self.path}`, or name a directory in it that is to be made"
+            )
+
+    def _take_mark(self) -> bytes:
+        """Lock the directory, if it is one of ours or may become one. Returns its id."""
+        mark = self._mark()
+        known = self._known
+        if known is not None and not known.removed:
+            is_same = mark is not None and mark[1] == known.id
+            if not is_same and _place(os.fstat(self._top)) != known.place:
+                raise FileNotFoundError(errno.ENOENT, "another directory stands in its place (unmounted, or renamed?)")
+        if mark is None:
+            self._claim()
+        self._lock = open_own(LOCK_NAME, os.O_RDWR | os.O_CREAT, dir_fd=self._top, shown=self.path)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            if exc.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            held = _MARK.match(os.pread(self._lock, 128, 0))
+            self._refuse_in_use(held[2] if held else None, exc)
+        content = os.pread(self._lock, 128, 0)
+        mark = _MARK.match(content)
+        if mark is None:
+            if content:
+                self._refuse(f"{LOCK_NAME!r} in it is no lock of a disk tier")
+            content = f"lmcache-trio disk tier\nid {secrets.token_hex(16)}\n".encode("ascii")
+            os.pwrite(self._lock, content, 0)
+            os.fsync(self._lock)  # once in its life: a power failure must not leave files of ours without their mark
+            os.fsync(self._top)
+            mark = _MARK.match(content)
+            assert mark is not None
+        os.ftruncate(self._lock, mark.end(1) + 1)  # the id is never cut: without it the directory would be foreign
+        os.pwrite(self._lock, f"process {os.getpid()}\n".encode("ascii"), mark.end(1) + 1)
+        return mark[1]
+
+    def _mark(self) -> "re.Match[bytes] | None":
+        try:
+            fd = open_own(LOCK_NAME, os.O_RDONLY, dir_fd=self._top, shown=self.path)
+        except FileNotFoundError:
+            return None
+        try:
+            return _MARK.match(os.pread(fd, 128, 0))
+        finally:
+            os.close(fd)
+
+    def _claim(self) -> None:
+        """ConfigError when something of the user's is in it. What format 1 left there is removed."""
+        names = [name for name in sorted(os.listdir(self._top)) if not self._is_nothing(name)]
+        if names and self._is_old(names):
+            self._remove_old(names)
+        elif names:
+            some = ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+            self._refuse(f"it holds files that are not a disk tier's ({some}), and nothing of them is touched")
+        else:
+            log.info("a disk tier is begun in %s", self.path)
+
+    def _is_nothing(self, name: str) -> bool:
+        """What a fresh file system has, and a mark that a kill left unwritten."""
+        found = os.stat(name, dir_fd=self._top, follow_symlinks=False)
+        if name == LOCK_NAME:
+            return stat.S_ISREG(found.st_mode) and not found.st_size
+        return name == "lost+found" and stat.S_ISDIR(found.st_mode)
+
+    def _settle_formats(self) -> None:
+        for name in sorted(os.listdir(self._top)):
+            number = _FORMAT_NAME.fullmatch(name)
+            if number is None or int(number[1]) == FORMAT:
+                continue
+            if int(number[1]) > FORMAT:
+                log.info("%s was made by a newer version: it stays, and takes room beside `size`", self.path / name)
+            else:
+                self._remove_format(name)
+
+    def _remove_format(self, name: str) -> None:
+        log.info("%s was made by an older version: it is removed, and the cache begun anew", self.path / name)
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._top)
+        try:
+            for file in os.listdir(fd):
+                found = os.stat(file, dir_fd=fd, follow_symlinks=False)
+                if file.startswith(_PREFIX) and stat.S_ISREG(found.st_mode):
+                    os.unlink(file, dir_fd=fd)
+        finally:
+            os.close(fd)
+        try:
+            os.rmdir(name, dir_fd=self._top)
+        except OSError as exc:
+            if exc.errno != errno.ENOTEMPTY:
+                raise
+            log.warning("%s holds other files too: they stay", self.path / name)
+
+    def _open_inside(self, flush: bool) -> None:
+        try:
+            os.mkdir(self.inside.name, 0o700, dir_fd=self._top)
+        except FileExistsError:
+            pass
+        else:
+            if flush:
+                os.fsync(self._top)
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._in = os.open(self.inside.name, flags, dir_fd=self._top)
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            raise ConfigError("path", f"{self.inside} is no directory of ours; remove it") from exc
+        found = os.fstat(self._in)
+        if found.st_uid != os.geteuid():
+            raise ConfigError("path", f"{self.inside} belongs to another user (uid {found.st_uid}); remove it")
+        if found.st_mode & 0o077:
+            os.fchmod(self._in, 0o700)
+
+    # ---- format 1, whose files had no prefix and lay beside each other in the directory itself
+
+    def _is_old(self, names: list[str]) -> bool:
+        """Whether *names* are format 1's and nothing else: by their names, and by the schema in its index."""
+        return all(map(_OLD_NAMES.fullmatch, names)) and self._with_schema(names) is not None
+
+    def _with_schema(self, names: list[str]) -> str | None:
+        for name in names:
+            if name in ("index", "index-wal"):
+                fd = open_own(name, os.O_RDONLY, dir_fd=self._top, shown=self.path)
+                try:
+                    if _OLD_SCHEMA in os.pread(fd, 1 << 20, 0):
+                        return name
+                finally:
+                    os.close(fd)
+        return None
+
+    def _remove_old(self, names: list[str]) -> None:
+        lock = open_own("lock", os.O_RDONLY, dir_fd=self._top, shown=self.path) if "lock" in names else -1
+        try:
+            if lock >= 0:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as exc:
+                    self._refuse_in_use(os.pread(lock, 32, 0).strip(), exc)
+            log.info("the files in %s were made by an older version: they are removed, the cache begun anew", self.path)
+            for name in names:
+                if not stat.S_ISREG(os.stat(name, dir_fd=self._top, follow_symlinks=False).st_mode):
+                    self._refuse(f"{name!r} in it is not a file of a disk tier")
+            last = self._with_schema(names)  # a kill before that leaves what is known by it
+            for name in sorted(names, key=lambda name: name == last):
+                os.unlink(name, dir_fd=self._top)
+        finally:
+            if lock >= 0:
+                os.close(lock)
+
+    # ---- files, while it is open
+
+    def open_file(self, name: str, flags: int) -> int:
+        """A file of ours in it; see `open_own`."""
+        try:
+            return open_own(name, flags, dir_fd=self._in, shown=self.inside)
+        except FileNotFoundError:
+            self.check()
+            raise
+
+    def slabs(self) -> Iterator[tuple[int, str]]:
+        """(number, name) of each slab there is, in no order."""
+        for name in os.listdir(self._in):
+            if number := _SLAB_NAME.fullmatch(name):
+                yield int(number[1]), name
+
+    def remove_file(self, name: str) -> None:
+        """It need not be there."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._in)
+
+    def flush_names(self) -> None:
+        """The names in it outlive a power failure."""
+        os.fsync(self._in)
+
+    def check(self) -> None:
+        """OSError when the path leads elsewhere now: bytes written would be bytes that nobody finds again."""
+        if self._top < 0:
+            return
+        top = os.fstat(self._top)
+        try:
+            there = self.path.stat()
+        except OSError as exc:
+            how = (
+                "was removed" if not top.st_nlink else f"is not there any more (unmounted, or renamed?): {exc.strerror}"
+            )
+            raise FileNotFoundError(errno.ENOENT, f"the directory {how}") from exc
+        if there.st_dev != top.st_dev:
+            how = f"was unmounted, or mounted over: device {_device(there)} where {_device(top)} was"
+            raise FileNotFoundError(errno.ENOENT, f"the directory {how}")
+        if there.st_ino != top.st_ino:
+            raise FileNotFoundError(errno.ENOENT, "the directory was replaced by another")
+        for name, fd in ((LOCK_NAME, self._lock), (self.inside.name, self._in)):
+            try:
+                is_same = _place(os.stat(name, dir_fd=self._top, follow_symlinks=False)) == _place(os.fstat(fd))
+            except FileNotFoundError:
+                is_same = False
+            if not is_same:
+                raise FileNotFoundError(errno.ENOENT, f"{name!r} in the directory was removed or replaced")
+
+    def close(self) -> None:
+        """Idempotent. It is unlocked."""
+        if self._is_open and self._known is not None:
+            self._known.removed = not os.fstat(self._top).st_nlink
+        self._is_open = False
+        fds = (self._in, self._top, self._lock)
+        self._top = self._in = self._lock = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+    def _refuse(self, why: str) -> NoReturn:
+        fix = "give an empty directory for this server alone, or one that is not there yet"
+        raise ConfigError("path", f"{str(self.path)!r} can't be used: {why}; {fix}")
+
+    def _refuse_in_use(self, holder: bytes | None, exc: OSError) -> NoReturn:
+        process = (holder or b"").decode("ascii", "replace") or "unknown"
+        problem = f"{str(self.path)!r} is in use by process {process}; give each server a directory of its own"
+        raise ConfigError("path", problem) from exc
+
+
+def open_own(name: str | Path, flags: int, *, dir_fd: int | None = None, shown: Path = Path()) -> int:
+    """Open a regular file of this user's, private once it is written; ConfigError if another kind has its name."""
+    where = shown / name
+    try:
+        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600, dir_fd=dir_fd)
+    except OSError as exc:
+        if exc.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise ConfigError("path", f"{where} is no file of ours (a link, a directory?); remove it") from exc
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError("path", f"{where} is no file of ours (a pipe, a device?); remove it")
+        if found.st_nlink > 1:
+            raise ConfigError("path", f"{where} has a second name elsewhere (a hard link); remove one")
+        if found.st_uid != os.geteuid():
+            raise ConfigError("path", f"{where} belongs to another user (uid {found.st_uid}); remove it")
+        if found.st_mode & 0o077 and flags & os.O_RDWR:
+            os.fchmod(fd, 0o600)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _place(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _device(found: os.stat_result) -> str:
+    return f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}"
+
+
+def _flush_names(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
