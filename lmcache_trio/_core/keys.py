@@ -30,8 +30,10 @@ class ChunkKey:
 def seed_of(*identity: str | bytes) -> bytes:
     """The 32-byte seed of a digest chain, from what the scheduler knows (model identity, chunk tokens, salt).
 
-    Each part is length-prefixed, so that ("ab", "c") and ("a", "bc") differ.
+    Each part is length-prefixed, so that ("ab", "c") and ("a", "bc") differ. `Misuse`: there is none, or one is empty.
     """
+    if not identity or not all(isinstance(part, str | bytes) and part for part in identity):
+        raise Misuse(f"identity is {list(identity)!r}: give one part or more, each a str or bytes and not empty")
     return _hash_parts(b"lmcache-trio seed 1", identity)
 
 

@@ -28,18 +28,12 @@ class Prompts:
         self._chunk_tokens_fixed = chunk_tokens is not None
         if self._chunk_tokens_fixed:
             self._check_chunk_tokens(self.chunk_tokens)
-        self._identity = tuple(identity)
+        self._identity = _checked_identity(identity)
         self._seed = seed_of(*self._identity, str(self.chunk_tokens))
         self._latch = Latch()
         self._requests: dict[str, Request] = {}
         self._sessions: dict[int, Request] = {}
         self._next_session = secrets.randbits(62)
-
-    def extend(self, request_id: str, token_ids: Sequence[int], *, extras: Extras | None = None) -> list[bytes]:
-        """Digests of all full chunks of *token_ids*, whose leading tokens are those known before; hashed once."""
-        request = self._request(request_id)
-        self._extend(request, token_ids, extras)
-        return request.digests[: len(token_ids) // self.chunk_tokens]
 
     def session_spec(self, request_id: str) -> int:
         """The number of the request's session; a request that is new gets one."""
@@ -59,21 +53,39 @@ class Prompts:
                 self._sessions[request.session] = request
         return request
 
-    def _extend(self, request: Request, token_ids: Sequence[int], extras: Extras | None) -> None:
-        done, count = len(request.digests), len(token_ids) // self.chunk_tokens
-        if count > done:
-            parent = request.digests[-1] if done else self._seed
-            request.digests += self._hash(parent, token_ids, done, count, extras)
+    def _goes_on(self, request: Request, token_ids: Sequence[int], extras: Extras | None) -> bool:
+        """Is one of *token_ids* (with *extras*) and what was hashed for *request* the beginning of the other?
 
-    def _hash(
-        self, parent: bytes, token_ids: Sequence[int], first: int, end: int, extras: Extras | None
-    ) -> list[bytes]:
-        width = self.chunk_tokens
-        mixed = None if extras is None else [extras(i * width, (i + 1) * width) for i in range(first, end)]
-        whole = (
-            first == 0 and len(token_ids) == end * width
-        )  # a slice of a long prompt costs as much as hashing a chunk
-        return chain_digests(parent, token_ids if whole else token_ids[first * width : end * width], width, mixed)
+        It looks at every token, because a list may have changed. Of a list that has only grown since, 100,000 tokens
+        take 0.2 to 0.5 ms here; packing them to be hashed takes 5 to 10.
+        """
+        known, width = request.tokens, self.chunk_tokens
+        count = min(len(known), len(token_ids)) // width
+        head = token_ids if len(token_ids) == count * width else token_ids[: count * width]
+        if len(known) > count * width:
+            known = known[: count * width]
+        if (head if type(head) is list else list(head)) != known:
+            return False
+        if extras is None:
+            return not any(request.extras[:count])
+        return all(extras(i * width, (i + 1) * width) == request.extras[i] for i in range(count))
+
+    def _extend(self, request: Request, token_ids: Sequence[int], extras: Extras | None) -> None:
+        """Hash the full chunks of *token_ids* that were not yet. They go on where the known ones end: `_goes_on`."""
+        width, done = self.chunk_tokens, len(request.digests)
+        count = len(token_ids) // width
+        if count <= done:
+            return
+        mixed = [b"" if extras is None else extras(i * width, (i + 1) * width) for i in range(done, count)]
+        if not all(isinstance(extra, bytes) for extra in mixed):
+            raise Misuse("extras must return bytes for each chunk, empty where the token ids say it all")
+        whole = not done and len(token_ids) == count * width
+        # a slice of a long prompt costs as much as hashing a chunk
+        tokens = token_ids if whole else token_ids[done * width : count * width]
+        parent = request.digests[-1] if done else self._seed
+        request.digests += chain_digests(parent, tokens, width, mixed)
+        request.tokens.extend(tokens)
+        request.extras += mixed
 
     def _adopt_chunk_tokens(self, chunk_tokens: int) -> None:
         """The server's word. The first one is taken; a later one that differs is refused with `Misuse`."""
@@ -89,7 +101,7 @@ class Prompts:
                 self.chunk_tokens = chunk_tokens
                 self._seed = seed_of(*self._identity, str(chunk_tokens))
                 for request in self._requests.values():
-                    request.digests.clear()
+                    request.forget_prompt()
 
     def _check_chunk_tokens(self, chunk_tokens: int) -> None:
         if chunk_tokens < 1 or chunk_tokens % self.block_tokens:
@@ -107,3 +119,15 @@ class Prompts:
             raise Misuse(f"block_ids has {len(block_ids)} blocks for {external_tokens} external_tokens")
         end = local_tokens + external_tokens
         return -(-end // self.chunk_tokens) - local_tokens // self.chunk_tokens
+
+
+def _checked_identity(identity: Sequence[str | bytes]) -> tuple[str | bytes, ...]:
+    """*identity* as a tuple; `Misuse` if it would name no model, or one part of a name after the other."""
+    if isinstance(identity, str | bytes) or not isinstance(identity, Sequence):
+        raise Misuse(f"identity is {identity!r}: give a list of its parts, each a str or bytes, as [{identity!r}]")
+    if not identity or not all(isinstance(part, str | bytes) and part for part in identity):
+        raise Misuse(
+            f"identity is {list(identity)!r}: give one part or more, each a str or bytes and not empty; two models with"
+            " equal identities share their KV"
+        )
+    return tuple(identity)

@@ -1,7 +1,5 @@
 """What a scheduler's adapter knows of one request, and of a lookup that is awaited: `scheduler` decides."""
 
-from collections.abc import Sequence
-
 import trio
 
 from lmcache_trio._core.lookup import LookupMachine, LookupState
@@ -18,13 +16,14 @@ class Request:
         "client",
         "digests",
         "doubtful",
+        "extras",
         "given_up",
         "lease_taken",
         "machine",
         "pending",
         "sent",
         "session",
-        "source",
+        "tokens",
         "upto",
     )
 
@@ -32,8 +31,10 @@ class Request:
         self.session = session
         self.machine = LookupMachine()
         self.digests: list[bytes] = []
-        self.source: Sequence[int] | None = None
-        """The very sequence that was hashed: the same one again needs no second look."""
+        self.tokens: list[int] = []
+        """The tokens that were hashed, whole chunks: 8 bytes each, for objects that the engine's own list holds too."""
+        self.extras: list[bytes] = []
+        """What was hashed besides, one entry a chunk."""
         self.client: Client | None = None
         """The connection on which the server was told of this session; on another it knows nothing of it."""
         self.sent = 0
@@ -46,6 +47,10 @@ class Request:
         self.given_up: int | None = None
         """The length of a lookup that was late: not asked again before something changes, or each step would wait."""
         self.pending: Pending | None = None
+
+    def forget_prompt(self) -> None:
+        """Nothing of it was hashed, as things are."""
+        self.digests, self.tokens, self.extras = [], [], []
 
     def known_to(self, client: Client) -> bool:
         """Does the server of *client* know the session, and its first `sent` digests?"""

@@ -101,15 +101,16 @@ class SchedulerAdapter(Lookups):
         """Ask how many leading tokens of *token_ids* are cached, unless that is asked or answered already.
 
         *extras(first, end)* gives the identity of one chunk's tokens that their ids don't carry. At most *max_tokens*
-        are offered, nor more chunks than one message can name (65,536). A sequence that was handed in may grow, and
-        must not change otherwise.
+        are offered, nor more chunks than one message can name (65,536). The prompt may grow from call to call; any
+        other or shorter one under the same id is another request, as if the former had been ended.
         """
-        request = self._request(request_id)
+        if len(token_ids) < len(self._request(request_id).tokens):
+            self.end_session(request_id)  # what was found for the longer prompt is no answer for this one
+        request = self._request_of(request_id, token_ids, extras)
         with self._latch:
             self._expire(request)
             if request.machine.state in (LookupState.PENDING, LookupState.ANSWERED):
                 return
-        request = self._same_prompt(request_id, request, token_ids, extras)
         self._extend(request, token_ids, extras)
         tokens = len(token_ids) if max_tokens is None else max_tokens
         upto = request.machine.limit(min(len(request.digests), max(0, tokens) // self.chunk_tokens, MAX_DIGESTS))
@@ -192,6 +193,15 @@ class SchedulerAdapter(Lookups):
 
     # --- digests and sessions ---------------------------------------------------------------------------------------
 
+    def extend(self, request_id: str, token_ids: Sequence[int], *, extras: Extras | None = None) -> list[bytes]:
+        """Digests of all full chunks of *token_ids*, hashed once.
+
+        These are the request's first tokens, fewer or more than before; any others make it another request.
+        """
+        request = self._request_of(request_id, token_ids, extras)
+        self._extend(request, token_ids, extras)
+        return request.digests[: len(token_ids) // self.chunk_tokens]
+
     def store_spec(self, request_id: str, first_chunk: int, block_ids: Sequence[int]) -> StoreSpec:
         """What a worker needs to store the chunks from *first_chunk* on, whose blocks are *block_ids* in order.
 
@@ -268,17 +278,13 @@ class SchedulerAdapter(Lookups):
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _same_prompt(
-        self, request_id: str, request: Request, token_ids: Sequence[int], extras: Extras | None
-    ) -> Request:
-        """*request*, or a fresh one if its id was used again for another prompt."""
-        if request.digests and request.source is not token_ids:
-            count = min(len(request.digests), len(token_ids) // self.chunk_tokens)
-            if self._hash(self._seed, token_ids, 0, count, extras) != request.digests[:count]:
-                self.end_session(request_id)
-                request = self._request(request_id)
-        request.source = token_ids
-        return request
+    def _request_of(self, request_id: str, token_ids: Sequence[int], extras: Extras | None) -> Request:
+        """The request with this id: a fresh one, with nothing of the former, if its prompt is another now."""
+        request = self._request(request_id)
+        if self._goes_on(request, token_ids, extras):
+            return request
+        self.end_session(request_id)
+        return self._request(request_id)
 
     def _open_session(self, request: Request) -> None:
         """The worker's connection may be faster than ours, and slots are given to known sessions only: so wait."""

@@ -70,6 +70,8 @@ class WorkerAdapter:
             raise Misuse(f"shard is {shard} of {shards}: shards count from 0")
         if not 0 < reply_timeout < float("inf"):
             raise Misuse(f"reply_timeout is {reply_timeout}: it must be a positive number of seconds")
+        if isinstance(fingerprint_extra, str | bytes):
+            raise Misuse(f"fingerprint_extra is {fingerprint_extra!r}: give a list, as [{fingerprint_extra!r}]")
         self._block_tokens = block_tokens
         self._wanted_chunk_tokens = chunk_tokens
         self._extra = tuple(fingerprint_extra)

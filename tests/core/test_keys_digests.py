@@ -64,3 +64,9 @@ def test_wrong_lengths_are_refused_by_name() -> None:
         chain_digests(bytes(32), [1, 2], 1, [b""])
     with pytest.raises(Misuse, match="33 bytes"):
         split_digests(bytes(33))
+
+
+@pytest.mark.parametrize("identity", [(), ("",), ("a model", b""), (7,)])
+def test_a_seed_of_nothing_is_refused(identity: tuple[str | bytes, ...]) -> None:
+    with pytest.raises(Misuse, match="identity"):
+        seed_of(*identity)

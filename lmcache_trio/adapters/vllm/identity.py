@@ -173,7 +173,7 @@ def model_identity(vllm_config: Any, namespace: str = "") -> list[bytes]:
         _model_files_identity(model, load, namespace),
         _canonical({"load_format": str(load.load_format), "kv_dtype": str(vllm_config.cache_config.cache_dtype)}),
         _settings_of(model, load),
-        namespace.encode(),
+        b"namespace:" + namespace.encode(),
     ]
     speculative = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
