@@ -3,6 +3,10 @@
 The reader answers inline and without a task. When the client does not read its replies, the reader reads nothing more
 until it does: the backpressure meets that client alone. What is out of place ends this one connection, after a last
 word.
+
+The loop is shared by time, not by count. A client's turn takes `TURN`; one that takes more than `SHARE` of the loop
+goes through the *lane*, where one client at a time has its turn, one in a pass of the loop. A client that asks little
+passes by the lane, however many ask much. Clients that leave do so one after the other, each in pieces of `TURN`.
 """
 
 import logging
@@ -27,8 +31,10 @@ TAKE_UP = 5.0
 """Seconds that a WELCOME stands."""
 LAST_WORD = 0.2
 """Seconds that a client whose connection is being ended has to read why."""
-BURST = 32
-"""Messages of one client that are carried out in a row before others get their turn (about 1 ms)."""
+TURN = 0.0005
+"""Seconds in which messages of one client are carried out in a row: some 30 lookups of one chunk, or one statistics."""
+SHARE = 0.01
+"""Of the loop's time, what a client takes without going through the lane; a hundred such clients would fill it."""
 
 
 async def serve_client(state: State, client: Client, listener: PairListener, branch: Branch) -> None:
@@ -41,6 +47,7 @@ async def serve_client(state: State, client: Client, listener: PairListener, bra
                 client.transport = await listener.accept(trio.current_time() + TAKE_UP)
             except (Unavailable, Gone):
                 state.counted["withdrawn"] += 1
+                await _leave(state, client)
                 return
             finally:
                 state.sockets.discard(str(path))
@@ -52,10 +59,21 @@ async def serve_client(state: State, client: Client, listener: PairListener, bra
                 client.start = start
                 start(_write, client, client.transport)
                 await _read_guarded(state, client, client.transport)
+                await _leave(state, client)
     finally:
         listener.close()
         if client.transport is not None:
             client.transport.close()
+        dismiss(state, client)
+
+
+async def _leave(state: State, client: Client) -> None:
+    """End *client*, and what it owned in pieces: others have their turns between them."""
+    async with state.leaving:
+        if client.transport is not None:
+            client.transport.close()
+        while state.end_some(client, trio.current_time() + TURN):
+            await trio.lowlevel.checkpoint()
         dismiss(state, client)
 
 
@@ -82,19 +100,35 @@ async def _read_guarded(state: State, client: Client, transport: Connection) -> 
 
 
 async def _read(state: State, client: Client, transport: Connection) -> None:
-    frame, budget = await transport.receive(), BURST
+    owed, since = 0.0, trio.current_time()  # seconds of the loop beyond its share, and at what time
     while True:
-        _carry_out(state, client, frame)
+        frame = await transport.receive()
+        asks_little = owed - SHARE * (trio.current_time() - since) <= TURN
+        alone_in_lane = state.last_in_lane is client and not state.lane.locked()
+        if asks_little or alone_in_lane:
+            took = _have_turn(state, client, transport, frame)
+        else:
+            async with state.lane:
+                state.last_in_lane = client
+                took = _have_turn(state, client, transport, frame)
+        now = trio.current_time()
+        owed, since = max(0.0, owed - SHARE * (now - since)) + took, now
         while client.outbox:
             await client.drained.wait()
-        budget -= 1
-        if budget == 0:
-            await trio.lowlevel.checkpoint()
-            budget = BURST
+
+
+def _have_turn(state: State, client: Client, transport: Connection, frame: bytes) -> float:
+    """Carry out *frame* and what is there behind it, until the turn is over. Returns the seconds that it took."""
+    began = trio.current_time()
+    while True:
+        _carry_out(state, client, frame)
+        took = trio.current_time() - began
+        if client.outbox or took > TURN:
+            return took
         try:
             frame = transport.receive_nowait()
         except trio.WouldBlock:
-            frame, budget = await transport.receive(), BURST
+            return took
 
 
 def _carry_out(state: State, client: Client, frame: bytes) -> None:

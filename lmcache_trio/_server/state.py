@@ -137,7 +137,7 @@ class State:
     memory: Memory
     watch_exit: Callable[[LostWriter], None]
     tiers: Tiers
-    count_tasks: Callable[[], int] = lambda: 0
+    tasks: int = 0  # that run, in all branches
     count_prefetches: Callable[[], int] = lambda: 0
     prefetch: Prefetch | None = None
     cancel_prefetch: Callable[[Engine, Session], None] | None = None
@@ -151,6 +151,11 @@ class State:
     taken: int = 0
     stopping: bool = False
     idle: trio.Event = attrs.field(factory=trio.Event)
+    lane: trio.Lock = attrs.field(factory=trio.Lock)
+    """Held by the client whose turn it is among those that ask much."""
+    last_in_lane: Client | None = None
+    leaving: trio.Lock = attrs.field(factory=trio.Lock)
+    """Held by the client that is being taken apart."""
     _numbers: int = 0
 
     # --- clients -----------------------------------------------------------------------------------------------------
@@ -203,6 +208,20 @@ class State:
         client.scope.cancel()
         self.note_progress()
         return not keep
+
+    def end_some(self, client: Client, until: float) -> bool:
+        """Until that time, but at least one: end sessions and reads of *client*, which is lost. Are there more?"""
+        engine = self.engine_of(client)
+        sessions = engine.sessions if engine is not None and engine.scheduler is client else {}
+        while True:
+            if engine is not None and sessions:
+                self.end_session(engine, next(iter(sessions)))
+            elif client.pins:
+                self.index.unpin(client.pins.pop(), client.number)
+            else:
+                return False
+            if trio.current_time() >= until:
+                return True
 
     def _leave(self, engine: Engine, client: Client) -> None:
         if engine.scheduler is client:

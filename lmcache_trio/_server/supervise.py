@@ -18,8 +18,9 @@ import math
 import os
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import attrs
@@ -107,14 +108,15 @@ async def open_server(
     try:
         async with memory.open(), trio.open_nursery() as upkeep:
             state = _make_state(config, memory, tiers, upkeep)
-            async with _branch() as start_tier:
-                state.tiers.open(start_tier, _branch)
+            start_upkeep, branch = _starter(state, upkeep), partial(_branch, state)
+            async with branch() as start_tier:
+                state.tiers.open(start_tier, branch)
                 await upkeep.start(_grow, state, name="memory")
-                upkeep.start_soon(state.clock.run, name="clock")
+                start_upkeep(state.clock.run, name="clock")
                 async with _transfer(state, device), trio.open_nursery() as connections:
                     await state.tiers.wait_opened()
-                    state.count_tasks = lambda: _count_tasks(upkeep) + _count_tasks(connections)
-                    connections.start_soon(_admit, state, front, connections, name="rendezvous")
+                    start_connection = _starter(state, connections)
+                    start_connection(_admit, state, front, start_connection, name="rendezvous")
                     yield Server(front.address, state.boot, state)
                     state.stop()
                     end = trio.current_time() + config.grace
@@ -144,7 +146,7 @@ def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: t
     )
 
     def watch_exit(writer: LostWriter) -> None:
-        upkeep.start_soon(wait_exit, state, writer, name=f"exit of client {writer.number}")
+        _starter(state, upkeep)(wait_exit, state, writer, name=f"exit of client {writer.number}")
 
     def load_reserved() -> None:
         clock.not_later_than(trio.current_time() + config.reservation_timeout)
@@ -166,10 +168,14 @@ async def _grow(state: State, *, task_status: trio.TaskStatus[None]) -> None:
 
     Started once the first is there: whoever is let in before would have what it stores refused as too large.
     """
-    grew = await _take_piece(state)
-    task_status.started()
-    while grew:
+    state.tasks += 1
+    try:
         grew = await _take_piece(state)
+        task_status.started()
+        while grew:
+            grew = await _take_piece(state)
+    finally:
+        state.tasks -= 1
 
 
 async def _take_piece(state: State) -> bool:
@@ -186,7 +192,7 @@ async def _take_piece(state: State) -> bool:
     return True
 
 
-async def _admit(state: State, front: Rendezvous, connections: trio.Nursery) -> None:
+async def _admit(state: State, front: Rendezvous, start: Start) -> None:
     """Answer at the rendezvous, one client after the other; none of them waits for anything but its turn."""
     while True:
         try:
@@ -205,15 +211,32 @@ async def _admit(state: State, front: Rendezvous, connections: trio.Nursery) -> 
             introduction.reply(encode(Refused(ErrorKind.UNAVAILABLE, f"no connection could be made: {exc}")))
             continue
         introduction.reply(encode(rendezvous.welcome(state, client, listener.address)))
-        connections.start_soon(serve_client, state, client, listener, _branch, name=str(client))
+        start(serve_client, state, client, listener, partial(_branch, state), name=str(client))
 
 
 @asynccontextmanager
-async def _branch() -> AsyncIterator[Start]:
+async def _branch(state: State) -> AsyncIterator[Start]:
     """A way to start tasks, which are cancelled at the block's end."""
     async with trio.open_nursery() as nursery:
-        yield nursery.start_soon
+        yield _starter(state, nursery)
         nursery.cancel_scope.cancel()
+
+
+def _starter(state: State, nursery: trio.Nursery) -> Start:
+    """A way to start tasks in *nursery*, which are counted: to walk the tree of 2,000 clients takes 20 ms."""
+
+    def start(fn: Callable[..., Awaitable[object]], *args: object, name: object = None) -> None:
+        state.tasks += 1
+        nursery.start_soon(_counted, state, fn, args, name=name or fn)
+
+    return start
+
+
+async def _counted(state: State, fn: Callable[..., Awaitable[object]], args: tuple[object, ...]) -> None:
+    try:
+        await fn(*args)
+    finally:
+        state.tasks -= 1
 
 
 @asynccontextmanager
@@ -222,15 +245,10 @@ async def _transfer(state: State, device: Device | None) -> AsyncIterator[None]:
     if device is None:
         yield
         return
-    async with device.open(state.memory), _branch() as start:
+    async with device.open(state.memory), _branch(state) as start:
         state.transfer = TransferWorker(state, device, start)
         start(state.transfer.run, name="transfer")
         yield
-
-
-def _count_tasks(nursery: trio.Nursery) -> int:
-    """Tasks that run under *nursery*, at any depth."""
-    return sum(1 + sum(map(_count_tasks, task.child_nurseries)) for task in nursery.child_tasks)
 
 
 def serve(config: Config | None = None, on_ready: Callable[[Server], None] | None = None) -> None:

@@ -318,4 +318,4 @@ async def test_statistics_over_the_wire_are_one_json_object_of_three_parts(rig: 
     assert set(found) == {"held", "counted", "tiers"}
     assert found == json.loads(json.dumps(rig.server.statistics()))
     assert found["held"]["connections"] == 1
-    assert found["held"]["tasks"] == 4  # the clock, the front door, a connection's reader and its writer
+    assert found["held"]["tasks"] == 5  # the clock, the device's, the front door, a connection's reader and its writer
