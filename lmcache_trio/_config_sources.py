@@ -82,7 +82,7 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, st
 def _ours(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """The variables with our prefix, each with the rest of its name, but for those that Kubernetes makes.
 
-    For each Service of a namespace it sets, in every container: NAME_SERVICE_HOST, NAME_SERVICE_PORT, NAME_PORT (a URL),
+    For each Service of a namespace every container has NAME_SERVICE_HOST, NAME_SERVICE_PORT, NAME_PORT (a URL),
     NAME_PORT_80_TCP, … One that is named lmcache-trio, or lmcache-trio-client, gives them our prefix.
     """
     for name in sorted(environ):

@@ -23,6 +23,7 @@ import trio
 from lmcache_trio import threads
 from lmcache_trio.abc import Memory
 from lmcache_trio.errors import ConfigError, Misuse, Unavailable
+from lmcache_trio_backends._memory_limits import memory_of_process
 
 __all__ = ["CpuConfig", "CpuMemory"]
 
@@ -50,7 +51,8 @@ class CpuConfig:
         validator=_check_size,
         metadata={
             "unit": "bytes",
-            "help": 'Bytes of the arena, as in "4GiB"; unset: a quarter of memory, at most half of the file system.',
+            "help": 'Bytes of the arena, as in "4GiB"; unset: a quarter of the memory that this process may have'
+            " (its cgroups' limits count), at most half of what is free and of the file system.",
         },
     )
     directory: str = attrs.field(
@@ -216,17 +218,17 @@ def _allocate(fd: int, offset: int, length: int) -> OSError | None:
 
 
 def _fitting_size(config: CpuConfig) -> int:
-    """The arena's size in whole pages, which fits this machine's memory and file system; else ConfigError."""
+    """The arena's size in whole pages, which fits this process's memory and file system; else ConfigError."""
     try:
         space = os.statvfs(config.directory)
     except OSError as exc:
         raise ConfigError("memory.directory", f"{config.directory!r}: {exc.strerror}; give a tmpfs directory") from exc
-    room, machine = space.f_frsize * space.f_blocks, _machine_memory()
+    room, memory = space.f_frsize * space.f_blocks, memory_of_process()
     if config.size is None:
-        return max(2 * PAGE, min(machine // 4, room // 2) // PAGE * PAGE)
-    if config.size > machine:
+        return max(2 * PAGE, min(memory.limit // 4, memory.free // 2, room // 2) // PAGE * PAGE)
+    if config.size > memory.limit:
         raise ConfigError(
-            "memory.size", f"{_human(config.size)} do not fit this machine's memory of {_human(machine)}; give less"
+            "memory.size", f"{_human(config.size)} do not fit {memory.named} of {_human(memory.limit)}; give less"
         )
     if config.size > room:
         raise ConfigError(
@@ -235,13 +237,6 @@ def _fitting_size(config: CpuConfig) -> int:
             f"larger: `mount -o remount,size=… {config.directory}`, in a container --shm-size",
         )
     return config.size // PAGE * PAGE
-
-
-def _machine_memory() -> int:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # a container's limit, where there is one ("max" is none)
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
 
 
 def _prefix() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from lmcache_trio_backends import cpu
+from lmcache_trio_backends._memory_limits import ProcessMemory
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory, remove_leftovers
 
 from lmcache_trio.errors import ConfigError
@@ -180,7 +181,7 @@ def test_a_size_or_directory_that_does_not_fit_is_refused_by_name(
 
 
 def test_a_size_larger_than_the_file_system_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_machine_memory", lambda: 1 << 62)
+    monkeypatch.setattr(cpu, "memory_of_process", lambda: ProcessMemory(1 << 62, 1 << 62, "memory"))
     with pytest.raises(ConfigError, match="/dev/shm, which has") as caught:
         CpuMemory(CpuConfig(size=1 << 61))
     assert caught.value.key == "memory.size"
@@ -191,7 +192,7 @@ def test_without_a_size_the_arena_takes_a_quarter_of_memory_and_at_most_half_of_
 ) -> None:
     space = os.statvfs("/dev/shm")
     half = space.f_frsize * space.f_blocks // 2
-    monkeypatch.setattr(cpu, "_machine_memory", lambda: 4 * half)
+    monkeypatch.setattr(cpu, "memory_of_process", lambda: ProcessMemory(4 * half, 4 * half, "memory"))
     assert CpuMemory(CpuConfig()).size == half // 4096 * 4096
-    monkeypatch.setattr(cpu, "_machine_memory", lambda: 400 * MIB)
+    monkeypatch.setattr(cpu, "memory_of_process", lambda: ProcessMemory(400 * MIB, 400 * MIB, "memory"))
     assert CpuMemory(CpuConfig()).size == 100 * MIB
