@@ -145,9 +145,8 @@ def test_a_lookup_covered_by_memory_does_not_wait_behind_the_disk(stalled: Stall
     one = polling(sides, stalled)
     stalled.submitted(one, "parked")
     stalled.stuck()
-    began = time.monotonic()
     assert one.lookup("few", FEW) == 2 * CHUNK
-    assert time.monotonic() - began < 1
+    assert stalled.tier()["loads_in_flight"] > 0  # the disk has not given an answer yet
 
 
 def test_asked_again_while_answered_it_is_the_same_count(stalled: Stalled, sides: MakeSide) -> None:
@@ -194,14 +193,15 @@ def test_an_unknown_or_ended_request_is_told_apart_from_a_pending_one(stalled: S
 
 
 def test_a_timed_out_lookup_leaves_nothing_in_the_adapter_and_nothing_on_the_server(
-    stalled: Stalled, sides: MakeSide, monkeypatch: pytest.MonkeyPatch
+    stalled: Stalled, sides: MakeSide, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(scheduler, "_BUDGET_SHARE", 100)  # else the server would answer in time
     one = polling(sides, stalled, lookup_timeout=0.3)
     stalled.submitted(one, "r")
     began = time.monotonic()
     assert one.scheduler.check_lookup_result("r") == 0
-    assert 0.29 < time.monotonic() - began < 2
+    assert time.monotonic() - began > 0.29
+    assert "not answered within 0.3 s" in caplog.text  # it did not wait for the server to give up
     client = one.scheduler._link.client
     assert client is not None
     wait_until(lambda: not client._waiters)
@@ -214,13 +214,11 @@ def test_a_timed_out_lookup_leaves_nothing_in_the_adapter_and_nothing_on_the_ser
 
 @pytest.mark.parametrize("scheme", ["unix", "ipc"])
 def test_a_server_that_dies_during_the_wait_gives_0_by_notification(stalled: Stalled, sides: MakeSide) -> None:
-    one = polling(sides, stalled, lookup_timeout=60.0)
+    one = polling(sides, stalled, lookup_timeout=600.0)  # longer than any test may take
     stalled.submitted(one, "r")
     stalled.stuck()
     assert one.scheduler._link.post(stalled.server.kill)
-    began = time.monotonic()
     assert one.scheduler.check_lookup_result("r") == 0
-    assert time.monotonic() - began < 10
 
 
 def test_a_lease_cannot_be_guessed_nor_used_by_another_engine(stalled: Stalled, sides: MakeSide) -> None:

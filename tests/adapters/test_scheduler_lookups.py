@@ -207,6 +207,7 @@ def test_a_silent_server_gives_zero_in_time_and_nothing_is_left_behind(
     live_server.go_on()
     wait_until(lambda: other.scheduler.is_healthy())
     assert sum("not answered within" in line for line in caplog.messages) == 1
+    other.scheduler._lookup_timeout = 60.0  # a server that answers may be as slow as this machine is
     assert other.lookup("then", TOKENS) == 4 * CHUNK
     for request in ("r", "next", "then"):
         other.scheduler.end_session(request)

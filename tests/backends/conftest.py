@@ -21,6 +21,18 @@ class WatchedTier(FaultyTier):
     """Says when it has answered a question: a server's first after each opening shows that it works."""
 
     answered = trio.Event()
+    _opens = trio.Event()
+    _opens.set()
+
+    def stay_shut(self) -> None:
+        """Once it is fenced it is not opened before `wait_works_again`, however long a test takes to look at it."""
+        self._opens = trio.Event()
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        await self._opens.wait()
+        async with super().open():
+            yield
 
     async def contains(self, keys: Sequence[ChunkKey]) -> Sequence[bool]:
         found = await super().contains(keys)
@@ -30,6 +42,7 @@ class WatchedTier(FaultyTier):
     async def wait_works_again(self) -> None:
         """While it is fenced: until it is used again."""
         self.answered = trio.Event()
+        self._opens.set()
         with trio.fail_after(60):
             await self.answered.wait()
 

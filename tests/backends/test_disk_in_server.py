@@ -35,6 +35,7 @@ async def test_a_disk_that_fails_in_a_load_is_fenced_and_opened_again_and_gives_
     await on_disk(live, tier, chain("one", 2), chain("other", 3))
     async with live(tier) as server:
         await server.store(chain("memory", 2))
+        tier.stay_shut()
         tier.faults.append(Fault(kind, on="load", rate=1))
         assert await server.hits(chain("one", 2)) == 0
         tier.faults.clear()
@@ -55,20 +56,28 @@ async def test_a_disk_that_fails_in_a_load_is_fenced_and_opened_again_and_gives_
 
 @pytest.mark.parametrize("on", ["contains", "store", "load"])
 async def test_a_disk_that_hangs_in_a_thread_is_fenced_and_used_again_when_the_call_has_returned(
-    live: Any, watched: Any, chain: Any, tmp_path: Path, on: str
+    live: Any, watched: Any, chain: Any, tmp_path: Path, on: str, mock_clock: trio.testing.MockClock
 ) -> None:
+    mock_clock.rate = 1.0
     tier = watched.around(disk(tmp_path / "kv"))
     await on_disk(live, tier, chain("one", 2))
-    async with live(tier, tier_timeout=0.3) as server:
+    async with live(tier, tier_timeout=100.0) as server:
         await server.store(chain("memory", 2))
         await server.written_back()
         tier.faults.append(Fault("hang_thread", on=on, rate=1))
-        if on == "store":
-            await server.store(chain("new", 1))
-        else:
-            assert await server.hits(chain("one", 2), budget=0.1) == 0
+
+        async def ask() -> None:
+            assert await server.hits(chain("one", 2)) == 0
+
+        async with trio.open_nursery() as asking:
+            if on == "store":
+                await server.store(chain("new", 1))
+            else:
+                asking.start_soon(ask)
+            with trio.fail_after(60):
+                await tier.wait_hanging(1)
+                mock_clock.jump(100)  # the patience of whoever asks, and the server's with the tier
         with trio.fail_after(60):
-            await tier.wait_hanging(1)
             await server.server._state.tiers.keepers[0].calls.watch()  # until it is fenced
         assert "not returned" in server.tier()["reason"]
         assert await server.hits(chain("memory", 2)) == 2
@@ -88,6 +97,7 @@ async def test_a_directory_that_is_removed_costs_what_was_in_it_and_is_made_agai
     async with live(tier) as server:
         await server.store(chain("memory", 2))
         await server.written_back()
+        tier.stay_shut()
         shutil.rmtree(tmp_path / "kv")
         assert await server.hits(chain("memory", 2)) == 2
         assert await server.hits(chain("one", 2)) == 0

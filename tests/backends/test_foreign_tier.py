@@ -29,6 +29,7 @@ include = ["files_tier.py"]
 """
 CONFIG = """
 address = "ipc://{where}/s.ipc"
+prefetch_budget = 30.0
 
 [memory]
 backend = "cpu"

@@ -36,6 +36,8 @@ CLIENTS = 3
 SEEDS = 10
 LIVES = 2
 """Servers killed at the same time, on two cores."""
+MOST_PROMPTS = 60
+"""Served in one life: what three clients get through in a quarter of a second where two cores are free."""
 KILLS = 11
 """Of one server. 10 seeds of 2 servers: 220."""
 
@@ -70,6 +72,7 @@ class Life:
         self.random = Random(seed)
         self.counts: Counter[str] = Counter()
         self.sessions = 0
+        self._served = trio.Event()
 
     async def run(self) -> None:
         for _ in range(KILLS):
@@ -84,7 +87,7 @@ class Life:
                 async with trio.open_nursery() as load:
                     for _ in range(CLIENTS):
                         load.start_soon(self.use, scheduler, worker)
-                    await trio.sleep(self.random.uniform(0, 0.25))  # any point is a good one
+                    await self.wait_served(self.random.randrange(MOST_PROMPTS))  # any point is a good one
                     process.kill()
             self.counts["kills"] += 1
             assert physical(self.directory) <= SIZE
@@ -123,9 +126,17 @@ class Life:
                 await self.serve(scheduler, worker, digests)
                 assert physical(self.directory) <= SIZE
 
+    async def wait_served(self, prompts: int) -> None:
+        """Until so many more were begun: time would decide how much a slow machine leaves on its disk."""
+        last = self.sessions + prompts
+        while self.sessions < last:
+            self._served = trio.Event()
+            await self._served.wait()
+
     async def serve(self, scheduler: Client, worker: Client, digests: Sequence[bytes], store: bool = True) -> None:
         """What an engine does for one prompt: ask, read and check what is there, store what is not."""
         self.sessions += 1
+        self._served.set()
         session = self.sessions
         answer = await scheduler.lookup(session, digests)
         try:

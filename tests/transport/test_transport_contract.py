@@ -51,7 +51,7 @@ async def bounded() -> AsyncIterator[None]:
 
 
 async def fill(connection: Connection) -> int:
-    """Send until there is no room; returns how many messages were accepted."""
+    """Send until there is no room, and cancel the send that waits; returns how many messages were accepted."""
     sent = 0
     while True:
         with trio.move_on_after(0.2) as scope:  # longer than any buffer behind ours takes to move
@@ -143,9 +143,6 @@ async def test_a_cancelled_receive_loses_no_message(ends: Ends) -> None:
 
 async def test_a_cancelled_send_was_not_sent(ends: Ends) -> None:
     accepted = await fill(ends.client)
-    with trio.move_on_after(0.05) as scope:
-        await ends.client.send(b"cancelled" + bytes(20_000))
-    assert scope.cancelled_caught
     for i in range(accepted):
         assert (await ends.server.receive())[:4] == i.to_bytes(4, "little")
     await ends.client.send(b"next")
