@@ -69,7 +69,11 @@ def minimums(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The documentation, warnings as errors; a name that leads nowhere is a warning."""
     _install_wheel(session, *_group("docs"), *_group("test"))  # the contract suites of `testing` import pytest
-    session.run("sphinx-build", "-W", "-n", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
+    planted = "a-value-of-the-environment-of-whoever-builds-the-pages"
+    build = ["sphinx-build", "-W", "-n", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html"]
+    session.run(*build, env={"SOME_SECRET": planted})
+    if told := [str(page) for page in (ROOT / "docs/_build/html").rglob("*.html") if planted in page.read_text()]:
+        session.error(f"the environment of the build stands in {', '.join(told)}")
 
 
 @nox.session

@@ -55,9 +55,13 @@ def client_config_of(table: Any) -> ClientConfig:
     return structure(ClientConfig, table, "client")
 
 
-def load_client_config(environ: Mapping[str, str] = os.environ) -> ClientConfig:
-    """The settings of an engine in *environ*. `ConfigError` names the one that is wrong, and who set it."""
-    table, origins = _config_sources.gather_client([f.name for f in attrs.fields(ClientConfig)], environ)
+def load_client_config(environ: Mapping[str, str] | None = None) -> ClientConfig:
+    """The settings of an engine in *environ*, by default this process's.
+
+    `ConfigError` names the one that is wrong, and who set it.
+    """
+    known = [field.name for field in attrs.fields(ClientConfig)]
+    table, origins = _config_sources.gather_client(known, os.environ if environ is None else environ)
     try:
         return client_config_of(table)
     except ConfigError as exc:

@@ -5,7 +5,8 @@ structured by cattrs with strict hooks: nothing is coerced (`"7"` is no integer)
 that was probably meant. Each problem ends in one `ConfigError` with the dotted key and the fix.
 
 This module refuses to know backends: a backend's table is kept as it is, and structured into the backend's own `Config`
-class with `structure` when the backend is found (a field with `metadata={"unit": "bytes"}` takes `"4GiB"` too).
+class with `structure` when the backend is found (a field with
+`metadata={"unit": "bytes"}` takes `"4GiB"` too, one with the unit "path" takes `"~/kv"`).
 """
 
 import difflib
@@ -25,7 +26,7 @@ from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, Iterabl
 from lmcache_trio import _config_sources
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["Config", "Table", "default_address", "describe", "load_config", "parse_size", "structure"]
+__all__ = ["Config", "Table", "default_address", "describe", "load_config", "parse_path", "parse_size", "structure"]
 
 Table = dict[str, Any]
 """A backend's own settings, not yet structured."""
@@ -41,9 +42,9 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | 
 }  # fmt: skip
 
 
-def default_address(environ: Mapping[str, str] = os.environ) -> str:
-    """The address that servers and clients of one user meet at when none is given."""
-    runtime = environ.get("XDG_RUNTIME_DIR", "")
+def default_address(environ: Mapping[str, str] | None = None) -> str:
+    """The address that servers and clients of one user meet at when none is given; *environ* is this process's."""
+    runtime = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
     where = f"{runtime}/lmcache-trio" if runtime.startswith("/") else f"/tmp/lmcache-trio-{os.getuid()}"
     return f"unix://{where}/server.sock"
 
@@ -55,6 +56,25 @@ def parse_size(text: str) -> int:
     if found is None or unit is None:
         raise ValueError(f'{text!r} is no size; write a number of bytes, or one with a unit, as in "4GiB"')
     return int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
+
+
+def parse_path(text: str) -> str:
+    """The absolute path that *text* is, with `~` and `$NAME` expanded, as a shell does. ValueError says what is wrong.
+
+    A relative one is refused: a server that is started elsewhere would not find what it kept. An empty one stays empty.
+    """
+    if unset := [name for name in re.findall(r"\$\{?(\w+)", text) if name not in os.environ]:
+        raise ValueError(f"{text!r} names the variable {unset[0]}, which is not set; write the absolute path")
+    path = os.path.expanduser(os.path.expandvars(text))
+    if "\0" in path:
+        raise ValueError(f"{text!r} has a zero byte in it; write the absolute path")
+    if path and not path.startswith("/"):
+        raise ValueError(f"{text!r} is a relative path; write the absolute one, such as {os.path.abspath(path)!r}")
+    return path
+
+
+_PARSERS: Mapping[str, Callable[[str], object]] = {"bytes": parse_size, "path": parse_path}
+"""By the `unit` in a field's metadata: what a string in its place means."""
 
 
 def _address(instance: object, attribute: "attrs.Attribute[str]", value: str) -> None:
@@ -209,12 +229,17 @@ def describe(cls: type[Any] = Config) -> list[tuple[str, object, str]]:
 
 
 def load_config(
-    path: str | os.PathLike[str] | None = None, sets: Sequence[str] = (), environ: Mapping[str, str] = os.environ
+    path: str | os.PathLike[str] | None = None, sets: Sequence[str] = (), environ: Mapping[str, str] | None = None
 ) -> Config:
-    """The settings from *path* (TOML), *environ* and *sets* (`"key=value"`), later ones winning."""
+    """The settings from *path* (TOML), *environ* and *sets* (`"key=value"`), later ones winning.
+
+    *environ* is this process's, if not given.
+    """
     from lmcache_trio.client_config import client_config_of
 
-    table, origins = _config_sources.gather(None if path is None else Path(path), sets, environ)
+    table, origins = _config_sources.gather(
+        None if path is None else Path(path), sets, os.environ if environ is None else environ
+    )
     if isinstance(memory := table.get("memory"), dict):
         memory.setdefault("backend", "cpu")
     client_config_of(table.pop("client", {}))  # the engines' part of the file: theirs to use, ours to refuse
@@ -232,9 +257,10 @@ def structure(cls: type[T], table: Mapping[str, Any], key: str = "") -> T:
         _fail(key, "", f"{table!r} is no table; write it as [{key or 'table'}] with one key a line")
     plain = dict(table)
     for field in attrs.fields(cls):  # type: ignore[arg-type]
-        if field.metadata.get("unit") == "bytes" and isinstance(plain.get(field.name), str):
+        parse = _PARSERS.get(field.metadata.get("unit", ""))
+        if parse is not None and isinstance(plain.get(field.name), str):
             try:
-                plain[field.name] = parse_size(plain[field.name])
+                plain[field.name] = parse(plain[field.name])
             except ValueError as exc:
                 raise ConfigError(_join(key, field.name), str(exc)) from exc
     try:

@@ -255,3 +255,51 @@ def test_any_table_makes_a_config_or_one_config_error(table: dict[str, Any]) -> 
         problem = exc
     named = [name or '""' for name in table]  # a name may have dots of its own
     assert problem is None or any(f"{problem.key}.".startswith(f"{name}.") for name in named)
+
+
+# ---- paths
+
+
+@attrs.frozen
+class Kept:
+    path: str = attrs.field(default="", metadata={"unit": "path"})
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("/var/cache/kv", "/var/cache/kv"),
+        ("~/kv", "/home/me/kv"),
+        ("~", "/home/me"),
+        ("$HOME/kv", "/home/me/kv"),
+        ("${HOME}/kv", "/home/me/kv"),
+        ("/data/$NODE/kv", "/data/7/kv"),
+        ("/a $ b", "/a $ b"),
+        ("~root/kv", os.path.expanduser("~root/kv")),
+    ],
+)
+def test_a_path_is_expanded_as_a_shell_does_it(text: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("NODE", "7")
+    assert structure(Kept, {"path": text}).path == path
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("d1", r"relative path; write the absolute one, such as '/.*/d1'"),
+        ("./d1", "relative"),
+        ("$NODE/kv", "relative"),
+        ("../d1", "relative"),
+        ("~nobody-of-this-name/kv", "relative"),
+        ("$NOT_SET/kv", "NOT_SET, which is not set"),
+        ("/data/${NOT_SET}/kv", "NOT_SET, which is not set"),
+        ("/data/\0kv", "zero byte"),
+    ],
+)
+def test_a_path_that_leads_nowhere_certain_is_refused(text: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE", "7")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(ConfigError, match=words) as caught:
+        structure(Kept, {"path": text}, "tiers.0")
+    assert caught.value.key == "tiers.0.path"

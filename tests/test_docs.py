@@ -69,3 +69,27 @@ def usage(*command: str) -> str:
     run = [sys.executable, "-m", "lmcache_trio", *command, "--help"]
     environment = os.environ | {"COLUMNS": "200"}
     return subprocess.run(run, capture_output=True, text=True, check=True, timeout=60, env=environment).stdout
+
+
+_HELP = """
+import importlib, pkgutil, pydoc, lmcache_trio, lmcache_trio_backends
+for package in (lmcache_trio, lmcache_trio_backends):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__"):
+            try:
+                print(pydoc.plaintext.document(importlib.import_module(module.name)))
+            except ImportError as exc:  # a module for an engine that is not here
+                assert (exc.name or "").partition(".")[0] not in ("lmcache_trio", "lmcache_trio_backends"), exc
+"""
+
+
+def test_no_help_holds_a_value_of_the_environment() -> None:
+    """A default value stands in `help()` and in the API's reference, so it can't be the environment."""
+    planted = {name: f"the-value-of-{name.lower()}" for name in ("SOME_SECRET", "XDG_RUNTIME_DIR", "LOGNAME")}
+    planted["XDG_RUNTIME_DIR"] = "/the-value-of-xdg"
+    run = [sys.executable, "-c", _HELP]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=120, env=os.environ | planted)
+    assert done.returncode == 0, done.stderr
+    assert "load_config(" in done.stdout
+    assert "DiskConfig(" in done.stdout
+    assert [value for value in planted.values() if value in done.stdout] == []

@@ -43,7 +43,12 @@ class DiskConfig:
     """Settings of `[[tiers]]` with `backend = "disk"`."""
 
     path: str = attrs.field(
-        validator=_is_given, metadata={"help": "A directory for this server alone; made when it is not there."}
+        validator=_is_given,
+        metadata={
+            "unit": "path",
+            "help": "A directory for this server alone, as in `/var/cache/kv` or `~/kv`: empty, or made when it is not"
+            " there.",
+        },
     )
     size: int = attrs.field(
         validator=_at_least(MIN_SIZE),

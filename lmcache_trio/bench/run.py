@@ -144,7 +144,7 @@ async def scratch(near: Path | None = None) -> AsyncIterator[Path]:
     if near is None and len(os.fsencode(parent)) > _MAX_PARENT:
         parent = "/tmp"
     with tempfile.TemporaryDirectory(prefix="lmcache-trio-bench-", dir=parent) as folder:
-        yield Path(folder)
+        yield Path(folder).absolute()
 
 
 async def measure(

@@ -48,7 +48,11 @@ class FaultyConfig:
     )
     seed: int = attrs.field(default=0, metadata={"help": "The same seed and calls give the same faults."})
     fifo: str = attrs.field(
-        default="", metadata={"help": "A named pipe: `hang_thread` blocks until another process opens it for writing."}
+        default="",
+        metadata={
+            "unit": "path",
+            "help": "A named pipe: `hang_thread` blocks until another process opens it for writing.",
+        },
     )
 
 

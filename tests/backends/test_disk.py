@@ -347,6 +347,7 @@ def test_second_hit_remembers_a_bounded_number_of_chunks() -> None:
     [
         ({"path": "/x", "size": "1KiB"}, "tiers.0.size"),
         ({"path": "", "size": "1GiB"}, "tiers.0.path"),
+        ({"path": "d1", "size": "1GiB"}, "tiers.0.path"),
         ({"path": "/x", "size": "1GiB", "durability": "always"}, "tiers.0.durability"),
         ({"path": "/x", "size": "1GiB", "admission": "none"}, "tiers.0.admission"),
         ({"path": "/x", "size": "1GiB", "slab_size": 1}, "tiers.0.slab_size"),

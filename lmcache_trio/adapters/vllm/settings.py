@@ -5,7 +5,6 @@ A key that is not known here is refused by name: a misspelt key that is silently
 
 import difflib
 import math
-import os
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, get_args
@@ -47,7 +46,7 @@ class ConnectorSettings:
     path: Path = "auto"
 
 
-def parse_settings(extra: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ConnectorSettings:
+def parse_settings(extra: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> ConnectorSettings:
     """The settings in *extra*, and where it says nothing, the client's in *environ* (`load_client_config`).
 
     ConfigError names the key at fault and what it may be.
