@@ -95,7 +95,7 @@ class Client(Conversation):
         self.arena = arena
         self.namespace = b""
         self.shard_bytes = 0
-        """What `register` said; slots are that long."""
+        """What `register` said last; a slot is as long as the server says that it is."""
         self.on_push: Callable[[Message], None] = lambda message: None
         """Called in the Trio thread with what the server says unasked, but for answers to a `lookup` of this client."""
         self._arena_grown = trio.Event()
@@ -254,11 +254,10 @@ class Client(Conversation):
     @asynccontextmanager
     async def _storing_lot(self, session: int, parent: bytes, digests: Sequence[bytes]) -> AsyncIterator[Storing]:
         """`storing` of no more than one message asks for."""
-        arena = self._mapped()
+        self._mapped()
         reserved = await self.reserve(session, parent, digests)
         try:
-            offsets, positions = unpack_offsets(reserved.offsets), unpack_positions(reserved.positions)
-            slots = {p: arena.view(o, self.shard_bytes) for p, o in zip(positions, offsets, strict=True)}
+            slots = dict(zip(unpack_positions(reserved.positions), self.slots(reserved), strict=True))
             yield Storing(slots, dict(reserved.dropped))
         except BaseException:
             self.abort_nowait(reserved.reservation)
@@ -269,15 +268,23 @@ class Client(Conversation):
     @asynccontextmanager
     async def retrieving(self, lease: bytes, start: int, count: int) -> AsyncIterator[list[memoryview]]:
         """The chunks' bytes, to be read in the body. `Gone` at its end: what was read must not be used."""
-        arena = self._mapped()
+        self._mapped()
         pinned = await self.retrieve(lease, start, count)
         try:
-            yield [arena.view(offset, self.shard_bytes) for offset in unpack_offsets(pinned.offsets)]
+            yield self.slots(pinned)
         except BaseException:
             self.done_nowait(pinned.pin)
             raise
         if not await self.done(pinned.pin):
             raise Gone("what was read is not valid any more: treat it as a miss")
+
+    def slots(self, named: Reserved | Pinned) -> list[memoryview]:
+        """The slots that *named* names, in its order, each just as long as the server said. From any thread.
+
+        `Unavailable`: there is no arena. `ProtocolError`: one lies outside of it.
+        """
+        arena = self._mapped()
+        return [arena.view(offset, named.slot_bytes) for offset in unpack_offsets(named.offsets)]
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

@@ -51,10 +51,11 @@ class Lease:
 
 @attrs.frozen
 class Pin:
-    """A read in progress: one arena offset a chunk, for the shard that was asked for."""
+    """A read in progress: one arena offset a chunk, for the shard that was asked for, whose slots have *slot_bytes*."""
 
     id: bytes
     offsets: Sequence[int]
+    slot_bytes: int
 
 
 @attrs.frozen

@@ -98,7 +98,7 @@ class Readers:
         self._pins[pin_id] = _Pinned(worker, leased.namespace, rows)
         self._pins_of.setdefault(worker, set()).add(pin_id)
         first, offset = leased.namespace.starts[shard], self._chunks.rows.offset
-        return Pin(pin_id, tuple([offset[row] + first for row in rows]))
+        return Pin(pin_id, tuple([offset[row] + first for row in rows]), leased.namespace.lengths[shard])
 
     def unpin(self, pin_id: bytes, worker: int) -> bool:
         pinned = self._pins.get(pin_id)

@@ -131,7 +131,7 @@ def _retrieve(state: State, client: Client, message: Retrieve) -> Message:
     hello = client.hello
     pin = state.index.pin(message.lease, hello.engine, client.number, hello.shard, message.start, message.count)
     client.pins.add(pin.id)
-    return Pinned(message.id, pin.id, pack_offsets(pin.offsets))
+    return Pinned(message.id, pin.id, pack_offsets(pin.offsets), pin.slot_bytes)
 
 
 def _done(state: State, client: Client, message: Done) -> Message:
@@ -157,7 +157,8 @@ def _reserve(state: State, client: Client, message: Reserve) -> Message:
         state.clock.not_later_than(now + state.config.reservation_timeout)
     positions = pack_positions([slot.position for slot in made.slots])
     offsets = pack_offsets([slot.offset for slot in made.slots])
-    return Reserved(message.id, made.id, positions, offsets, dict(made.dropped))
+    slot_bytes = state.index.shard_bytes(engine.namespace)[shard]
+    return Reserved(message.id, made.id, positions, offsets, dict(made.dropped), slot_bytes)
 
 
 def _commit(state: State, client: Client, message: Commit) -> Message:

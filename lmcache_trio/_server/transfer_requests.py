@@ -64,6 +64,7 @@ def _store_blocks(state: State, client: Client, message: StoreBlocks) -> Message
     attachment = transfer.attachments.of(client)
     digests, blocks = split_digests(message.digests), unpack_positions(message.blocks)
     count = attachment.chunk_blocks
+    _check_slots(state, engine, client, attachment)
     if not digests or len(blocks) != len(digests) * count:
         raise Misuse(f"{len(blocks)} blocks for {len(digests)} chunks: give {count} a chunk, one chunk or more")
     _check_blocks(blocks, attachment.attached.export.num_blocks)
@@ -87,9 +88,10 @@ def _store_blocks(state: State, client: Client, message: StoreBlocks) -> Message
 
 
 def _retrieve_blocks(state: State, client: Client, message: RetrieveBlocks) -> Message | None:
-    transfer = _transfer(state)
+    transfer, engine = _transfer(state), _engine(state, client)
     attachment = transfer.attachments.of(client)
     blocks, count = unpack_positions(message.blocks), attachment.chunk_blocks
+    _check_slots(state, engine, client, attachment)
     rest = message.count * count - message.skip - len(blocks)
     if message.skip >= count or rest < 0 or not blocks:
         raise Misuse(f"{len(blocks)} blocks after {message.skip} do not lie within {message.count} chunks of {count}")
@@ -140,6 +142,16 @@ def _engine(state: State, client: Client) -> Engine:
     if engine is None or client.lost:
         raise Gone(f"the engine of {client} is not there any more")
     return engine
+
+
+def _check_slots(state: State, engine: Engine, client: Client, attachment: Attachment) -> None:
+    """A copy between a slot and a chunk's blocks must fill both exactly, whoever said how long they are."""
+    lengths = state.index.shard_bytes(engine.namespace)
+    if lengths and lengths[client.hello.shard] != attachment.chunk_blocks * attachment.attached.export.block_bytes:
+        raise Misuse(
+            f"{attachment.chunk_blocks} attached blocks of {attachment.attached.export.block_bytes} bytes do not fill a"
+            f" slot of {lengths[client.hello.shard]} bytes: register and attach the same tensors"
+        )
 
 
 def _check_begin(attachment: Attachment, message: StoreBlocks | RetrieveBlocks) -> None:

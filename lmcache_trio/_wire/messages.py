@@ -67,7 +67,7 @@ __all__ = [
     "Withdraw",
 ]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_DIGESTS = 65_536
 """Most chunks one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
 
@@ -478,12 +478,16 @@ class Answer(Message):
 
 @attrs.frozen
 class Pinned(Message):
-    """Where the chunks are: one byte offset into the arena a chunk, for this worker's shard. Read, then say Done."""
+    """Where the chunks are: one byte offset into the arena a chunk, for this worker's shard. Read, then say Done.
+
+    Each slot has *slot_bytes* bytes.
+    """
 
     opcode: ClassVar[int] = 68
     id: Number
     pin: bytes = attrs.field(validator=_ID)
     offsets: bytes = attrs.field(validator=_OFFSETS)
+    slot_bytes: int = attrs.field(default=0, validator=ge(0))
 
 
 @attrs.frozen
@@ -497,7 +501,8 @@ class Finished(Message):
 class Reserved(Message):
     """Slots for some of the asked chunks: `positions[i]` in the request's digests may be written at `offsets[i]`.
 
-    *reservation* is empty when there are none. The rest was dropped, counted by reason in *dropped*.
+    Each slot has *slot_bytes* bytes. *reservation* is empty when there are none. The rest was dropped, counted by
+    reason in *dropped*.
     """
 
     opcode: ClassVar[int] = 70
@@ -506,6 +511,7 @@ class Reserved(Message):
     positions: bytes = attrs.field(validator=_POSITIONS)
     offsets: bytes = attrs.field(validator=_OFFSETS)
     dropped: dict[str, int] = attrs.field(factory=dict, validator=max_len(64))
+    slot_bytes: int = attrs.field(default=0, validator=ge(0))
 
 
 @attrs.frozen

@@ -57,7 +57,14 @@ _REFUSED_WAIT = 5.0
 class DevicePath:
     """Which path a worker takes, and the device's."""
 
-    def __init__(self, wanted: Path, address: str, hello: Hello, reply_timeout: float) -> None:
+    def __init__(
+        self,
+        wanted: Path,
+        address: str,
+        hello: Hello,
+        reply_timeout: float,
+        check_layout: Callable[[Client, Job], None] = lambda client, job: None,
+    ) -> None:
         if wanted not in get_args(Path):
             raise Misuse(f"path is {wanted!r}: it must be one of {', '.join(get_args(Path))}")
         self.wanted = wanted
@@ -66,6 +73,8 @@ class DevicePath:
         self._address = address
         self._hello = hello
         self._reply_timeout = reply_timeout
+        self._check_layout = check_layout
+        """Called as a job's question goes out; raises if the job does not fit what the server knows."""
         self._progress = 0.0
         """When the server last said that it had moved something."""
         self._settling = 0
@@ -141,6 +150,7 @@ class DevicePath:
         await job.turn()
         if step is not None and step.dropped:
             raise Unavailable("its step was dropped before it began")
+        self._check_layout(client, job)
         number, blocks, layered = client.new_id(), pack_positions(spec.block_ids), step is not None
         event = b"" if layered else event_of(job.fence)
         ask = StoreBlocks(number, spec.session, spec.parent, spec.digests, blocks, layered, event)
@@ -160,6 +170,7 @@ class DevicePath:
         """Fill *job*'s blocks; False: they hold anything. *on_layers* hears how many leading layers are there."""
         spec = job.spec
         assert isinstance(spec, LoadSpec)
+        self._check_layout(client, job)
         number = client.new_id()
         blocks = pack_positions(spec.block_ids)
         layered = on_layers is not None

@@ -20,10 +20,14 @@ __all__ = ["Job", "Jobs"]
 class Job:
     """One store or retrieve. *copied* comes when its copy ended, or will not begin; *ended* when all of it is over."""
 
-    __slots__ = ("asked", "before", "copied", "ended", "fence", "reported", "spec")
+    __slots__ = ("asked", "before", "copied", "ended", "fence", "kv", "reason", "reported", "spec")
 
-    def __init__(self, spec: StoreSpec | LoadSpec, *, reported: bool, fence: Any) -> None:
+    def __init__(self, spec: StoreSpec | LoadSpec, *, reported: bool, fence: Any, kv: Any) -> None:
         self.spec = spec
+        self.kv = kv
+        """The `PagedKV` whose blocks it names: what was registered when it was submitted."""
+        self.reason = "unavailable"
+        """What it is counted as if it does not end well."""
         self.reported = reported
         """Is it named by `take_finished`? One that its host waits for is not."""
         self.asked = trio.Event()
@@ -56,8 +60,8 @@ class Jobs:
         self._any_ended: Handoff[bool] = Handoff()
         """Renewed by each wait."""
 
-    def begin(self, spec: StoreSpec | LoadSpec, *, reported: bool, fence: Any) -> Job:
-        job = Job(spec, reported=reported, fence=fence)
+    def begin(self, spec: StoreSpec | LoadSpec, *, reported: bool, fence: Any, kv: Any) -> Job:
+        job = Job(spec, reported=reported, fence=fence, kv=kv)
         with self._latch:
             self._running.add(job)
             if isinstance(spec, StoreSpec):

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import trio
 
-from lmcache_trio._transport.arena_map import ArenaMap
-from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
+from lmcache_trio._wire.codec import unpack_positions
 from lmcache_trio._wire.messages import Pinned, Reserved
 from lmcache_trio.adapters.jobs import Job, wait_for
 from lmcache_trio.adapters.layered_steps import StepLoads, StepStores
@@ -112,19 +111,19 @@ class LayeredMoves:
 
     def _give_up(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            self._worker._fail(job, "unavailable")
+            self._worker._fail(job)
 
     async def _load(self, client: Client | None, loads: StepLoads) -> None:
         worker = self._worker
         try:
-            if client is None or client.arena is None or not client.shard_bytes or not worker._device.usable:
+            if client is None or client.arena is None or not worker._device.usable:
                 return
             if worker.path == "device":
                 async with trio.open_nursery() as each:
                     for job in loads.jobs:
                         each.start_soon(self._load_by_server, client, loads, job)
             else:
-                await self._load_by_copying(client, client.arena, loads)
+                await self._load_by_copying(client, loads)
         except LMCacheTrioError as exc:
             logger.info("%d retrieves failed: %s", len(loads.jobs), exc)
         except Exception:  # a bug: it costs this one step
@@ -133,7 +132,7 @@ class LayeredMoves:
         finally:
             self._end(loads, loads.jobs)
 
-    async def _load_by_copying(self, client: Client, arena: ArenaMap, loads: StepLoads) -> None:
+    async def _load_by_copying(self, client: Client, loads: StepLoads) -> None:
         pinned: list[tuple[Job, Pinned]] = []
         try:
             for job in loads.jobs:
@@ -143,13 +142,12 @@ class LayeredMoves:
                 else:
                     pinned.append((job, found))
             if pinned:
-                await self._worker._copiers.run(self._scatter, arena, pinned, loads)
+                await self._worker._copiers.run(self._scatter, client, pinned, loads)
             while pinned:  # is what was copied still valid?
                 job, pin = pinned.pop(0)
                 assert isinstance(job.spec, LoadSpec)
                 if await self._is_valid(client, job.spec, pin):
-                    self._worker._jobs.count("retrieved_chunks", job.spec.count)
-                    self._worker._jobs.end(job, failed=False)
+                    self._worker._loaded(job)
         except BaseException:
             for _, pin in pinned:
                 client.done_nowait(pin.pin)
@@ -168,6 +166,7 @@ class LayeredMoves:
         assert isinstance(spec, LoadSpec)
         try:
             if spec.lease:
+                self._worker._check_layout(client, job)
                 return await self._worker._reply(client.retrieve, spec.lease, spec.start, spec.count)
         except LMCacheTrioError as exc:
             logger.info("a retrieve of %s failed: %s", spec.request_id, exc)
@@ -183,8 +182,7 @@ class LayeredMoves:
         assert isinstance(spec, LoadSpec)
         with self._contained(job):
             if spec.lease and await worker._device.retrieve(client, job, lambda n: loads.reached([job], n)):
-                worker._jobs.count("retrieved_chunks", spec.count)
-                worker._jobs.end(job, failed=False)
+                worker._loaded(job)
         loads.over(job)
 
     async def _store_by_server(self, client: Client, stores: StepStores, job: Job) -> None:
@@ -207,7 +205,7 @@ class LayeredMoves:
 
     async def _store(self, client: Client | None, stores: StepStores) -> None:
         try:
-            if client is None or client.arena is None or not client.shard_bytes or not self._worker._device.usable:
+            if client is None or client.arena is None or not self._worker._device.usable:
                 return
             if self._worker.path == "device":
                 stores.say = client.notice_nowait
@@ -215,7 +213,7 @@ class LayeredMoves:
                     for job in stores.jobs:
                         each.start_soon(self._store_by_server, client, stores, job)
             else:
-                await self._store_by_copying(client, client.arena, stores)
+                await self._store_by_copying(client, stores)
         except LMCacheTrioError as exc:
             logger.info("%d stores failed: %s", len(stores.jobs), exc)
         except Exception:
@@ -226,13 +224,13 @@ class LayeredMoves:
                 job.asked.set()
             self._give_up(stores.jobs)
 
-    async def _store_by_copying(self, client: Client, arena: ArenaMap, stores: StepStores) -> None:
+    async def _store_by_copying(self, client: Client, stores: StepStores) -> None:
         granted: list[tuple[Job, Reserved]] = []
         try:
             for job in stores.jobs:
                 await job.turn()  # before its own time for a reply begins
                 granted.append((job, await self._worker._reply(self._worker._shm.reserve, client, job)))
-            await self._copy_layers(arena, stores, granted)
+            await self._copy_layers(client, stores, granted)
             await stores.finished.wait()
             if not stores.dropped:
                 for job, reserved in granted:
@@ -242,27 +240,26 @@ class LayeredMoves:
                 if not job.ended.done:
                     client.abort_nowait(reserved.reservation)
 
-    async def _copy_layers(self, arena: ArenaMap, stores: StepStores, granted: Sequence[tuple[Job, Reserved]]) -> None:
+    async def _copy_layers(self, client: Client, stores: StepStores, granted: Sequence[tuple[Job, Reserved]]) -> None:
         for layer, written in enumerate(stores.written):
             await written.wait()
             if stores.dropped:
                 break
-            await self._worker._copiers.run(self._gather, arena, granted, layer, stores.fences[layer])
+            await self._worker._copiers.run(self._gather, client, granted, layer, stores.fences[layer])
         for job in stores.jobs:
             self._worker._jobs.copied(job)
 
     # --- in a thread ------------------------------------------------------------------------------------------------
 
-    def _scatter(self, arena: ArenaMap, pinned: Sequence[tuple[Job, Pinned]], loads: StepLoads) -> None:
-        kv, width = self._worker._registered(), self._worker._width
+    def _scatter(self, client: Client, pinned: Sequence[tuple[Job, Pinned]], loads: StepLoads) -> None:
         moves: list[Callable[[int], None]] = []
         for job, pin in pinned:
             assert isinstance(job.spec, LoadSpec)
             if job.fence is not None:  # what the engine has still to do with these blocks comes first
                 job.fence.synchronize()
-            for place in job.spec.places(unpack_offsets(pin.offsets), width):
-                slot = np.frombuffer(arena.view(place.offset, kv.block_bytes * width), dtype=np.uint8)
-                blocks = kv.check(place.block_ids)
+            kv, width = job.kv, job.spec.chunk_blocks
+            for place in job.spec.places(client.slots(pin)):
+                slot, blocks = np.frombuffer(place.slot, dtype=np.uint8), kv.check(place.block_ids)
                 moves.append(
                     partial(kv.scatter_layer, slot=slot, chunk_blocks=width, skip=place.skip, block_ids=blocks)
                 )
@@ -273,14 +270,12 @@ class LayeredMoves:
             for job, _ in pinned:
                 self._worker._layer_copied(job.spec, layer)
 
-    def _gather(self, arena: ArenaMap, granted: Sequence[tuple[Job, Reserved]], layer: int, fence: Any) -> None:
+    def _gather(self, client: Client, granted: Sequence[tuple[Job, Reserved]], layer: int, fence: Any) -> None:
         if fence is not None:
             fence.synchronize()
-        kv, width = self._worker._registered(), self._worker._width
         for job, reserved in granted:
-            index = kv.check(job.spec.block_ids)
-            positions, offsets = unpack_positions(reserved.positions), unpack_offsets(reserved.offsets)
-            for position, offset in zip(positions, offsets, strict=True):
-                slot = np.frombuffer(arena.view(offset, kv.block_bytes * width), dtype=np.uint8)
-                kv.gather_layer(layer, index[position * width : (position + 1) * width], slot)
+            index, width = job.kv.check(job.spec.block_ids), job.spec.chunk_blocks
+            for position, slot in zip(unpack_positions(reserved.positions), client.slots(reserved), strict=True):
+                blocks = index[position * width : (position + 1) * width]
+                job.kv.gather_layer(layer, blocks, np.frombuffer(slot, dtype=np.uint8))
             self._worker._layer_copied(job.spec, layer)

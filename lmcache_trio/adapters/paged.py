@@ -100,6 +100,7 @@ class PagedKV:
     def __init__(self, kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> None:
         if not kv_caches:
             raise Misuse("kv_caches is empty: register one tensor a layer")
+        self.tensors = dict(kv_caches)
         self.num_blocks = num_blocks or _guess_blocks(kv_caches)
         pieces: list[_Piece] = []
         self._layers: list[tuple[int, list[Group]]] = []  # bytes of a block before it, and the layer's own
@@ -132,8 +133,19 @@ class PagedKV:
             raise Misuse(f"block_ids run from {index.min()} to {index.max()}: there are {self.num_blocks} blocks")
         return index
 
+    def _check_slot(self, slot: _Bytes, blocks: int) -> None:
+        """A slot that is longer than a chunk would be published half empty, a shorter one read and written over."""
+        if slot.size != blocks * self.block_bytes:
+            raise Misuse(
+                f"the slot has {slot.size} bytes, which {blocks} blocks of {self.block_bytes} bytes do not fill exactly"
+            )
+
     def gather(self, block_ids: _Index, slot: _Bytes, half: Callable[[], None] | None = None) -> None:
-        """Copy one chunk's blocks into *slot*, a writable array of their bytes. *half* is called in the middle."""
+        """Copy one chunk's blocks into *slot*, a writable array of their bytes. *half* is called in the middle.
+
+        `Misuse`, and nothing is copied, unless *slot* is just that long; so for the others.
+        """
+        self._check_slot(slot, len(block_ids))
         at = 0
         for i, group in enumerate(self._groups):
             if half is not None and i == len(self._groups) // 2:
@@ -144,6 +156,7 @@ class PagedKV:
 
     def gather_layer(self, layer: int, block_ids: _Index, slot: _Bytes) -> None:
         """`gather` for one layer alone; *slot* is the whole slot."""
+        self._check_slot(slot, len(block_ids))
         before, groups = self._layers[layer]
         at = before * len(block_ids)
         for group in groups:
@@ -158,6 +171,7 @@ class PagedKV:
 
         *slot* holds *chunk_blocks* blocks; what lies behind the last of *block_ids* stays unread.
         """
+        self._check_slot(slot, chunk_blocks)
         at = 0
         for i, group in enumerate(self._groups):
             if half is not None and i == len(self._groups) // 2:
@@ -168,6 +182,7 @@ class PagedKV:
 
     def scatter_layer(self, layer: int, slot: _Bytes, chunk_blocks: int, skip: int, block_ids: _Index) -> None:
         """`scatter` for one layer alone; *slot* is the whole slot."""
+        self._check_slot(slot, chunk_blocks)
         before, groups = self._layers[layer]
         at = before * chunk_blocks
         for group in groups:

@@ -14,7 +14,8 @@ from lmcache_trio.threads import Latch
 __all__ = ["Extras", "Prompts"]
 
 Extras = Callable[[int, int], bytes]
-_DEFAULT_CHUNK_TOKENS = 256
+_LEAST_CHUNK_TOKENS = 256
+"""Of a chunk before a server says how many it has: the server's own default, where it is whole blocks."""
 
 
 class Prompts:
@@ -24,7 +25,8 @@ class Prompts:
         if block_tokens < 1:
             raise Misuse(f"block_tokens is {block_tokens}: it must be 1 or more")
         self.block_tokens = block_tokens
-        self.chunk_tokens = _DEFAULT_CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
+        least = -(-_LEAST_CHUNK_TOKENS // block_tokens) * block_tokens
+        self.chunk_tokens = least if chunk_tokens is None else chunk_tokens
         self._chunk_tokens_fixed = chunk_tokens is not None
         if self._chunk_tokens_fixed:
             self._check_chunk_tokens(self.chunk_tokens)
@@ -59,7 +61,8 @@ class Prompts:
         It looks at every token, because a list may have changed. Of a list that has only grown since, 100,000 tokens
         take 0.2 to 0.5 ms here; packing them to be hashed takes 5 to 10.
         """
-        known, width = request.tokens, self.chunk_tokens
+        with self._latch:  # under which the first server's chunk_tokens are taken over
+            known, hashed, width = request.tokens, request.extras, self.chunk_tokens
         count = min(len(known), len(token_ids)) // width
         head = token_ids if len(token_ids) == count * width else token_ids[: count * width]
         if len(known) > count * width:
@@ -67,12 +70,14 @@ class Prompts:
         if (head if type(head) is list else list(head)) != known:
             return False
         if extras is None:
-            return not any(request.extras[:count])
-        return all(extras(i * width, (i + 1) * width) == request.extras[i] for i in range(count))
+            return not any(hashed[:count])
+        return all(extras(i * width, (i + 1) * width) == hashed[i] for i in range(count))
 
     def _extend(self, request: Request, token_ids: Sequence[int], extras: Extras | None) -> None:
         """Hash the full chunks of *token_ids* that were not yet. They go on where the known ones end: `_goes_on`."""
-        width, done = self.chunk_tokens, len(request.digests)
+        with self._latch:  # under which the first server's chunk_tokens are taken over
+            width, done = self.chunk_tokens, len(request.digests)
+            parent = request.digests[-1] if done else self._seed
         count = len(token_ids) // width
         if count <= done:
             return
@@ -82,10 +87,12 @@ class Prompts:
         whole = not done and len(token_ids) == count * width
         # a slice of a long prompt costs as much as hashing a chunk
         tokens = token_ids if whole else token_ids[done * width : count * width]
-        parent = request.digests[-1] if done else self._seed
-        request.digests += chain_digests(parent, tokens, width, mixed)
-        request.tokens.extend(tokens)
-        request.extras += mixed
+        found = chain_digests(parent, tokens, width, mixed)
+        with self._latch:
+            if self.chunk_tokens == width:  # else the first server came meanwhile, and all is hashed anew
+                request.digests += found
+                request.tokens.extend(tokens)
+                request.extras += mixed
 
     def _adopt_chunk_tokens(self, chunk_tokens: int) -> None:
         """The server's word. The first one is taken; a later one that differs is refused with `Misuse`."""

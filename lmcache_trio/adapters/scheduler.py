@@ -173,9 +173,9 @@ class SchedulerAdapter(Lookups):
             self._let_go(request)
             request.given_up = None
             return None
-        count = self._check_span(external_tokens, local_tokens, block_ids)
         lease = b""
-        with self._latch:
+        with self._latch:  # under which the server's chunk_tokens are taken over, too
+            count = self._check_span(external_tokens, local_tokens, block_ids)
             self._expire(request)
             request.given_up = None
             machine = request.machine
@@ -187,9 +187,12 @@ class SchedulerAdapter(Lookups):
                 else:
                     machine.release()
                     self._notify(request, Release(request.session))
-        first, skip = divmod(local_tokens, self.chunk_tokens)
-        skip_blocks = skip // self.block_tokens
-        return LoadSpec(request_id, request.session, lease, first, count, skip_blocks, tuple(block_ids))
+            chunk_tokens, block_tokens = self.chunk_tokens, self.block_tokens
+        first, skip = divmod(local_tokens, chunk_tokens)
+        blocks = tuple(block_ids)
+        return LoadSpec(
+            request_id, request.session, lease, first, count, skip // block_tokens, blocks, chunk_tokens, block_tokens
+        )
 
     # --- digests and sessions ---------------------------------------------------------------------------------------
 
@@ -209,16 +212,18 @@ class SchedulerAdapter(Lookups):
         looked up, or before the server restarted) is opened: the one case that waits for a reply, bounded.
         """
         request = self._request(request_id)
-        chunks, rest = divmod(len(block_ids), self.num_blocks_per_chunk())
-        if rest or not chunks or first_chunk < 0 or first_chunk + chunks > len(request.digests):
+        with self._latch:  # under which the server's chunk_tokens are taken over, and digests in others forgotten
+            chunk_tokens, block_tokens, known = self.chunk_tokens, self.block_tokens, len(request.digests)
+            chunks, rest = divmod(len(block_ids), chunk_tokens // block_tokens)
+            parent = request.digests[first_chunk - 1] if 0 < first_chunk <= known else b""
+            digests = join_digests(request.digests[max(0, first_chunk) : first_chunk + chunks])
+        if rest or not chunks or first_chunk < 0 or first_chunk + chunks > known:
             raise Misuse(
                 f"block_ids has {len(block_ids)} blocks from chunk {first_chunk} on: give whole chunks of"
-                f" {self.num_blocks_per_chunk()} blocks, up to the {len(request.digests)} chunks that were hashed"
+                f" {chunk_tokens // block_tokens} blocks, up to the {known} chunks that were hashed"
             )
         self._open_session(request)
-        parent = request.digests[first_chunk - 1] if first_chunk else b""
-        digests = join_digests(request.digests[first_chunk : first_chunk + chunks])
-        return StoreSpec(request_id, request.session, parent, digests, tuple(block_ids))
+        return StoreSpec(request_id, request.session, parent, digests, tuple(block_ids), chunk_tokens, block_tokens)
 
     def mark_failed(self, request_id: str, first_failed_token: int) -> None:
         """A load of the chunk that holds *first_failed_token* failed: it and all behind it are not offered again."""

@@ -5,20 +5,18 @@ touches bytes; which path a job takes, and what a failure means, is decided ther
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lmcache_trio._core.keys import split_digests
-from lmcache_trio._transport.arena_map import ArenaMap
-from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
+from lmcache_trio._wire.codec import unpack_positions
 from lmcache_trio._wire.messages import Pinned, Reserved
 from lmcache_trio.adapters.jobs import Job
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
 
 if TYPE_CHECKING:
-    from lmcache_trio.adapters.paged import PagedKV
     from lmcache_trio.adapters.worker import WorkerAdapter
 
 __all__ = ["ShmPath"]
@@ -30,14 +28,14 @@ class ShmPath:
     def __init__(self, worker: "WorkerAdapter") -> None:
         self._worker = worker
 
-    async def store(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:
+    async def store(self, client: Client, job: Job) -> None:
         """Store what *job* says; it ends here if it ends well."""
         spec = job.spec
         assert isinstance(spec, StoreSpec)
         reserved = await self._worker._reply(self.reserve, client, job)
         try:
             if reserved.reservation:
-                await self._worker._copiers.run(self._gather, arena, kv, spec, reserved, job.fence)
+                await self._worker._copiers.run(self._gather, client, job, spec, reserved)
             self._worker._jobs.copied(job)
         except BaseException:
             client.abort_nowait(reserved.reservation)
@@ -54,57 +52,56 @@ class ShmPath:
             self._worker._jobs.count("dropped_aborted", len(unpack_positions(reserved.positions)) - kept)
         self._worker._jobs.end(job, failed=False)
 
-    async def retrieve(self, client: Client, arena: ArenaMap, kv: "PagedKV", job: Job) -> None:
+    async def retrieve(self, client: Client, job: Job) -> None:
         """Fill *job*'s blocks; it ends here if they are valid."""
         spec = job.spec
         assert isinstance(spec, LoadSpec)
         if not spec.lease:
             return  # used up before the engine allocated: a miss
+        self._worker._check_layout(client, job)
         pinned = await self._worker._reply(client.retrieve, spec.lease, spec.start, spec.count)
         try:
-            await self._worker._copiers.run(self._scatter, arena, kv, spec, pinned, job.fence)
+            await self._worker._copiers.run(self._scatter, client, job, spec, pinned)
             self._worker._jobs.copied(job)
         except BaseException:
             client.done_nowait(pinned.pin)
             raise
         if await self._worker._reply(client.done, pinned.pin):
-            self._worker._jobs.count("retrieved_chunks", spec.count)
-            self._worker._jobs.end(job, failed=False)
+            self._worker._loaded(job)
 
     async def reserve(self, client: Client, job: Job) -> Reserved:
         """Slots for *job*, in the order in which stores were submitted."""
         spec = job.spec
         assert isinstance(spec, StoreSpec)
         await job.turn()
+        self._worker._check_layout(client, job)
         reserved = await client.reserve(spec.session, spec.parent, split_digests(spec.digests))
         job.asked.set()
         return reserved
 
     # --- in a thread ------------------------------------------------------------------------------------------------
 
-    def _gather(self, arena: ArenaMap, kv: "PagedKV", spec: StoreSpec, reserved: Reserved, fence: Any) -> None:
+    def _gather(self, client: Client, job: Job, spec: StoreSpec, reserved: Reserved) -> None:
         """Blocks → slots."""
-        if fence is not None:
-            fence.synchronize()
+        if job.fence is not None:
+            job.fence.synchronize()
         self._worker._slots_known(spec)
-        index = kv.check(spec.block_ids)
-        width = len(index) // spec.chunks
+        index, width = job.kv.check(spec.block_ids), spec.chunk_blocks
         half: Callable[[], None] | None = lambda: self._worker._half_copied(spec)  # noqa: E731
-        positions, offsets = unpack_positions(reserved.positions), unpack_offsets(reserved.offsets)
-        for position, offset in zip(positions, offsets, strict=True):
-            slot = np.frombuffer(arena.view(offset, kv.block_bytes * width), dtype=np.uint8)
-            kv.gather(index[position * width : (position + 1) * width], slot, half)
+        for position, slot in zip(unpack_positions(reserved.positions), client.slots(reserved), strict=True):
+            blocks = index[position * width : (position + 1) * width]
+            job.kv.gather(blocks, np.frombuffer(slot, dtype=np.uint8), half)
             half = None
         self._worker._before_commit(spec)
 
-    def _scatter(self, arena: ArenaMap, kv: "PagedKV", spec: LoadSpec, pinned: Pinned, fence: Any) -> None:
+    def _scatter(self, client: Client, job: Job, spec: LoadSpec, pinned: Pinned) -> None:
         """Slots → blocks."""
-        if fence is not None:  # what the engine has still to do with these blocks comes first
-            fence.synchronize()
+        if job.fence is not None:  # what the engine has still to do with these blocks comes first
+            job.fence.synchronize()
         self._worker._slots_known(spec)
         half: Callable[[], None] | None = lambda: self._worker._half_copied(spec)  # noqa: E731
-        for place in spec.places(unpack_offsets(pinned.offsets), self._worker._width):
-            slot = np.frombuffer(arena.view(place.offset, kv.block_bytes * self._worker._width), dtype=np.uint8)
-            kv.scatter(slot, self._worker._width, place.skip, kv.check(place.block_ids), half)
+        for place in spec.places(client.slots(pinned)):
+            slot, blocks = np.frombuffer(place.slot, dtype=np.uint8), job.kv.check(place.block_ids)
+            job.kv.scatter(slot, spec.chunk_blocks, place.skip, blocks, half)
             half = None
         self._worker._before_valid(spec)

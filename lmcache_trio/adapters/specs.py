@@ -2,9 +2,14 @@
 
 Nothing here decides or moves anything. Every field is an int, a str, bytes or a tuple of ints, so that an engine can
 send a spec through whatever it uses between its own processes.
+
+A spec says what it was planned for: *chunk_tokens* and *block_tokens*, the tokens of a chunk and of a block. A worker
+compares them with its own and its server's before it moves a byte. 0 stands for the worker's own: in a spec that was
+made by hand.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import attrs
 from attrs.validators import ge
@@ -13,6 +18,9 @@ from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio.errors import Misuse
 
 __all__ = ["LoadSpec", "Place", "StoreSpec"]
+
+
+_S = TypeVar("_S", "StoreSpec", "LoadSpec")
 
 
 @attrs.frozen
@@ -27,6 +35,8 @@ class StoreSpec:
     parent: bytes
     digests: bytes
     block_ids: tuple[int, ...]
+    chunk_tokens: int = attrs.field(default=0, validator=ge(0))
+    block_tokens: int = attrs.field(default=0, validator=ge(0))
 
     def __attrs_post_init__(self) -> None:
         if not self.digests or len(self.digests) % DIGEST_BYTES:
@@ -35,16 +45,30 @@ class StoreSpec:
             raise Misuse(
                 f"StoreSpec.block_ids has {len(self.block_ids)} blocks for {self.chunks} chunks: give whole chunks"
             )
+        if self.chunk_tokens and self.block_tokens and self.chunk_blocks * self.block_tokens != self.chunk_tokens:
+            raise Misuse(
+                f"StoreSpec.block_ids has {self.chunk_blocks} blocks of {self.block_tokens} tokens a chunk, and a chunk"
+                f" has {self.chunk_tokens} tokens: give {self.chunk_tokens / self.block_tokens:g} blocks a chunk"
+            )
 
     @property
     def chunks(self) -> int:
         return len(self.digests) // DIGEST_BYTES
 
+    @property
+    def chunk_blocks(self) -> int:
+        """Blocks of a chunk."""
+        return len(self.block_ids) // self.chunks
+
+    def planned_for(self, chunk_tokens: int, block_tokens: int) -> "StoreSpec":
+        """The same, with the worker's values for what is not said. `Misuse`: its blocks are not the worker's."""
+        return _planned_for(self, chunk_tokens, block_tokens)
+
     def parts(self, chunks: int, blocks: int) -> list["StoreSpec"]:
         """The same in pieces of at most *chunks* chunks and *blocks* blocks, or of one chunk, in a chain."""
         if self.chunks <= chunks and len(self.block_ids) <= blocks:
             return [self]
-        width = len(self.block_ids) // self.chunks
+        width = self.chunk_blocks
         step, made, parent = min(chunks, max(1, blocks // width)), [], self.parent
         for at in range(0, self.chunks, step):
             digests = self.digests[at * DIGEST_BYTES : (at + step) * DIGEST_BYTES]
@@ -70,9 +94,21 @@ class LoadSpec:
     count: int = attrs.field(validator=ge(1))
     skip_blocks: int = attrs.field(validator=ge(0))
     block_ids: tuple[int, ...]
+    chunk_tokens: int = attrs.field(default=0, validator=ge(0))
+    block_tokens: int = attrs.field(default=0, validator=ge(0))
 
-    def parts(self, chunk_blocks: int, limit: int) -> list["LoadSpec"]:
+    @property
+    def chunk_blocks(self) -> int:
+        """Blocks of a chunk; 0 while it is not said."""
+        return self.chunk_tokens // self.block_tokens if self.block_tokens else 0
+
+    def planned_for(self, chunk_tokens: int, block_tokens: int) -> "LoadSpec":
+        """The same, with the worker's values for what is not said. `Misuse`: its blocks are not the worker's."""
+        return _planned_for(self, chunk_tokens, block_tokens)
+
+    def parts(self, limit: int) -> list["LoadSpec"]:
         """The same in pieces of at most *limit* blocks, or of one chunk. Blocks that lie in no chunk: in the last."""
+        chunk_blocks = self.chunk_blocks
         if self.count * chunk_blocks <= limit:
             return [self]
         step, made, at, skip = max(1, limit // chunk_blocks), [], 0, self.skip_blocks
@@ -84,16 +120,15 @@ class LoadSpec:
             at, skip = end, 0
         return made
 
-    def places(self, offsets: Sequence[int], chunk_blocks: int) -> Iterator["Place"]:
-        """Where each chunk's bytes go. *offsets*: one slot a chunk. `Misuse` if the blocks do not lie within them."""
-        if len(offsets) != self.count or len(self.block_ids) > self.count * chunk_blocks - self.skip_blocks:
-            raise Misuse(
-                f"{len(self.block_ids)} blocks do not lie within {len(offsets)} chunks of {chunk_blocks} blocks"
-            )
+    def places(self, slots: Sequence[memoryview]) -> Iterator["Place"]:
+        """Where each chunk's bytes go. *slots*: one a chunk. `Misuse` if the blocks do not lie within them."""
+        chunk_blocks = self.chunk_blocks
+        if len(slots) != self.count or len(self.block_ids) > self.count * chunk_blocks - self.skip_blocks:
+            raise Misuse(f"{len(self.block_ids)} blocks do not lie within {len(slots)} chunks of {chunk_blocks} blocks")
         at, skip = 0, self.skip_blocks
-        for offset in offsets:
+        for slot in slots:
             end = at + chunk_blocks - skip
-            yield Place(offset, skip, self.block_ids[at:end])
+            yield Place(slot, skip, self.block_ids[at:end])
             at, skip = end, 0
 
 
@@ -101,6 +136,15 @@ class LoadSpec:
 class Place:
     """One chunk of a load: its slot, how many of its leading blocks are left out, and where the next ones go."""
 
-    offset: int
+    slot: memoryview
     skip: int
     block_ids: Sequence[int]
+
+
+def _planned_for(spec: _S, chunk_tokens: int, block_tokens: int) -> _S:
+    if spec.block_tokens not in (0, block_tokens):
+        raise Misuse(
+            f"{type(spec).__name__} of {spec.request_id!r} was planned for blocks of {spec.block_tokens} tokens, and"
+            f" this worker's have {block_tokens}: give the scheduler's side and its workers the same block_tokens"
+        )
+    return attrs.evolve(spec, chunk_tokens=spec.chunk_tokens or chunk_tokens, block_tokens=block_tokens)

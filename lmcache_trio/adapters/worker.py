@@ -77,9 +77,11 @@ class WorkerAdapter:
         self._extra = tuple(fingerprint_extra)
         self._reply_timeout = reply_timeout
         self._kv: PagedKV | None = None
-        self._tensors: Mapping[str, torch.Tensor] = {}
+        self._known: PagedKV | None = None
+        """In the loop: the KV whose layout the server of this connection was told last."""
         self._jobs = Jobs()
-        self._chunk_tokens = chunk_tokens or block_tokens
+        self._chunk_tokens = chunk_tokens or 0
+        """The tokens of a chunk, 0 before that is known."""
         self.layered = LayeredMoves(self)
         """Moves that go layer by layer beside the forward pass."""
         self._shm = ShmPath(self)
@@ -90,7 +92,7 @@ class WorkerAdapter:
         hello = Hello(
             PROTOCOL_VERSION, f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards
         )
-        self._device = DevicePath(path, address, hello, reply_timeout)
+        self._device = DevicePath(path, address, hello, reply_timeout, self._check_layout)
         self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None)
         self._link.start(connect_timeout)
 
@@ -102,8 +104,8 @@ class WorkerAdapter:
         from lmcache_trio.adapters.paged import make_paged_kv  # the only import of torch
 
         kv = make_paged_kv(kv_caches, num_blocks=num_blocks)
-        self.layered.register(list(kv_caches))  # before `_kv`: what goes by layers still copies from the former ones
-        self._kv, self._tensors = kv, kv_caches
+        self.layered.register(list(kv_caches))  # before `_kv`: a step that goes by layers ends with the former ones
+        self._kv = kv
         try:
             self._link.call(self._register_now, timeout=self._reply_timeout + ATTACH_TIMEOUT)
         except (Unavailable, Gone, ProtocolError) as exc:
@@ -167,6 +169,8 @@ class WorkerAdapter:
     def statistics(self) -> dict[str, int]:
         """`running` jobs; chunks: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`.
 
+        Reasons are the server's, and `unavailable` (no server, or none that was of use) and `layout` (the store was
+        planned for another length of chunks, or for KV caches that were registered anew before it began).
         `copy_bugs`: moves that failed for a reason that nobody thought of, each in the log with its traceback.
         """
         return self._jobs.statistics()
@@ -181,7 +185,7 @@ class WorkerAdapter:
         jobs = self._jobs.running() if self._link.alive else []
         if wait_for([job.ended for job in jobs], lambda: self._link.alive, _LAST_REPLIES * self._reply_timeout):
             for job in jobs:
-                self._fail(job, "unavailable")  # nothing, unless the loop died
+                self._fail(job)  # nothing, unless the loop died
         else:
             logger.warning("some of %d copies did not end: their blocks stay the server's", len(jobs))
         if self._link.stop(2 * self._reply_timeout):
@@ -212,22 +216,14 @@ class WorkerAdapter:
             raise Misuse("register_kv_caches comes before stores and retrieves")
         return self._kv
 
-    @property
-    def _width(self) -> int:
-        """Blocks of a chunk."""
-        return self._chunk_tokens // self._block_tokens
-
     def _begin(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> list[Job]:
         """One job, or several where a message cannot name all of it: 65,536 tokens to be stored in chunks of 256."""
         kv = self._registered()
+        spec = spec.planned_for(self._chunk_tokens, self._block_tokens)
         kv.check(spec.block_ids)
         fence = kv.fence()
-        parts: Sequence[StoreSpec | LoadSpec]
-        if isinstance(spec, StoreSpec):
-            parts = spec.parts(MAX_RESERVED, MAX_DIGESTS)
-        else:
-            parts = spec.parts(self._width, MAX_DIGESTS)
-        return [self._jobs.begin(part, reported=reported, fence=fence) for part in parts]
+        parts = spec.parts(MAX_RESERVED, MAX_DIGESTS) if isinstance(spec, StoreSpec) else spec.parts(MAX_DIGESTS)
+        return [self._jobs.begin(part, reported=reported, fence=fence, kv=kv) for part in parts]
 
     def _submit(self, spec: StoreSpec | LoadSpec, *, reported: bool) -> list[Job]:
         jobs = self._begin(spec, reported=reported)
@@ -236,35 +232,58 @@ class WorkerAdapter:
         return jobs
 
     def _start(self, job: Job) -> None:
-        if not self._link.spawn(self._run, job, refused=partial(self._fail, job, "unavailable")):
-            self._fail(job, "unavailable")
+        if not self._link.spawn(self._run, job, refused=partial(self._fail, job)):
+            self._fail(job)
 
     def _wait(self, jobs: Sequence[Job]) -> None:
         wait_for([job.ended for job in jobs], lambda: self._link.alive)
         for job in jobs:
-            self._fail(job, "unavailable")  # nothing, unless the loop died
+            self._fail(job)  # nothing, unless the loop died
 
-    def _fail(self, job: Job, reason: str) -> None:
+    def _fail(self, job: Job) -> None:
         if not job.ended.done:
             spec = job.spec
             if isinstance(spec, StoreSpec):
-                self._jobs.count(f"dropped_{reason}", spec.chunks)
+                self._jobs.count(f"dropped_{job.reason}", spec.chunks)
             else:
                 self._jobs.count("failed_chunks", spec.count)
             self._jobs.end(job, failed=True)
 
+    def _check_layout(self, client: Client, job: Job) -> None:
+        """In the loop, as *job*'s question goes out: `Gone` if the layout is another than the one it was planned for.
+
+        A store from KV that was registered anew since is still good where both lie alike, and this process copies.
+        """
+        spec, known = job.spec, self._known
+        if spec.chunk_tokens != client.chunk_tokens:
+            why = f"its chunks have {spec.chunk_tokens} tokens, and the server's {client.chunk_tokens}"
+        elif known is None:
+            raise Unavailable("the layout is not registered")
+        elif job.kv is not known and (
+            isinstance(spec, LoadSpec) or self.path == "device" or job.kv.layout != known.layout
+        ):
+            why = "other KV caches were registered"
+        else:
+            return
+        job.reason = "layout"
+        raise Gone(f"the layout changed after it was planned: {why}")
+
+    def _loaded(self, job: Job) -> None:
+        """What *job* loaded is valid: it ends well, unless the engine has registered other KV in the meantime."""
+        if isinstance(job.spec, LoadSpec) and job.kv is self._kv:
+            self._jobs.count("retrieved_chunks", job.spec.count)
+            self._jobs.end(job, failed=False)
+
     async def _run(self, client: Client | None, job: Job) -> None:
         try:
-            if client is None or client.arena is None or not client.shard_bytes or self._kv is None:
-                return
-            if not self._device.usable:
+            if client is None or client.arena is None or not self._device.usable:
                 return
             if self.path == "device":
                 await self._move(client, job)
             elif isinstance(job.spec, StoreSpec):
-                await self._shm.store(client, client.arena, self._kv, job)
+                await self._shm.store(client, job)
             else:
-                await self._shm.retrieve(client, client.arena, self._kv, job)
+                await self._shm.retrieve(client, job)
         except LMCacheTrioError as exc:
             logger.info("a %s of %s failed: %s", type(job.spec).__name__, job.spec.request_id, exc)
         except Exception:  # a bug: it costs this one move
@@ -272,7 +291,7 @@ class WorkerAdapter:
             logger.exception("bug in a %s of %s, which failed", type(job.spec).__name__, job.spec.request_id)
         finally:
             job.asked.set()
-            self._fail(job, "unavailable")  # nothing, if it ended well
+            self._fail(job)  # nothing, if it ended well
 
     async def _move(self, client: Client, job: Job, step: StepStores | None = None) -> None:
         """Have the server do it; a store of *step*, layer by layer."""
@@ -284,8 +303,7 @@ class WorkerAdapter:
             self._jobs.count("stored_chunks", stored.copied)
             self._jobs.end(job, failed=False)
         elif spec.lease and await self._device.retrieve(client, job):
-            self._jobs.count("retrieved_chunks", spec.count)
-            self._jobs.end(job, failed=False)
+            self._loaded(job)
 
     async def _reply(self, ask: Callable[..., Awaitable[_T]], *args: object) -> _T:
         with trio.move_on_after(self._reply_timeout):
@@ -296,6 +314,7 @@ class WorkerAdapter:
         if self._connected_before:
             await self._reply(client.copies_ended, self._token)
         self._connected_before = True
+        self._known = None
         self._chunk_tokens = client.chunk_tokens
         if self._wanted_chunk_tokens not in (None, client.chunk_tokens):
             raise Misuse(
@@ -310,8 +329,7 @@ class WorkerAdapter:
         if client.arena is None and client.arena_note != self._arena_note:
             self._arena_note = client.arena_note
             logger.warning("working without a cache: %s", client.arena_note or "the server gave this worker no arena")
-        if self._kv is not None:
-            await self._register(client)
+        await self._register(client)
 
     async def _register_now(self) -> None:
         """In the loop, where a connection is either usable by now, or still to be looked after by `_on_connected`."""
@@ -320,9 +338,11 @@ class WorkerAdapter:
 
     async def _register(self, client: Client) -> None:
         """A worker without an arena stays unregistered: its engine has no namespace then, and no hits it can't read."""
-        if self._kv is None or client.arena is None:
-            return
-        parts = ("fingerprint 1", self._kv.layout, str(self._block_tokens), str(client.chunk_tokens), *self._extra)
-        shard_bytes = self._kv.block_bytes * (client.chunk_tokens // self._block_tokens)
-        await self._reply(client.register, seed_of(*parts), shard_bytes, self._block_tokens)
-        await self._device.settle(client, self._tensors, self._kv.num_blocks)
+        while (kv := self._kv) is not None and client.arena is not None:
+            parts = ("fingerprint 1", kv.layout, str(self._block_tokens), str(client.chunk_tokens), *self._extra)
+            shard_bytes = kv.block_bytes * (client.chunk_tokens // self._block_tokens)
+            self._known = kv  # before the question: what is asked behind it is asked of this layout
+            await self._reply(client.register, seed_of(*parts), shard_bytes, self._block_tokens)
+            await self._device.settle(client, kv.tensors, kv.num_blocks)
+            if kv is self._kv:
+                return

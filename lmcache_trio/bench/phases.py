@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 
 from lmcache_trio._core.keys import chain_digests
-from lmcache_trio._wire.codec import unpack_offsets
 from lmcache_trio.bench import lookups, tiers
 from lmcache_trio.bench.host import Host, Timed
 from lmcache_trio.bench.settings import ROTATION
@@ -42,8 +41,7 @@ def memcpy_shm(host: Host, n: int) -> Timed:
     session = host.site.scheduler.session_spec(name)
     made = worker._link.call(client.reserve, session, b"", digests, timeout=_SECONDS)
     size = host.settings.kv.chunk_bytes
-    views = [client.arena.view(offset, size) for offset in unpack_offsets(made.offsets)]
-    slots = [torch.frombuffer(view, dtype=torch.uint8) for view in views]
+    slots = [torch.frombuffer(slot, dtype=torch.uint8) for slot in client.slots(made)]
     if len(slots) != len(digests):
         raise Unavailable(f"the server gave {len(slots)} slots for {len(digests)} chunks: {dict(made.dropped)}")
 

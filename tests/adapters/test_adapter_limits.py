@@ -138,14 +138,14 @@ def test_parts_of_a_store_follow_each_other() -> None:
 
 
 def test_parts_of_a_load_skip_blocks_of_the_first_chunk_alone() -> None:
-    spec = LoadSpec("r", 1, b"lease", 7, 3, 1, tuple(range(4)))  # ends inside the last chunk
-    assert spec.parts(2, 6) == [spec]
-    first, second, third = spec.parts(2, 2)
+    spec = LoadSpec("r", 1, b"lease", 7, 3, 1, tuple(range(4)), 32, 16)  # ends inside the last chunk
+    assert spec.parts(6) == [spec]
+    first, second, third = spec.parts(2)
     assert (first.start, first.count, first.skip_blocks, first.block_ids) == (7, 1, 1, (0,))
     assert (second.start, second.count, second.skip_blocks, second.block_ids) == (8, 1, 0, (1, 2))
     assert (third.start, third.count, third.skip_blocks, third.block_ids) == (9, 1, 0, (3,))
 
 
 def test_blocks_that_lie_in_no_chunk_stay_in_the_last_part_to_be_refused_there() -> None:
-    spec = LoadSpec("r", 1, b"lease", 0, 2, 0, tuple(range(5)))
-    assert [part.block_ids for part in spec.parts(2, 2)] == [(0, 1), (2, 3, 4)]
+    spec = LoadSpec("r", 1, b"lease", 0, 2, 0, tuple(range(5)), 32, 16)
+    assert [part.block_ids for part in spec.parts(2)] == [(0, 1), (2, 3, 4)]

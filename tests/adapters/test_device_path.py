@@ -69,11 +69,11 @@ class Fence:
 
 
 def store(fence: Any = None) -> Job:
-    return Job(StoreSpec("r", 1, b"", b"d" * 32, (0, 1)), reported=True, fence=fence)
+    return Job(StoreSpec("r", 1, b"", b"d" * 32, (0, 1)), reported=True, fence=fence, kv=None)
 
 
 def load(fence: Any = None) -> Job:
-    return Job(LoadSpec("r", 1, b"a lease", 0, 1, 0, (0, 1)), reported=True, fence=fence)
+    return Job(LoadSpec("r", 1, b"a lease", 0, 1, 0, (0, 1)), reported=True, fence=fence, kv=None)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ class Meanwhile(Handoff[bool]):
 
 
 def load(jobs: Jobs, request_id: str) -> Job:
-    return jobs.begin(LoadSpec(request_id, 1, b"a lease", 0, 1, 0, (0, 1)), reported=True, fence=None)
+    return jobs.begin(LoadSpec(request_id, 1, b"a lease", 0, 1, 0, (0, 1)), reported=True, fence=None, kv=None)
 
 
 @pytest.fixture

@@ -175,3 +175,25 @@ def test_any_choice_of_blocks_makes_the_round_trip(order: list[int], count: int)
         tensor[order[:count]] = 0
     kv.scatter(slot, count, 0, chosen)
     assert all(torch.equal(caches[name], kept[name]) for name in caches)
+
+
+@layouts
+def test_a_slot_of_another_length_than_the_chunk_is_neither_written_nor_read(make: Callable[[], Caches]) -> None:
+    """One block less would be written over a neighbour, one more be published half empty."""
+    caches = make()
+    kv = PagedKV(caches, num_blocks=BLOCKS)
+    before = {name: tensor.clone() for name, tensor in caches.items()}
+    blocks = np.arange(4)
+    for size in (0, 3 * kv.block_bytes, 4 * kv.block_bytes - 1, 4 * kv.block_bytes + 1, 5 * kv.block_bytes):
+        slot = np.zeros(size, dtype=np.uint8)
+        moves: list[Callable[[], None]] = [
+            lambda slot=slot: kv.gather(blocks, slot),
+            lambda slot=slot: kv.scatter(slot, 4, 1, blocks[:2]),
+            *(lambda slot=slot, i=i: kv.gather_layer(i, blocks, slot) for i in range(len(caches))),
+            *(lambda slot=slot, i=i: kv.scatter_layer(i, slot, 4, 1, blocks[:2]) for i in range(len(caches))),
+        ]
+        for move in moves:
+            with pytest.raises(Misuse, match=f"slot has {size} bytes"):
+                move()
+        assert not slot.any()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in caches.items())

@@ -130,6 +130,7 @@ class SchedulerSide:
         self._step = 0
         self._settled = 0
         self._unanswered: list[str] = []  # offered in this step, and the answer is not there yet
+        self._chunk_tokens = cache.chunk_tokens
 
     def offer(self, request: EngineRequest, local_tokens: int) -> tuple[int | None, bool]:
         """(tokens beyond *local_tokens* that can be loaded, whether between steps); None: ask again."""
@@ -263,6 +264,10 @@ class SchedulerSide:
     def _store(self, tracked: _Tracked, computed: int, blocks: Callable[[], Sequence[int]]) -> None:
         """Plan a store of what *computed* tokens complete, as far as their ids are known."""
         chunk = self._cache.chunk_tokens
+        if chunk != self._chunk_tokens:  # the first server came: what was planned before is stored nowhere
+            self._chunk_tokens = chunk
+            for each in self._tracked.values():
+                each.stored = 0
         ready = min(computed, tracked.request.num_tokens) // chunk
         if ready <= tracked.stored:
             return
@@ -275,6 +280,8 @@ class SchedulerSide:
             if self._cache.chunk_tokens == chunk:
                 raise
             return  # the first server appeared just now, with chunks of its own length: next step
+        if spec.chunk_tokens not in (0, chunk):
+            return  # likewise: *wanted* are not the blocks of these chunks
         self._store_specs.append(spec)
         tracked.stored = ready
         tracked.has_stores = True

@@ -1,0 +1,248 @@
+"""What was planned for one layout is never moved under another: the two sides of an engine, its server, its KV."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+from lmcache_trio.adapters import LoadSpec, SchedulerAdapter, StoreSpec, WorkerAdapter
+from lmcache_trio.adapters.shared_kv import shared_tensor
+from lmcache_trio.adapters.vllm.scheduler_side import SchedulerSide
+from lmcache_trio.errors import Misuse
+from lmcache_trio.testing.sides import BLOCK, CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
+
+TOKENS = list(range(3 * CHUNK))
+FROM = [5, 9, 1, 33, 34, 35, 36, 60, 2, 7, 8, 3]
+INTO = [11, 40, 12, 50, 13, 51, 14, 52, 20, 21, 22, 23]
+LONG = list(range(1000, 1000 + 4 * 256))
+
+KV = dict[str, torch.Tensor]
+MakeSide = Callable[..., Side]
+
+
+def shared(seed: int | None = None) -> KV:
+    made = make_kv(seed)
+    for name, tensor in made.items():
+        made[name] = shared_tensor(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return made
+
+
+both_paths = pytest.mark.parametrize("kv", [make_kv, shared], ids=["shm", "device"])
+
+
+@pytest.fixture
+def adapters() -> Iterator[Callable[..., Any]]:
+    """Makes adapters of one engine, which are shut down at the end."""
+    with ExitStack() as stack:
+
+        def make(kind: type[Any], address: str, *, engine: str = "an engine", **settings: Any) -> Any:
+            more = {"identity": ["a model"]} if issubclass(kind, SchedulerAdapter) else {"reply_timeout": 30.0}
+            made = kind(address, engine_id=engine, **more, **settings)
+            stack.callback(made.shutdown)
+            return made
+
+        yield make
+
+
+def store(worker: WorkerAdapter, specs: Sequence[StoreSpec], how: str) -> None:
+    if how == "now":
+        worker.store_now(specs)
+    elif how == "submitted":
+        for spec in specs:
+            worker.submit_store(spec)
+    else:
+        worker.layered.start_stores(specs)
+        for name in ("layer 0", "layer 1", "layer 2"):
+            worker.layered.layer_written(name)
+        worker.layered.finish_stores()
+    wait_until(lambda: worker.statistics()["running"] == 0)
+
+
+def retrieve(worker: WorkerAdapter, specs: Sequence[LoadSpec], how: str) -> set[int]:
+    if how == "now":
+        worker.retrieve_now(specs)
+    elif how == "submitted":
+        for spec in specs:
+            worker.submit_retrieve(spec)
+    else:
+        worker.layered.start_retrieves(specs)
+        worker.layered.wait_retrieves()
+    wait_until(lambda: worker.statistics()["running"] == 0)
+    return worker.take_failed_blocks()
+
+
+WAYS = ("now", "submitted", "by layers")
+every_way = pytest.mark.parametrize("how", WAYS)
+
+
+@pytest.mark.parametrize(("planned", "own"), [(16, 32), (32, 16)], ids=["smaller blocks", "larger blocks"])
+def test_a_spec_that_was_planned_for_blocks_of_another_length_is_refused_at_submit(
+    live_server: ServerProcess, sides: MakeSide, adapters: Callable[..., Any], planned: int, own: int
+) -> None:
+    """It would write past its slot into a chunk of others, or publish chunks that are half filled."""
+    scheduler = adapters(SchedulerAdapter, live_server.address, block_tokens=planned)
+    worker = adapters(WorkerAdapter, live_server.address, block_tokens=own)
+    worker.register_kv_caches(make_kv(1))
+    scheduler.extend("r", TOKENS)
+    spec = scheduler.store_spec("r", 0, FROM[: 3 * CHUNK // planned])
+    for how in WAYS:
+        with pytest.raises(Misuse, match=f"blocks of {planned} tokens.* worker's have {own}.*same block_tokens"):
+            store(worker, [spec], how)
+    scheduler.maybe_submit_lookup_request("r", TOKENS)
+    wait_until(lambda: scheduler.check_lookup_result("r") is not None)
+    load = scheduler.update_after_alloc("r", CHUNK, block_ids=INTO[: CHUNK // planned])
+    for how in WAYS:
+        with pytest.raises(Misuse, match=f"blocks of {planned} tokens.* worker's have {own}.*same block_tokens"):
+            retrieve(worker, [load], how)
+    assert worker.statistics() == {"running": 0}
+    assert live_server.held["chunks_ready"] == 0
+
+
+def test_blocks_that_do_not_fill_their_chunks_are_refused_at_submit(
+    live_server: ServerProcess, sides: MakeSide
+) -> None:
+    one = sides(live_server.address, make_kv(1))
+    one.scheduler.extend("r", TOKENS)
+    whole = one.scheduler.store_spec("r", 0, FROM)
+    for blocks in (1, 2, 8):
+        by_hand = StoreSpec("r", whole.session, b"", whole.digests, tuple(range(3 * blocks)))
+        for how in WAYS:
+            with pytest.raises(Misuse, match=f"{blocks} blocks of 16 tokens a chunk.* 64 tokens: give 4 blocks"):
+                store(one.worker, [by_hand], how)
+    store(one.worker, [StoreSpec("r", whole.session, b"", whole.digests, tuple(FROM))], "now")
+    assert one.worker.statistics()["stored_chunks"] == 3
+
+
+@every_way
+@both_paths
+def test_a_store_that_was_planned_before_the_server_came_is_dropped_and_those_of_the_next_step_fit(
+    tmp_path: Path, sides: MakeSide, adapters: Callable[..., Any], kv: Callable[..., KV], how: str
+) -> None:
+    """Its chunks have 256 tokens, the server's 64: four times its slots would be written."""
+    server = ServerProcess(f"unix://{tmp_path}/s.sock")
+    early = adapters(SchedulerAdapter, server.address, block_tokens=BLOCK, connect_timeout=0.01)
+    worker = adapters(WorkerAdapter, server.address, block_tokens=BLOCK, connect_timeout=0.01)
+    mine = kv(1)
+    worker.register_kv_caches(mine)
+    early.extend("r", LONG)
+    planned = early.store_spec("r", 0, range(48))
+    server.start()
+    try:
+        other = sides(server.address, make_kv(2))
+        wait_until(lambda: early.is_healthy() and worker.is_healthy())
+        other.store("neighbour", TOKENS, FROM)
+        early.extend("r", LONG)
+        again = early.store_spec("r", 0, range(16))  # which opens the session
+        store(worker, [planned], how)
+        assert worker.statistics() == {"running": 0, "dropped_layout": 3}
+        assert other.lookup("q", TOKENS) == len(TOKENS)
+        assert other.load("q", len(TOKENS), INTO) == set()
+        assert same_blocks(other.kv, FROM, other.kv, INTO)
+        store(worker, [again], how)
+        assert worker.statistics() == {"running": 0, "dropped_layout": 3, "stored_chunks": 4}
+        reader = sides(server.address, make_kv())
+        assert reader.lookup("q", LONG) == 4 * CHUNK
+        assert reader.load("q", 4 * CHUNK, list(range(16))) == set()
+        assert same_blocks(mine, list(range(16)), reader.kv, list(range(16)))
+    finally:
+        server.kill()
+
+
+@both_paths
+def test_a_load_that_was_planned_for_chunks_of_another_length_fails_and_writes_nothing(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, kv())
+    one.store("r", TOKENS, FROM)
+    assert other.lookup("q", TOKENS) == 3 * CHUNK
+    spec = other.scheduler.update_after_alloc("q", 3 * CHUNK, block_ids=INTO)
+    assert spec is not None
+    former = attrs.evolve(spec, chunk_tokens=2 * CHUNK)
+    for how in WAYS:
+        assert retrieve(other.worker, [former], how) == set(INTO)
+        assert same_blocks(other.kv, list(range(64)), make_kv(), list(range(64)))
+    assert other.worker.statistics() == {"running": 0, "failed_chunks": 9}
+    assert retrieve(other.worker, [spec], "now") == set()
+
+
+@attrs.define
+class Request:
+    """What the connector reads of one of vLLM's requests."""
+
+    request_id: str
+    all_token_ids: Sequence[int]
+    num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
+    skip_reading_prefix_cache: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+
+class Adopting(SchedulerAdapter):
+    """The first server comes at a point that the test names."""
+
+    at = ""
+
+    def _come(self, point: str) -> None:
+        if self.at == point:
+            self.at = ""
+            self._adopt_chunk_tokens(CHUNK)
+
+    def extend(self, *args: Any, **kwargs: Any) -> list[bytes]:
+        self._come("before the digests")
+        found = super().extend(*args, **kwargs)
+        self._come("behind the digests")
+        return found
+
+    def extras(self, first: int, end: int) -> bytes:
+        self._come("while it hashes")
+        return b""
+
+
+@pytest.mark.parametrize("at", ["", "before the digests", "while it hashes", "behind the digests"])
+def test_the_connector_plans_only_whole_chunks_of_one_length_whenever_the_first_server_comes(
+    tmp_path: Path, adapters: Callable[..., Any], at: str
+) -> None:
+    cache = adapters(Adopting, f"unix://{tmp_path}/s.sock", block_tokens=BLOCK, connect_timeout=0.01)
+    side = SchedulerSide(cache, block_tokens=BLOCK, asynchronous=False, identify=lambda request: cache.extras)
+    request = Request("r", LONG)
+    blocks = list(range(100, 100 + len(LONG) // BLOCK))
+    side.offer(request, 0)
+    side._track(request)
+    planned = []
+    for step in range(4):
+        cache.at = at if step == 1 else ""
+        if step == 1 and not at:
+            cache._adopt_chunk_tokens(CHUNK)
+        planned.append(side.plan({"r": 256}, (), lambda _: blocks).stores)
+        request.num_computed_tokens += 256
+    assert [spec.chunk_tokens for spec in planned[0]] == [256]
+    expected = adapters(
+        SchedulerAdapter, f"unix://{tmp_path}/t.sock", block_tokens=BLOCK, chunk_tokens=CHUNK, connect_timeout=0.01
+    ).extend("r", LONG)
+    stored: dict[bytes, tuple[int, ...]] = {}
+    for spec in (spec for plan in planned[1:] for spec in plan):
+        assert (spec.chunk_tokens, spec.block_tokens) == (CHUNK, BLOCK)
+        for i in range(spec.chunks):
+            stored[spec.digests[32 * i : 32 * i + 32]] = spec.block_ids[4 * i : 4 * i + 4]
+    assert stored == {digest: tuple(blocks[4 * i : 4 * i + 4]) for i, digest in enumerate(expected)}
+
+
+@pytest.mark.parametrize(("block_tokens", "chunk"), [(16, 256), (48, 288), (257, 257), (512, 512), (544, 544)])
+def test_without_a_server_a_chunk_is_the_fewest_whole_blocks_of_256_tokens_or_more(
+    tmp_path: Path, adapters: Callable[..., Any], block_tokens: int, chunk: int
+) -> None:
+    made = adapters(SchedulerAdapter, f"unix://{tmp_path}/s.sock", block_tokens=block_tokens, connect_timeout=0.01)
+    assert made.chunk_tokens == chunk
+    tokens = list(range(chunk))
+    made.maybe_submit_lookup_request("r", tokens)
+    assert made.check_lookup_result("r") == 0
+    spec = made.store_spec("r", 0, range(chunk // block_tokens))
+    assert (spec.chunks, spec.chunk_tokens, spec.block_tokens) == (1, chunk, block_tokens)
+    assert made.update_after_alloc("r", 0) is None
