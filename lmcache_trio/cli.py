@@ -5,16 +5,19 @@ It reads flags, calls what does the work, and turns what that raises into one li
 what it needs when it runs, so that `serve` and `status` start in a fraction of a second and import no torch.
 """
 
+import errno
 import logging
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
+from lmcache_trio._log_handler import GatheringHandler
 from lmcache_trio.errors import ConfigError, LMCacheTrioError, Misuse, Unavailable
 
 if TYPE_CHECKING:
@@ -101,8 +104,11 @@ def status(
         return
     from rich.console import Console
 
-    for part in ("held", "counted"):
-        Console().print(_table(part, statistics[part]))
+    console = Console()
+    with console.capture() as tables:  # rich itself would end with another status where nobody reads
+        for part in ("held", "counted"):
+            console.print(_table(part, statistics[part]))
+    print(tables.get(), end="")
 
 
 @app.command
@@ -271,6 +277,23 @@ def _exit(code: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
+        code = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough of it: end as any program would, without a word
+        code = 128 + signal.SIGPIPE
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        code = _fail(f"{exc.filename or 'the output'} could not be written: {exc.strerror}", 1)
+    else:
+        return code
+    _discard_output()
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
         command, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
         command(*bound.args, **bound.kwargs)
     except CycloptsError as exc:
@@ -281,7 +304,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(exc)
     except BaseExceptionGroup as group:
         return _report_group(group)
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
     return 0
+
+
+def _discard_output() -> None:
+    """Let what is still to be written go nowhere: the interpreter would try it again at its end, with a traceback."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def _report(exc: LMCacheTrioError) -> int:
@@ -302,7 +334,9 @@ def _report_group(group: BaseExceptionGroup[BaseException]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"{_NAME}: {message}", file=sys.stderr)
+    if sys.stderr is not None:
+        with suppress(OSError):  # the status says it too
+            print(f"{_NAME}: {message}", file=sys.stderr, flush=True)
     return code
 
 
@@ -325,12 +359,16 @@ def _log_to_stderr() -> None:
     level = given.strip().lower()
     if level not in _LEVELS:
         raise ConfigError("LMCACHE_TRIO_LOG", f"{given!r} is no level; give one of {', '.join(_LEVELS)}")
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logging.basicConfig(level=level.upper(), handlers=[GatheringHandler()])
 
 
 def _say_ready(server: "Server") -> None:
     size = _size(server.statistics()["held"]["bytes_size"])
-    print(f"{_NAME} is ready: address {server.address}, arena {size}, pid {os.getpid()}", flush=True)
+    try:
+        print(f"{_NAME} is ready: address {server.address}, arena {size}, pid {os.getpid()}", flush=True)
+    except OSError as exc:  # whoever waits for this line waits in vain
+        _discard_output()
+        raise Unavailable(f"standard output does not take the line that says it is ready: {exc.strerror}") from exc
 
 
 def _size(count: float) -> str:

@@ -108,6 +108,57 @@ def test_status_as_a_table_names_the_same_things(server: Server) -> None:
             assert name in done.stdout
 
 
+def to_where(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run our program in a shell: *command* has `"$@"` where the program stands."""
+    words = ["bash", "-c", command, "bash", *PROGRAM, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+
+UNREAD = 'exec 3> >(:); wait $!; "$@" >&3'
+"""A pipe whose reader has gone already."""
+
+
+@pytest.mark.parametrize("arguments", [["--json"], []])
+def test_status_ends_without_a_word_when_nobody_reads_what_it_prints(server: Server, arguments: list[str]) -> None:
+    done = to_where(UNREAD, "status", "--address", server.address, *arguments)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("arguments", [["--json"], []])
+def test_status_says_in_one_line_that_the_disk_is_full(server: Server, arguments: list[str]) -> None:
+    done = to_where('"$@" > /dev/full', "status", "--address", server.address, *arguments)
+    failed(done, "No space left on device")
+
+
+def test_status_into_the_first_lines_of_it_prints_them(server: Server) -> None:
+    done = to_where('set -o pipefail; "$@" | head -1', "status", "--address", server.address, "--json")
+    assert (done.stdout, done.stderr) == ("{\n", "")
+    assert done.returncode in (0, 128 + signal.SIGPIPE)  # it may have written all before head ended
+
+
+@pytest.mark.parametrize("command", [UNREAD, '"$@" > /dev/full'])
+def test_a_server_whose_ready_line_nobody_gets_ends_with_one_line(command: str, tmp_path: Path) -> None:
+    arguments = ["serve", "--address", f"unix://{tmp_path}/server.sock", "--set", "memory.size=16MiB"]
+    done = to_where(f"export LMCACHE_TRIO_LOG=warning; {command}", *arguments)
+    failed(done, "ready", "Broken pipe" if command == UNREAD else "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("errors", ["> >(:)", "> /dev/full", ">&-"])
+def test_a_server_outlives_the_reader_of_its_log(errors: str, tmp_path: Path) -> None:
+    address = f"unix://{tmp_path}/server.sock"
+    script = f'exec "$@" 2{errors}'
+    command = ["bash", "-c", script, "bash", *PROGRAM, "serve", "--address", address, "--set", "memory.size=16MiB"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    _started.append(process)
+    assert process.stdout is not None
+    assert "ready" in process.stdout.readline()
+    assert status(address).returncode == 0
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
 def test_status_finds_the_address_in_the_servers_own_file(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text(f"address = '{server.address}'\n[memory]\nbackend = 'cpu'\nsize = '16MiB'\n")

@@ -45,6 +45,17 @@ def test_the_help_names_every_command() -> None:
         assert command in done.stdout
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["--version"]])
+def test_help_that_nobody_reads_leaves_no_traceback(arguments: list[str]) -> None:
+    program = [sys.executable, "-m", "lmcache_trio", *arguments]
+    for where, words in (("exec 3> >(:); wait $!; ", ""), ("exec 3>/dev/full; ", "No space left on device")):
+        command = ["bash", "-c", where + '"$@" >&3', "bash", *program]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
+        assert done.returncode not in (0, 120)
+        assert done.stderr.count("\n") == bool(words)
+        assert words in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
