@@ -38,6 +38,8 @@ _FORMAT_NAME = re.compile(r"lmcache-trio-format-(\d{1,9})")
 _SLAB_NAME = re.compile(r"lmcache-trio-slab-(\d{5,9})")
 _PREFIX = "lmcache-trio-"
 _MARK = re.compile(rb"lmcache-trio disk tier\nid ([0-9a-f]{32})\n(?:process (\d+)\n)?")
+_MARK_BYTES = 128
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _OLD_NAMES = re.compile(r"lock|index(?:-wal|-shm|-journal)?|probe|slab-\d{5}")
 _OLD_SCHEMA = b"key BLOB PRIMARY KEY, parent BLOB NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL"
 _OVERFLOW_UID = 65534
@@ -116,10 +118,12 @@ class Home:
                 path.mkdir(mode=0o700, exist_ok=True)
                 if flush:
                     _flush_names(path.parent)
-        self._top = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._top = os.open(self.path, _DIRECTORY)
         found = os.fstat(self._top)
         if found.st_uid not in (os.geteuid(), 0):
             self._refuse(f"it belongs to another user (uid {found.st_uid})")
+        if found.st_mode & stat.S_ISVTX and found.st_mode & stat.S_IWOTH:
+            self._refuse(f"everybody can write in it; name a directory in it that is to be made, as {self.path / 'kv'}")
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             self._refuse(
                 f"others can write in it; `chmod go-w {self.path}`, or name a directory in it that is to be made"
@@ -141,13 +145,10 @@ class Home:
         except OSError as exc:
             if exc.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            held = _MARK.match(os.pread(self._lock, 128, 0))
+            held = _MARK.match(os.pread(self._lock, _MARK_BYTES, 0))
             self._refuse_in_use(held[2] if held else None, exc)
-        content = os.pread(self._lock, 128, 0)
-        mark = _MARK.match(content)
+        mark = _MARK.match(os.pread(self._lock, _MARK_BYTES, 0))
         if mark is None:
-            if content:
-                self._refuse(f"{LOCK_NAME!r} in it is no lock of a disk tier")
             content = f"lmcache-trio disk tier\nid {secrets.token_hex(16)}\n".encode("ascii")
             os.pwrite(self._lock, content, 0)
             os.fsync(self._lock)  # once in its life: a power failure must not leave files of ours without their mark
@@ -164,30 +165,51 @@ class Home:
         except FileNotFoundError:
             return None
         try:
-            return _MARK.match(os.pread(fd, 128, 0))
+            return _MARK.match(os.pread(fd, _MARK_BYTES, 0))
         finally:
             os.close(fd)
 
     def _claim(self) -> None:
-        """ConfigError when something of the user's is in it. What format 1 left there is removed."""
-        names = [name for name in sorted(os.listdir(self._top)) if not self._is_nothing(name)]
-        if names and self._is_old(names):
-            self._remove_old(names)
-        elif names:
-            some = ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+        """ConfigError when something of the user's is in it. What format 1 left there is removed.
+
+        A mark that was lost, or damaged, is no reason to refuse what can be nothing else than ours.
+        """
+        names = set(os.listdir(self._top))
+        ours = {name for name in names if self._is_format(name)}
+        foreign = {name for name in names - ours if not self._is_nothing(name, marked=bool(ours))}
+        if self._is_old(foreign):
+            self._remove_old(foreign)
+        elif foreign:
+            some = ", ".join(map(repr, sorted(foreign)[:3])) + (", …" if len(foreign) > 3 else "")
             self._refuse(f"it holds files that are not a disk tier's ({some}), and nothing of them is touched")
+        elif ours:
+            log.warning("%s has lost %s, or it is damaged: it is made anew", self.path, LOCK_NAME)
         else:
             log.info("a disk tier is begun in %s", self.path)
 
-    def _is_nothing(self, name: str) -> bool:
-        """What a fresh file system has, and a mark that a kill left unwritten."""
+    def _is_format(self, name: str) -> bool:
+        """Whether it is a directory as we make them, with nothing else in it."""
+        found = os.stat(name, dir_fd=self._top, follow_symlinks=False)
+        if not _FORMAT_NAME.fullmatch(name) or not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return False
+        fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._top)
+        try:
+            return all(inner.startswith(_PREFIX) for inner in os.listdir(fd))
+        finally:
+            os.close(fd)
+
+    def _is_nothing(self, name: str, *, marked: bool) -> bool:
+        """What a fresh file system has; a mark that a kill left unwritten, or, beside files of ours, a damaged one."""
         found = os.stat(name, dir_fd=self._top, follow_symlinks=False)
         if name == LOCK_NAME:
-            return stat.S_ISREG(found.st_mode) and not found.st_size
+            return stat.S_ISREG(found.st_mode) and found.st_size <= (_MARK_BYTES if marked else 0)
         return name == "lost+found" and stat.S_ISDIR(found.st_mode)
 
     def _settle_formats(self) -> None:
-        for name in sorted(os.listdir(self._top)):
+        names = os.listdir(self._top)
+        if self._is_old(old := {name for name in names if _OLD_NAMES.fullmatch(name)}):
+            self._remove_old(old)  # an older version was used again in the meantime
+        for name in sorted(names):
             number = _FORMAT_NAME.fullmatch(name)
             if number is None or int(number[1]) == FORMAT:
                 continue
@@ -198,7 +220,7 @@ class Home:
 
     def _remove_format(self, name: str) -> None:
         log.info("%s was made by an older version: it is removed, and the cache begun anew", self.path / name)
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._top)
+        fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._top)
         try:
             for file in os.listdir(fd):
                 found = os.stat(file, dir_fd=fd, follow_symlinks=False)
@@ -222,8 +244,7 @@ class Home:
             if flush:
                 os.fsync(self._top)
         try:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._in = os.open(self.inside.name, flags, dir_fd=self._top)
+            self._in = os.open(self.inside.name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._top)
         except OSError as exc:
             if exc.errno not in (errno.ENOTDIR, errno.ELOOP):
                 raise
@@ -236,22 +257,21 @@ class Home:
 
     # ---- format 1, whose files had no prefix and lay beside each other in the directory itself
 
-    def _is_old(self, names: list[str]) -> bool:
+    def _is_old(self, names: set[str]) -> bool:
         """Whether *names* are format 1's and nothing else: by their names, and by the schema in its index."""
         return all(map(_OLD_NAMES.fullmatch, names)) and self._with_schema(names) is not None
 
-    def _with_schema(self, names: list[str]) -> str | None:
-        for name in names:
-            if name in ("index", "index-wal"):
-                fd = open_own(name, os.O_RDONLY, dir_fd=self._top, shown=self.path)
-                try:
-                    if _OLD_SCHEMA in os.pread(fd, 1 << 20, 0):
-                        return name
-                finally:
-                    os.close(fd)
+    def _with_schema(self, names: set[str]) -> str | None:
+        for name in names & {"index", "index-wal"}:
+            fd = open_own(name, os.O_RDONLY, dir_fd=self._top, shown=self.path)
+            try:
+                if _OLD_SCHEMA in os.pread(fd, 1 << 20, 0):
+                    return name
+            finally:
+                os.close(fd)
         return None
 
-    def _remove_old(self, names: list[str]) -> None:
+    def _remove_old(self, names: set[str]) -> None:
         lock = open_own("lock", os.O_RDONLY, dir_fd=self._top, shown=self.path) if "lock" in names else -1
         try:
             if lock >= 0:
@@ -287,8 +307,10 @@ class Home:
                 yield int(number[1]), name
 
     def remove_file(self, name: str) -> None:
-        """It need not be there."""
+        """It need not be there; ConfigError if something that is no file has its name."""
         with suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(name, dir_fd=self._in, follow_symlinks=False).st_mode):
+                raise ConfigError("path", f"{self.inside / name} is no file of ours (a link, a directory?); remove it")
             os.unlink(name, dir_fd=self._in)
 
     def flush_names(self) -> None:
@@ -375,7 +397,7 @@ def _device(found: os.stat_result) -> str:
 
 
 def _flush_names(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(directory, _DIRECTORY)
     try:
         os.fsync(fd)
     finally:

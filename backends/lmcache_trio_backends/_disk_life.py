@@ -43,7 +43,7 @@ GROUP_BYTES = 64 << 20
 """Bytes written before their rows are published: what a cancelled or killed store loses at most."""
 CLOSE_SECONDS = 5.0
 
-_BAD_PATH = (PermissionError, NotADirectoryError, FileExistsError)
+_BAD_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class DiskLife:
@@ -65,7 +65,7 @@ class DiskLife:
         self._directory = Directory(Arena(), self.budget.index)
         self._files = Files(config, self.budget, home)
         self._io: ByteIO = self._files.slabs
-        self._worker = Worker(Path(config.path), config.threads)
+        self._worker = Worker(Path(config.path), config.threads, self._files.check)
         self._room = Room(self._directory, self._files, self._worker, counts)
         self._wake = trio.Event()
         self._due = math.inf
@@ -287,11 +287,10 @@ class DiskLife:
         """Open everything. *anew*: the index was found corrupt, begin empty."""
         try:
             await self._worker.index_thread.run(self._files.open, anew)
-        except _BAD_PATH as exc:
-            raise ConfigError(
-                "path", f"{self._config.path!r} can't be used: {exc.strerror}; give another directory"
-            ) from exc
         except (OSError, sqlite3.Error) as exc:
+            if isinstance(exc, OSError) and exc.errno in _BAD_PATH:
+                problem = f"{self._config.path!r} can't be used: {exc.strerror}; give another directory"
+                raise ConfigError("path", problem) from exc
             raise self._worker.unavailable(exc) from exc
         self._io = self._wrap(self._files.slabs)
 

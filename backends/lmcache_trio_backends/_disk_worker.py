@@ -24,10 +24,15 @@ T = TypeVar("T")
 
 
 class Worker:
-    """The threads of one open tier. *threads*: reads and writes in flight at one time."""
+    """The threads of one open tier. *threads*: reads and writes in flight at one time.
 
-    def __init__(self, path: Path, threads: int) -> None:
+    *check* raises OSError when the directory is another now. It is asked, in the thread, after a call has failed: a
+    file that is not found any more is not the reason, then.
+    """
+
+    def __init__(self, path: Path, threads: int, check: Callable[[], None]) -> None:
         self._path = path
+        self._check = check
         self._threads = threads
         self.index_thread = DedicatedThread("disk index")
         self._limiter = trio.CapacityLimiter(threads)
@@ -53,10 +58,17 @@ class Worker:
         """Run it in the index file's thread. A failure is for good."""
         self.check()
         try:
-            return await self.index_thread.run(fn, *args)
+            return await self.index_thread.run(self._checked, fn, *args)
         except (OSError, sqlite3.Error) as exc:
             self.corrupt = self.corrupt or is_corrupt(exc)
             raise self.fail(exc) from exc
+
+    def _checked(self, fn: Callable[..., T], *args: object) -> T:
+        try:
+            return fn(*args)
+        except (OSError, sqlite3.Error):
+            self._check()
+            raise
 
     async def flush(self, fn: Callable[[], None]) -> None:
         """Run it in one of the threads for bytes. A failure is for good.

@@ -63,6 +63,9 @@ class Keeper:
             except Exception as exc:
                 refusal = _refusal_in(exc)
                 if refusal is not None and not self.opened.is_set():
+                    if not refusal.key.startswith("tiers."):  # a backend names its own setting
+                        number = self.name.partition(":")[0]
+                        refusal = ConfigError(f"tiers.{number}.{refusal.key}", refusal.problem)
                     self.refusal = refusal
                     self.opened.set()
                     raise refusal from exc

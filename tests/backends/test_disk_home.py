@@ -6,11 +6,13 @@ import shutil
 import sqlite3
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from lmcache_trio_backends._disk_home import FORMAT, INDEX_NAME, LOCK_NAME, Home, slab_name
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
@@ -61,6 +63,22 @@ def everything(path: Path) -> dict[str, tuple[int, int, bytes]]:
     return found
 
 
+def a_link(place: Path, target: Path) -> None:
+    place.symlink_to(target)
+
+
+def a_hard_link(place: Path, target: Path) -> None:
+    os.link(target, place)
+
+
+def a_pipe(place: Path, target: Path) -> None:
+    os.mkfifo(place)
+
+
+def something_else(place: Path, target: Path) -> None:
+    place.mkdir()
+
+
 # ---- an empty directory or one of ours, and nothing else
 
 
@@ -87,7 +105,7 @@ THE_USERS: dict[str, Callable[[Path], None]] = {
     "dangling link": lambda path: (path / "link").symlink_to("/nowhere"),
     "lost+found that is a file": a_file("lost+found"),
     "database": lambda path: a_database(path / "index", "CREATE TABLE chunks (mine)"),
-    "format of ours without its mark": a_directory(f"lmcache-trio-format-{FORMAT}"),
+    "directory with the name of a format's": a_directory(f"lmcache-trio-format-{FORMAT}"),
 }
 
 
@@ -106,6 +124,24 @@ async def test_a_directory_with_something_of_the_users_is_refused_and_nothing_in
     before = everything(tmp_path)
     assert name in await refusal(tmp_path)
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", [a_link, something_else])
+async def test_what_has_a_slabs_name_behind_the_last_slab_is_not_removed_unless_it_is_a_file(
+    tmp_path: Path, kind: Callable[[Path, Path], None]
+) -> None:
+    path = tmp_path / "kv"
+    async with disk_tier(path).open():
+        pass
+    kind(inside(path) / slab_name(4711), target := tmp_path / "precious")
+    target.write_bytes(b"the user's")
+    assert slab_name(4711) in await refusal(path)
+    assert os.path.lexists(inside(path) / slab_name(4711))
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/null/kv", "/" + "x" * 300])
+async def test_a_path_that_cannot_be_a_directory_is_refused(path: str) -> None:
+    assert "can't be used" in await refusal(Path(path))
 
 
 @pytest.mark.parametrize("path", ["/etc", "/tmp", "/usr", "/"])
@@ -132,6 +168,39 @@ async def test_a_directory_whose_mark_was_not_written_when_a_kill_came_is_taken(
     tier = disk_tier(tmp_path)
     async with tier.open():
         assert await stored(tier, 1) == [True]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\0" * 60, b"lmcache-trio dist tier\nid 0123\n"])
+async def test_a_mark_that_is_lost_or_damaged_is_made_anew_and_costs_nothing(
+    tmp_path: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (tier := disk_tier(tmp_path)).open():
+        assert await stored(tier, 1) == [True]
+    (tmp_path / LOCK_NAME).unlink()
+    if content is not None:
+        (tmp_path / LOCK_NAME).write_bytes(content)
+    for one in (tier, disk_tier(tmp_path)):
+        async with one.open():
+            assert await loaded(one, 1) == [True]
+    assert caplog.text.count(f"has lost {LOCK_NAME}") == 1
+
+
+async def test_a_server_that_is_given_such_a_directory_ends_with_status_2_and_names_it(tmp_path: Path) -> None:
+    (path := tmp_path / "checkout").mkdir()
+    (path / ".git").mkdir()
+    before = everything(path)
+    tier = {"path": str(path), "size": "32MiB", "backend": "disk"}
+    sets = {f"tiers.0.{name}": value for name, value in tier.items()}
+    sets |= {"memory.size": "1MiB", "address": f"unix://{tmp_path}/server.sock"}
+    words = [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
+    with trio.fail_after(60):
+        done = await trio.run_process(
+            [sys.executable, "-m", "lmcache_trio", "serve", *words], capture_stderr=True, check=False
+        )
+    assert done.returncode == 2
+    assert f"tiers.0.path: {str(path)!r}" in done.stderr.decode()
+    assert ".git" in done.stderr.decode()
+    assert everything(path) == before
 
 
 async def test_every_file_has_a_prefix_of_ours_and_is_the_users_alone(tmp_path: Path) -> None:
@@ -172,24 +241,10 @@ async def test_what_the_user_puts_there_later_is_never_touched(tmp_path: Path) -
 # ---- links, owners, modes
 
 
-def a_link(place: Path, target: Path) -> None:
-    place.symlink_to(target)
-
-
-def a_hard_link(place: Path, target: Path) -> None:
-    os.link(target, place)
-
-
-def a_pipe(place: Path, target: Path) -> None:
-    os.mkfifo(place)
-
-
-def something_else(place: Path, target: Path) -> None:
-    place.mkdir()
-
-
 @pytest.mark.parametrize("kind", [a_link, a_hard_link, a_pipe, something_else])
-@pytest.mark.parametrize("name", [LOCK_NAME, INDEX_NAME, f"{INDEX_NAME}-wal", slab_name(0), PROBE_NAME])
+@pytest.mark.parametrize(
+    "name", [LOCK_NAME, INDEX_NAME, f"{INDEX_NAME}-wal", f"{INDEX_NAME}-journal", slab_name(0), PROBE_NAME]
+)
 async def test_a_name_of_ours_that_is_no_file_of_ours_is_refused_and_what_it_leads_to_is_untouched(
     tmp_path: Path, kind: Callable[[Path, Path], None], name: str
 ) -> None:
@@ -243,7 +298,7 @@ async def test_a_directory_that_others_can_write_in_is_refused(tmp_path: Path, m
     path = tmp_path / "kv"
     path.mkdir()
     path.chmod(mode)
-    assert "chmod go-w" in await refusal(path)
+    assert ("is to be made" if mode & stat.S_ISVTX else "chmod go-w") in await refusal(path)
     assert list(path.iterdir()) == []
 
 
@@ -380,6 +435,22 @@ async def test_a_removal_of_format_1_that_a_kill_ended_is_gone_on_with(
         assert sorted(os.listdir(format_1)) == [f"lmcache-trio-format-{FORMAT}", LOCK_NAME]
 
 
+async def test_files_of_format_1_beside_a_newer_format_go_too(format_1: Path) -> None:
+    """The older version was used again in the meantime."""
+    (aside := format_1.parent / "aside").mkdir()
+    for name in os.listdir(format_1):
+        (format_1 / name).rename(aside / name)
+    tier = disk_tier(format_1)
+    async with tier.open():
+        assert await stored(tier, 1) == [True]
+    for name in os.listdir(aside):
+        (aside / name).rename(format_1 / name)
+    (format_1 / "notes").write_bytes(b"the user's")
+    async with tier.open():
+        assert await loaded(tier, 1) == [True]
+        assert sorted(os.listdir(format_1)) == [f"lmcache-trio-format-{FORMAT}", LOCK_NAME, "notes"]
+
+
 async def test_a_directory_of_format_1_with_something_of_the_users_is_refused(format_1: Path) -> None:
     (format_1 / "notes").write_bytes(b"the user's")
     before = everything(format_1)
@@ -499,6 +570,16 @@ async def test_a_link_that_leads_elsewhere_now_is_noticed(tmp_path: Path) -> Non
     link.symlink_to(one)
     async with tier.open():
         assert await loaded(tier, 1) == [True]
+
+
+async def test_a_deletion_after_the_directory_was_renamed_says_so_and_not_which_file_it_missed(tmp_path: Path) -> None:
+    path = tmp_path / "kv"
+    tier = disk_tier(path)
+    with pytest.raises(Unavailable, match="not there any more"):
+        async with tier.open():
+            assert await stored(tier, 1) == [True]
+            path.rename(tmp_path / "away")
+            await tier.delete(key_of(1).namespace)
 
 
 @pytest.mark.parametrize("name", [LOCK_NAME, f"lmcache-trio-format-{FORMAT}"])

@@ -136,3 +136,25 @@ async def test_a_directory_that_cannot_be_made_again_is_named_until_it_can(
         await tier.wait_works_again()
         assert await server.store(chain("one", 2)) == 2
         assert server.tier()["bugs"] == 0
+
+
+async def test_a_directory_that_is_replaced_under_a_server_fences_it_until_the_right_one_is_back(
+    live: Any, watched: Any, chain: Any, tmp_path: Path
+) -> None:
+    path, away = tmp_path / "kv", tmp_path / "away"
+    tier = watched.around(disk(path))
+    await on_disk(live, tier, chain("one", 2))
+    async with live(tier) as server:
+        path.rename(away)
+        path.mkdir()
+        assert await server.hits(chain("one", 2)) == 0
+        assert server.tier()["fenced"]
+        assert "replaced by another" in server.tier()["reason"]
+        assert await server.store(chain("other", 2)) == 2
+        await server.written_back()
+        assert list(path.iterdir()) == []
+        path.rmdir()
+        away.rename(path)
+        await tier.wait_works_again()
+        assert await server.hits(chain("one", 2)) == 2
+        assert (server.tier()["fenced"], server.tier()["bugs"]) == (False, 0)

@@ -185,9 +185,10 @@ async def test_a_start_gives_a_slow_tier_its_time_beside_what_else_it_does_and_n
 async def test_a_setting_for_which_a_tier_cannot_be_opened_ends_the_start(tier: Any, heap: Any, tmp_path: Any) -> None:
     tier.failing["open"] = ConfigError("path", "is no directory")
     memory = {"backend": "cpu", "size": 1 << 20}
-    with pytest.raises(ConfigError, match="is no directory"):
+    with pytest.raises(ConfigError, match="is no directory") as caught:
         async with open_server(Config(address=f"ipc://{tmp_path}/s.ipc", memory=memory), tiers=[tier]):
             raise AssertionError("it was ready")
+    assert caught.value.key == "tiers.0.path"
 
 
 # --- writeback ------------------------------------------------------------------------------------------------------
