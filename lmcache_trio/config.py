@@ -26,7 +26,17 @@ from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, Iterabl
 from lmcache_trio import _config_sources
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["Config", "Table", "default_address", "describe", "load_config", "parse_path", "parse_size", "structure"]
+__all__ = [
+    "Config",
+    "Limits",
+    "Table",
+    "default_address",
+    "describe",
+    "load_config",
+    "parse_path",
+    "parse_size",
+    "structure",
+]
 
 Table = dict[str, Any]
 """A backend's own settings, not yet structured."""
@@ -139,6 +149,32 @@ def _all_have_backends(instance: object, attribute: Any, value: Sequence[Mapping
 _DAY = 86_400.0
 
 
+def _limit(default: int, text: str) -> int:
+    made: int = attrs.field(default=default, validator=_between(1, 1 << 40), metadata={"help": text})
+    return made
+
+
+@attrs.frozen
+class Limits:
+    """What a client may have at one time. A request beyond is refused, and counted; none is meant to be felt.
+
+    The defaults leave room for an engine with 1,000 running requests of 128,000 tokens in chunks of 64: 2,000 chunks a
+    request, 2,048,000 digests (62 MiB) together. The reference says what each default costs at most.
+    """
+
+    sessions: int = _limit(65_536, "Requests of one engine that may be open.")
+    digests: int = _limit(
+        3 << 20, "Chunks that the open requests of one engine may name together, or the reads of one worker."
+    )
+    pins: int = _limit(4096, "Reads that one worker may have under way.")
+    pushes: int = _limit(
+        16_384, "Messages that may wait for a client that does not read; with one more, its connection is ended."
+    )
+    namespaces: int = _limit(
+        256, "Layouts that no engine uses any more and that still hold chunks; the one left longest ago goes first."
+    )
+
+
 @attrs.frozen
 class Config:
     """All settings of a server. Each field's `metadata["help"]` is its one line of documentation."""
@@ -219,6 +255,9 @@ class Config:
         metadata={
             "help": "Who moves an engine's KV for the server: `backend` (auto, host, cuda, none) and its settings."
         },
+    )
+    limits: Limits = attrs.field(
+        factory=Limits, metadata={"help": "What a client may have at one time: a table of its own, below."}
     )
 
 

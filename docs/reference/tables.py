@@ -48,6 +48,8 @@ def _default(value: Any) -> str:
         return "must be given"
     if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
         made = value.factory()
+        if attrs.has(type(made)):
+            return "each has its own"
         return "one a user" if isinstance(made, str) else _toml(dict(made))
     return "none" if value is None else _toml(value)
 

@@ -73,6 +73,14 @@ class Chunks:
     def attach(self, name: bytes, shard_bytes: Sequence[int]) -> None:
         self._generations.attach(name, shard_bytes, self.arena.rounded)
 
+    def detach(self, namespace: Namespace) -> None:
+        self._generations.detach(namespace)
+
+    @property
+    def unused(self) -> "OrderedDict[bytes, Namespace]":
+        """Namespaces that no engine uses and that hold chunks; the one that was left longest ago comes first."""
+        return self._generations.unused
+
     def namespace_of(self, row: int) -> Namespace:
         return self._generations[self.rows.namespace[row]]
 
@@ -126,6 +134,8 @@ class Chunks:
                 namespace.counts[READY] -= 1
                 self._bytes_idle -= extent
                 self.rows.spare(row)
+                if not namespace.users:
+                    self._generations.leave(namespace)
                 return self.rows.offset[row]
             bound -= namespace.extent
             self._drop(row, namespace)
@@ -285,6 +295,8 @@ class Chunks:
             namespace.counts[DOOMED] += 1
         else:
             self._give_back(row, namespace)
+            if not namespace.users:
+                self._generations.leave(namespace)
 
     def let_go_doomed(self, row: int, count: int = 1) -> None:
         """*count* copies into, or readers of, a DOOMED chunk ended; the last one frees it."""
@@ -301,6 +313,8 @@ class Chunks:
         namespace.counts[READY] -= 1
         self._bytes_idle -= namespace.extent
         self._give_back(row, namespace)
+        if not namespace.users:
+            self._generations.leave(namespace)
 
     def _give_back(self, row: int, namespace: Namespace) -> None:
         self.arena.free(self.rows.offset[row], namespace.extent)
@@ -317,6 +331,10 @@ class Chunks:
         if count:
             self._generations.replace(namespace)
         return count
+
+    def retire(self, namespace: Namespace) -> None:
+        """As `replace`, and nothing takes its place."""
+        self._generations.retire(namespace)
 
     def sweep(self, limit: int) -> bool:
         """Deal with up to *limit* chunks of replaced generations. Is there more to do?"""

@@ -6,7 +6,7 @@ is a sum over generations, and a reset changes no row. The number is used again 
 It counts and finds; what becomes of a replaced generation's chunks is the business of `chunks`.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
@@ -42,7 +42,7 @@ class Namespace:
 
     __slots__ = (
         *("extent", "lengths", "name", "number", "shards", "starts", "table_of", "tables"),
-        *("counts", "replaced", "retained"),
+        *("counts", "replaced", "retained", "users"),
     )
 
     def __init__(
@@ -59,6 +59,7 @@ class Namespace:
         self.counts = [0, 0, 0, 0]  # rows, by state
         self.retained = 0  # of those that are READY; not kept up once it is replaced
         self.replaced = False
+        self.users = 0  # engines
 
     def find(self, digest: bytes) -> int:
         """The row of *digest*, 0 when it has none."""
@@ -74,22 +75,27 @@ class Namespace:
 class Generations:
     """All generations that are not over; *present* has the one that each namespace's name leads to.
 
-    An empty namespace costs 6 KB, and is not forgotten: nobody tells the index that no engine will use it again.
+    An empty namespace costs 6 KB; one that no engine uses is forgotten with its last row.
     """
 
     def __init__(self) -> None:
         self.present: dict[bytes, Namespace] = {}
         self.outdated: deque[Namespace] = deque()  # replaced, the first one is being swept
-        self._numbered: list[Namespace] = []  # some are over
+        self.unused: OrderedDict[bytes, Namespace] = (
+            OrderedDict()
+        )  # those that hold chunks still, left longest ago first
+        self._numbered: dict[int, Namespace] = {}
         self._spare: list[int] = []
 
     def attach(self, name: bytes, shard_bytes: Sequence[int], rounded: Callable[[int], int]) -> None:
-        """Make *name* known. Idempotent; Misuse if lengths differ."""
+        """One engine more uses *name*. Misuse if lengths differ from those of another's."""
         lengths = tuple(shard_bytes)
         known = self.present.get(name)
         if known is not None:
             if known.lengths != lengths:
                 raise Misuse(f"shard_bytes is {lengths}: this namespace was attached with {known.lengths}")
+            known.users += 1
+            self.unused.pop(name, None)
             return
         if not lengths or min(lengths) < 1:
             raise Misuse(f"shard_bytes is {lengths}: give one length of 1 or more a shard")
@@ -97,28 +103,46 @@ class Generations:
         for length in lengths:
             starts.append(extent)
             extent += rounded(length)
-        self._enter(Namespace(self._number(), name, lengths, tuple(starts), extent))
+        self._enter(Namespace(self._number(), name, lengths, tuple(starts), extent), users=1)
+
+    def detach(self, namespace: Namespace) -> None:
+        """One engine less uses *namespace*."""
+        namespace.users -= 1
+        if not namespace.users:
+            self.unused[namespace.name] = namespace
+            self.leave(namespace)
 
     def __getitem__(self, number: int) -> Namespace:
         return self._numbered[number]
 
     def replace(self, namespace: Namespace) -> None:
         """Put an empty generation in the place of *namespace*, which is outdated from then on."""
+        self.retire(namespace)
+        again = Namespace(self._number(), namespace.name, namespace.lengths, namespace.starts, namespace.extent)
+        self._enter(again, namespace.users)
+
+    def retire(self, namespace: Namespace) -> None:
+        """*namespace* is outdated from now on, and its name leads nowhere."""
+        del self.present[namespace.name]
+        self.unused.pop(namespace.name, None)
         namespace.replaced = True
         namespace.table_of = []  # nobody looks there any more; what holds the tables is taken apart by a sweep
         self.outdated.append(namespace)
-        self._enter(Namespace(self._number(), namespace.name, namespace.lengths, namespace.starts, namespace.extent))
 
     def leave(self, namespace: Namespace) -> None:
-        """A row of *namespace*, or its directory, is gone: maybe it is over."""
-        if namespace.replaced and not namespace.tables and not any(namespace.counts):
-            self._spare.append(namespace.number)
+        """A row of *namespace*, its directory or its last user is gone: maybe it is over."""
+        if any(namespace.counts) or (namespace.tables if namespace.replaced else namespace.users):
+            return
+        if not namespace.replaced:
+            del self.present[namespace.name], self.unused[namespace.name]
+        del self._numbered[namespace.number]
+        self._spare.append(namespace.number)
 
     def held(self) -> dict[str, int]:
         """Chunks, slots and bytes by state, and the bytes that readers retain."""
         held = {f"{what}_{state}": 0 for state in _STATES for what in ("chunks", "slots", "bytes")}
         held["bytes_retained"] = 0
-        for namespace in self._numbered:
+        for namespace in self._numbered.values():
             for name, state in _STATES.items():
                 if state == READY and namespace.replaced != (name == "stale"):
                     continue
@@ -133,12 +157,10 @@ class Generations:
     def _number(self) -> int:
         return self._spare.pop() if self._spare else len(self._numbered)
 
-    def _enter(self, namespace: Namespace) -> None:
+    def _enter(self, namespace: Namespace, users: int) -> None:
+        namespace.users = users
         self.present[namespace.name] = namespace
-        if namespace.number == len(self._numbered):
-            self._numbered.append(namespace)
-        else:
-            self._numbered[namespace.number] = namespace
+        self._numbered[namespace.number] = namespace
 
 
 _STATES = {"ready": READY, "writing": WRITING, "quarantined": DOOMED, "stale": READY}

@@ -39,6 +39,7 @@ _COUNTERS = (
     "reset_chunks",
     "leases_expired",
     "reservations_expired",
+    "namespaces_dropped",
 )
 
 _LOADS: SessionKey = ("", 0)
@@ -49,10 +50,10 @@ class Index:
     """Chunks, leases, pins, reservations and holds over one arena.
 
     *new_id* gives unguessable ids; *lease_share* is the part of the arena's taken bytes that leases may hold before
-    they are taken.
+    they are taken; *most_unused* is how many namespaces that no engine uses may keep their chunks.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 each is a setting
         self,
         arena: Arena,
         *,
@@ -60,6 +61,7 @@ class Index:
         lease_share: float = 0.5,
         lease_timeout: float = 30.0,
         reservation_timeout: float = 60.0,
+        most_unused: int = 256,
         policy: EvictionPolicy | None = None,
     ) -> None:
         if not 0 < lease_share <= 1:
@@ -69,6 +71,7 @@ class Index:
                 raise Misuse(f"{name} is {timeout}: it must be above 0")
         self._arena = arena
         self._lease_share = lease_share
+        self._most_unused = most_unused
         self._counted: Counter[str] = Counter()
         self._chunks = Chunks(arena, LeastRecentlyUsed() if policy is None else policy)
         self._readers = Readers(self._chunks, new_id, lease_timeout, self._counted)
@@ -79,8 +82,22 @@ class Index:
         self._arena.grow(taken)
 
     def attach(self, namespace: bytes, shard_bytes: Sequence[int]) -> None:
-        """Make *namespace* known, with the bytes of each shard's slot. Idempotent; Misuse if lengths differ."""
+        """An engine uses *namespace*, with the bytes of each shard's slot; Misuse if they differ from another's."""
         self._chunks.attach(namespace, shard_bytes)
+
+    def detach(self, namespace: bytes) -> None:
+        """An engine that attached *namespace* uses it no more.
+
+        What no engine uses is forgotten with its last chunk. Where more than *most_unused* of them hold chunks, the one
+        that was left longest ago is dropped, as by a `reset`: `sweep` then.
+        """
+        self._chunks.detach(self._chunks.namespaces[namespace])
+        if len(self._chunks.unused) > self._most_unused:
+            oldest = next(iter(self._chunks.unused.values()))
+            self._counted["namespaces_dropped"] += 1
+            self._writers.reset(oldest)
+            if self._chunks.namespaces.get(oldest.name) is oldest:  # its last rows were not being written
+                self._chunks.retire(oldest)
 
     def shard_bytes(self, namespace: bytes) -> Sequence[int]:
         """The bytes of each shard's slot, as attached; none for a namespace that is not."""
@@ -167,10 +184,13 @@ class Index:
         return Reservation(self._writers.promise(asking, worker, 1), asking.slots, asking.dropped)
 
     def reserve_load(self, namespace: bytes, parent: bytes, digest: bytes, now: float) -> Reservation | None:
-        """Promise all shards of one chunk to the server itself; None when it gets no slots.
+        """Promise all shards of one chunk to the server itself; None when it gets no slots, or no engine wants it.
 
         The server commits and aborts it as worker `SERVER`; a slot's position is its shard.
         """
+        known = self._chunks.namespaces.get(namespace)
+        if known is None or not known.users:
+            return None
         asking = self._writers.ask(_LOADS, 0, self._attached(namespace, 0, parent, (digest,)), parent, now)
         asking.step(0, digest)
         if asking.rows:

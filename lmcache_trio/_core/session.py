@@ -58,15 +58,19 @@ class Session:
     lease: bytes = b""
     expires: float = -math.inf
 
+    @property
+    def known(self) -> int:
+        """Chunks of the chain."""
+        return len(self.chain) // DIGEST_BYTES
+
     def lookup(self, start: int, digests: Sequence[bytes], upto: int, asked: int) -> list[bytes]:
         """Cut the chain to *start* chunks, extend it by *digests*, and make *asked* the lookup of its first *upto*.
 
         Returns those. The former lookup's answer is forgotten, and with it its lease: read `lease` first and end it.
         Misuse when the chain has no *start* chunks, or the new one no *upto*.
         """
-        known = len(self.chain) // DIGEST_BYTES
-        if start > known:
-            raise Misuse(f"start is {start}, but session {self.number} has {known} chunks: send them too")
+        if start > self.known:
+            raise Misuse(f"start is {start}, but session {self.number} has {self.known} chunks: send them too")
         if upto > start + len(digests):
             raise Misuse(f"upto is {upto}, but the chain of session {self.number} ends at {start + len(digests)}")
         self.chain = self.chain[: start * DIGEST_BYTES] + join_digests(digests)

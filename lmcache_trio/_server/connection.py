@@ -61,6 +61,8 @@ async def serve_client(state: State, client: Client, listener: PairListener, bra
                 await _read_guarded(state, client, client.transport)
                 await _leave(state, client)
     finally:
+        if client.deaf:
+            state.over_limit(client, "pushes", f"{len(client.outbox)} messages that it does not read, and is ended")
         listener.close()
         if client.transport is not None:
             client.transport.close()

@@ -128,15 +128,19 @@ def _retrieve(state: State, client: Client, message: Retrieve) -> Message:
         raise Misuse(f"{client} got no arena to read from")
     if state.stopping:
         raise Unavailable("the server is stopping")
-    hello = client.hello
+    limits, hello = state.config.limits, client.hello
+    if len(client.pins) >= limits.pins:
+        raise state.over_limit(client, "pins", f"{limits.pins} reads under way and asks for one more")
+    if sum(client.pins.values()) + message.count > limits.digests:
+        raise state.over_limit(client, "digests", f"reads of {sum(client.pins.values())} chunks under way")
     pin = state.index.pin(message.lease, hello.engine, client.number, hello.shard, message.start, message.count)
-    client.pins.add(pin.id)
+    client.pins[pin.id] = message.count
     return Pinned(message.id, pin.id, pack_offsets(pin.offsets), pin.slot_bytes)
 
 
 def _done(state: State, client: Client, message: Done) -> Message:
     valid = state.index.unpin(message.pin, client.number)
-    client.pins.discard(message.pin)
+    client.pins.pop(message.pin, None)
     state.note_progress()
     return Finished(message.id, valid)
 

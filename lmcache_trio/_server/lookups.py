@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from lmcache_trio._core.keys import split_digests
+from lmcache_trio._core.keys import DIGEST_BYTES, split_digests
 from lmcache_trio._core.session import LookupState, Session
 from lmcache_trio._server.state import Client, Engine, State
 from lmcache_trio._server.tier_writes import Deletion
@@ -49,12 +49,18 @@ def engine_of(state: State, client: Client) -> Engine:
 
 def _lookup(state: State, client: Client, message: Lookup) -> Message:
     engine = engine_of(state, client)
-    session = engine.sessions.get(message.session)
+    limits, session = state.config.limits, engine.sessions.get(message.session)
     if session is None:
+        if len(engine.sessions) >= limits.sessions:
+            raise state.over_limit(client, "sessions", f"{limits.sessions} open sessions and asks for one more")
         session = Session(message.session)
+    more = message.start + len(message.digests) // DIGEST_BYTES - session.known
+    if engine.digests + more > limits.digests and more > 0:
+        raise state.over_limit(client, "digests", f"sessions of {engine.digests} chunks and sends {more} more")
     former = session.lease
     wanted = session.lookup(message.start, split_digests(message.digests), message.upto, message.id)
     engine.sessions[message.session] = session
+    engine.digests += more
     if former:
         state.index.release(former)
     if state.cancel_prefetch is not None:

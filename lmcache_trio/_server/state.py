@@ -4,6 +4,7 @@ Everything here is synchronous and called from the Trio loop, so that each step 
 for nothing; what must wait is asked of `supervise` through the callables that it was given.
 """
 
+import logging
 import select
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -22,13 +23,15 @@ from lmcache_trio._transport import Connection
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import Hello, Lookup, Message, NamespaceKnown, Register, Role
 from lmcache_trio.abc import Memory
-from lmcache_trio.config import Config
-from lmcache_trio.errors import Gone, Unavailable
+from lmcache_trio.config import Config, Limits
+from lmcache_trio.errors import Gone, Misuse, Unavailable
 
 if TYPE_CHECKING:
     from lmcache_trio._server.transfer import TransferWorker
 
 __all__ = ["Client", "Engine", "LostWriter", "State"]
+
+log = logging.getLogger("lmcache_trio.server")
 
 COUNTERS = (
     *("lookups", "hits", "misses", "resets", "refused", "withdrawn", "exits_seen"),
@@ -51,10 +54,13 @@ class Client:
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     transport: Connection | None = None  # None until the client has taken up its own address
     copies: set[bytes] = attrs.field(factory=set)  # reservations whose copy was not yet said to have ended
-    pins: set[bytes] = attrs.field(factory=set)
+    pins: dict[bytes, int] = attrs.field(factory=dict)  # and how many chunks each reads
     outbox: deque[bytes] = attrs.field(factory=deque)  # what the transport had no room for, in order
     queued: trio.Event = attrs.field(factory=trio.Event)
     drained: trio.Event = attrs.field(factory=trio.Event)
+    most_unread: int = 1
+    deaf: bool = False  # it is ended because it did not read
+    limits_met: set[str] = attrs.field(factory=set)
     lost: bool = False
     start: Start = _not_connected  # a task of its connection's, which ends with it
 
@@ -79,6 +85,10 @@ class Client:
                 pass
             except Gone:
                 return  # its reader finds out by itself
+        if len(self.outbox) >= self.most_unread:
+            self.deaf = True
+            self.scope.cancel()
+            return
         self.outbox.append(frame)
         self.queued.set()
 
@@ -102,6 +112,7 @@ class Engine:
     layouts: dict[int, Register] = attrs.field(factory=dict)
     namespace: bytes = b""
     sessions: dict[int, Session] = attrs.field(factory=dict)
+    digests: int = 0  # of all sessions
 
     def clients(self) -> Iterator[Client]:
         if self.scheduler is not None:
@@ -148,6 +159,7 @@ class State:
     lost_writers: list[LostWriter] = attrs.field(factory=list)
     counted: Counter[str] = attrs.field(factory=lambda: Counter(dict.fromkeys(COUNTERS, 0)))
     dropped: Counter[str] = attrs.field(factory=Counter)
+    limits_hit: Counter[str] = attrs.field(factory=lambda: Counter({f.name: 0 for f in attrs.fields(Limits)}))
     taken: int = 0
     stopping: bool = False
     idle: trio.Event = attrs.field(factory=trio.Event)
@@ -162,7 +174,7 @@ class State:
 
     def admit(self, hello: Hello, peer_pid: int | None, pidfd: int | None) -> Client:
         """Make room for a client that `rendezvous` found in order, in place of those that it replaces."""
-        client = Client(self.new_number(), hello, peer_pid, pidfd)
+        client = Client(self.new_number(), hello, peer_pid, pidfd, most_unread=self.config.limits.pushes)
         self.clients[client.number] = client
         if hello.role is not Role.OBSERVER:
             engine = self.engines.setdefault(hello.engine, Engine(hello.engine, hello.shards))
@@ -217,7 +229,7 @@ class State:
             if engine is not None and sessions:
                 self.end_session(engine, next(iter(sessions)))
             elif client.pins:
-                self.index.unpin(client.pins.pop(), client.number)
+                self.index.unpin(client.pins.popitem()[0], client.number)
             else:
                 return False
             if trio.current_time() >= until:
@@ -251,8 +263,11 @@ class State:
             layouts = [engine.layouts[shard] for shard in range(engine.shards)]
             namespace = namespace_of([layout.fingerprint for layout in layouts])
             self.index.attach(namespace, [layout.shard_bytes for layout in layouts])
-        if namespace != engine.namespace:
-            engine.namespace = namespace
+        former, engine.namespace = engine.namespace, namespace
+        if former:
+            self.index.detach(former)
+            self.clock.not_later_than(trio.current_time())  # it may have something to sweep
+        if namespace != former:
             for client in engine.clients():
                 client.send(NamespaceKnown(0, namespace))
 
@@ -260,9 +275,19 @@ class State:
         """The session goes, with everything that it owned; one that is not there is no error."""
         session = engine.sessions.pop(number, None)
         if session is not None:
+            engine.digests -= session.known
             if self.cancel_prefetch is not None:
                 self.cancel_prefetch(engine, session)
             self.index.end_session((engine.name, number))
+
+    def over_limit(self, client: Client, name: str, what: str) -> Misuse:
+        """*client* would exceed the limit *name* with *what*: it is counted, told once in the log, and to be raised."""
+        self.limits_hit[name] += 1
+        error = Misuse(f"{client} has {what}: that is limits.{name}; the server's configuration can raise it")
+        if name not in client.limits_met:
+            client.limits_met.add(name)
+            log.warning("%s", error)
+        return error
 
     def why_no_slots(self, client: Client, engine: Engine, session: int) -> str:
         """Why a store of *client* gets none, whatever room there is; "" when there is no such reason."""

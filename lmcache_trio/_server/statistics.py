@@ -30,7 +30,11 @@ def statistics_of(state: State) -> dict[str, Any]:
     memory = state.memory.statistics()
     held["bytes_taken"], held["bytes_size"] = memory["bytes_taken"], memory["bytes_size"]
     counted = {name: count for name, count in index["counted"].items() if name not in _COUNTED_HERE}
+    counted["limits"] = {**state.limits_hit, "namespaces": counted.pop("namespaces_dropped")}
     drops = Counter(index["counted"]["dropped"]) + state.dropped
-    found: dict[str, Any] = {"held": held, "counted": {**counted, **state.counted, "drops": dict(drops)}}
+    found: dict[str, Any] = {
+        "held": held,
+        "counted": {**counted, **state.counted, "drops": dict(drops)},
+    }
     found["tiers"] = state.tiers.statistics()
     return found

@@ -143,6 +143,7 @@ def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: t
         lease_share=config.lease_share,
         lease_timeout=config.lease_timeout,
         reservation_timeout=config.reservation_timeout,
+        most_unused=config.limits.namespaces,
     )
 
     def watch_exit(writer: LostWriter) -> None:
