@@ -20,7 +20,7 @@ from lmcache_trio.abc import Arena, ChunkKey
 from lmcache_trio.errors import Misuse
 from lmcache_trio_backends._disk_leaves import Leaves
 from lmcache_trio_backends._disk_places import SLICE, Places, by_place
-from lmcache_trio_backends._disk_records import Doomed, Read, Row, Write, extent_of, index_cost
+from lmcache_trio_backends._disk_records import Doomed, Lost, Read, Row, Write, extent_of, index_cost
 from lmcache_trio_backends._disk_rows import FREE, Rows, Space
 
 __all__ = ["Directory"]
@@ -44,8 +44,11 @@ class Directory:
         self._clock = 0
         self._last_generation = 0
         self._chunks = 0
+        self._unusable = 0
         self.overlaid = 0
         """Rows that `rebuild` found to name bytes of another."""
+        self.lost = 0
+        """Rows that `rebuild` found to name bytes that are not there any more."""
 
     # ---- reading
 
@@ -232,15 +235,17 @@ class Directory:
         """All rows by their place on the disk, for `rebuild`. May run in a thread: nothing else changes before that."""
         return by_place(self._rows)
 
-    def rebuild(self, taken: int, order: "array[int]") -> Iterator[None]:
+    def rebuild(self, taken: int, order: "array[int]", lost: Sequence[Lost] = ()) -> Iterator[None]:
         """Find the holes in the *taken* bytes of slabs, the parents and the leaves; in steps of about 2 ms.
 
-        A row whose bytes lie outside of the slabs, or over another's, is doomed. Rule 1 leaves none such; a smaller
-        disk or a file changed from outside does.
+        A row whose bytes lie outside of the slabs, in what is *lost* of them, or over another's, is doomed. Rule 1
+        leaves none such; a smaller disk or a file changed from outside does.
         """
-        rows, places = self._rows, Places(self._rows, _PUBLISHED, self._arena)
+        rows, places = self._rows, Places(self._rows, _PUBLISHED, self._arena, lost)
         yield from places.claim(taken, order)
         self.overlaid = places.overlaid
+        self.lost = len(places.strays) - places.overlaid
+        self._unusable = sum(one.end - one.start for one in lost if not one.usable)
         for do in (self._leaves.link, self._leaves.offer):
             for i in range(0, rows.count, SLICE):
                 for row in range(i, min(i + SLICE, rows.count)):
@@ -257,7 +262,11 @@ class Directory:
 
     def statistics(self) -> dict[str, int]:
         """What is held."""
-        return {"chunks": self._chunks, "bytes_used": self._arena.used, "bytes_index_planned": self._rows.index_used}
+        return {
+            "chunks": self._chunks,
+            "bytes_used": self._arena.used - self._unusable,
+            "bytes_index_planned": self._rows.index_used,
+        }
 
     # ---- inside
 

@@ -6,6 +6,7 @@ lmcache-trio-index[-wal]   SQLite: one row a chunk
 lmcache-trio-slab-00000…   the chunks' bytes
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
@@ -15,6 +16,8 @@ from lmcache_trio_backends._disk_records import ALIGNMENT
 from lmcache_trio_backends._disk_slabs import Slabs, probe
 
 __all__ = ["Files"]
+
+log = logging.getLogger("lmcache_trio.disk")
 
 
 class Files:
@@ -27,6 +30,8 @@ class Files:
         flush = config.durability == "power"
         self.index = IndexFile(home.inside / INDEX_NAME, room=budget.index, wal_room=budget.wal, flush=flush)
         self.slabs = Slabs(home, slab_size=self._slab_size, capacity=budget.slabs, direct=config.direct)
+        self.index_lost = False
+        """`open` found an index that was damaged, or none for the slabs that are there: the tier begins empty."""
 
     def open(self, anew: bool) -> None:
         """Lock the directory, try what is asked of its file system, open all. *anew*: begin empty."""
@@ -35,10 +40,15 @@ class Files:
             probe(self._home, direct=self._config.direct)
             if anew:
                 self.index.remove()
-            self.index.open()
+            why = "it was found damaged" if anew else ""
+            why = self.index.open() or why
             slab_size = self.index.fact("slab_size")
             if slab_size is None or slab_size <= 0 or slab_size % ALIGNMENT:  # new: nothing names the bytes of any slab
-                self.slabs.remove()
+                removed = self.slabs.remove()
+                if why or removed:
+                    self.index_lost = True
+                    why = why or ("its slab size is damaged" if slab_size is not None else "it is gone, or empty")
+                    log.warning("%s: %s: all %d slabs are given up, and begun anew", self.index.path, why, removed)
                 slab_size = self.index.fact("slab_size", self._slab_size) or self._slab_size
             self.slabs.slab_size = slab_size
             self.slabs.open()

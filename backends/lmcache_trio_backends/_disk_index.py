@@ -80,8 +80,10 @@ class IndexFile:
         """
         return max(1, self._wal_room // 4 // (2 * (PAGE + 24)) - 2)
 
-    def open(self) -> None:
+    def open(self) -> str:
         """Open or make it. One that is corrupt, or larger than its room, is made anew: it all can be computed again.
+
+        Returns why it was, or nothing.
 
         It is larger when the tier had a larger size before, and many small chunks. To make it smaller SQLite would need
         as much space again, and most of what it names lay in the slabs that are cut off now.
@@ -90,16 +92,17 @@ class IndexFile:
             self._connect()
             (pages,) = self._do("PRAGMA page_count").fetchone()
             if pages * PAGE <= self._room:
-                return
-            log.warning("%s has %d bytes where %d may be: it is begun anew", self.path, pages * PAGE, self._room)
+                return ""
+            why = f"it has {pages * PAGE} bytes where {self._room} may be"
             self.close()
         except sqlite3.DatabaseError as exc:
             self.close()
             if not is_corrupt(exc):
                 raise
-            log.warning("%s: %s: it is begun anew", self.path, exc)
+            why = str(exc)
         self.remove()
         self._connect()
+        return why
 
     def remove(self) -> None:
         """Delete it and its WAL."""

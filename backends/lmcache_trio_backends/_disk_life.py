@@ -70,6 +70,7 @@ class DiskLife:
         self._wake = trio.Event()
         self._due = math.inf
         self._unflushed = False
+        self._failed = 0  # chunks that failed verification since the last flush
         self.reading = Reading(self._directory, self._files, self._worker, counts)
         self.ready = self.reading.ready
 
@@ -175,7 +176,11 @@ class DiskLife:
 
     def _suspect(self, read: Read) -> None:
         self._counts["corrupt"] += 1
-        log.warning("chunk %s of %s failed verification and is dropped", read.key.digest.hex()[:16], self._config.path)
+        if not self._failed:
+            what = read.key.digest.hex()[:16]
+            log.warning("chunk %s of %s failed verification and is dropped", what, self._config.path)
+            self._expect_flush()
+        self._failed += 1
         if not self.ready.is_set():
             self.reading.suspects.append(read)
         elif self._directory.quarantine(read):
@@ -274,12 +279,19 @@ class DiskLife:
             self._wake.set()
 
     async def _flush(self) -> None:
+        self._tell_failed()
         while touched := self._directory.take_touched(self._files.index.batch):
             await self._worker.ask(self._files.index.touch, touched)
         if self._config.durability == "periodic" and self._unflushed:
             self._unflushed = False
             await self._worker.flush(self._files.slabs.flush)
             await self._worker.ask(self._files.index.checkpoint)
+
+    def _tell_failed(self) -> None:
+        """One line for all that failed since the first of them, which had its own."""
+        if self._failed > 1:
+            log.warning("%d more chunks of %s failed verification and are dropped", self._failed - 1, self._config.path)
+        self._failed = 0
 
     # ---- files
 
@@ -293,9 +305,11 @@ class DiskLife:
                 raise ConfigError("path", problem) from exc
             raise self._worker.unavailable(exc) from exc
         self._io = self._wrap(self._files.slabs)
+        self._counts["lost_index"] += self._files.index_lost
 
     async def end(self) -> None:
         """Write what is owed and close; a disk that hangs is left behind after 5 s, still locked by this process."""
+        self._tell_failed()
         owed: list[Callable[[], None]] = []
         index = self._files.index
         if self._worker.failed is None and self.ready.is_set():

@@ -4,11 +4,11 @@ It claims what sound rows name and says which cannot be sound; what becomes of t
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lmcache_trio.abc import Arena
 from lmcache_trio.errors import Misuse
-from lmcache_trio_backends._disk_records import ALIGNMENT
+from lmcache_trio_backends._disk_records import ALIGNMENT, Lost
 from lmcache_trio_backends._disk_rows import Rows
 
 __all__ = ["SLICE", "Places", "by_place"]
@@ -43,12 +43,14 @@ def by_place(rows: Rows) -> "array[int]":
 class Places:
     """The bytes that rows of one *state* name, claimed from an *arena* that has given nothing yet."""
 
-    def __init__(self, rows: Rows, state: int, arena: Arena) -> None:
+    def __init__(self, rows: Rows, state: int, arena: Arena, lost: Sequence[Lost]) -> None:
         self._rows = rows
         self._state = state
         self._arena = arena
+        self._lost = lost
+        self._passed = 0  # of the lost ranges, those that end before the row that is looked at
         self.strays: list[int] = []
-        """Rows whose bytes lie outside of the slabs, or over another's. A smaller disk has such, or a changed file."""
+        """Rows whose bytes lie outside of the slabs, in what is lost of them, or over another's."""
         self.overlaid = 0
         """How many of them lie over another's."""
 
@@ -61,12 +63,11 @@ class Places:
             for row in order[i : i + SLICE]:
                 if self._rows.state[row] == self._state and self._is_free(row, end, taken):
                     start, extent = self._rows.offset[row], self._rows.extent[row]
-                    if start > end:
-                        gaps.append((end, start - end))
-                        self._take(end, start - end)
+                    gaps += self._pass(end, start)
                     self._take(start, extent)
                     end = start + extent
             yield
+        gaps += self._pass(end, max((lost.end for lost in self._lost), default=0))
         for i, gap in enumerate(gaps):
             self._arena.free(*gap)
             if i % SLICE == 0:
@@ -75,11 +76,29 @@ class Places:
     def _is_free(self, row: int, end: int, taken: int) -> bool:
         """Whether its bytes are nobody else's; if not, it is a stray. What lies before *end* was claimed."""
         start, extent = self._rows.offset[row], self._rows.extent[row]
-        if start >= end and not start % ALIGNMENT and start + extent <= taken and extent:
+        while self._passed < len(self._lost) and self._lost[self._passed].end <= start:
+            self._passed += 1
+        is_lost = self._passed < len(self._lost) and self._lost[self._passed].start < start + extent
+        if start >= end and not start % ALIGNMENT and start + extent <= taken and extent and not is_lost:
             return True
         self.strays.append(row)
         self.overlaid += start < end
         return False
+
+    def _pass(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Take all between two rows. Returns the parts (place, length) to be given back: what can be used again."""
+        gaps = []
+        for lost in self._lost:
+            if not lost.usable and start <= lost.start and lost.end <= end:
+                if lost.start > start:
+                    gaps.append((start, lost.start - start))
+                    self._take(*gaps[-1])
+                self._take(lost.start, lost.end - lost.start)
+                start = lost.end
+        if end > start:
+            gaps.append((start, end - start))
+            self._take(*gaps[-1])
+        return gaps
 
     def _take(self, offset: int, length: int) -> None:
         """From an arena whose only hole begins at *offset*, `allocate` gives exactly that."""

@@ -50,7 +50,8 @@ class Reading:
         try:
             await self._read()
             order = await self._worker.run(self._directory.order)
-            for _ in self._directory.rebuild(self._files.slabs.taken, order):
+            slabs = self._files.slabs
+            for _ in self._directory.rebuild(slabs.taken, order, slabs.lost):
                 await trio.lowlevel.checkpoint()
             for namespace in self._directory.take_erased():
                 await self._worker.ask(self._files.index.all_erased, namespace)
@@ -61,8 +62,22 @@ class Reading:
         if damaged := self._files.index.damaged + self._directory.overlaid:
             log.warning("%s: %d rows were damaged and are dropped", self._files.index.path, damaged)
             self._counts["corrupt"] += damaged
+        self._tell_lost()
         self.ready.set()
         self.under_way.set()
+
+    def _tell_lost(self) -> None:
+        lost, damage = self._directory.lost, self._files.slabs.damage
+        self._counts["lost_slabs"] += lost
+        if lost or damage:
+            shown = "; ".join(damage[:5]) + ("; …" if len(damage) > 5 else "")
+            log.warning(
+                "%s: %d chunks are lost with their slabs (%s), %d are still there",
+                self._files.index.path.parent,
+                lost,
+                shown or f"they have {self._files.slabs.taken} bytes now",
+                self._directory.statistics()["chunks"],
+            )
 
     async def query(self, keys: Sequence[ChunkKey]) -> dict[bytes, Row]:
         """The index file's rows of those *keys* that were not read into the directory yet, by name."""

@@ -15,6 +15,7 @@ __all__ = [
     "MAX_SHARDS",
     "NAME",
     "Doomed",
+    "Lost",
     "Read",
     "Row",
     "Write",
@@ -134,3 +135,12 @@ class Doomed:
     row: int
     key: bytes
     generation: int
+
+
+@attrs.frozen
+class Lost:
+    """Bytes of the slabs, from *start* to *end*, that were there once. *usable*: they were set aside anew."""
+
+    start: int
+    end: int
+    usable: bool

@@ -7,7 +7,6 @@ a chunk that was given room has it. This module knows no chunks and keeps nothin
 
 import ctypes
 import errno
-import itertools
 import mmap
 import os
 from collections.abc import Iterator
@@ -15,12 +14,14 @@ from typing import Protocol
 
 from lmcache_trio.errors import ConfigError
 from lmcache_trio_backends._disk_home import Home, slab_name
-from lmcache_trio_backends._disk_records import ALIGNMENT, round_up
+from lmcache_trio_backends._disk_records import ALIGNMENT, Lost, round_up
 
 __all__ = ["ByteIO", "Slabs", "fallocate", "probe"]
 
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _CANT_ALLOCATE = "can't set space aside (fallocate); use ext4, XFS or tmpfs"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk, a user's quota, or the largest file that a process may write (RLIMIT_FSIZE) is full."""
 _BOUNCE = 1 << 20
 
 
@@ -50,35 +51,57 @@ class Slabs:
         self._direct = direct
         self._fds: list[int] = []
         self.taken = 0
+        self.lost: list[Lost] = []
+        """What `open` found missing before the last slab, in order."""
+        self.damage: list[str] = []
+        """The same for the log: which slab, and what of it is gone."""
 
     def open(self) -> None:
-        """Open what is there, cut to the capacity; a slab that a kill left half made is finished by the next `grow`."""
+        """Open what is there, cut to the capacity. What is missing costs the bytes that lay there, and no others.
+
+        The last slab may be short: a kill left it half made, and the next `grow` finishes it. Any other is made whole
+        again; where there is no space for that now, its bytes are not used until the next opening.
+        """
         there = dict(self._home.slabs())
-        kept = set()
-        for index in itertools.count():
+        for index in [index for index in there if index * self.slab_size >= self.capacity]:
+            self._home.remove_file(there.pop(index))
+        last = max(there, default=-1)
+        for index in range(last + 1):
             start = index * self.slab_size
             length = min(self.slab_size, self.capacity - start)
-            if length <= 0 or index not in there:
-                break
-            fd = self._home.open_file(there[index], self._flags)
+            fd = self._home.open_file(slab_name(index), self._flags | os.O_CREAT)
             self._fds.append(fd)
-            kept.add(index)
             size = os.fstat(fd).st_size
             if size > length:
                 os.ftruncate(fd, length)
             whole = min(size, length) // ALIGNMENT * ALIGNMENT
             self.taken = start + whole
-            if whole < length:
-                break
-        for index in there.keys() - kept:
-            self._home.remove_file(there[index])
+            if whole < length and index < last:
+                self._mend(fd, whole, length)
+                what = f"has {size} bytes of {length}" if index in there else "is gone"
+                self.damage.append(f"{slab_name(index)} {what}")
+                self.taken = start + length
 
-    def remove(self) -> None:
-        """Delete all slabs: nothing names their bytes any more."""
+    def _mend(self, fd: int, whole: int, length: int) -> None:
+        usable = True
+        try:
+            fallocate(fd, whole, length - whole)
+        except OSError as exc:
+            if exc.errno not in _NO_SPACE:
+                raise
+            os.ftruncate(fd, whole)
+            usable = False
+        start = (len(self._fds) - 1) * self.slab_size
+        self.lost.append(Lost(start + whole, start + length, usable))
+
+    def remove(self) -> int:
+        """Delete all slabs, as nothing names their bytes any more. How many there were."""
         self.close()
         self.taken = 0
-        for _, name in self._home.slabs():
+        names = [name for _, name in self._home.slabs()]
+        for name in names:
             self._home.remove_file(name)
+        return len(names)
 
     def grow(self) -> int:
         """Take the next slab, or the rest of the last. Returns the bytes taken; the same again: no more to come."""

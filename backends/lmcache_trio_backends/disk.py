@@ -22,6 +22,7 @@ from lmcache_trio_backends._disk_slabs import ByteIO
 
 __all__ = ["DiskConfig", "DiskTier"]
 
+LOST = ("lost_slabs", "lost_index")
 DROP_REASONS = ("admission", "no_space", "not_ready", "size", "writing")
 
 
@@ -104,7 +105,7 @@ class DiskTier(Tier):
         held: dict[str, int | str] = {"chunks": 0, "bytes_used": 0, "bytes_capacity": Budget.of(self.config.size).slabs}
         if self._life is not None:
             held |= self._life.statistics()
-        names = ("hits", "misses", "corrupt", "stored", "evicted", *(f"dropped_{why}" for why in DROP_REASONS))
+        names = ("hits", "misses", "corrupt", *LOST, "stored", "evicted", *(f"dropped_{why}" for why in DROP_REASONS))
         return held | {name: self._counts[name] for name in names}
 
     def _living(self) -> DiskLife:
