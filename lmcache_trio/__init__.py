@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lmcache_trio.client import Client, open_client
     from lmcache_trio.config import Config, load_config
 
+    __version__: str
+
 __all__ = [
     "Client",
     "Config",
@@ -48,6 +50,13 @@ _LATER = {
 
 
 def __getattr__(name: str) -> "Any":
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("lmcache-trio")
+        except PackageNotFoundError:
+            return "(not installed)"
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -36,12 +36,9 @@ ConfigFile = Annotated[Path | None, Parameter(name="--config")]
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    from lmcache_trio import __version__
 
-    try:
-        return f"{_NAME} {version(_NAME)}"
-    except PackageNotFoundError:
-        return f"{_NAME}, not installed"
+    return f"{_NAME} {__version__}"
 
 
 app = App(name=_NAME, help="A KV-cache server for LLM engines.", version=_version)
@@ -363,20 +360,14 @@ def _log_to_stderr() -> None:
 
 
 def _say_ready(server: "Server") -> None:
-    size = _size(server.statistics()["held"]["bytes_size"])
+    from lmcache_trio.config import format_size
+
+    size = format_size(server.statistics()["held"]["bytes_size"])
     try:
         print(f"{_NAME} is ready: address {server.address}, arena {size}, pid {os.getpid()}", flush=True)
     except OSError as exc:  # whoever waits for this line waits in vain
         _discard_output()
         raise Unavailable(f"standard output does not take the line that says it is ready: {exc.strerror}") from exc
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
 
 
 async def _statistics(address: str, seconds: float) -> dict[str, dict[str, Any]]:

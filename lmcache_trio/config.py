@@ -32,6 +32,7 @@ __all__ = [
     "Table",
     "default_address",
     "describe",
+    "format_size",
     "load_config",
     "parse_path",
     "parse_size",
@@ -85,6 +86,15 @@ def parse_path(text: str) -> str:
 
 _PARSERS: Mapping[str, Callable[[str], object]] = {"bytes": parse_size, "path": parse_path}
 """By the `unit` in a field's metadata: what a string in its place means."""
+
+
+def format_size(size: float) -> str:
+    """*size* bytes as people say it: `"4 GiB"`, `"1.5 MiB"`, `"17 bytes"`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
 
 
 def _address(instance: object, attribute: "attrs.Attribute[str]", value: str) -> None:

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import resource
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import attrs
@@ -262,6 +264,45 @@ def test_both_sockets_and_arena_are_the_users_alone_whatever_the_umask(tmp_path:
     (arena,) = arenas(server.process)
     assert set(tmp_path.iterdir()) == {rendezvous, pair}
     assert [stat.S_IMODE(path.stat().st_mode) for path in (rendezvous, pair, arena)] == [0o600] * 3
+
+
+def test_the_log_says_what_a_server_serves_and_that_it_ended_and_is_quiet_between(tmp_path: Path) -> None:
+    tier = f'tiers=[{{backend="disk", path="{tmp_path}/disk", size="64MiB", slab_size="16MiB"}}]'
+    server = start(f"unix://{tmp_path}/server.sock", tier)
+    for _ in range(3):
+        assert status(server.address).returncode == 0
+    lines = server.end(signal.SIGTERM).splitlines()
+    told = [line.split(" lmcache_trio.server: ", 1)[1] for line in lines if " lmcache_trio.server: " in line]
+    opened, serving, ending, ended = told
+    assert opened == "the tier 0:disk is open"
+    for word in (version("lmcache-trio"), server.address, "memory 16 MiB", "256 tokens", "0:disk (open)"):
+        assert word in serving
+    assert ending.startswith("SIGTERM: ending")
+    assert re.fullmatch(r"ended, after \d+ s", ended)
+
+
+@pytest.mark.parametrize("flag", ["-n", "-Hn"])
+def test_a_server_without_the_file_descriptors_that_it_needs_is_refused_with_how_many(
+    flag: str, tmp_path: Path
+) -> None:
+    address = f"unix://{tmp_path}/server.sock"
+    done = to_where(f'ulimit -Sn 16; ulimit {flag} 16; exec "$@"', "serve", "--address", address)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    for word in ("ulimit -n", "16", "64", "LimitNOFILE"):
+        assert word in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_takes_all_the_file_descriptors_that_it_may_have(tmp_path: Path) -> None:
+    command = ["bash", "-c", 'ulimit -Sn 16; exec "$@"', "bash", *PROGRAM, "serve", "--set", "memory.size=16MiB"]
+    process = subprocess.Popen(
+        [*command, "--address", f"unix://{tmp_path}/server.sock"], stdout=subprocess.PIPE, text=True
+    )
+    _started.append(process)
+    assert process.stdout is not None
+    assert "ready" in process.stdout.readline()
+    soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard > 64
 
 
 def test_logs_go_to_standard_error_and_follow_the_level(tmp_path: Path) -> None:

@@ -45,8 +45,9 @@ async def serve_client(state: State, client: Client, listener: PairListener, bra
             try:
                 state.sockets.add(str(path))
                 client.transport = await listener.accept(trio.current_time() + TAKE_UP)
-            except (Unavailable, Gone):
+            except (Unavailable, Gone) as exc:
                 state.counted["withdrawn"] += 1
+                log.warning("the connection of %s was withdrawn: %s", client, exc)
                 await _leave(state, client)
                 return
             finally:

@@ -4,6 +4,7 @@ HELLO --in order--> WELCOME, and a place in the state that others see as taken
       `-otherwise-> REFUSED, with one sentence of why and what to do
 """
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from lmcache_trio._wire.protocol import check_hello, kind_of
 from lmcache_trio.errors import Misuse, ProtocolError, Unavailable
 
 __all__ = ["Admission", "dismiss", "new_boot", "receive_hello", "welcome"]
+
+log = logging.getLogger("lmcache_trio.server")
 
 NO_ARENA = (
     "the server cannot see this client's process (another pid namespace, or TCP), so it could not tell when a dead "
@@ -48,6 +51,7 @@ def receive_hello(state: State, frame: bytes, peer_pid: int | None) -> Admission
         pidfd = _open_pidfd(peer_pid)
     except (ProtocolError, Misuse, Unavailable) as exc:
         state.counted["refused"] += 1
+        log.warning("a client (pid %s) was refused: %s", peer_pid, exc)
         return Admission(None, encode(Refused(kind_of(exc), str(exc)[:4000])))
     for former in replaced:
         dismiss(state, former)

@@ -16,6 +16,7 @@ import gc
 import logging
 import math
 import os
+import resource
 import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 import attrs
 import trio
 
+from lmcache_trio import __version__
 from lmcache_trio._core.arena import Arena
 from lmcache_trio._core.index import Index
 from lmcache_trio._server import rendezvous
@@ -43,7 +45,7 @@ from lmcache_trio._transport import Rendezvous, listen, listen_pair
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused
 from lmcache_trio.abc import Device, Memory, Tier
-from lmcache_trio.config import Config
+from lmcache_trio.config import Config, format_size
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Unavailable
 
 __all__ = ["Server", "open_server", "serve"]
@@ -56,6 +58,10 @@ ENDING = 0.5
 LAST = 0.2
 """Seconds before the grace is over at which a process that still runs is ended: a thread of it hangs, maybe for ever.
 What is on a disk is safe at any moment, so all that a longer wait would buy is a kinder exit status."""
+
+DESCRIPTORS = 64
+"""File descriptors without which no start is tried. A server has 17 with a disk tier that is empty, and 4 more per
+client while that is let in, 3 later: a scheduler and 8 workers make it 53."""
 
 REPEAT = 0.5
 """Seconds in which further signals repeat the first. `timeout` and terminals signal a process and then its group, and
@@ -120,10 +126,10 @@ async def open_server(
                     yield Server(front.address, state.boot, state)
                     state.stop()
                     end = trio.current_time() + config.grace
-                    with trio.move_on_at(end):
+                    with _grace_until(end, lambda: "copies of clients were cut off"):
                         await state.idle.wait()
                     connections.cancel_scope.cancel()
-                with trio.move_on_at(end):
+                with _grace_until(end, lambda: f"{format_size(state.tiers.bytes_queued)} were not written to tiers"):
                     await state.tiers.wait_idle()
             upkeep.cancel_scope.cancel()
     except BaseExceptionGroup as group:
@@ -132,6 +138,15 @@ async def open_server(
         raise
     finally:
         front.close()
+
+
+@contextmanager
+def _grace_until(end: float, lost: Callable[[], str]) -> Iterator[None]:
+    """Wait in the block until *end* at most; what is *lost* by then is told."""
+    with trio.move_on_at(end) as scope:
+        yield
+    if scope.cancelled_caught:
+        log.warning("the grace is over: %s", lost())
 
 
 def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: trio.Nursery) -> State:
@@ -209,6 +224,8 @@ async def _admit(state: State, front: Rendezvous, start: Start) -> None:
             listener = listen_pair(front.address)
         except (LMCacheTrioError, OSError) as exc:  # out of file descriptors, say: this client's loss alone
             rendezvous.dismiss(state, client)
+            state.counted["refused"] += 1
+            log.warning("%s was refused: no connection could be made: %s", client, exc)
             introduction.reply(encode(Refused(ErrorKind.UNAVAILABLE, f"no connection could be made: {exc}")))
             continue
         introduction.reply(encode(rendezvous.welcome(state, client, listener.address)))
@@ -271,17 +288,43 @@ def serve(config: Config | None = None, on_ready: Callable[[Server], None] | Non
 async def _serve(config: Config | None, on_ready: Callable[[Server], None] | None) -> None:
     config = Config() if config is None else config
     grace = config.grace
+    _take_descriptors()
     with _ending_signals() as signals:
         async with trio.open_nursery() as watch:
             async with open_server(attrs.evolve(config, grace=_draining(grace))) as server:
-                log.info("listening at %s", server.address)
                 gc.freeze()  # what is there now stays: no collection need look at it. One before finds 54 of 36,000
                 if on_ready is not None:
                     on_ready(server)
+                began = trio.current_time()
+                _log_start(config, server)
                 first = await signals.receive()
                 log.info("%s: ending; a second signal ends it at once", first.name)
                 watch.start_soon(_end_in_a_hurry, server, signals, grace, name="second signal")
             watch.cancel_scope.cancel()
+            log.info("ended, after %.0f s", trio.current_time() - began)
+
+
+def _log_start(config: Config, server: Server) -> None:
+    statistics = server.statistics()
+    tiers = ", ".join(f"{tier['name']} ({tier['state']})" for tier in statistics["tiers"]) or "none"
+    size = format_size(statistics["held"]["bytes_size"])
+    words = "lmcache-trio %s serves at %s: memory %s (%s), chunks of %d tokens, tiers: %s, device: %s"
+    backends = config.memory["backend"], config.device["backend"]
+    log.info(words, __version__, server.address, size, backends[0], config.chunk_tokens, tiers, backends[1])
+
+
+def _take_descriptors() -> None:
+    """Let this process have as many file descriptors as it may; ConfigError where these are too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # where "no limit" is more than the kernel lets any process have
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if 0 <= soft < DESCRIPTORS:  # RLIM_INFINITY is -1
+        raise ConfigError(
+            "ulimit -n",
+            f"{soft} file descriptors are too few for one engine; allow {DESCRIPTORS} or more, better 4096: `ulimit -n"
+            " 4096`, LimitNOFILE= of systemd, --ulimit nofile= of docker",
+        )
 
 
 @contextmanager

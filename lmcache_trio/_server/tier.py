@@ -83,7 +83,7 @@ class Keeper:
             await self.tier.contains([NOBODYS])
             while self.writing.deletions:
                 await self.writing.delete_one()
-            self.calls.fence.works(trio.current_time())
+            self.calls.works()
             self.opened.set()
             async with branch() as start:
                 start(self.questions.run)

@@ -31,6 +31,8 @@ class Calls:
         self._on_fenced = on_fenced
         self._stirred = trio.Event()
         self._next = inf
+        self._fenced_since: float | None = None
+        self._told = ""
 
     @property
     def open(self) -> bool:
@@ -51,6 +53,16 @@ class Calls:
             raise self.failed(exc) from exc
         finally:
             self.fence.ended(call)
+
+    def works(self) -> None:
+        """The probe ended well: the tier may be asked."""
+        now = trio.current_time()
+        self.fence.works(now)
+        if self._fenced_since is None:
+            log.info("the tier %s is open", self.name)
+        else:
+            log.info("the tier %s is back, after %.1f s", self.name, now - self._fenced_since)
+        self._fenced_since, self._told = None, ""
 
     def failed(self, exc: Exception) -> Unavailable:
         """A call into the tier raised *exc*: fence it. Returns what to tell who waits for the call."""
@@ -75,11 +87,12 @@ class Calls:
                 self._fenced()
 
     def _fenced(self) -> None:
-        log.warning(
-            "the tier %s is fenced: %s (tried again in %.1f s)",
-            self.name,
-            self.fence.reason,
-            self.fence.until - trio.current_time(),
-        )
+        now = trio.current_time()
+        if self._fenced_since is None:
+            self._fenced_since = now
+        if self.fence.reason != self._told:  # else each probe would tell it anew
+            self._told = self.fence.reason
+            wait = self.fence.until - now
+            log.warning("the tier %s is fenced: %s (tried again in %.1f s)", self.name, self.fence.reason, wait)
         self._stirred.set()
         self._on_fenced()

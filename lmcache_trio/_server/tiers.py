@@ -101,6 +101,11 @@ class Tiers:
         for keeper in self.keepers:
             await keeper.writing.wait_idle()
 
+    @property
+    def bytes_queued(self) -> int:
+        """Bytes that are still to be written to tiers."""
+        return sum(keeper.writing.queue.bytes_queued + keeper.writing.queue.bytes_writing for keeper in self.keepers)
+
     def statistics(self) -> list[dict[str, Any]]:
         """One table a tier."""
         return [keeper.statistics() for keeper in self.keepers]

@@ -7,6 +7,7 @@ It starts no task: a client that came and says nothing waits beside the listener
 
 import contextlib
 import errno
+import logging
 import math
 import select
 import socket
@@ -22,12 +23,15 @@ from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
 
+log = logging.getLogger("lmcache_trio.server")
+
 _MAX_HELLO = 64 << 10
 _MOST_SILENT = 64
 """Clients that may stand at the rendezvous without having said HELLO; beyond it, who came first is turned away. Ours
 say it in the same moment."""
 _LOOKS = 16
 """Clients let in or heard in a row before other tasks get their turn (about 1 ms)."""
+_TURNED_AWAY = "a client was turned away: %s; allow the server more file descriptors (ulimit -n, LimitNOFILE=)"
 _NO_DESCRIPTOR = 1.0
 """Seconds between two looks for a descriptor, while a rendezvous has none to turn a client away with. It looks too when
 it has given one back."""
@@ -146,9 +150,10 @@ class _Rendezvous(Rendezvous):
             came = self._listener.accept_nowait()
             if came is not None:
                 self._expect(UnixLink(came, _MAX_HELLO))
-        except Unavailable:  # no descriptor is left, and it had to go
-            return
-        except OSError:
+        except Unavailable as exc:  # no descriptor is left, and it had to go
+            log.warning(_TURNED_AWAY, exc)
+        except OSError as exc:
+            log.warning(_TURNED_AWAY, exc.strerror)
             self._refuse()
 
     def _refuse(self) -> None:

@@ -126,7 +126,7 @@ async def test_leaving_waits_for_copies_under_way_and_gives_out_nothing_more(rig
 
 
 async def test_a_copy_that_does_not_end_holds_the_end_up_for_the_grace_only(
-    rigs: Any, digests: Any, autojump_clock: trio.testing.MockClock
+    rigs: Any, digests: Any, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rigs(grace=7.0) as rig:
         scheduler, worker = await rig.engine()
@@ -134,6 +134,7 @@ async def test_a_copy_that_does_not_end_holds_the_end_up_for_the_grace_only(
         assert (await worker.reserve(1, digests(2))).reservation
         start = trio.current_time()
     assert trio.current_time() - start == pytest.approx(7.0)
+    assert caplog.messages == ["the grace is over: copies of clients were cut off"]
     await worker.gone()
 
 

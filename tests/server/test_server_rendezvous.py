@@ -47,13 +47,16 @@ async def test_two_runs_of_a_server_have_two_boot_ids(rigs: Any) -> None:
     ],
 )
 async def test_a_hello_out_of_order_is_refused_with_one_sentence(
-    rig: Any, changes: dict[str, Any], kind: ErrorKind, words: str
+    rig: Any, changes: dict[str, Any], kind: ErrorKind, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     reply = await _say(rig, **changes)
     assert isinstance(reply, Refused)
     assert reply.kind is kind
     assert words in reply.reason
     assert rig.held("welcomes", "engines") == {"welcomes": 0, "engines": 0}
+    (told,) = caplog.messages
+    assert "was refused: " in told
+    assert words in told
 
 
 async def test_bytes_that_are_no_hello_are_refused_and_the_next_client_is_welcome(rig: Any) -> None:

@@ -129,7 +129,7 @@ def no_descriptors() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize("left", [0, 1])
 async def test_without_descriptors_a_client_is_turned_away_and_the_loop_sleeps(
-    near: str, no_descriptors: Callable[[int], None], left: int
+    near: str, no_descriptors: Callable[[int], None], left: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with answering(near):
@@ -143,6 +143,9 @@ async def test_without_descriptors_a_client_is_turned_away_and_the_loop_sleeps(
             with pytest.raises(Unavailable, match="could be opened"):
                 await over_unix.introduce(near, b"me")
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        (told,) = {record.getMessage() for record in caplog.records}
+        assert told.startswith("a client was turned away: ")
+        assert "ulimit -n" in told
         assert await over_unix.introduce(near, b"me") == b"re: me"
 
 

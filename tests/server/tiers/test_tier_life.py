@@ -1,11 +1,12 @@
 """A tier that fails, hangs or has a bug; what is written back; and what a reset makes of all that."""
 
+import logging
 from typing import Any
 
 import pytest
 import trio
 
-from lmcache_trio import Config, ConfigError, open_server
+from lmcache_trio import Config, ConfigError, Unavailable, open_server
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio._server import supervise
 from lmcache_trio._server.tiers import FIRST_OPENING
@@ -70,6 +71,27 @@ async def test_a_fenced_tier_is_opened_again_when_it_works_and_probed_less_often
         await trio.sleep(40)
         assert not world.tier()["fenced"]
         assert (await world.lookup(2, digests(2))).chunks == 2
+
+
+async def test_a_tier_that_opens_is_fenced_and_comes_back_says_each_once(
+    worlds: Any, tier: Any, digests: Any, unavailable: Exception, autojump_clock: Any, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO, "lmcache_trio.server")
+    async with worlds(tier) as world:
+        name = world.tier()["name"]
+        assert caplog.messages == [f"the tier {name} is open"]
+        tier.fill(world.namespace, digests(2))
+        tier.failing["load"] = tier.failing["open"] = unavailable
+        assert (await world.lookup(1, digests(2))).chunks == 0
+        await trio.sleep(32)
+        assert world.tier()["failures"] == 6
+        assert caplog.messages[1:] == [f"the tier {name} is fenced: injected (tried again in 1.0 s)"]
+        tier.failing["open"] = Unavailable("the disk is gone")
+        await trio.sleep(100)
+        assert caplog.messages[2:] == [f"the tier {name} is fenced: the disk is gone (tried again in 60.0 s)"]
+        tier.failing.clear()
+        await trio.sleep(60)
+        assert caplog.messages[3:] == [f"the tier {name} is back, after 183.0 s"]
 
 
 @pytest.mark.parametrize("operation", ["contains", "load", "store"])
@@ -303,7 +325,7 @@ async def test_what_is_queued_is_written_before_the_server_ends(
 
 
 async def test_a_tier_that_hangs_holds_up_the_end_for_the_grace_only(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Any, tier: Any, digests: Any, autojump_clock: Any, caplog: Any
 ) -> None:
     start = 0.0
     with trio.move_on_after(100):
@@ -314,6 +336,7 @@ async def test_a_tier_that_hangs_holds_up_the_end_for_the_grace_only(
             await world.settled()
             start = trio.current_time()
     assert trio.current_time() - start == pytest.approx(7.0)
+    assert caplog.messages == ["the grace is over: 192 KiB were not written to tiers"]
     keep()
 
 
