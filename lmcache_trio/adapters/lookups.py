@@ -17,6 +17,7 @@ from lmcache_trio.adapters.link import Link, logger
 from lmcache_trio.adapters.prompts import Prompts
 from lmcache_trio.adapters.request import Pending, Request
 from lmcache_trio.client import Client
+from lmcache_trio.threads import Handoff
 
 __all__ = ["Lookups"]
 
@@ -37,6 +38,8 @@ class Lookups(Prompts):
         self._silent: tuple[Client, int] | None = None
         """A client whose server was silent for a whole lookup, and how much it had said: not asked until it speaks."""
         self._warned = False
+        self._awaited: Handoff[bool] | None = None
+        """Whom the next answer wakes, whichever lookup it is of."""
         self._link: Link
 
     def _connect(self, address: str, hello: Hello, timeout: float) -> None:
@@ -129,6 +132,9 @@ class Lookups(Prompts):
         if pending.request.pending is pending:
             pending.request.pending = None
         pending.answered.set(True)
+        if self._awaited is not None:
+            self._awaited.set(True)
+            self._awaited = None
         if pending.watched:
             self._link.post(pending.settled)
 

@@ -153,12 +153,15 @@ class SchedulerAdapter(Lookups):
             self._expire(request)
             return request.machine.chunks * self.chunk_tokens
 
-    def wait_lookup(self, request_id: str, seconds: float) -> None:
-        """Block until the answer came, at most *seconds*: for a host with nothing else to do (`wait_retrieve`)."""
-        request = self._requests.get(request_id)
-        pending = None if request is None else self._pending(request)
-        if pending is not None:
-            pending.answered.wait(seconds)
+    def wait_lookups(self, request_ids: Sequence[str], seconds: float) -> None:
+        """Block until one of the answers has come, at most *seconds*: for a host with nothing else to do."""
+        answered: Handoff[bool] = Handoff()
+        with self._latch:
+            requests = [self._requests.get(request_id) for request_id in request_ids]
+            if any(request is None or request.pending is None for request in requests):
+                return
+            self._awaited = answered
+        answered.wait(seconds)
 
     def update_after_alloc(
         self, request_id: str, external_tokens: int, *, local_tokens: int = 0, block_ids: Sequence[int] = ()

@@ -149,6 +149,25 @@ def test_a_lookup_covered_by_memory_does_not_wait_behind_the_disk(stalled: Stall
     assert stalled.tier()["loads_in_flight"] > 0  # the disk has not given an answer yet
 
 
+def test_a_host_that_waits_for_several_lookups_is_woken_by_the_first_answer(stalled: Stalled, sides: MakeSide) -> None:
+    """Not after the first one asked: that one hangs on the disk, for as long as it likes."""
+    one = sides(stalled.server.address, make_kv(), scheduler=SchedulerAdapter, lookup_timeout=60.0)
+    scheduler = one.scheduler
+    stalled.submitted(one, "slow")
+    stalled.stuck()
+    stalled.submitted(one, "quick", FEW)
+    began = time.monotonic()
+    scheduler.wait_lookups(["slow", "quick"], 60)
+    assert time.monotonic() - began < 30
+    assert scheduler.check_lookup_result("quick") == 2 * CHUNK
+    assert scheduler.check_lookup_result("slow") is None
+    scheduler.wait_lookups(["slow"], 0.01)
+    assert scheduler.check_lookup_result("slow") is None
+    stalled.let_go()
+    scheduler.wait_lookups(["slow"], 60)
+    assert scheduler.check_lookup_result("slow") == 4 * CHUNK
+
+
 def test_asked_again_while_answered_it_is_the_same_count(stalled: Stalled, sides: MakeSide) -> None:
     one = polling(sides, stalled)
     stalled.submitted(one, "r")

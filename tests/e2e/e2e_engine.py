@@ -107,6 +107,14 @@ class Engine:
             f"vLLM's blocks were not let go of: see {self.log}"
         )
 
+    def sleep(self) -> None:
+        """Sleep and wake again, right after whatever was asked before."""
+        self._ask("sleep")
+
+    def reload(self, path: Path, *, reset: bool) -> bool:
+        """Compute with the weights at *path* from now on. *reset* vLLM's cache and ours: the result says if it was."""
+        return bool(self._ask("reload", path=str(path), reset=reset)["reset"])
+
     def beside(self, prompt: list[int], other: list[int], *, tokens: int, lead: int) -> tuple[list[float], float]:
         """Seconds between *prompt*'s tokens after *lead* of them, when *other* came; and what *other* waited."""
         said = self._ask("beside", prompt=prompt, other=other, tokens=tokens, lead=lead)

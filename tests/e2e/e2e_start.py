@@ -19,6 +19,7 @@ OFFLINE = {
     "DO_NOT_TRACK": "1",
     "VLLM_TARGET_DEVICE": "cpu",
     "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a worker in a process of its own is sent what it shall wait for
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin starve everything else on two cores
 }
 

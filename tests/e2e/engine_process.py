@@ -4,7 +4,6 @@ usage: engine_process.py FD. Run by `e2e_engine.Engine`; vLLM's own output goes 
 """
 
 import json
-import select
 import socket
 import sys
 import time
@@ -55,23 +54,33 @@ def generate(engine: Any, prompts: list[list[int]], tokens: int, batch: bool) ->
     }
 
 
-def forget(engine: Any, seconds: float = 60.0, connector: bool = False) -> dict[str, Any]:
-    """Drop vLLM's own prefix cache: possible once the connector has let go of every block."""
-    deadline = time.monotonic() + seconds
-    while not engine.llm_engine.reset_prefix_cache(reset_connector=connector):
-        if time.monotonic() > deadline:
-            return {"forgotten": False}
-        step(engine)
-    return {"forgotten": True}
+def forget(engine: Any, connector: bool = False) -> dict[str, Any]:
+    """Drop vLLM's own prefix cache, which is possible at once; what the connector copies has been stored on return."""
+    forgotten = engine.llm_engine.reset_prefix_cache(reset_connector=connector)
+    engine.collective_rpc(wait_stores)
+    return {"forgotten": forgotten}
 
 
-def step(engine: Any) -> None:
-    """In one process nobody but us turns the crank; a core in a process of its own does so itself, and says nothing."""
-    core = engine.llm_engine.engine_core
-    if hasattr(core, "engine_core"):
-        core.get_output()
-    else:
-        select.select([], [], [], 0.01)
+def wait_stores(worker: Any) -> None:
+    """In a worker: return when every copy of its connector has ended."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+    adapter = getattr(get_kv_transfer_group(), "_worker_adapter", None) if has_kv_transfer_group() else None
+    if adapter is not None:
+        adapter.wait_stores()
+
+
+def sleep(engine: Any) -> dict[str, Any]:
+    """Sleep and wake, at once: vLLM preempts everything and resets its cache and the connector."""
+    engine.sleep(1)
+    engine.wake_up()
+    return {"slept": True}
+
+
+def reload(engine: Any, path: str, reset: bool) -> dict[str, Any]:
+    """The weights at *path* in place of those that the engine has, as after a training step."""
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+    return {"reset": reset and engine.llm_engine.reset_prefix_cache(reset_connector=True)}
 
 
 def beside(engine: Any, prompt: list[int], other: list[int], tokens: int, lead: int) -> dict[str, Any]:
@@ -119,6 +128,8 @@ def preemptions(engine: Any) -> dict[str, Any]:
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "generate": generate,
     "forget": forget,
+    "sleep": sleep,
+    "reload": reload,
     "preemptions": preemptions,
     "beside": beside,
     "connector_times": connector_times,

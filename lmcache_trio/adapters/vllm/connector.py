@@ -60,12 +60,17 @@ class Metadata(KVConnectorMetadata):  # type: ignore[misc]
 
 @attrs.frozen
 class WorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Workers to scheduler, after a step in which a synchronous load failed."""
+    """Workers to scheduler, after *step*. *closed* counts, by request, the workers that copy nothing more of it."""
 
+    step: int
     failed_step: int
+    closed: dict[str, int]
 
     def aggregate(self, other: "WorkerMetadata") -> "WorkerMetadata":
-        return WorkerMetadata(max(self.failed_step, other.failed_step))
+        closed = {
+            each: self.closed.get(each, 0) + other.closed.get(each, 0) for each in {**self.closed, **other.closed}
+        }
+        return WorkerMetadata(max(self.step, other.step), max(self.failed_step, other.failed_step), closed)
 
 
 class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -90,19 +95,20 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._scheduler_adapter: SchedulerAdapter | None = None
         self._worker: WorkerSide | None = None
         self._worker_adapter: WorkerAdapter | None = None
+        self._closed: set[str] = set()
         if role is KVConnectorRole.SCHEDULER:
             self._start_scheduler(vllm_config)
 
     def _start_scheduler(self, vllm_config: "VllmConfig") -> None:
         transfer = self._kv_transfer_config
+        shards = vllm_config.parallel_config.tensor_parallel_size * vllm_config.parallel_config.pipeline_parallel_size
         adapter_class = PollingSchedulerAdapter if self._settings.sync_lookup else SchedulerAdapter
         self._scheduler_adapter = adapter_class(
             self._settings.address,
             engine_id=transfer.engine_id,
             identity=model_identity(vllm_config, self._settings.namespace),
             block_tokens=self._block_tokens,
-            shards=vllm_config.parallel_config.tensor_parallel_size
-            * vllm_config.parallel_config.pipeline_parallel_size,
+            shards=shards,
             lookup_timeout=self._settings.lookup_timeout,
             poll_interval=self._settings.poll_interval,
         )
@@ -113,6 +119,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             identify=self._identify,
             loads=transfer.is_kv_consumer,
             stores=transfer.is_kv_producer,
+            workers=shards,
         )
 
     @classmethod
@@ -130,8 +137,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._on_scheduler().offer(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
-        block_ids = blocks.get_block_ids()[0] if num_external_tokens else ()
-        self._on_scheduler().allocated(request, block_ids, num_external_tokens)
+        self._on_scheduler().allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Metadata:
         state = scheduler_output.kv_connector_block_state
@@ -141,27 +147,36 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             return found
 
         plan = self._on_scheduler().plan(
-            scheduler_output.num_scheduled_tokens, sorted(scheduler_output.preempted_req_ids or ()), blocks_of
+            scheduler_output.num_scheduled_tokens,
+            sorted(scheduler_output.preempted_req_ids or ()),
+            blocks_of,
+            grown=[block for ids in scheduler_output.scheduled_cached_reqs.new_block_ids if ids for block in ids[0]],
         )
         return Metadata(plan)
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         meta = connector_output.kv_connector_worker_meta
+        said = meta if isinstance(meta, WorkerMetadata) else WorkerMetadata(0, 0, {})
         self._on_scheduler().output(
             StepOutput(
+                step=said.step,
                 loaded=frozenset(connector_output.finished_recving or ()),
-                released=frozenset(connector_output.finished_sending or ()),
+                closed=said.closed,
                 failed_blocks=frozenset(connector_output.invalid_block_ids),
-                failed_step=meta.failed_step if isinstance(meta, WorkerMetadata) else 0,
+                failed_step=said.failed_step,
             )
         )
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self._on_scheduler().finished(request, block_ids), None
+        self._on_scheduler().finished(request, block_ids)
+        return False, None  # its blocks are free: whoever gets them next waits for our copies (`WorkerSide.let_go`)
 
     def reset_cache(self) -> bool | None:
         """Forget every chunk of this engine's namespace. True only when the server confirmed it."""
-        return self._scheduler_adapter.reset_cache() if self._scheduler_adapter else None
+        if self._scheduler_adapter is None:
+            return None
+        self._on_scheduler().reset()
+        return self._scheduler_adapter.reset_cache()
 
     def _identify(self, request: "Request") -> Extras | None:
         """What the token ids don't say: vLLM's own extra keys, with a LoRA's files in place of its path."""
@@ -216,7 +231,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._worker = WorkerSide(self._worker_adapter, asynchronous=self._asynchronous, layered=layered)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        self._on_worker().let_go(kv_connector_metadata.plan.preempted)
+        self._on_worker().let_go(kv_connector_metadata.plan)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -240,14 +255,16 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         report = self._on_worker().report()
-        return report.released or None, report.loaded or None
+        self._closed |= report.closed
+        return None, report.loaded or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._on_worker().take_failed_blocks()
 
-    def build_connector_worker_meta(self) -> WorkerMetadata | None:
-        failed_step = self._on_worker().failed_step
-        return WorkerMetadata(failed_step) if failed_step else None
+    def build_connector_worker_meta(self) -> WorkerMetadata:
+        worker, closed = self._on_worker(), self._closed
+        self._closed = set()
+        return WorkerMetadata(worker.step, worker.failed_step, dict.fromkeys(closed, 1))
 
     def _on_worker(self) -> WorkerSide:
         if self._worker is None:

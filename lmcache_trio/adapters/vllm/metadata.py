@@ -24,8 +24,9 @@ class StepPlan:
 
     *step* numbers the plans of an engine from 1. *settled* is the latest step whose failed loads the scheduler has
     dealt with: a worker stores nothing that was planned before it knew (see `WorkerSide`).
-    *preempted* requests lost their blocks: copies out of them end before the step writes anything.
-    *held* requests have finished, and vLLM keeps their blocks until each worker has named them.
+    *last_stores* are of requests that have finished: their blocks are free, and are read before the step writes any.
+    *written* blocks have a new owner: copies out of them, for whom they had before, end before the step writes them.
+    *closing* requests have finished. A worker names each once it copies nothing more of it, and its session ends.
     *idle*: the step computes nothing.
     """
 
@@ -33,6 +34,7 @@ class StepPlan:
     settled: int = 0
     loads: tuple[LoadSpec, ...] = ()
     stores: tuple[StoreSpec, ...] = ()
-    preempted: tuple[str, ...] = ()
-    held: tuple[str, ...] = ()
+    last_stores: tuple[StoreSpec, ...] = ()
+    written: tuple[int, ...] = ()
+    closing: tuple[str, ...] = ()
     idle: bool = False

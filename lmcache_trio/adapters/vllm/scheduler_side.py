@@ -1,4 +1,4 @@
-"""The connector in vLLM's scheduler: which tokens are offered, which chunks are stored, and when blocks are let go.
+"""The connector in vLLM's scheduler: which tokens are offered, and which chunks are stored.
 
 It decides and never waits: what it learns comes in as arguments, what is to be done goes out as a `StepPlan`, and the
 cache is reached through a `SchedulerAdapter` only. vLLM is not imported here.
@@ -7,15 +7,19 @@ cache is reached through a `SchedulerAdapter` only. vLLM is not imported here.
     allocated()  blocks are there: load into them, or not    update_state_after_alloc
     plan()       chunks completed by this step are stored    build_connector_meta
     output()     what the workers reported                   update_connector_output
-    finished()   True: the blocks are still being read       request_finished
+    finished()   its blocks are vLLM's again                 request_finished
 
 A chunk is stored when the KV of all its tokens is computed at the end of the step, and all its token ids are known.
 vLLM counts ahead: with asynchronous scheduling and speculative tokens `num_computed_tokens` includes positions whose
 ids nobody knows yet, or which may be rejected. The ids that a request has are the accepted ones, and each of them but
 the newest has gone through a step that is ordered before this one.
+
+Beside another connector a request may begin with KV that came from there. If that was loaded in the step itself, only
+the step's output tells whether it is valid, and any request of the step may share it. So from such a step on nothing is
+stored until its output has come; if it names blocks that failed, vLLM recomputes them and they were never stored.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -61,7 +65,7 @@ class Cache(Protocol):
         max_tokens: int | None = None,
     ) -> None: ...
     def check_lookup_result(self, request_id: str) -> int | None: ...
-    def wait_lookup(self, request_id: str, seconds: float) -> None: ...
+    def wait_lookups(self, request_ids: Sequence[str], seconds: float) -> None: ...
     def update_after_alloc(
         self, request_id: str, external_tokens: int, *, local_tokens: int = 0, block_ids: Sequence[int] = ()
     ) -> LoadSpec | None: ...
@@ -78,10 +82,15 @@ Identify = Callable[[EngineRequest], Extras | None]
 
 @attrs.frozen
 class StepOutput:
-    """What the workers reported: *failed_step* is the latest step in which a synchronous load failed (0: none)."""
+    """What the workers reported after *step*.
 
+    *failed_step* is the latest step in which a synchronous load failed (0: none), *closed* says by how many workers a
+    finished request was named.
+    """
+
+    step: int = 0
     loaded: frozenset[str] = frozenset()
-    released: frozenset[str] = frozenset()
+    closed: Mapping[str, int] = attrs.Factory(dict)
     failed_blocks: frozenset[int] = frozenset()
     failed_step: int = 0
 
@@ -99,14 +108,35 @@ class _Tracked:
     load_blocks: tuple[int, ...] = ()
     loading: bool = False  # an asynchronous load is under way
     failed_at: int | None = None  # the first token whose load failed: never offered again
-    has_stores: bool = False  # a worker may be reading its blocks
+    storing: int = 0  # workers that may be copying out of its blocks
     over: bool = False  # finished; its session ends when loads and stores have
+    closing: bool = False  # the workers were told so
+
+
+@attrs.frozen
+class _Started:
+    """A request whose blocks were allocated and which was in no step since: *known* tokens are ours or vLLM's own."""
+
+    request: EngineRequest
+    known: int
+
+
+@attrs.frozen
+class _Last:
+    """What a finished request has computed: its blocks are free, and hold this until the next step writes them."""
+
+    tracked: _Tracked
+    computed: int
+    block_ids: Sequence[int]
 
 
 class SchedulerSide:
-    """State of one engine's scheduler. *loads* and *stores* say which way vLLM's `kv_role` lets it move KV."""
+    """State of one engine's scheduler, which has *workers* ranks.
 
-    def __init__(
+    *loads* and *stores* say which way vLLM's `kv_role` lets it move KV.
+    """
+
+    def __init__(  # noqa: PLR0913
         self,
         cache: Cache,
         *,
@@ -115,8 +145,10 @@ class SchedulerSide:
         identify: Identify,
         loads: bool = True,
         stores: bool = True,
+        workers: int = 1,
     ) -> None:
         self._cache = cache
+        self._workers = workers
         self._block_tokens = block_tokens
         self._asynchronous = asynchronous
         self._identify = identify
@@ -126,14 +158,21 @@ class SchedulerSide:
         self._load_specs: list[LoadSpec] = []
         self._read_in_step: list[str] = []  # loaded before the step computes: over when it is
         self._store_specs: list[StoreSpec] = []
-        self._held: list[str] = []
+        self._written: list[int] = []  # blocks that were allocated since the last plan
+        self._closing: list[str] = []
+        self._last: list[_Last] = []
+        self._local: dict[str, int] = {}  # what the engine had itself, by request, until its blocks are allocated
+        self._started: dict[str, _Started] = {}
         self._step = 0
         self._settled = 0
+        self._borrowed = 0  # the latest step that began with KV of another connector
+        self._reported = 0  # the latest step whose output has come
         self._unanswered: list[str] = []  # offered in this step, and the answer is not there yet
         self._chunk_tokens = cache.chunk_tokens
 
     def offer(self, request: EngineRequest, local_tokens: int) -> tuple[int | None, bool]:
         """(tokens beyond *local_tokens* that can be loaded, whether between steps); None: ask again."""
+        self._local[request.request_id] = local_tokens
         if not self._loads or request.skip_reading_prefix_cache:
             return 0, False
         tracked = self._track(request)
@@ -143,8 +182,13 @@ class SchedulerSide:
         self._cache.maybe_submit_lookup_request(
             request.request_id, request.all_token_ids, extras=tracked.extras, max_tokens=request.num_tokens - 1
         )
-        tracked.asked = True
         tokens = self._cache.check_lookup_result(request.request_id)
+        if tokens is None and not tracked.asked and not self._unanswered:
+            # Memory answers in less than a millisecond; asked again in the next step, it would cost a whole step. Where
+            # one lookup was not answered in time, the others of this step are not waited for.
+            self._cache.wait_lookups([request.request_id], IDLE_SECONDS)
+            tokens = self._cache.check_lookup_result(request.request_id)
+        tracked.asked = True
         if tokens is None:
             self._unanswered.append(request.request_id)
             return None, False
@@ -155,7 +199,16 @@ class SchedulerSide:
         return tokens - local_tokens, self._asynchronous
 
     def allocated(self, request: EngineRequest, block_ids: Sequence[int], external_tokens: int) -> None:
-        """*block_ids* are all blocks of the request. Called again, with 0, when a load has ended."""
+        """*block_ids* are all blocks of the request; *external_tokens* are to be loaded by us.
+
+        Called again, with 0, when a load has ended.
+        """
+        local = self._local.pop(request.request_id, None)
+        if local is None:
+            local = request.num_computed_tokens
+        else:
+            self._started[request.request_id] = _Started(request, local + external_tokens)
+        self._written += block_ids[local // self._block_tokens :]
         tracked = self._track(request)
         if tracked is None:
             return
@@ -179,41 +232,75 @@ class SchedulerSide:
             self._read_in_step.append(request.request_id)
 
     def plan(
-        self, scheduled: Mapping[str, int], preempted: Sequence[str], blocks_of: Callable[[str], Sequence[int]]
+        self,
+        scheduled: Mapping[str, int],
+        preempted: Sequence[str],
+        blocks_of: Callable[[str], Sequence[int]],
+        grown: Iterable[int] = (),
     ) -> StepPlan:
-        """The plan of the step that computes *scheduled* tokens (by request); *blocks_of* gives a request's blocks."""
+        """The plan of the step that computes *scheduled* tokens (by request); *blocks_of* gives a request's blocks.
+
+        *grown* are the blocks that running requests were given for this step.
+        """
         self._step += 1
-        idle = not scheduled
-        # With two, the second may be answered while the first is waited for. A pipeline, which plans an idle step while
-        # another batch is under way, is not told apart: it would be late for that one by IDLE_SECONDS at most.
-        if idle and len(self._unanswered) == 1:
-            self._cache.wait_lookup(self._unanswered[0], IDLE_SECONDS)
+        if not scheduled and self._unanswered:
+            # A pipeline, which plans an idle step while another batch is under way, is not told apart: it would be late
+            # for that one by IDLE_SECONDS at most.
+            self._cache.wait_lookups(self._unanswered, IDLE_SECONDS)
         self._unanswered = []
         for request_id in preempted:
             if tracked := self._tracked.get(request_id):
                 tracked.load_blocks = ()  # they belong to others now
-        if self._stores:
+        last_stores = self._plan_last()
+        self._see_borrowed(scheduled)
+        if self._stores and not self._unsure():
             for request_id, tokens in scheduled.items():
                 tracked = self._tracked.get(request_id)
                 if tracked is not None:
                     computed = tracked.request.num_computed_tokens + tokens
-                    self._store(tracked, computed, partial(blocks_of, request_id))
+                    spec = self._store(tracked, computed, partial(blocks_of, request_id))
+                    if spec is not None:
+                        self._store_specs.append(spec)
         plan = StepPlan(
             step=self._step,
             settled=self._settled,
             loads=tuple(self._load_specs),
             stores=tuple(self._store_specs),
-            preempted=tuple(preempted),
-            held=tuple(self._held),
-            idle=idle,
+            last_stores=last_stores,
+            written=(*self._written, *grown),
+            closing=tuple(self._closing),
+            idle=not scheduled,
         )
-        self._load_specs, self._store_specs, self._held = [], [], []
+        self._load_specs, self._store_specs, self._closing, self._written = [], [], [], []
         return plan
+
+    def _see_borrowed(self, scheduled: Mapping[str, int]) -> None:
+        """Does this step begin with KV that is neither ours nor vLLM's own? It is loaded before, or in, this step."""
+        for request_id in self._started.keys() & scheduled.keys():
+            started = self._started.pop(request_id)
+            if started.request.num_computed_tokens > started.known:
+                self._borrowed = self._step
+
+    def _unsure(self) -> bool:
+        return self._borrowed > self._reported
+
+    def _plan_last(self) -> tuple[StoreSpec, ...]:
+        """Stores of requests that have finished. What is not sure now is never stored: the step may take its blocks."""
+        last, self._last = self._last, []
+        specs: list[StoreSpec] = []
+        for each in last:
+            if not self._unsure():
+                spec = self._store(each.tracked, each.computed, each.block_ids)
+                specs += [spec] if spec is not None else []
+            self._end_if_over(each.tracked)
+        return tuple(specs)
 
     def output(self, output: StepOutput) -> None:
         """Failures first: vLLM asks again for what failed in this very call's wake."""
+        self._reported = max(self._reported, output.step)
         if output.failed_blocks:
             self._failed(output.failed_blocks)
+            self._last = [each for each in self._last if output.failed_blocks.isdisjoint(each.block_ids)]
         if output.failed_step:
             self._settle(output.failed_step)
         for request_id in self._read_in_step:
@@ -224,35 +311,41 @@ class SchedulerSide:
                 tracked.loading, tracked.load_blocks = False, ()
                 self._cache.free_lookup_locks(request_id)
                 self._end_if_over(tracked)
-        for request_id in output.released:
-            if tracked := self._tracked.get(request_id):
-                tracked.has_stores = False
+        for request_id, workers in output.closed.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.closing:
+                tracked.storing -= workers
                 self._end_if_over(tracked)
 
-    def finished(self, request: EngineRequest, block_ids: Sequence[int]) -> bool:
-        """*block_ids* are those of its computed tokens. True: vLLM keeps them until they were named as released."""
+    def finished(self, request: EngineRequest, block_ids: Sequence[int]) -> None:
+        """*block_ids* are those of its computed tokens. Its blocks are free when this returns, unless it is loading."""
+        self._local.pop(request.request_id, None)
+        self._started.pop(request.request_id, None)
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            return False
+            return
         tracked.over = True
         if not tracked.loading and self._stores:
             # Steps still in flight may have computed more, for tokens that are not wanted any more.
             computed = request.num_computed_tokens - request.num_in_flight_tokens
-            self._store(tracked, computed, lambda: block_ids)
-        if tracked.loading:
-            # vLLM frees these blocks when the load is reported, and must not be told twice. Nothing reads them: what
-            # a request stored before it was preempted was waited for then.
-            tracked.has_stores = False
-        if tracked.has_stores:
-            self._held.append(request.request_id)
+            self._last.append(_Last(tracked, computed, tuple(block_ids)))
         self._end_if_over(tracked)
-        return tracked.has_stores
+
+    def reset(self) -> None:
+        """What is in vLLM's blocks is not stored any more, and nothing that was stored is there."""
+        self._last = []
+        for tracked in list(self._tracked.values()):
+            tracked.stored = 0
+            self._end_if_over(tracked)
 
     def statistics(self) -> dict[str, int]:
         return {"requests": len(self._tracked), "loading": sum(each.loading for each in self._tracked.values())}
 
     def _track(self, request: EngineRequest) -> _Tracked | None:
         tracked = self._tracked.get(request.request_id)
+        if tracked is not None and tracked.over:  # the same id again, before its last copies were named as ended
+            self._cache.end_session(request.request_id)
+            tracked = None
         if tracked is None:
             try:
                 extras = self._identify(request)
@@ -261,8 +354,10 @@ class SchedulerSide:
             tracked = self._tracked[request.request_id] = _Tracked(request, extras)
         return tracked
 
-    def _store(self, tracked: _Tracked, computed: int, blocks: Callable[[], Sequence[int]]) -> None:
-        """Plan a store of what *computed* tokens complete, as far as their ids are known."""
+    def _store(
+        self, tracked: _Tracked, computed: int, blocks: Sequence[int] | Callable[[], Sequence[int]]
+    ) -> StoreSpec | None:
+        """A store of what *computed* tokens complete, as far as their ids are known."""
         chunk = self._cache.chunk_tokens
         if chunk != self._chunk_tokens:  # the first server came: what was planned before is stored nowhere
             self._chunk_tokens = chunk
@@ -270,21 +365,22 @@ class SchedulerSide:
                 each.stored = 0
         ready = min(computed, tracked.request.num_tokens) // chunk
         if ready <= tracked.stored:
-            return
+            return None
         request_id, a_chunk = tracked.request.request_id, chunk // self._block_tokens
-        wanted = tuple(blocks()[tracked.stored * a_chunk : ready * a_chunk])
+        found = blocks() if callable(blocks) else blocks
+        wanted = tuple(found[tracked.stored * a_chunk : ready * a_chunk])
         try:
             self._cache.extend(request_id, tracked.request.all_token_ids[: ready * chunk], extras=tracked.extras)
             spec = self._cache.store_spec(request_id, tracked.stored, wanted)
         except Misuse:
             if self._cache.chunk_tokens == chunk:
                 raise
-            return  # the first server appeared just now, with chunks of its own length: next step
+            return None  # the first server appeared just now, with chunks of its own length: next step
         if spec.chunk_tokens not in (0, chunk):
-            return  # likewise: *wanted* are not the blocks of these chunks
-        self._store_specs.append(spec)
+            return None  # likewise: *wanted* are not the blocks of these chunks
         tracked.stored = ready
-        tracked.has_stores = True
+        tracked.storing = self._workers
+        return spec
 
     def _failed(self, failed: frozenset[int]) -> None:
         for request_id, tracked in self._tracked.items():
@@ -310,6 +406,12 @@ class SchedulerSide:
                 self._cache.mark_failed(request_id, tracked.failed_at)
 
     def _end_if_over(self, tracked: _Tracked) -> None:
-        if tracked.over and not tracked.loading and not tracked.has_stores:
+        """End the session of a finished request once nothing of it is loaded, stored, or still to be planned."""
+        if not tracked.over or tracked.loading or any(each.tracked is tracked for each in self._last):
+            return
+        if tracked.storing and not tracked.closing:
+            tracked.closing = True
+            self._closing.append(tracked.request.request_id)
+        if tracked.storing <= 0 and self._tracked.get(tracked.request.request_id) is tracked:
             del self._tracked[tracked.request.request_id]
             self._cache.end_session(tracked.request.request_id)

@@ -1,6 +1,6 @@
 """The connector in one of vLLM's workers: moves what the plan of a step says, and reports what became of it.
 
-    let_go()     copies out of blocks of preempted requests end                 handle_preemptions
+    let_go()     copies out of blocks that the step will write have ended       handle_preemptions
     begin()      the step's plan                                                bind_connector_metadata
     load()       loads are copied now, or submitted                             start_load_kv
     store()      what the step completed is submitted                           wait_for_save
@@ -10,6 +10,9 @@ A synchronous load that failed taints its step: the KV computed in it, by any re
 garbage. vLLM recomputes; the cache must not learn of it. So this worker stores nothing from that step on, until a plan
 says that it was made after the scheduler had heard (`StepPlan.settled`). An asynchronous load has ended, well or badly,
 before any step computes with its blocks, and taints nothing.
+
+Blocks are never held for a store. vLLM frees them when their request has finished or was preempted, and a copy that
+still reads them ends before their next owner writes the first byte: so vLLM may reset its cache at any moment.
 
 Layer by layer, both go on beside the forward pass: `wait_layer` returns when one layer is loaded, `layer_written` lets
 one be stored. Whether a load was valid is known at the step's end, and before any of its stores is committed.
@@ -52,9 +55,9 @@ class Mover(Protocol):
 
 @attrs.frozen
 class Report:
-    """Requests whose blocks may be reused, and those whose load has ended, well or badly."""
+    """Requests that were closing and of which nothing is copied any more, and those whose load has ended."""
 
-    released: set[str]
+    closed: set[str]
     loaded: set[str]
 
 
@@ -68,26 +71,33 @@ class WorkerSide:
         self._loading = False
         self._plan = StepPlan(step=0)
         self._planned: set[str] = set()  # this step's plan stores them, and nothing was submitted yet
-        self._storing: set[str] = set()  # a copy out of their blocks was submitted, and has not been named as ended
-        self._held: set[str] = set()  # vLLM keeps their blocks until we name them
+        self._reading: dict[str, set[int]] = {}  # blocks by request: a copy out of them has not been named as ended
+        self._closing: set[str] = set()
         self._tainted = 0  # the latest step in which a synchronous load failed
         self._failed_now = 0
         self._failed_blocks: set[int] = set()
 
-    def let_go(self, request_ids: Iterable[str]) -> None:
-        """Return when nothing reads the blocks of *request_ids* any more: the step is about to overwrite them."""
-        busy = self._storing.intersection(request_ids)
+    def let_go(self, plan: StepPlan) -> None:
+        """Return when nothing reads the blocks that the step of *plan* will write."""
+        if self._tainted <= plan.settled:
+            for spec in plan.last_stores:
+                self._submit(spec)
+        busy = [request_id for request_id, blocks in self._reading.items() if not blocks.isdisjoint(plan.written)]
         if busy:
             if self._layered is not None:
                 self._layered.drop_stores()  # of a step that was never stored; nothing otherwise
             self._mover.wait_stores(busy)
+
+    def _submit(self, spec: StoreSpec) -> None:
+        self._reading.setdefault(spec.request_id, set()).update(spec.block_ids)
+        self._mover.submit_store(spec)
 
     def begin(self, plan: StepPlan) -> None:
         """vLLM may ask what has ended before it says that this step can be stored: what is planned counts as busy."""
         self._plan = plan
         self._failed_now = 0
         self._planned = {spec.request_id for spec in plan.stores}
-        self._held.update(plan.held)
+        self._closing.update(plan.closing)
 
     def load(self) -> None:
         if self._layered is not None:
@@ -109,7 +119,8 @@ class WorkerSide:
 
     def _start_stores(self, layered: LayeredMover) -> None:
         if self._tainted <= self._plan.settled:
-            self._storing.update(spec.request_id for spec in self._plan.stores)
+            for spec in self._plan.stores:
+                self._reading.setdefault(spec.request_id, set()).update(spec.block_ids)
             layered.start_stores(self._plan.stores)
 
     def wait_layer(self, name: str) -> None:
@@ -136,18 +147,18 @@ class WorkerSide:
             self._end_layers(self._layered)
         elif self._tainted <= self._plan.settled:
             for spec in self._plan.stores:
-                self._storing.add(spec.request_id)
-                self._mover.submit_store(spec)
+                self._submit(spec)
         self._planned = set()
 
     def report(self) -> Report:
         if self._plan.idle and self._asynchronous:
             self._mover.wait_retrieve(IDLE_SECONDS)
         stored, loaded = self._mover.take_finished()
-        self._storing -= stored
-        released = self._held - self._storing - self._planned
-        self._held -= released
-        return Report(released, loaded)
+        for request_id in stored:
+            self._reading.pop(request_id, None)
+        closed = self._closing - self._reading.keys() - self._planned
+        self._closing -= closed
+        return Report(closed, loaded)
 
     def take_failed_blocks(self) -> set[int]:
         if self._layered is not None and self._loading:  # a step that was not stored
@@ -155,6 +166,11 @@ class WorkerSide:
         failed = self._failed_blocks | self._mover.take_failed_blocks()
         self._failed_blocks = set()
         return failed
+
+    @property
+    def step(self) -> int:
+        """The number of the plan that is carried out."""
+        return self._plan.step
 
     @property
     def failed_step(self) -> int:

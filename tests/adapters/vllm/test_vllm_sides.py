@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import attrs
 import pytest
-from vllm_model import BLOCK, CHUNK, Cache, Memory, Mover, Request
+from vllm_model import BLOCK, CHUNK, Cache, Memory, Mover, Request, true_kv
 
 from lmcache_trio import Unavailable
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
@@ -26,9 +26,17 @@ def cache() -> Cache:
     return made
 
 
-def side(cache: Cache, *, asynchronous: bool = True, loads: bool = True, stores: bool = True) -> SchedulerSide:
+def side(
+    cache: Cache, *, asynchronous: bool = True, loads: bool = True, stores: bool = True, workers: int = 1
+) -> SchedulerSide:
     return SchedulerSide(
-        cache, block_tokens=BLOCK, asynchronous=asynchronous, identify=lambda _: None, loads=loads, stores=stores
+        cache,
+        block_tokens=BLOCK,
+        asynchronous=asynchronous,
+        identify=lambda _: None,
+        loads=loads,
+        stores=stores,
+        workers=workers,
     )
 
 
@@ -88,7 +96,9 @@ def test_a_producer_only_stores_and_a_consumer_only_loads(cache: Cache) -> None:
     consumer, asked = side(cache, stores=False), request()
     assert load_all(consumer, asked).count == 3
     assert consumer.plan({"r": 1}, [], blocks_of).stores == ()
-    assert not consumer.finished(asked, BLOCKS)
+    consumer.finished(asked, BLOCKS)
+    plan = consumer.plan({}, [], blocks_of)
+    assert (plan.last_stores, plan.closing) == ((), ())
 
 
 def test_only_tokens_whose_ids_are_known_are_stored(cache: Cache) -> None:
@@ -110,19 +120,154 @@ def test_what_a_decode_completes_is_stored(cache: Cache) -> None:
     assert len(scheduler.plan({"r": 1}, [], blocks_of).stores) == 1
 
 
-def test_blocks_are_held_until_the_workers_have_named_the_request(cache: Cache) -> None:
+def test_a_session_ends_when_every_worker_has_closed_the_request_whose_blocks_are_free_at_once(cache: Cache) -> None:
+    scheduler, asked = side(cache, workers=2), request()
+    scheduler.allocated(asked, BLOCKS, 0)
+    assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores
+    asked.num_computed_tokens = CHUNK
+    scheduler.finished(asked, BLOCKS)
+    assert scheduler.plan({}, [], blocks_of).closing == ("r",)
+    assert scheduler.plan({}, [], blocks_of).closing == (), "it was named twice"
+    scheduler.output(StepOutput(closed={"r": 1}))
+    assert "r" in cache.digests, "its session ended under a worker's stores"
+    scheduler.output(StepOutput(closed={"r": 1}))
+    assert "r" not in cache.digests
+
+
+def test_what_a_finished_request_completed_last_is_stored_before_its_blocks_are_written(cache: Cache) -> None:
+    """With steps that overlap, the ids of its last tokens are known when it has finished, and not before."""
+    scheduler, asked = side(cache), request(TOKENS[: CHUNK - 1])
+    scheduler.allocated(asked, BLOCKS, 0)
+    assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores == ()
+    asked.all_token_ids.append(7)
+    asked.num_computed_tokens = CHUNK
+    scheduler.finished(asked, BLOCKS)
+    plan = scheduler.plan({"other": 1}, [], lambda _: (), grown=BLOCKS)
+    (last,) = plan.last_stores
+    assert last.block_ids == tuple(BLOCKS[: CHUNK // BLOCK])
+    memory = Memory(len(BLOCKS) + BLOCKS[0], sharing=False)
+    for i, kv in enumerate(true_kv(asked.all_token_ids)):
+        memory.cells[BLOCKS[i // BLOCK]][i % BLOCK] = kv
+    worker = WorkerSide(Mover(cache, memory, lambda: False), asynchronous=True)
+    worker.let_go(plan)
+    assert cache.chunks[cache.extend("seen", asked.all_token_ids)[0]], "its blocks would be overwritten unread"
+
+
+def test_after_a_reset_nothing_is_stored_from_free_blocks(cache: Cache) -> None:
+    """vLLM may have given their memory back, as it does before it sleeps."""
+    scheduler, asked = side(cache), request(TOKENS[: CHUNK - 1])
+    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.plan({"r": CHUNK}, [], blocks_of)
+    asked.all_token_ids.append(7)
+    asked.num_computed_tokens = CHUNK
+    scheduler.finished(asked, BLOCKS)
+    scheduler.reset()
+    assert scheduler.plan({}, [], blocks_of).last_stores == ()
+    assert scheduler.statistics() == {"requests": 0, "loading": 0}
+
+
+def test_an_id_that_comes_again_is_another_request(cache: Cache) -> None:
     scheduler, asked = side(cache), request()
     scheduler.allocated(asked, BLOCKS, 0)
     assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores
     asked.num_computed_tokens = CHUNK
-    assert scheduler.finished(asked, BLOCKS)
-    assert scheduler.plan({}, [], blocks_of).held == ("r",)
-    assert "r" in cache.digests, "its session ended under its stores"
-    scheduler.output(StepOutput(released=frozenset({"r"})))
-    assert "r" not in cache.digests
+    scheduler.finished(asked, BLOCKS)
+    scheduler.plan({}, [], blocks_of)
+    other = request([*reversed(TOKENS)])
+    assert scheduler.offer(other, 0) == (0, False)
+    assert cache.ended == ["r"]
+    scheduler.allocated(other, BLOCKS, 0)
+    scheduler.output(StepOutput(closed={"r": 1}))  # of the first one
+    assert len(scheduler.plan({"r": CHUNK}, [], blocks_of).stores) == 1
 
 
-def test_a_request_that_ends_while_it_loads_is_given_back_by_its_load_alone(cache: Cache) -> None:
+def test_a_copy_ends_before_its_blocks_are_written_and_no_other_is_waited_for(cache: Cache) -> None:
+    """Another request owns them now: they were freed when theirs had finished or was preempted."""
+    mover = Mover(cache, Memory(8, sharing=False), lambda: False)
+    worker = WorkerSide(mover, asynchronous=True)
+    busy, free = store_of("busy", (0, 1)), store_of("free", (2, 3))
+    for tokens in ([0] * CHUNK, [1] * CHUNK):
+        cache.extend("r", tokens)
+    worker.begin(StepPlan(1, stores=(busy, free)))
+    worker.store()
+    mover.copy = lambda spec: None  # type: ignore[method-assign]
+    worker.let_go(StepPlan(2, written=(1, 5)))
+    assert mover.jobs == [free]
+    worker.report()
+    worker.let_go(StepPlan(3, written=(0, 1)))
+    assert mover.jobs == [free], "it is copied no more"
+
+
+def borrowing(cache: Cache, *, tokens: int = CHUNK) -> tuple[SchedulerSide, Request]:
+    """A request of which another connector brought the first *tokens*; its first step is planned next."""
+    scheduler, asked = side(cache), request([*reversed(TOKENS)])
+    assert scheduler.offer(asked, 0) == (0, False)
+    scheduler.allocated(asked, BLOCKS, 0)
+    asked.num_computed_tokens = tokens
+    return scheduler, asked
+
+
+def test_what_begins_with_another_connectors_tokens_is_stored_when_its_first_step_was_valid(cache: Cache) -> None:
+    scheduler, asked = borrowing(cache)
+    first = scheduler.plan({"r": CHUNK}, [], blocks_of)
+    assert first.stores == (), "nobody knows yet whether it was loaded"
+    asked.num_computed_tokens = 2 * CHUNK
+    assert scheduler.plan({"r": 1}, [], blocks_of).stores == (), "nor before the step's output"
+    scheduler.output(StepOutput(first.step))
+    (store,) = scheduler.plan({"r": 1}, [], blocks_of).stores
+    assert store.block_ids == tuple(BLOCKS[: 2 * CHUNK // BLOCK])
+
+
+def test_what_another_connector_failed_to_load_is_never_stored(cache: Cache) -> None:
+    scheduler, asked = borrowing(cache)
+    first = scheduler.plan({"r": CHUNK}, [], blocks_of)
+    asked.num_computed_tokens = 0  # vLLM computes it, from the first block that failed
+    scheduler.output(StepOutput(first.step, failed_blocks=frozenset(BLOCKS[:1])))
+    assert scheduler.plan({}, [], blocks_of).stores == ()
+    (store,) = scheduler.plan({"r": CHUNK}, [], blocks_of).stores
+    assert store.block_ids == tuple(BLOCKS[: CHUNK // BLOCK])
+
+
+def test_requests_beside_one_that_borrows_are_stored_when_its_step_was_valid(cache: Cache) -> None:
+    """They may share the blocks that are loaded in the step: vLLM's own cache knows them already."""
+    scheduler, _ = borrowing(cache)
+    beside = Request("beside", [5, *TOKENS], len(TOKENS) + 1, 8)
+    scheduler.allocated(beside, BLOCKS, 0)
+    first = scheduler.plan({"r": CHUNK, "beside": CHUNK}, [], blocks_of)
+    assert first.stores == ()
+    beside.num_computed_tokens = CHUNK
+    scheduler.output(StepOutput(first.step))
+    assert [store.request_id for store in scheduler.plan({"beside": 1}, [], blocks_of).stores] == ["beside"]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_request_that_borrows_and_ends_with_its_first_step_is_stored_if_that_was_valid(
+    cache: Cache, failed: bool
+) -> None:
+    """vLLM says that it has finished before it says what the step's output was."""
+    scheduler, asked = borrowing(cache)
+    first = scheduler.plan({"r": CHUNK}, [], blocks_of)
+    asked.num_computed_tokens = 2 * CHUNK
+    scheduler.finished(asked, BLOCKS)
+    scheduler.output(StepOutput(first.step, failed_blocks=frozenset(BLOCKS[1:2] if failed else ())))
+    assert len(scheduler.plan({}, [], blocks_of).last_stores) == (not failed)
+
+
+def test_a_request_that_nobody_can_identify_may_borrow_too(cache: Cache) -> None:
+    def identify(each: object) -> None:
+        if getattr(each, "request_id", "") == "r":
+            raise Unavailable("its adapter's files are gone")
+
+    scheduler = SchedulerSide(cache, block_tokens=BLOCK, asynchronous=True, identify=identify)
+    unknown, beside = request(), Request("beside", [5, *TOKENS], len(TOKENS) + 1, 8)
+    for each in (unknown, beside):
+        scheduler.offer(each, 0)
+        scheduler.allocated(each, BLOCKS, 0)
+    unknown.num_computed_tokens = CHUNK
+    assert scheduler.plan({"r": CHUNK, "beside": CHUNK}, [], blocks_of).stores == ()
+
+
+def test_a_request_that_ends_while_it_loads_is_over_when_its_load_is(cache: Cache) -> None:
     """It had stored something before it was preempted; vLLM frees its blocks when the load is reported."""
     scheduler, asked = side(cache), request()
     scheduler.allocated(asked, BLOCKS, 0)
@@ -130,15 +275,18 @@ def test_a_request_that_ends_while_it_loads_is_given_back_by_its_load_alone(cach
     asked.num_computed_tokens = 0
     scheduler.plan({}, ["r"], blocks_of)
     load_all(scheduler, asked)
-    assert not scheduler.finished(asked, BLOCKS)
+    scheduler.finished(asked, BLOCKS)
+    assert scheduler.plan({}, [], blocks_of).closing == ()
     scheduler.output(StepOutput(loaded=frozenset({"r"})))
+    assert scheduler.plan({}, [], blocks_of).closing == ("r",)
+    scheduler.output(StepOutput(closed={"r": 1}))
     assert scheduler.statistics() == {"requests": 0, "loading": 0}
 
 
 def test_a_failed_load_is_not_offered_again_and_what_is_computed_instead_is_stored(cache: Cache) -> None:
     scheduler, asked = side(cache), request()
     spec = load_all(scheduler, asked)
-    scheduler.output(StepOutput(frozenset({"r"}), failed_blocks=frozenset(spec.block_ids[CHUNK // BLOCK :])))
+    scheduler.output(StepOutput(loaded=frozenset({"r"}), failed_blocks=frozenset(spec.block_ids[CHUNK // BLOCK :])))
     asked.num_computed_tokens = 0
     assert scheduler.offer(asked, 0) == (CHUNK, True)
     scheduler.allocated(asked, BLOCKS, CHUNK)
@@ -156,11 +304,13 @@ def test_a_request_that_nobody_can_identify_goes_uncached(cache: Cache) -> None:
     assert scheduler.offer(asked, 0) == (0, False)
     scheduler.allocated(asked, BLOCKS, 0)
     assert scheduler.plan({"r": len(TOKENS)}, [], blocks_of).stores == ()
-    assert not scheduler.finished(asked, BLOCKS)
+    scheduler.finished(asked, BLOCKS)
+    plan = scheduler.plan({}, [], blocks_of)
+    assert (plan.last_stores, plan.closing) == ((), ())
 
 
-def store_of(request_id: str) -> StoreSpec:
-    return StoreSpec(request_id, 1, b"", b"d" * 32, (0, 1))
+def store_of(request_id: str, block_ids: tuple[int, ...] = (0, 1)) -> StoreSpec:
+    return StoreSpec(request_id, 1, b"", b"d" * 32, block_ids)
 
 
 def test_a_failed_synchronous_load_keeps_every_store_back_until_the_scheduler_knows(cache: Cache) -> None:
@@ -182,27 +332,57 @@ def test_a_failed_synchronous_load_keeps_every_store_back_until_the_scheduler_kn
     assert worker.failed_step == 0
 
 
-def test_a_request_is_not_released_while_a_store_of_it_is_planned_or_under_way(cache: Cache) -> None:
+def test_a_request_is_not_closed_while_a_store_of_it_is_planned_or_under_way(cache: Cache) -> None:
     """vLLM asks what has ended before the step's stores when it drafts tokens behind the step."""
     mover = Mover(cache, Memory(8, sharing=False), lambda: False)
     worker = WorkerSide(mover, asynchronous=True)
-    worker.begin(StepPlan(1, stores=(store_of("r"),), held=("r",)))
-    assert worker.report().released == set()
+    worker.begin(StepPlan(1, stores=(store_of("r"),), closing=("r",)))
+    assert worker.report().closed == set()
     worker.store()
-    assert worker.report().released == set()
+    assert worker.report().closed == set()
     mover.jobs.clear()
     mover.stored.add("r")
-    assert worker.report().released == {"r"}
-    assert worker.report().released == set(), "it was named twice"
+    assert worker.report().closed == {"r"}
+    assert worker.report().closed == set(), "it was named twice"
 
 
-def test_a_step_that_computes_nothing_waits_for_no_answer_where_another_may_come_first() -> None:
+def test_a_step_that_computes_nothing_waits_for_any_of_the_answers_however_many_are_missing() -> None:
+    """Turning around, the engine would keep the interpreter from the very thread that takes the answers."""
     cache = Cache(lambda: True)
     scheduler = side(cache)
-    for asked in (request(), Request("another", list(TOKENS), len(TOKENS), 8)):
-        assert scheduler.offer(asked, 0) == (None, False)
+    asked = [Request(name, list(TOKENS), len(TOKENS), 8) for name in "abc"]
+    for each in asked:
+        assert scheduler.offer(each, 0) == (None, False)
+    cache.waited_for.clear()
     assert scheduler.plan({}, [], blocks_of).idle
-    assert cache.waited_for == []
+    assert cache.waited_for == [("a", "b", "c")]
+
+
+def test_a_lookup_that_memory_answers_costs_no_step() -> None:
+    """Its answer comes in less than a millisecond, where the step that it would miss may take a second."""
+    answered: list[bool] = []
+    cache = Cache(lambda: not answered)
+    scheduler, asked = side(cache), request()
+    wait = cache.wait_lookups
+
+    def answer(request_ids: Sequence[str], seconds: float) -> None:
+        wait(request_ids, seconds)
+        answered.append(True)
+
+    cache.wait_lookups = answer  # type: ignore[method-assign]
+    assert scheduler.offer(asked, 0) == (0, False)
+    assert cache.waited_for == [("r",)]
+
+
+def test_a_step_waits_for_one_missing_answer_and_then_for_no_other() -> None:
+    cache = Cache(lambda: True)
+    scheduler = side(cache)
+    asked = [Request(name, list(TOKENS), len(TOKENS), 8) for name in "ab"]
+    for _ in range(2):
+        for each in asked:
+            assert scheduler.offer(each, 0) == (None, False)
+        scheduler.plan({"other": 1}, [], blocks_of)
+    assert cache.waited_for == [("a",)]
 
 
 def test_a_step_that_computes_nothing_waits_for_the_answer_or_the_load_and_no_other_does() -> None:
@@ -211,15 +391,15 @@ def test_a_step_that_computes_nothing_waits_for_the_answer_or_the_load_and_no_ot
     scheduler, asked = side(cache), request()
     assert scheduler.offer(asked, 0) == (None, False)
     assert not scheduler.plan({"other": 1}, [], blocks_of).idle
-    assert cache.waited_for == []
+    cache.waited_for.clear()
     assert scheduler.offer(asked, 0) == (None, False)
     plan = scheduler.plan({}, [], blocks_of)
     assert plan.idle
-    assert cache.waited_for == ["r"]
+    assert cache.waited_for == [("r",)]
     slow[0] = False
     assert scheduler.offer(asked, 0) == (0, False)
     scheduler.plan({}, [], blocks_of)
-    assert cache.waited_for == ["r"], "it was answered"
+    assert cache.waited_for == [("r",)], "it was answered"
 
     mover = Mover(cache, Memory(1, sharing=False), lambda: False)
     worker = WorkerSide(mover, asynchronous=True)

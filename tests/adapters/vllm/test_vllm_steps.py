@@ -44,7 +44,6 @@ class Engine:
         self.asynchronous = asynchronous
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.held: dict[str, Request] = {}
         self.all: list[Request] = []
         self.outputs: list[Output] = []
 
@@ -56,12 +55,13 @@ class Engine:
 
     def step(self) -> None:
         scheduled: list[tuple[Request, int]] = []
-        preempted = self._schedule_running(scheduled)
+        grown: list[int] = []
+        preempted = self._schedule_running(scheduled, grown)
         if not preempted:
             self._schedule_waiting(scheduled)
         blocks = {request.request_id: request.blocks for request, _ in scheduled}
         counts = {request.request_id: count for request, count in scheduled}
-        plan = self.side.plan(counts, [request.request_id for request in preempted], lambda each: blocks[each])
+        plan = self.side.plan(counts, [request.request_id for request in preempted], lambda each: blocks[each], grown)
         starts = [request.num_computed_tokens for request, _ in scheduled]
         for request, count in scheduled:
             request.num_computed_tokens += count
@@ -72,7 +72,7 @@ class Engine:
         while len(self.outputs) >= self.overlap:
             self._process(self.outputs.pop(0))
 
-    def _schedule_running(self, scheduled: list[tuple[Request, int]]) -> list[Request]:
+    def _schedule_running(self, scheduled: list[tuple[Request, int]], grown: list[int]) -> list[Request]:
         preempted: list[Request] = []
         at = 0
         while at < len(self.running):
@@ -81,6 +81,7 @@ class Engine:
             count = min(request.num_tokens + request.placeholders - request.num_computed_tokens, 1 + self.draw(6))
             if count <= 0 or request.num_tokens - request.prompt + request.placeholders > request.wanted:
                 continue
+            before = len(request.blocks)
             while not self.memory.grow(request, request.num_computed_tokens + count):
                 if self.running[-1].num_in_flight_tokens:
                     count = 0
@@ -93,6 +94,7 @@ class Engine:
                     count = 0
                     break
             if count:
+                grown += request.blocks[before:]
                 scheduled.append((request, count))
                 self.memory.name(request.all_token_ids[: request.num_computed_tokens + count], request.blocks)
         self.waiting[:0] = preempted
@@ -138,7 +140,7 @@ class Engine:
         return sum(-(-(each.prompt + each.wanted) // BLOCK) for each in holding) > BLOCKS
 
     def _execute(self, plan: StepPlan, scheduled: list[tuple[Request, int]], starts: list[int]) -> Output:
-        self.worker.let_go(plan.preempted)
+        self.worker.let_go(plan)
         self.worker.begin(plan)
         if not self.asynchronous:
             self.worker.load()
@@ -157,7 +159,8 @@ class Engine:
         self.worker.store()
         report = self.worker.report()
         failed = frozenset(self.worker.take_failed_blocks())
-        said = StepOutput(frozenset(report.loaded), frozenset(report.released), failed, self.worker.failed_step)
+        closed = dict.fromkeys(report.closed, 1)
+        said = StepOutput(self.worker.step, frozenset(report.loaded), closed, failed, self.worker.failed_step)
         return Output(scheduled, tokens, said)
 
     def _process(self, output: Output) -> None:
@@ -187,8 +190,6 @@ class Engine:
                 request.loaded = True
                 if request.state == "finished":
                     self.memory.drop(request)
-            if request.request_id in output.report.released:
-                self.memory.drop(self.held.pop(request.request_id))
 
     def abort(self, request: Request) -> None:
         if request.state != "finished":
@@ -201,11 +202,9 @@ class Engine:
             if request in queue:
                 queue.remove(request)
         used = request.blocks[: -(-request.num_computed_tokens // BLOCK)]
-        if self.side.finished(request, used):
-            assert not loading, "vLLM would free the blocks twice"
-            self.held[request.request_id] = request
-        elif not loading:
-            self.memory.drop(request)
+        self.side.finished(request, used)
+        if not loading:
+            self.memory.drop(request)  # to be used again in the very next step
 
     def settle(self) -> None:
         """Run until everything has ended, copies too: in big steps, or thirty requests would take a token a step."""
@@ -213,7 +212,8 @@ class Engine:
         for _ in range(400):
             for job in list(self.mover.jobs):
                 self.mover.finish(job)
-            if not (self.waiting or self.running or self.held or any(each.blocks for each in self.all)):
+            busy = self.waiting or self.running or any(each.blocks for each in self.all)
+            if not busy and not self.side.statistics()["requests"]:
                 return
             self.step()
         raise AssertionError("it does not come to an end")

@@ -127,10 +127,11 @@ class Cache:
         self.failed: dict[str, int] = {}
         self.attempts: dict[tuple[str, int], int] = {}
         self.leases: dict[bytes, list[bytes]] = {}
-        self.waited_for: list[str] = []
+        self.waited_for: list[tuple[str, ...]] = []
+        self.ended: list[str] = []
 
-    def wait_lookup(self, request_id: str, seconds: float) -> None:
-        self.waited_for.append(request_id)
+    def wait_lookups(self, request_ids: Sequence[str], seconds: float) -> None:
+        self.waited_for.append(tuple(request_ids))
 
     def maybe_submit_lookup_request(
         self, request_id: str, token_ids: Sequence[int], *, extras: Extras | None = None, max_tokens: int | None = None
@@ -184,6 +185,7 @@ class Cache:
         pass
 
     def end_session(self, request_id: str) -> None:
+        self.ended.append(request_id)
         for known in (self.digests, self.answers, self.failed):
             known.pop(request_id, None)
 
