@@ -177,6 +177,7 @@ class Limits:
         3 << 20, "Chunks that the open requests of one engine may name together, or the reads of one worker."
     )
     pins: int = _limit(4096, "Reads that one worker may have under way.")
+    attaches: int = _limit(2, "Times that one worker may have its memory being opened by the device, without a reply.")
     pushes: int = _limit(
         16_384, "Messages that may wait for a client that does not read; with one more, its connection is ended."
     )

@@ -299,4 +299,5 @@ class TransferWorker:
 
     def statistics(self) -> dict[str, int]:
         """What is held now."""
-        return {"attached": len(self.attachments), **self._queue.statistics()}
+        attaching = self.attachments.unanswered.total()
+        return {"attached": len(self.attachments), "attaching": attaching, **self._queue.statistics()}

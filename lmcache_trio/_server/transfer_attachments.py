@@ -4,18 +4,21 @@
        |                   `--the end of a copy is not known--> fenced (nothing more is taken) --the same--> over
        `--refused, or overtaken by what came meanwhile--> an ErrorReply
 
-A registration that comes while memory is being opened makes that memory another layout's: it is let go. What is fenced
-is never let go, since a copy may still run there.
+A registration that comes while memory is being opened makes that memory another layout's: the opening is cancelled, as
+it is when the client is lost, so that it keeps no other's waiting. What is fenced is never let go, since a copy may
+still run there.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import attrs
+import trio
 
 from lmcache_trio._core.transfers import Transfer
 from lmcache_trio._server.state import Client, State
-from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply
+from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, Message
 from lmcache_trio.abc import Attached, Device, Export
 from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
 
@@ -70,7 +73,8 @@ class Attachments:
         self._spawn = spawn
         self._over = over
         self._open: dict[int, Attachment] = {}  # by client
-        self._opening: dict[int, object] = {}  # by client: the latest Attach that has no reply yet
+        self._opening: dict[int, trio.CancelScope] = {}  # by client: the latest Attach that has no reply yet
+        self.unanswered: Counter[int] = Counter()  # by client
         self._ending: set[Attachment] = set()
 
     def __len__(self) -> int:
@@ -79,12 +83,24 @@ class Attachments:
     def attach(self, client: Client, number: int, export: Export, chunk_blocks: int) -> None:
         """Open *export*, which takes its time; the reply is sent when that is known."""
         self.lose(client)
-        self._opening[client.number] = mark = object()
-        self._spawn(self._attach, client, number, export, chunk_blocks, mark, name="attach")
+        self._opening[client.number] = scope = trio.CancelScope()
+        self.unanswered[client.number] += 1
+        self._spawn(self._attach, client, number, export, chunk_blocks, scope, name="attach")
 
-    async def _attach(self, client: Client, number: int, export: Export, chunk_blocks: int, mark: object) -> None:
-        attached, reply = await self._opened(client, number, export)
-        latest = self._opening.get(client.number) is mark
+    async def _attach(
+        self, client: Client, number: int, export: Export, chunk_blocks: int, scope: trio.CancelScope
+    ) -> None:
+        why = "the layout was registered, or the memory attached, anew while this was being opened"
+        attached: Attached | None = None
+        reply: Message = ErrorReply(number, ErrorKind.UNAVAILABLE, why)
+        try:
+            with scope:
+                attached, reply = await self._opened(client, number, export)
+        finally:
+            self.unanswered[client.number] -= 1
+            if not self.unanswered[client.number]:
+                del self.unanswered[client.number]
+        latest = self._opening.get(client.number) is scope
         if latest:
             del self._opening[client.number]
         if attached is not None and latest:
@@ -92,7 +108,6 @@ class Attachments:
             self._open[client.number] = Attachment(client, attached, chunk_blocks, new(), new())
         elif attached is not None:
             self._detach(attached)
-            why = "the layout was registered, or the memory attached, anew while this was being opened"
             reply = ErrorReply(number, ErrorKind.UNAVAILABLE, why)
         client.send(reply)
 
@@ -126,7 +141,9 @@ class Attachments:
 
     def lose(self, client: Client) -> None:
         """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
-        self._opening.pop(client.number, None)
+        opening = self._opening.pop(client.number, None)
+        if opening is not None:
+            opening.cancel()
         attachment = self._open.pop(client.number, None)
         if attachment is not None:
             self._ending.add(attachment)

@@ -55,6 +55,8 @@ def _attach(state: State, client: Client, message: Attach) -> Message | None:
         )
     if state.stopping:
         raise Unavailable("the server is stopping")
+    if transfer.attachments.unanswered[client.number] >= state.config.limits.attaches:
+        raise state.over_limit(client, "attaches", f"{state.config.limits.attaches} Attach without a reply")
     transfer.attachments.attach(client, message.id, export, chunk_blocks)
     return None
 

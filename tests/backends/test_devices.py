@@ -4,6 +4,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -176,8 +177,38 @@ async def test_what_was_attached_is_unmapped_when_it_is_detached() -> None:
             ticket = device.start(Copy(attached, Direction.STORE, [4096], [0, 1, 2, 3], 4, (0, 1)))
             with trio.fail_after(5):
                 await device.wait_ended(ticket)
+            in_loop: list[bool] = []
+            assert isinstance(attached, _Opened)
+            weakref.finalize(attached.runs[0].items, lambda: in_loop.append(trio.lowlevel.in_trio_run()))
             device.detach(attached)
             del attached, ticket
+            assert device._unmapping is not None
+            await device._unmapping.run(int)  # behind it in the queue
+            assert mappings(region) == before
+            assert in_loop == [False]  # others are served meanwhile
+
+
+async def test_what_an_attach_mapped_before_it_was_cancelled_is_unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    region = SharedRegion(4 * 4096)
+    async with open_memory() as memory, trio.open_nursery() as nursery:
+        device = HostDevice(HostConfig())
+        async with device.open(memory):
+            before, populating = mappings(region), trio.Event()
+
+            async def hold() -> None:
+                populating.set()
+                await trio.sleep_forever()
+
+            monkeypatch.setattr(device, "_populate_arena", hold)
+            nursery.start_soon(device.attach, export(region.memory()), os.getpid())
+            with trio.fail_after(5):
+                await populating.wait()
+            assert mappings(region) == before + 1
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await trio.testing.wait_all_tasks_blocked()
+                assert device._unmapping is not None
+                await device._unmapping.run(int)
             assert mappings(region) == before
 
 

@@ -9,7 +9,7 @@ import trio
 from transfer_rig import BLOCKS, PIECE, SHARD_BYTES, Open, Rig, fill, settled
 
 from lmcache_trio._core.exports import Export, TensorView
-from lmcache_trio._wire.codec import pack_positions
+from lmcache_trio._wire.codec import encode, pack_positions
 from lmcache_trio._wire.handles import encode_export
 from lmcache_trio._wire.messages import (
     Ack,
@@ -25,7 +25,7 @@ from lmcache_trio._wire.messages import (
     Stored,
     Withdraw,
 )
-from lmcache_trio.abc import ArenaDevice, Copy, Ticket
+from lmcache_trio.abc import ArenaDevice, Attached, Copy, Ticket
 from lmcache_trio.testing.fake_device import FakeCopy, FakeDevice
 
 Digests = Callable[..., list[bytes]]
@@ -98,6 +98,46 @@ async def test_each_of_two_attaches_at_once_gets_its_reply_and_the_later_one_hol
         assert isinstance(said[77], ErrorReply)
         assert said[78] == Ack(78)
         assert len(rig.device.attached) == rig.held["attached"] == 1
+
+
+class SlowDevice(FakeDevice):
+    """Its `attach` is in a thread, which no cancellation interrupts."""
+
+    async def attach(self, export: Export, *args: Any) -> Attached:
+        with trio.CancelScope(shield=True):
+            await self.may_attach.wait()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        return await super().attach(export, *args)
+
+
+async def test_a_flood_of_attaches_is_refused_by_the_name_of_the_limit(open_rig: Open) -> None:
+    async with open_rig(SlowDevice()) as rig:
+        before = rig.held["tasks"]
+        rig.device.hold_attach()
+        for number in range(100, 200):
+            rig.worker.connection.send_nowait(encode(Attach(number, encode_export(rig.export))))
+        await settled()
+        replies = rig.said()
+        assert {reply.id: reply.kind for reply in replies} == dict.fromkeys(range(102, 200), ErrorKind.MISUSE)
+        assert all("limits.attaches" in reply.message for reply in replies)
+        assert (rig.held["attaching"], rig.held["tasks"]) == (2, before + 2)
+        assert rig.server.statistics()["counted"]["limits"]["attaches"] == 98
+        rig.worker.connection.close()
+        await settled()
+        rig.device.may_attach.set()
+        await settled()
+        assert (rig.held["attaching"], rig.held["attached"], rig.device.attached) == (0, 0, [])
+
+
+async def test_what_a_lost_client_was_having_opened_is_given_up(open_rig: Open) -> None:
+    async with open_rig() as rig:
+        rig.device.hold_attach()
+        await rig.worker.tell(Attach(77, encode_export(rig.export)))
+        await settled()
+        assert rig.held["attaching"] == 1
+        rig.worker.connection.close()
+        await settled()  # and nobody set `may_attach`
+        assert (rig.held["attaching"], rig.held["attached"], rig.device.attached) == (0, 0, [])
 
 
 # --- bugs in the device ---------------------------------------------------------------------------------------------
