@@ -161,6 +161,17 @@ def test_a_server_outlives_the_reader_of_its_log(errors: str, tmp_path: Path) ->
     assert process.returncode == 0
 
 
+def test_no_file_of_a_server_gets_the_number_of_a_standard_stream_that_is_closed(tmp_path: Path) -> None:
+    """What a library in C writes there would go into it: into the arena, say."""
+    address = f"unix://{tmp_path}/server.sock"
+    command = ["bash", "-c", 'exec "$@" <&- 2>&-', "bash", *PROGRAM, "serve", "--address", address]
+    process = subprocess.Popen([*command, "--set", "memory.size=16MiB"], stdout=subprocess.PIPE, text=True)
+    _started.append(process)
+    assert process.stdout is not None
+    assert "ready" in process.stdout.readline()
+    assert [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (0, 2)] == ["/dev/null"] * 2
+
+
 def test_status_finds_the_address_in_the_servers_own_file(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text(f"address = '{server.address}'\n[memory]\nbackend = 'cpu'\nsize = '16MiB'\n")

@@ -230,6 +230,9 @@ def _fitting_size(config: CpuConfig) -> int:
         raise ConfigError(
             "memory.size", f"{_human(config.size)} do not fit {memory.named} of {_human(memory.limit)}; give less"
         )
+    if config.size > memory.free:
+        words = "memory.size: only %s of %s are free now, and the arena will take %s: the system may end this server"
+        log.warning(words, _human(memory.free), memory.named, _human(config.size))
     if config.size > room:
         raise ConfigError(
             "memory.size",

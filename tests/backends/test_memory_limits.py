@@ -146,6 +146,16 @@ def test_a_size_above_the_limit_is_refused_with_its_name(monkeypatch: pytest.Mon
     assert caught.value.key == "memory.size"
 
 
+def test_a_size_above_what_is_free_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(cpu, "memory_of_process", lambda: ProcessMemory(40 * MIB, 8 * MIB, "the limit in /x"))
+    assert CpuMemory(CpuConfig(size=8 * MIB)).size == 8 * MIB
+    assert caplog.messages == []
+    assert CpuMemory(CpuConfig(size=9 * MIB)).size == 9 * MIB
+    (told,) = caplog.messages
+    assert "only 8 MiB of the limit in /x are free now" in told
+    assert "the arena will take 9 MiB" in told
+
+
 def test_without_a_size_the_arena_takes_a_quarter_of_the_limit_and_half_of_what_is_free_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
