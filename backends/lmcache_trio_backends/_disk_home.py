@@ -46,6 +46,9 @@ _OVERFLOW_UID = 65534
 """Owner of what belongs to somebody outside of our user namespace: there, `/` itself does."""
 
 
+_BACK = " (unmounted, or renamed?): bring it back, or restart the server to begin in what is there now"
+
+
 def slab_name(index: int) -> str:
     """The file of slab *index*."""
     return f"lmcache-trio-slab-{index:05}"
@@ -109,7 +112,7 @@ class Home:
         known = self._known
         if not self.path.exists():
             if known is not None and not known.removed:
-                raise FileNotFoundError(errno.ENOENT, "the directory is not there any more (unmounted, or renamed?)")
+                raise FileNotFoundError(errno.ENOENT, f"the directory is not there any more{_BACK}")
             missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
             above = missing[-1].parent
             if known is not None and above.stat().st_dev != known.place[0]:
@@ -122,12 +125,13 @@ class Home:
         found = os.fstat(self._top)
         if found.st_uid not in (os.geteuid(), 0):
             self._refuse(f"it belongs to another user (uid {found.st_uid})")
-        if found.st_mode & stat.S_ISVTX and found.st_mode & stat.S_IWOTH:
-            self._refuse(f"everybody can write in it; name a directory in it that is to be made, as {self.path / 'kv'}")
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            self._refuse(
-                f"others can write in it; `chmod go-w {self.path}`, or name a directory in it that is to be made"
-            )
+            ways = [f"`chmod go-w {self.path}`"]
+            if found.st_mode & stat.S_ISVTX:
+                ways = []  # /tmp is meant to be so
+            if found.st_mode & stat.S_ISVTX or not found.st_mode & stat.S_IWOTH:
+                ways.append(f"name a directory in it that is to be made, as {self.path / 'kv'}")
+            self._refuse(f"others can write in it; {', or '.join(ways)}")
 
     def _take_mark(self) -> bytes:
         """Lock the directory, if it is one of ours or may become one. Returns its id."""
@@ -136,7 +140,7 @@ class Home:
         if known is not None and not known.removed:
             is_same = mark is not None and mark[1] == known.id
             if not is_same and _place(os.fstat(self._top)) != known.place:
-                raise FileNotFoundError(errno.ENOENT, "another directory stands in its place (unmounted, or renamed?)")
+                raise FileNotFoundError(errno.ENOENT, f"another directory stands in its place{_BACK}")
         if mark is None:
             self._claim()
         self._lock = open_own(LOCK_NAME, os.O_RDWR | os.O_CREAT, dir_fd=self._top, shown=self.path)
