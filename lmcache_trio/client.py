@@ -38,6 +38,7 @@ from lmcache_trio._wire.messages import (
     Ended,
     Finished,
     Hello,
+    Identify,
     Lookup,
     LookupStatus,
     Message,
@@ -93,6 +94,8 @@ class Client(Conversation):
         self.arena_note = welcome.arena_note
         """Why there is no `arena`, if there is none and one was wanted."""
         self.arena = arena
+        self.identity = b""
+        """What this scheduler said of its model."""
         self.namespace = b""
         self.shard_bytes = 0
         """What `register` said last; a slot is as long as the server says that it is."""
@@ -179,9 +182,14 @@ class Client(Conversation):
         """The session goes, with everything it owned."""
         self.notice_nowait(Ended(session))
 
+    async def identify(self, identity: bytes) -> None:
+        """The scheduler's model has this identity (32 bytes at most) from now on, and its engine another namespace."""
+        self.identity = identity
+        await self.request(Identify(self.new_id(), identity), Ack)
+
     async def reset(self) -> None:
         """Drop the engine's namespace; returns once nothing of it can be served."""
-        await self.request(Reset(self.new_id()), Ack)
+        await self.request(Reset(self.new_id(), self.identity), Ack)
 
     # --- a worker ---------------------------------------------------------------------------------------------------
 
@@ -363,22 +371,32 @@ async def connect(address: str, hello: Hello) -> AsyncIterator[Client]:
             except Unavailable as exc:
                 reply = attrs.evolve(reply, arena_note=str(exc)[:500])
         async with serve_connection(connection, reply, arena) as client:
+            client.identity = hello.identity
             yield client
     finally:
         connection.close()
 
 
 @asynccontextmanager
-async def open_client(
-    address: str, *, role: Role = Role.OBSERVER, engine: str = "", shard: int = 0, shards: int = 1, name: str = ""
+async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
+    address: str,
+    *,
+    role: Role = Role.OBSERVER,
+    engine: str = "",
+    shard: int = 0,
+    shards: int = 1,
+    name: str = "",
+    identity: bytes = b"",
 ) -> AsyncIterator[Client]:
     """Connect to the server at *address*; a worker gets the arena mapped too, in `Client.arena`.
+
+    *identity* (32 bytes at most) is a scheduler's digest of its model: engines of other models have other namespaces.
 
     `Unavailable`: nobody listens there. `Misuse`: the server does not let such a client in, and says why, or listens
     under another scheme.
     `ProtocolError`: it is another release's, or none.
     """
     who = name or f"pid {os.getpid()}"
-    hello = Hello(PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards)
+    hello = Hello(PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards, identity)
     async with connect(address, hello) as client:
         yield client

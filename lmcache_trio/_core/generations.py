@@ -116,8 +116,10 @@ class Generations:
         return self._numbered[number]
 
     def replace(self, namespace: Namespace) -> None:
-        """Put an empty generation in the place of *namespace*, which is outdated from then on."""
+        """Put an empty generation in the place of *namespace*, if an engine uses it; it is outdated from then on."""
         self.retire(namespace)
+        if not namespace.users:
+            return
         again = Namespace(self._number(), namespace.name, namespace.lengths, namespace.starts, namespace.extent)
         self._enter(again, namespace.users)
 

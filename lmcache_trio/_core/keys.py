@@ -14,7 +14,16 @@ import attrs
 
 from lmcache_trio.errors import Misuse
 
-__all__ = ["DIGEST_BYTES", "ChunkKey", "chain_digests", "join_digests", "namespace_of", "seed_of", "split_digests"]
+__all__ = [
+    "DIGEST_BYTES",
+    "ChunkKey",
+    "chain_digests",
+    "identity_of",
+    "join_digests",
+    "namespace_of",
+    "seed_of",
+    "split_digests",
+]
 
 DIGEST_BYTES = 32
 
@@ -32,14 +41,22 @@ def seed_of(*identity: str | bytes) -> bytes:
 
     Each part is length-prefixed, so that ("ab", "c") and ("a", "bc") differ. `Misuse`: there is none, or one is empty.
     """
-    if not identity or not all(isinstance(part, str | bytes) and part for part in identity):
-        raise Misuse(f"identity is {list(identity)!r}: give one part or more, each a str or bytes and not empty")
-    return _hash_parts(b"lmcache-trio seed 1", identity)
+    return _hash_parts(b"lmcache-trio seed 1", _checked(identity))
 
 
-def namespace_of(fingerprints: Sequence[bytes]) -> bytes:
-    """The 32-byte namespace of an engine, from its shards' layout fingerprints in shard order."""
-    return _hash_parts(b"lmcache-trio namespace 1", fingerprints)
+def identity_of(*identity: str | bytes) -> bytes:
+    """The 32 bytes that a scheduler says of its model, from the parts that `seed_of` takes. `Misuse` as there."""
+    return _hash_parts(b"lmcache-trio identity 1", _checked(identity))
+
+
+def namespace_of(fingerprints: Sequence[bytes], identity: bytes = b"") -> bytes:
+    """The 32-byte namespace of an engine, from its shards' layout fingerprints in shard order and its *identity*.
+
+    The identity is what its scheduler says, if it says one: two models of one layout have two namespaces then.
+    """
+    if not identity:
+        return _hash_parts(b"lmcache-trio namespace 1", fingerprints)
+    return _hash_parts(b"lmcache-trio namespace 2", [identity, *fingerprints])
 
 
 def chain_digests(
@@ -89,6 +106,12 @@ def split_digests(packed: bytes) -> list[bytes]:
 def join_digests(digests: Iterable[bytes]) -> bytes:
     """The inverse of `split_digests`."""
     return b"".join(digests)
+
+
+def _checked(identity: Sequence[str | bytes]) -> Sequence[str | bytes]:
+    if not identity or not all(isinstance(part, str | bytes) and part for part in identity):
+        raise Misuse(f"identity is {list(identity)!r}: give one part or more, each a str or bytes and not empty")
+    return identity
 
 
 def _hash_parts(domain: bytes, parts: Iterable[str | bytes]) -> bytes:

@@ -1,4 +1,4 @@
-"""A session: the server's side of one engine request.
+"""Sessions: the server's side of one engine request, and of all of an engine's.
 
     UNKNOWN --lookup--> PENDING --answer--> ANSWERED
        ^                   |                   |
@@ -16,14 +16,14 @@ make the engine load what may be gone.
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 
 from lmcache_trio._core.keys import DIGEST_BYTES, join_digests, split_digests
 from lmcache_trio.errors import Misuse
 
-__all__ = ["LookupState", "Session", "Status"]
+__all__ = ["LookupState", "Session", "Sessions", "Status"]
 
 
 class LookupState(enum.Enum):
@@ -57,6 +57,8 @@ class Session:
     chunks: int = 0
     lease: bytes = b""
     expires: float = -math.inf
+    generation: int = 0
+    """How many resets its engine had seen when it was opened."""
 
     @property
     def known(self) -> int:
@@ -104,3 +106,46 @@ class Session:
 
     def _forget(self, state: LookupState) -> None:
         self.state, self.chunks, self.lease, self.expires = state, 0, b"", -math.inf
+
+
+class Sessions:
+    """The sessions of one engine. A reset, and a new identity, *bars* those that are there.
+
+    What a barred session names was computed before, so no store of it gets a slot any more; its lookups go on. A
+    request that goes on after its engine's own reset is a new session.
+    """
+
+    def __init__(self) -> None:
+        self._live: dict[int, Session] = {}
+        self._generation = 0
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._live.values())
+
+    def get(self, number: int) -> Session | None:
+        """The session *number*, if it lives."""
+        return self._live.get(number)
+
+    def open(self, session: Session) -> None:
+        """*session* lives from now on. One that does already stays as it is."""
+        if self._live.get(session.number) is not session:
+            session.generation = self._generation
+            self._live[session.number] = session
+
+    def end(self, number: int) -> Session | None:
+        """The session *number* goes; returns it if it was there."""
+        return self._live.pop(number, None)
+
+    def bar(self) -> None:
+        """Nothing that was computed before is stored from now on."""
+        self._generation += 1
+
+    def why_no_store(self, number: int) -> str:
+        """Why a store under the session *number* gets no slots; "" when there is no such reason."""
+        session = self._live.get(number)
+        if session is None:
+            return "no_session"
+        return "" if session.generation == self._generation else "reset"

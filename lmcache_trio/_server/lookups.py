@@ -21,6 +21,7 @@ from lmcache_trio._wire.messages import (
     Ended,
     ErrorKind,
     ErrorReply,
+    Identify,
     Lookup,
     LookupStatus,
     Message,
@@ -28,10 +29,12 @@ from lmcache_trio._wire.messages import (
     Reset,
     Taken,
 )
-from lmcache_trio.errors import Gone
+from lmcache_trio.errors import Gone, Misuse
 
 __all__ = ["HANDLERS", "answer_now", "answer_of", "engine_of"]
 
+MOST_RESETS_DUE = 64
+"""Identities that one engine may have reset before its layout is known: after a restart of the server, one or two."""
 _STATES = {
     LookupState.UNKNOWN: AnswerState.UNKNOWN,
     LookupState.PENDING: AnswerState.PENDING,
@@ -59,7 +62,7 @@ def _lookup(state: State, client: Client, message: Lookup) -> Message:
         raise state.over_limit(client, "digests", f"sessions of {engine.digests} chunks and sends {more} more")
     former = session.lease
     wanted = session.lookup(message.start, split_digests(message.digests), message.upto, message.id)
-    engine.sessions[message.session] = session
+    engine.sessions.open(session)
     engine.digests += more
     if former:
         state.index.release(former)
@@ -135,23 +138,25 @@ def _ended(state: State, client: Client, message: Ended) -> None:
     state.end_session(engine_of(state, client), message.session)
 
 
-def _reset(state: State, client: Client, message: Reset) -> Message | None:
-    namespace = engine_of(state, client).namespace
-    if namespace:
-        state.index.reset(namespace)
-        state.counted["resets"] += 1
-        state.clock.not_later_than(trio.current_time())  # it sweeps, piece by piece
-        for engine in state.engines.values():
-            if engine.namespace == namespace:
-                for session in engine.sessions.values():
-                    if session.lease:
-                        state.index.release(session.lease)  # what it kept is stale: the extents come free
-                        session.lose_lease()
-        deletions = state.tiers.forget(namespace)
-        if deletions:
-            client.start(_acknowledge_reset, state, client, message, deletions)
-            return None
+def _identify(state: State, client: Client, message: Identify) -> Message:
+    state.identify(engine_of(state, client), message.identity)
     return Ack(message.id)
+
+
+def _reset(state: State, client: Client, message: Reset) -> Message | None:
+    engine = engine_of(state, client)
+    engine.sessions.bar()
+    namespace = engine.namespace_under(message.identity)
+    if not namespace:
+        if len(engine.resets_due) >= MOST_RESETS_DUE and message.identity not in engine.resets_due:
+            raise Misuse(f"{MOST_RESETS_DUE} resets are due for {client} already: register its workers first")
+        engine.resets_due.add(message.identity)
+        return Ack(message.id)
+    deletions = state.reset(namespace)
+    if not deletions:
+        return Ack(message.id)
+    client.start(_acknowledge_reset, state, client, message, deletions)
+    return None
 
 
 async def _acknowledge_reset(state: State, client: Client, message: Reset, deletions: Sequence[Deletion]) -> None:
@@ -175,5 +180,6 @@ HANDLERS: dict[type[Message], Callable[[State, Client, Any], Message | None]] = 
     Taken: _taken,
     Release: _release,
     Ended: _ended,
+    Identify: _identify,
     Reset: _reset,
 }

@@ -15,9 +15,10 @@ import trio
 
 from lmcache_trio._core.index import Index
 from lmcache_trio._core.keys import namespace_of
-from lmcache_trio._core.session import Session
+from lmcache_trio._core.session import Session, Sessions
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.tier_loads import Start
+from lmcache_trio._server.tier_writes import Deletion
 from lmcache_trio._server.tiers import Tiers
 from lmcache_trio._transport import Connection
 from lmcache_trio._wire.codec import encode
@@ -110,9 +111,19 @@ class Engine:
     scheduler: Client | None = None
     workers: dict[int, Client] = attrs.field(factory=dict)
     layouts: dict[int, Register] = attrs.field(factory=dict)
+    identity: bytes = b""
+    """What its scheduler said last of its model."""
     namespace: bytes = b""
-    sessions: dict[int, Session] = attrs.field(factory=dict)
+    sessions: Sessions = attrs.field(factory=Sessions)
     digests: int = 0  # of all sessions
+    resets_due: set[bytes] = attrs.field(factory=set)
+    """Identities whose chunks are to be dropped as soon as the layout is known."""
+
+    def namespace_under(self, identity: bytes) -> bytes:
+        """The namespace of its layout under *identity*; b"" while a shard's layout is missing."""
+        if len(self.layouts) < self.shards:
+            return b""
+        return namespace_of([self.layouts[shard].fingerprint for shard in range(self.shards)], identity)
 
     def clients(self) -> Iterator[Client]:
         if self.scheduler is not None:
@@ -180,6 +191,7 @@ class State:
             engine = self.engines.setdefault(hello.engine, Engine(hello.engine, hello.shards))
             if hello.role is Role.SCHEDULER:
                 engine.scheduler = client
+                self.identify(engine, hello.identity)
             else:
                 engine.workers[hello.shard] = client
             if engine.namespace:
@@ -224,10 +236,10 @@ class State:
     def end_some(self, client: Client, until: float) -> bool:
         """Until that time, but at least one: end sessions and reads of *client*, which is lost. Are there more?"""
         engine = self.engine_of(client)
-        sessions = engine.sessions if engine is not None and engine.scheduler is client else {}
+        sessions = engine.sessions if engine is not None and engine.scheduler is client else ()
         while True:
             if engine is not None and sessions:
-                self.end_session(engine, next(iter(sessions)))
+                self.end_session(engine, next(iter(sessions)).number)
             elif client.pins:
                 self.index.unpin(client.pins.popitem()[0], client.number)
             else:
@@ -238,8 +250,8 @@ class State:
     def _leave(self, engine: Engine, client: Client) -> None:
         if engine.scheduler is client:
             engine.scheduler = None
-            for number in list(engine.sessions):
-                self.end_session(engine, number)
+            for session in list(engine.sessions):
+                self.end_session(engine, session.number)
         elif engine.workers.get(client.hello.shard) is client:
             del engine.workers[client.hello.shard]
             engine.layouts.pop(client.hello.shard, None)
@@ -257,13 +269,17 @@ class State:
     # --- engines and sessions ----------------------------------------------------------------------------------------
 
     def settle_namespace(self, engine: Engine) -> None:
-        """Work out the engine's namespace from the layouts that are there; when it changed, tell all its clients."""
-        namespace = b""
-        if len(engine.layouts) == engine.shards:
-            layouts = [engine.layouts[shard] for shard in range(engine.shards)]
-            namespace = namespace_of([layout.fingerprint for layout in layouts])
-            self.index.attach(namespace, [layout.shard_bytes for layout in layouts])
-        former, engine.namespace = engine.namespace, namespace
+        """Work out the engine's namespace from the layouts that are there; when it changed, tell all its clients.
+
+        Resets that are due come first, so that nothing of before them is served in it.
+        """
+        former, namespace = engine.namespace, engine.namespace_under(engine.identity)
+        if namespace:
+            self.index.attach(namespace, [engine.layouts[shard].shard_bytes for shard in range(engine.shards)])
+            for identity in engine.resets_due:
+                self.reset(engine.namespace_under(identity))
+            engine.resets_due.clear()
+        engine.namespace = namespace
         if former:
             self.index.detach(former)
             self.clock.not_later_than(trio.current_time())  # it may have something to sweep
@@ -271,9 +287,37 @@ class State:
             for client in engine.clients():
                 client.send(NamespaceKnown(0, namespace))
 
+    def identify(self, engine: Engine, identity: bytes) -> None:
+        """The scheduler of *engine* says what its model is. Another one than before ends what was answered before."""
+        if identity != engine.identity:
+            engine.identity = identity
+            engine.sessions.bar()
+            self._end_answers(engine)
+            self.settle_namespace(engine)
+
+    def reset(self, namespace: bytes) -> list[Deletion]:
+        """Drop every chunk of *namespace*, for all its engines. Returns the tiers' deletions, which go on by now.
+
+        Nothing of it is served from now on, nor stored or loaded by what began before.
+        """
+        self.index.reset(namespace)
+        self.counted["resets"] += 1
+        self.clock.not_later_than(trio.current_time())  # it sweeps, piece by piece
+        for engine in self.engines.values():
+            if engine.namespace == namespace:
+                engine.sessions.bar()
+                self._end_answers(engine)
+        return self.tiers.forget(namespace)
+
+    def _end_answers(self, engine: Engine) -> None:
+        for session in engine.sessions:
+            if session.lease:
+                self.index.release(session.lease)  # what it kept is stale after a reset: the extents come free
+                session.lose_lease()
+
     def end_session(self, engine: Engine, number: int) -> None:
         """The session goes, with everything that it owned; one that is not there is no error."""
-        session = engine.sessions.pop(number, None)
+        session = engine.sessions.end(number)
         if session is not None:
             engine.digests -= session.known
             if self.cancel_prefetch is not None:
@@ -297,7 +341,7 @@ class State:
             return "no_arena"
         if not engine.namespace:
             return "no_namespace"
-        return "" if session in engine.sessions else "no_session"
+        return engine.sessions.why_no_store(session)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

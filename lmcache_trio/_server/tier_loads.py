@@ -99,6 +99,8 @@ class Loading:
     def _reserve(self, load: Load) -> Reservation | None:
         if self._index.match(load.key.namespace, (load.key.digest,)):
             return None  # an engine stored it meanwhile
+        if not self._index.shard_bytes(load.key.namespace):
+            return None  # no engine has its namespace any more
         if self.room() < 0:  # beyond it no lease could offer it
             self.no_room += 1
             return None

@@ -38,6 +38,7 @@ __all__ = [
     "ErrorReply",
     "Finished",
     "Hello",
+    "Identify",
     "LayersDone",
     "LayersWritten",
     "LetGo",
@@ -138,7 +139,10 @@ class Message:
 
 @attrs.frozen
 class Hello(Message):
-    """Who asks to be let in. *token* is 16 random bytes, one a client object, the same after a reconnect."""
+    """Who asks to be let in. *token* is 16 random bytes, one a client object, the same after a reconnect.
+
+    *identity* is a scheduler's: the digest of its model and weights. It is part of its engine's namespace.
+    """
 
     opcode: ClassVar[int] = 1
     version: int
@@ -148,6 +152,7 @@ class Hello(Message):
     engine: str = attrs.field(default="", validator=_NAME)
     shard: int = attrs.field(default=0, validator=ge(0))
     shards: int = attrs.field(default=1, validator=ge(1))
+    identity: bytes = attrs.field(default=b"", validator=_ID)
 
 
 @attrs.frozen
@@ -303,10 +308,27 @@ class CopiesEnded(Message):
 
 @attrs.frozen
 class Reset(Message):
-    """A scheduler drops its engine's namespace; answered by Ack once nothing of it can be served."""
+    """Drop the chunks of its engine's layout under *identity*; answered by Ack.
+
+    From then on nothing of them is served to any engine, nor stored that a session of before it names. While the
+    layout is not known the reset is due, and is carried out before the engine has a namespace.
+    """
 
     opcode: ClassVar[int] = 27
     id: RequestId
+    identity: bytes = attrs.field(default=b"", validator=_ID)
+
+
+@attrs.frozen
+class Identify(Message):
+    """The scheduler's model has the *identity* from now on: its engine moves to another namespace; answered by Ack.
+
+    Answers that were given before are used up, and what a session of before names is not stored.
+    """
+
+    opcode: ClassVar[int] = 32
+    id: RequestId
+    identity: bytes = attrs.field(validator=_ID)
 
 
 # --- requests of a worker whose KV the server moves itself ------------------------------------------------------------

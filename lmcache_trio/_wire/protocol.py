@@ -41,6 +41,7 @@ REPLIES: Mapping[type[Message], type[Message]] = {
     m.Abort: m.Ack,
     m.CopiesEnded: m.Ack,
     m.Reset: m.Ack,
+    m.Identify: m.Ack,
     m.Attach: m.Ack,
     m.StoreBlocks: m.Stored,
     m.RetrieveBlocks: m.Retrieved,
@@ -54,7 +55,7 @@ PUSHES = frozenset({m.NamespaceKnown, m.Answer, m.ArenaGrown, m.LayersDone, m.Er
 _ANYONE = frozenset({m.Ping, m.Statistics, m.CopiesEnded})
 FROM_CLIENT: Mapping[Role, frozenset[type[Message]]] = {
     Role.OBSERVER: _ANYONE | {m.LetGo},
-    Role.SCHEDULER: _ANYONE | {m.Lookup, m.LookupStatus, m.Reset, m.Taken, m.Release, m.Ended},
+    Role.SCHEDULER: _ANYONE | {m.Lookup, m.LookupStatus, m.Reset, m.Identify, m.Taken, m.Release, m.Ended},
     Role.WORKER: _ANYONE
     | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort}
     | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.LayersWritten, m.Withdraw},

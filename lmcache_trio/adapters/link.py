@@ -39,7 +39,10 @@ class Link:
         self.address = address
         self.client: Client | None = None
         """The one to use now, for any thread to read; None while there is none."""
-        self._hello = hello
+        self.hello = hello
+        """What the next connection begins with; the adapter may put another in its place."""
+        self.said = hello
+        """What the present connection began with."""
         self._connected = connected
         self._lost = lost
         self._portal = Portal(f"lmcache-trio {hello.client}")
@@ -111,7 +114,8 @@ class Link:
             pause = 0.0
             while True:
                 try:
-                    async with connect(self.address, self._hello) as client:
+                    self.said = self.hello
+                    async with connect(self.address, self.said) as client:
                         await self._serve(client)
                     pause = 0.0
                 except (Misuse, ProtocolError) as exc:

@@ -12,7 +12,7 @@ import trio
 
 from lmcache_trio._core.lookup import LookupState
 from lmcache_trio._transport.conversation import Reply
-from lmcache_trio._wire.messages import Answer, AnswerState, Hello, Message, Ping, Release
+from lmcache_trio._wire.messages import Ack, Answer, AnswerState, Hello, Identify, Message, Ping, Release, Reset
 from lmcache_trio.adapters.link import Link, logger
 from lmcache_trio.adapters.prompts import Prompts
 from lmcache_trio.adapters.request import Pending, Request
@@ -41,6 +41,10 @@ class Lookups(Prompts):
         self._awaited: Handoff[bool] | None = None
         """Whom the next answer wakes, whichever lookup it is of."""
         self._link: Link
+        self._told: Client | None = None
+        """The client whose server was told of the model and of all resets; None while there is none."""
+        self._resets_owed: dict[bytes, None] = {}
+        """Identities whose chunks are to be dropped, as no server has confirmed yet: the next one is told first."""
 
     def _connect(self, address: str, hello: Hello, timeout: float) -> None:
         self._link = Link(address, hello, connected=self._on_connected, lost=self._on_lost)
@@ -166,9 +170,31 @@ class Lookups(Prompts):
     async def _on_connected(self, client: Client) -> None:
         self._adopt_chunk_tokens(client.chunk_tokens)
         client.on_push = self._on_push
+        with self._latch:  # before anything is asked: what the server has of before a reset is not offered
+            for identity in self._resets_owed:
+                self._send_reset(client, identity)
+            if self._link.said.identity != self._model:
+                client.request_unheard(Identify(client.new_id(), self._model))
+            self._told = client
+
+    def _send_reset(self, client: Client, identity: bytes) -> Handoff[Reply]:
+        """Have the server drop what it has under *identity*. `Unavailable`: it is gone. Under the latch."""
+        replied: Handoff[Reply] = Handoff()
+
+        def on_reply(reply: Reply) -> None:
+            if isinstance(reply, Ack):
+                with self._latch:
+                    self._resets_owed.pop(identity, None)
+            elif not client.lost:
+                logger.warning("the cache was not reset: %s", reply)
+            replied.set(reply)
+
+        client.request_nowait(Reset(client.new_id(), identity), on_reply)
+        return replied
 
     def _on_lost(self) -> None:
         with self._latch:
+            self._told = None
             for request in self._requests.values():
                 if request.machine.state in (LookupState.PENDING, LookupState.ANSWERED):
                     request.machine.release()

@@ -6,7 +6,7 @@ Digests are hashed once and extended. It decides nothing about lookups, and send
 import secrets
 from collections.abc import Callable, Sequence
 
-from lmcache_trio._core.keys import chain_digests, seed_of
+from lmcache_trio._core.keys import chain_digests, identity_of, seed_of
 from lmcache_trio.adapters.request import Request
 from lmcache_trio.errors import Misuse
 from lmcache_trio.threads import Latch
@@ -31,6 +31,10 @@ class Prompts:
         if self._chunk_tokens_fixed:
             self._check_chunk_tokens(self.chunk_tokens)
         self._identity = _checked_identity(identity)
+        self._weights: tuple[str | bytes, ...] = ()
+        """What tells the weights from those that the identity names."""
+        self._model = identity_of(*self._identity)
+        """What the server is told of the model: its chunks have a namespace of their own."""
         self._seed = seed_of(*self._identity, str(self.chunk_tokens))
         self._latch = Latch()
         self._requests: dict[str, Request] = {}
@@ -44,6 +48,17 @@ class Prompts:
     def num_blocks_per_chunk(self) -> int:
         """The engine's blocks in one chunk."""
         return self.chunk_tokens // self.block_tokens
+
+    def _rename(self, weights: tuple[str | bytes, ...], namespace: tuple[str | bytes, ...]) -> None:
+        """The model has other *weights* from now on: chunks get other names, in the namespace of *namespace*.
+
+        What is known of living requests was computed with the former ones: they are outdated. Under the latch.
+        """
+        self._weights = weights
+        self._model = identity_of(*self._identity, *namespace)
+        self._seed = seed_of(*self._identity, *weights, str(self.chunk_tokens))
+        for request in self._requests.values():
+            request.outdated = True
 
     def _request(self, request_id: str) -> Request:
         request = self._requests.get(request_id)
@@ -106,7 +121,7 @@ class Prompts:
         if chunk_tokens != self.chunk_tokens:
             with self._latch:
                 self.chunk_tokens = chunk_tokens
-                self._seed = seed_of(*self._identity, str(chunk_tokens))
+                self._seed = seed_of(*self._identity, *self._weights, str(chunk_tokens))
                 for request in self._requests.values():
                     request.forget_prompt()
 

@@ -20,6 +20,7 @@ class Request:
         "given_up",
         "lease_taken",
         "machine",
+        "outdated",
         "pending",
         "sent",
         "session",
@@ -47,6 +48,8 @@ class Request:
         self.given_up: int | None = None
         """The length of a lookup that was late: not asked again before something changes, or each step would wait."""
         self.pending: Pending | None = None
+        self.outdated = False
+        """Did it begin before a reset, or with other weights? What it computed is not stored any more."""
 
     def forget_prompt(self) -> None:
         """Nothing of it was hashed, as things are."""

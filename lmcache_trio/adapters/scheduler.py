@@ -10,6 +10,9 @@ Every change of a lookup's state happens under the latch; each is decided by `_c
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+
+import attrs
 
 from lmcache_trio._core.keys import join_digests
 from lmcache_trio._core.lookup import LookupState
@@ -17,9 +20,11 @@ from lmcache_trio._transport.conversation import Reply
 from lmcache_trio._wire.messages import (
     MAX_DIGESTS,
     PROTOCOL_VERSION,
+    Ack,
     Answer,
     Ended,
     Hello,
+    Identify,
     Lookup,
     Release,
     Role,
@@ -31,7 +36,7 @@ from lmcache_trio.adapters.prompts import Extras
 from lmcache_trio.adapters.request import Pending, Request
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client_config import check_interval, load_client_config
-from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
+from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.threads import Handoff
 
 __all__ = ["SchedulerAdapter"]
@@ -48,7 +53,8 @@ class SchedulerAdapter(Lookups):
     *identity* names the model and all else that changes what a token's KV is; it seeds every digest. *shards*: the
     workers that hold different bytes. *lookup_timeout*: seconds until a lookup without an answer counts
     as 0 tokens. *poll_interval*: seconds of silence between questions for its status. Either is taken from
-    `load_client_config` when it is not given. *lease_timeout*: no answer is offered for longer.
+    `load_client_config` when it is not given. *lease_timeout*: no answer is offered for longer. *weights_version*: as
+    `set_weights_version` says, from the start.
     `Misuse` names a setting that is wrong, or that the server refuses.
 
     A subclass may use what is public, and read `_requests`, `_pending`, `_poll_interval`, `_clock`, `_link`,
@@ -68,6 +74,7 @@ class SchedulerAdapter(Lookups):
         poll_interval: float | None = None,
         lease_timeout: float | None = None,
         connect_timeout: float = 5.0,
+        weights_version: str | None = None,
     ) -> None:
         if lookup_timeout is None or poll_interval is None:
             configured = load_client_config()
@@ -84,8 +91,13 @@ class SchedulerAdapter(Lookups):
             self._lease_timeout = lease_timeout
         if shards < 1:
             raise Misuse(f"shards is {shards}: an engine has 1 worker or more")
+        self._own = os.urandom(16)
+        """What tells weights of its own from any other engine's."""
+        if weights_version is not None:
+            named = _version(weights_version)
+            self._rename(named, named)
         name, token = f"scheduler {os.getpid()}", os.urandom(16)
-        hello = Hello(PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, shards=shards)
+        hello = Hello(PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, shards=shards, identity=self._model)
         self._connect(address, hello, connect_timeout)
 
     # --- the two steps ----------------------------------------------------------------------------------------------
@@ -104,8 +116,9 @@ class SchedulerAdapter(Lookups):
         are offered, nor more chunks than one message can name (65,536). The prompt may grow from call to call; any
         other or shorter one under the same id is another request, as if the former had been ended.
         """
-        if len(token_ids) < len(self._request(request_id).tokens):
-            self.end_session(request_id)  # what was found for the longer prompt is no answer for this one
+        former = self._request(request_id)
+        if former.outdated or len(token_ids) < len(former.tokens):
+            self.end_session(request_id)  # begun anew; or what was found for a longer prompt is no answer for this one
         request = self._request_of(request_id, token_ids, extras)
         with self._latch:
             self._expire(request)
@@ -267,24 +280,71 @@ class SchedulerAdapter(Lookups):
         return client is not None and client.namespace != b""
 
     def reset_cache(self) -> bool:
-        """Drop all that the cache holds for this engine's layout. True only when the server confirmed it."""
-        client = self._link.client
-        for request in list(self._requests.values()):
-            self._let_go(request)
-        if client is None:
+        """Drop all that the cache holds for this engine's model and layout, here and in tiers. True: it is done.
+
+        For whoever has changed the weights, too. What was computed before is not stored any more: counted `reset`. What
+        is computed from now on has names of its own, which no other engine shares, until `set_weights_version`.
+
+        Without a server there is nothing to drop, and the next one is told before it is asked anything: True. False:
+        the server did not confirm it within *lookup_timeout*, or a tier could not delete; why is logged.
+        """
+        if not self._link.alive:
             return False
-        try:
-            self._link.call(client.reset, timeout=self._lookup_timeout)
-        except LMCacheTrioError as exc:
-            logger.warning("the cache was not reset: %s", exc)
-            return False
-        return True
+        with self._latch:
+            client, former = self._told, self._model
+            self._resets_owed[former] = None
+            replied = None
+            if client is not None:
+                with suppress(Unavailable):  # it is lost, or reads nothing: the next connection begins with it
+                    replied = self._send_reset(client, former)
+            own = ("weights of its own", self._own)
+            self._use_weights((*own, os.urandom(16)), own)
+            if client is not None:
+                client.request_unheard(Identify(client.new_id(), self._model))
+        if client is None or client.lost:
+            return True
+        reply = None if replied is None else replied.wait(self._lookup_timeout)
+        if reply is None:
+            logger.warning("the cache was not reset: the server did not confirm it in %g s", self._lookup_timeout)
+        return isinstance(reply, Ack) or client.lost
+
+    def set_weights_version(self, version: str) -> None:
+        """The weights are *version* of this model from now on: engines that say the same share what they compute.
+
+        Say it after the weights have changed, behind `reset_cache`. Requests that live go on without the cache until
+        they are looked up again. The version that is in use already changes nothing, and is no round trip.
+        """
+        named = _version(version)
+        confirmed: Handoff[Reply] = Handoff()
+
+        def on_reply(reply: Reply) -> None:
+            confirmed.set(reply)
+
+        with self._latch:
+            if named == self._weights:
+                return
+            self._use_weights(named, named)
+            client = self._told
+            if client is None:
+                return  # the next server's first word
+            with suppress(Unavailable):
+                ask = Identify(client.new_id(), self._model)
+                client.request_nowait(ask, on_reply)
+        if not client.lost and not confirmed.wait(self._lookup_timeout):
+            logger.warning("the server did not confirm the weights' version in %g s", self._lookup_timeout)
 
     def shutdown(self) -> None:
         """Leave the server, which forgets every session of this engine. Idempotent."""
         self._link.stop(5.0)
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _use_weights(self, weights: tuple[str | bytes, ...], namespace: tuple[str | bytes, ...]) -> None:
+        """Name chunks for *weights* from now on, and the model to the server for *namespace*. Under the latch."""
+        for request in self._requests.values():
+            self._drop_lookup(request)
+        self._rename(weights, namespace)
+        self._link.hello = attrs.evolve(self._link.hello, identity=self._model)
 
     def _request_of(self, request_id: str, token_ids: Sequence[int], extras: Extras | None) -> Request:
         """The request with this id: a fresh one, with nothing of the former, if its prompt is another now."""
@@ -297,7 +357,7 @@ class SchedulerAdapter(Lookups):
     def _open_session(self, request: Request) -> None:
         """The worker's connection may be faster than ours, and slots are given to known sessions only: so wait."""
         client = self._usable()
-        if client is None or request.known_to(client):
+        if client is None or request.known_to(client) or request.outdated:
             return
         opened: Handoff[bool] = Handoff()
         opening = Lookup(client.new_id(), request.session, 0, b"", 0)
@@ -320,3 +380,9 @@ class SchedulerAdapter(Lookups):
 def _check(name: str, seconds: float) -> None:
     if not 0 < seconds < math.inf:  # NaN is neither
         raise Misuse(f"{name} is {seconds}: it must be a positive number of seconds")
+
+
+def _version(version: str) -> tuple[str, str]:
+    if not isinstance(version, str) or not version:
+        raise Misuse(f"the weights' version is {version!r}: give a str that is not empty")
+    return ("weights version", version)

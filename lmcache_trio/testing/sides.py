@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,12 +104,13 @@ class Side:
         *,
         scheduler: type[SchedulerAdapter] = PollingSchedulerAdapter,
         worker: type[WorkerAdapter] = WorkerAdapter,
+        identity: Sequence[str | bytes] = ("a model",),
         **settings: Any,
     ) -> None:
         engine = next(engine_ids)
         self.kv = kv
         self.scheduler = scheduler(
-            address, engine_id=engine, identity=["a model"], block_tokens=BLOCK, connect_timeout=30.0, **settings
+            address, engine_id=engine, identity=identity, block_tokens=BLOCK, connect_timeout=30.0, **settings
         )
         self.worker = worker(address, engine_id=engine, block_tokens=BLOCK, connect_timeout=30.0, reply_timeout=30.0)
         self.worker.register_kv_caches(kv)

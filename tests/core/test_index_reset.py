@@ -131,3 +131,13 @@ def test_other_namespaces_keep_what_they_have(world: Make) -> None:
     w.index.reset(w.name)
     w.index.sweep(ALL)
     assert w.index.match(b"B" * 32, w.digests("ab")) == 2
+
+
+def test_what_no_engine_uses_is_forgotten_with_its_reset(world: Make) -> None:
+    w = world(8)
+    w.store("ab")
+    w.index.detach(w.name)
+    w.index.reset(w.name)
+    assert (w.held["namespaces"], w.held["chunks_stale"]) == (0, 2)
+    w.index.sweep(ALL)
+    assert (w.arena.used, w.held["chunks_stale"]) == (0, 0)

@@ -34,7 +34,15 @@ ANYONE: dict[Kind, Kind | None] = {m.Ping: m.Pong, m.Statistics: m.StatisticsRep
 SAID_BY: dict[Role, dict[Kind, Kind | None]] = {
     Role.OBSERVER: ANYONE | {m.LetGo: m.Ack},
     Role.SCHEDULER: ANYONE
-    | {m.Lookup: m.Answer, m.LookupStatus: m.Answer, m.Reset: m.Ack, m.Taken: None, m.Release: None, m.Ended: None},
+    | {
+        m.Lookup: m.Answer,
+        m.LookupStatus: m.Answer,
+        m.Reset: m.Ack,
+        m.Identify: m.Ack,
+        m.Taken: None,
+        m.Release: None,
+        m.Ended: None,
+    },
     Role.WORKER: ANYONE
     | {m.Register: m.NamespaceKnown, m.Retrieve: m.Pinned, m.Done: m.Finished, m.Reserve: m.Reserved}
     | {m.Commit: m.Committed, m.Abort: m.Ack, m.Attach: m.Ack, m.StoreBlocks: m.Stored}
