@@ -181,6 +181,15 @@ class Limits:
     pushes: int = _limit(
         16_384, "Messages that may wait for a client that does not read; with one more, its connection is ended."
     )
+    unfinished_bytes: int = attrs.field(
+        default=64 << 20,
+        validator=_between(4 << 20, 1 << 40),
+        metadata={
+            "unit": "bytes",
+            "help": "Of messages of all clients together whose end has not come; with more, the client that began first"
+            " is ended. A message has 4 MiB at most.",
+        },
+    )
     namespaces: int = _limit(
         256, "Layouts that no engine uses any more and that still hold chunks; the one left longest ago goes first."
     )

@@ -86,10 +86,13 @@ def _is_the_same(client: Client) -> bool:
 
 
 async def _read_guarded(state: State, client: Client, transport: Connection) -> None:
+    transport.unfinished = state.unfinished
     try:
         await _read(state, client, transport)
     except Gone:
-        pass
+        if transport.fault:
+            state.counted["protocol_errors"] += 1
+            log.warning("ended the connection of %s: %s", client, transport.fault)
     except ProtocolError as exc:
         state.counted["protocol_errors"] += 1
         log.warning("ending the connection of %s: %s", client, exc)

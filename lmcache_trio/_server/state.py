@@ -20,7 +20,7 @@ from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.tier_loads import Start
 from lmcache_trio._server.tier_writes import Deletion
 from lmcache_trio._server.tiers import Tiers
-from lmcache_trio._transport import Connection
+from lmcache_trio._transport import Connection, Unfinished
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import Hello, Lookup, Message, NamespaceKnown, Register, Role
 from lmcache_trio.abc import Memory
@@ -171,6 +171,9 @@ class State:
     counted: Counter[str] = attrs.field(factory=lambda: Counter(dict.fromkeys(COUNTERS, 0)))
     dropped: Counter[str] = attrs.field(factory=Counter)
     limits_hit: Counter[str] = attrs.field(factory=lambda: Counter({f.name: 0 for f in attrs.fields(Limits)}))
+    unfinished: Unfinished = attrs.field(
+        default=attrs.Factory(lambda self: Unfinished(self.config.limits.unfinished_bytes), takes_self=True)
+    )
     taken: int = 0
     stopping: bool = False
     idle: trio.Event = attrs.field(factory=trio.Event)

@@ -31,6 +31,7 @@ def statistics_of(state: State) -> dict[str, Any]:
     held["bytes_taken"], held["bytes_size"] = memory["bytes_taken"], memory["bytes_size"]
     counted = {name: count for name, count in index["counted"].items() if name not in _COUNTED_HERE}
     counted["limits"] = {**state.limits_hit, "namespaces": counted.pop("namespaces_dropped")}
+    counted["limits"]["unfinished_bytes"] = state.unfinished.given_up
     drops = Counter(index["counted"]["dropped"]) + state.dropped
     found: dict[str, Any] = {
         "held": held,

@@ -24,6 +24,7 @@ __all__ = [
     "Introduction",
     "PairListener",
     "Rendezvous",
+    "Unfinished",
     "dial_pair",
     "introduce",
     "listen",
@@ -37,6 +38,11 @@ MAX_MESSAGE = 4 << 20
 
 class Connection(ABC):
     """One ordered, full-duplex stream of whole messages with one peer. One task at a time may receive."""
+
+    unfinished: Unfinished | None = None
+    """What bounds the messages of this and other connections of which a part came; none by default."""
+    fault: str = ""
+    """What the peer did, where this end ended the connection for it."""
 
     @property
     @abstractmethod
@@ -71,6 +77,35 @@ class Connection(ABC):
         """End it now; idempotent. Waiters get `Gone`. What was sent and is still on its way may be lost: whoever wants
         a last word heard sends it and waits, bounded, for `wait_closed`.
         """
+
+
+class Unfinished:
+    """The messages of many connections whose last part has not come: *limit* bytes of them together.
+
+    With more, the connection whose message was begun first is ended: a sender that is alive needs a few milliseconds
+    for the largest.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.given_up = 0
+        self._limit = limit
+        self._total = 0
+        self._parts: dict[Connection, int] = {}  # bytes; what was begun first comes first
+
+    def add(self, connection: Connection, size: int) -> None:
+        """*connection* received another *size* bytes. This may end it, or others."""
+        self._parts[connection] = self._parts.get(connection, 0) + size
+        self._total += size
+        while self._total > self._limit:
+            oldest = next(iter(self._parts))
+            self.given_up += 1
+            oldest.fault = f"it began a message and did not end it, while all together reached {self._limit} bytes"
+            oldest.close()
+            self.end(oldest)
+
+    def end(self, connection: Connection) -> None:
+        """It has no unfinished message any more. Idempotent."""
+        self._total -= self._parts.pop(connection, 0)
 
 
 class Introduction(ABC):

@@ -136,7 +136,7 @@ class UnixLink(Connection):
 
     def _close_descriptors(self) -> None:
         self._closed = True
-        self._parts = None
+        self._drop_parts()
         self._socket.close()
         self._end.close()
         inherited.discard(self)
@@ -196,6 +196,7 @@ class UnixLink(Connection):
         if kind == _WHOLE:
             return content
         if kind == _FIRST:
+            self._drop_parts()
             self._parts = []
         if self._parts is None or not content:
             raise self._refused("a part of no message")
@@ -203,13 +204,22 @@ class UnixLink(Connection):
         if len(self._parts) > -(-self._limit // PACKET):
             raise self._refused(f"a message of more than {self._limit} bytes")
         if kind != _LAST:
+            if self.unfinished is not None:
+                self.unfinished.add(self, len(content))
             return None
-        message, self._parts = b"".join(self._parts), None
+        message = b"".join(self._parts)
+        self._drop_parts()
         if len(message) > self._limit:
             raise self._refused(f"a message of {len(message)} bytes")
         return message
 
+    def _drop_parts(self) -> None:
+        self._parts = None
+        if self.unfinished is not None:
+            self.unfinished.end(self)
+
     def _refused(self, what: str) -> Gone:
+        self.fault = f"{what} came"
         self.close()
         return Gone(f"the connection was ended, because {what} came")
 

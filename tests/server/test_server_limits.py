@@ -1,10 +1,13 @@
 """What one client may have at one time: beyond it, a request is refused by the limit's name, and counted."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
+from lmcache_trio._transport.unix import PACKET
 from lmcache_trio._wire.messages import (
     Answer,
     Done,
@@ -18,6 +21,8 @@ from lmcache_trio._wire.messages import (
     Retrieve,
 )
 from lmcache_trio.config import Config, Limits
+
+FIRST, MORE = b"\1", b"\2"
 
 
 def fingerprint(number: int) -> bytes:
@@ -207,3 +212,44 @@ def test_limits_are_a_table_of_the_configuration() -> None:
 
     assert load_config(sets=["limits.sessions=5"], environ={}).limits == Limits(sessions=5)
     assert Config().limits == Limits()
+
+
+# --- unfinished messages ----------------------------------------------------------------------------------------------
+
+
+async def test_of_clients_that_do_not_end_their_messages_the_one_that_began_first_is_ended(
+    rigs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with rigs(address=f"unix://{tmp_path}/s.sock", limits=Limits(unfinished_bytes=4 << 20)) as rig:
+        begun = [await rig.observer() for _ in range(4)]
+        for client in begun[:3]:
+            with trio.fail_after(60):
+                for i in range(24):  # 1.5 MiB each
+                    await client.connection._put_soon((MORE if i else FIRST) + bytes(PACKET))
+        assert await begun[0].gone() == []
+        for client in begun[1:]:
+            await client.get(Pong, Ping)
+        assert limits_hit(rig) == {"unfinished_bytes": 1}
+        assert sum("did not end it" in record.getMessage() for record in caplog.records) == 1
+        begun[1].connection.close()
+        await rig.until(connections=2)
+        for i in range(24):  # the lost one's have left room for these
+            await begun[3].connection._put_soon((MORE if i else FIRST) + bytes(PACKET))
+        await begun[3].get(Pong, Ping)
+        await begun[2].get(Pong, Ping)
+        assert limits_hit(rig) == {"unfinished_bytes": 1}
+        for client in begun:
+            client.connection.close()
+
+
+async def test_a_packet_that_is_none_of_ours_is_counted_and_logged(
+    rigs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with rigs(address=f"unix://{tmp_path}/s.sock") as rig:
+        client = await rig.observer()
+        await client.connection._put_soon(b"\x09what")
+        assert await client.gone() == []
+        await rig.until(connections=0)
+        assert rig.counted()["protocol_errors"] == 1
+        assert any("none of ours" in record.getMessage() for record in caplog.records)
+        client.connection.close()

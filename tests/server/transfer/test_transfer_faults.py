@@ -117,7 +117,7 @@ async def test_a_flood_of_attaches_is_refused_by_the_name_of_the_limit(open_rig:
         for number in range(100, 200):
             rig.worker.connection.send_nowait(encode(Attach(number, encode_export(rig.export))))
         await settled()
-        replies = rig.said()
+        replies: list[Any] = rig.said()
         assert {reply.id: reply.kind for reply in replies} == dict.fromkeys(range(102, 200), ErrorKind.MISUSE)
         assert all("limits.attaches" in reply.message for reply in replies)
         assert (rig.held["attaching"], rig.held["tasks"]) == (2, before + 2)
