@@ -1,6 +1,9 @@
 """The disk tier's settings, and how its size is shared out."""
 
+import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -9,7 +12,9 @@ from lmcache_trio.errors import ConfigError
 from lmcache_trio_backends._disk_policy import ADMISSIONS
 from lmcache_trio_backends._disk_records import ALIGNMENT
 
-__all__ = ["DURABILITIES", "MIN_SIZE", "Budget", "DiskConfig"]
+__all__ = ["DURABILITIES", "MIN_SIZE", "Budget", "DiskConfig", "usable_size"]
+
+log = logging.getLogger("lmcache_trio.disk")
 
 DURABILITIES = ("process", "periodic", "power")
 MIN_SIZE = 4 << 20
@@ -99,3 +104,20 @@ class Budget:
         index = max(256 << 10, size // 64)
         wal = min(8 << 20, max(1 << 20, size // 32))
         return cls((size - index - wal - _MARGIN) // ALIGNMENT * ALIGNMENT, index, wal)
+
+
+def usable_size(config: DiskConfig) -> int:
+    """`size`, or what its file system has in all where that is less. It blocks. ConfigError: it has too little.
+
+    What others take of it now is another matter: that may change, and the tier grows into what is free.
+    """
+    path = Path(config.path)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    disk = os.statvfs(there)
+    total = disk.f_blocks * disk.f_frsize
+    if not total or config.size <= total:  # some file systems don't tell
+        return config.size
+    if total < MIN_SIZE:
+        raise ConfigError("path", f"the file system of {config.path!r} has {total} bytes; give one of {MIN_SIZE}")
+    log.warning("size is %d, but the file system of %s has %d bytes in all: it is %d", config.size, path, total, total)
+    return total

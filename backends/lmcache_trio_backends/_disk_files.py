@@ -7,16 +7,19 @@ lmcache-trio-slab-00000…   the chunks' bytes
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_home import INDEX_NAME, Home
 from lmcache_trio_backends._disk_index import IndexFile
 from lmcache_trio_backends._disk_records import ALIGNMENT
-from lmcache_trio_backends._disk_slabs import Slabs, probe
+from lmcache_trio_backends._disk_slabs import NO_SPACE, Slabs, fallocate, probe
 
 __all__ = ["Files"]
 
+_RESERVE = "lmcache-trio-reserve"
+"""Keeps the log's space while no server runs, when there is no log: so a full disk can be opened, and read."""
 log = logging.getLogger("lmcache_trio.disk")
 
 
@@ -26,6 +29,7 @@ class Files:
     def __init__(self, config: DiskConfig, budget: Budget, home: Home) -> None:
         self._config = config
         self._home = home
+        self._wal_room = budget.wal
         self._slab_size = config.slab_size // ALIGNMENT * ALIGNMENT
         flush = config.durability == "power"
         self.index = IndexFile(home.inside / INDEX_NAME, room=budget.index, wal_room=budget.wal, flush=flush)
@@ -38,6 +42,7 @@ class Files:
         self._home.open(flush=self._config.durability == "power")
         try:
             probe(self._home, direct=self._config.direct)
+            self._home.remove_file(_RESERVE)  # the log takes its place, also on a disk that others have filled
             if anew:
                 self.index.remove()
             why = "it was found damaged" if anew else ""
@@ -57,6 +62,21 @@ class Files:
             self.close()
             raise
 
+    def grow(self) -> int:
+        """As `Slabs.grow`, but for what the index may need yet."""
+        return self.slabs.grow(self.index.spare)
+
+    def _keep_reserve(self) -> None:
+        fd = self._home.open_file(_RESERVE, os.O_RDWR | os.O_CREAT)
+        try:
+            fallocate(fd, 0, self._wal_room)
+        except OSError as exc:
+            os.ftruncate(fd, 0)
+            if exc.errno not in NO_SPACE:
+                raise
+        finally:
+            os.close(fd)
+
     def check(self) -> None:
         """OSError when the directory is gone."""
         self._home.check()
@@ -70,7 +90,9 @@ class Files:
                 self.slabs.flush()
         finally:
             try:
-                self.index.close()
+                is_clean = self.index.close()
+                if is_clean:
+                    self._keep_reserve()
             finally:
                 self.slabs.close()
                 self._home.close()

@@ -16,8 +16,9 @@ from typing import TypeVar
 
 from lmcache_trio_backends._disk_home import FORMAT, open_own
 from lmcache_trio_backends._disk_records import Doomed, Row, is_sound
+from lmcache_trio_backends._disk_slabs import set_aside
 
-__all__ = ["PAGE", "Damaged", "IndexFile", "is_corrupt"]
+__all__ = ["PAGE", "Damaged", "Full", "IndexFile", "is_corrupt"]
 
 log = logging.getLogger("lmcache_trio.disk")
 
@@ -39,12 +40,18 @@ CREATE TABLE IF NOT EXISTS chunks (
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS forgotten (namespace BLOB PRIMARY KEY, generation INTEGER NOT NULL) WITHOUT ROWID;
 """
+_AHEAD = 64
+"""Pages of the index file that the disk gives before they are needed, 256 KiB: each time costs a transaction."""
 _MAX_ROWS = 400
 """Rows that one statement names: SQLite takes 32,766 variables."""
 
 
 class Damaged(sqlite3.DatabaseError):
     """The file is a database, but not one that we wrote."""
+
+
+class Full(Exception):
+    """The disk has no space for the pages that more rows may take."""
 
 
 def is_corrupt(exc: BaseException) -> bool:
@@ -69,6 +76,8 @@ class IndexFile:
         self._wal_room = wal_room
         self._flush = flush
         self._db: sqlite3.Connection | None = None
+        self.spare = room
+        """Bytes of *room* that the disk has not given yet. May be read in any thread."""
         self.damaged = 0
         """Rows that were none, and are erased."""
 
@@ -135,6 +144,31 @@ class IndexFile:
         db.execute("DELETE FROM chunks WHERE key <= x''")  # keys that are no bytes: `page` would never come to them
         self.damaged += db.execute("SELECT changes()").fetchone()[0]
         self._write_back_if_due()  # a former server may have had more room for the log
+        set_aside(self._wal, self._wal_room)
+        self._take_pages(0)
+
+    @property
+    def _wal(self) -> Path:
+        return self.path.with_name(self.path.name + "-wal")
+
+    def _take_pages(self, rows: int) -> bool:
+        """See that *rows* more find free pages in the file, which the disk has given. False: it has no more now.
+
+        Else SQLite meets a full disk in the middle, when it writes its log back, and then can't even erase. Pages that
+        it may use must be within the file: it gives back what lies behind, at each checkpoint.
+        """
+        (pages,), (free,) = (self._do(f"PRAGMA {count}").fetchone() for count in ("page_count", "freelist_count"))
+        need, most = 2 * rows + 2, self._room // PAGE
+        self.spare = max(0, most - pages) * PAGE
+        if free >= need or pages >= most - 2:
+            return True
+        for more in dict.fromkeys(min(count, most - pages) for count in (need - free + _AHEAD, need - free)):
+            if set_aside(self.path, (pages + more) * PAGE):
+                with self._transaction() as db:  # a long value comes and goes, and its pages are free
+                    db.execute("INSERT OR REPLACE INTO facts VALUES ('ahead', zeroblob(?))", ((more - 2) * (PAGE - 4),))
+                    db.execute("DELETE FROM facts WHERE name = 'ahead'")
+                return True
+        return False
 
     def fact(self, name: str, value: int | None = None) -> int | None:
         """The number kept under *name*; *value*, where given, is kept first."""
@@ -187,7 +221,9 @@ class IndexFile:
         return sound
 
     def publish(self, rows: Sequence[Row]) -> None:
-        """Keep *rows*, all or none, at most `batch`."""
+        """Keep *rows*, all or none, at most `batch`. Full: none, for want of space on the disk."""
+        if not self._take_pages(len(rows)):
+            raise Full
         with self._transaction() as db:
             for some in _pieces(sorted(rows)):
                 values = ",".join(["(?, ?, ?, ?, ?, ?)"] * len(some))
@@ -228,11 +264,12 @@ class IndexFile:
         """Bring all that was published to the disk itself."""
         self._checkpoint("FULL")
 
-    def close(self) -> None:
-        """Idempotent. The last checkpoint is made here, and the WAL is gone."""
+    def close(self) -> bool:
+        """Idempotent. The last checkpoint is made here, and the WAL is gone. Whether it was open."""
         db, self._db = self._db, None
         if db is not None:
             db.close()
+        return db is not None
 
     def _do(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
         if self._db is None:
@@ -259,9 +296,9 @@ class IndexFile:
 
         They are due at half of the room, and a transaction takes a quarter: past both, one is likely to have failed.
         """
-        wal = self.path.with_name(self.path.name + "-wal")
-        if wal.stat().st_size > self._wal_room * 3 // 4:
+        if self._wal.stat().st_size > self._wal_room * 3 // 4:
             self._checkpoint("TRUNCATE")
+            set_aside(self._wal, self._wal_room)
 
     def _checkpoint(self, mode: str) -> None:
         (busy, _, _) = self._do(f"PRAGMA wal_checkpoint({mode})").fetchone()

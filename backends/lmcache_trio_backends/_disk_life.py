@@ -21,11 +21,12 @@ from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_home import Home
+from lmcache_trio_backends._disk_index import Full
 from lmcache_trio_backends._disk_policy import Admission
 from lmcache_trio_backends._disk_reading import Reading
 from lmcache_trio_backends._disk_records import MAX_SHARDS, Read, Write, extent_of, name_of
 from lmcache_trio_backends._disk_room import Room
-from lmcache_trio_backends._disk_slabs import ByteIO
+from lmcache_trio_backends._disk_slabs import NO_SPACE, ByteIO
 from lmcache_trio_backends._disk_transfer import Transfer, flat
 from lmcache_trio_backends._disk_worker import Worker
 
@@ -212,6 +213,9 @@ class DiskLife:
                     await self._worker.carry(transfer, transfer.write)
                 finally:
                     transfer.release()
+                if transfer.error is not None and transfer.error.errno in NO_SPACE:
+                    self._drop_full(len(writes))  # a disk that writes elsewhere each time, in spite of fallocate
+                    return
                 if transfer.error is not None:
                     raise self._worker.unavailable(transfer.error) from transfer.error
                 with trio.CancelScope(shield=True):
@@ -232,12 +236,23 @@ class DiskLife:
         whole = [(i, write, sums) for i, write, sums in done if sums is not None]
         for i, _, _ in whole:
             del writes[i]
-        await self._worker.ask(self._files.index.publish, [write.as_row(sums) for _, write, sums in whole])
+        try:
+            await self._worker.ask(self._files.index.publish, [write.as_row(sums) for _, write, sums in whole])
+        except Full:
+            writes.update((i, write) for i, write, _ in whole)
+            self._drop_full(len(whole))
+            freed = self._directory.evict(sum(extent_of(write.lengths) for _, write, _ in whole))
+            self._counts["evicted"] += freed  # their pages are for those that come next
+            return
         for i, write, sums in whole:
             taken[i] = self._directory.publish(write, sums)
             self._counts["stored"] += taken[i]
         self._unflushed = True
         self._expect_flush()
+
+    def _drop_full(self, count: int) -> None:
+        self._counts["dropped_no_space"] += count
+        self._room.note_full()
 
     async def _reserve(self, record: Record, lengths: Sequence[int]) -> Write | None:
         """Room for *record*: in a hole, in a new slab, or in place of what was least recently used."""

@@ -3,6 +3,7 @@
 It does what `_disk_directory` decided, in the order that survives a kill: a row is gone before its bytes are free.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from lmcache_trio_backends._disk_worker import Worker
 
 __all__ = ["Room"]
 
+log = logging.getLogger("lmcache_trio.disk")
+
 
 class Room:
     """Room in the slabs of one open tier. Evictions are counted in *counts*."""
@@ -26,6 +29,7 @@ class Room:
         self._files = files
         self._worker = worker
         self._counts = counts
+        self._is_full = False
         self._growing = trio.Lock()
         self._settling = trio.Lock()
 
@@ -55,9 +59,25 @@ class Room:
             if before >= self._files.slabs.capacity:
                 return False
             with trio.CancelScope(shield=True):
-                taken = await self._worker.run(self._files.slabs.grow)
+                taken = await self._worker.run(self._files.grow)
                 self._directory.grow(taken)
+        self._tell(is_full=taken == before)
         return taken > before
+
+    def note_full(self) -> None:
+        """The disk had no space for a write, or for the index."""
+        self._tell(is_full=True)
+
+    def _tell(self, *, is_full: bool) -> None:
+        """The file system has no room: that is capacity reached. One line when that begins, and one when it ends."""
+        slabs = self._files.slabs
+        self._counts["disk_full"] += is_full
+        if is_full and not self._is_full:
+            text = "the disk of %s has no space: %d of %d bytes are used, and chunks evict each other within them"
+            log.warning(text, self._files.index.path.parent, slabs.taken, slabs.capacity)
+        elif self._is_full and not is_full:
+            log.info("the disk of %s has space again: %d bytes are used", self._files.index.path.parent, slabs.taken)
+        self._is_full = is_full
 
     async def settle(self, batches: float = math.inf) -> None:
         """Erase what is doomed and held by nobody, at most *batches* of it, so that its bytes are free."""

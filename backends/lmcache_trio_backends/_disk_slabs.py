@@ -10,18 +10,24 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from lmcache_trio.errors import ConfigError
 from lmcache_trio_backends._disk_home import Home, slab_name
 from lmcache_trio_backends._disk_records import ALIGNMENT, Lost, round_up
 
-__all__ = ["ByteIO", "Slabs", "fallocate", "probe"]
+__all__ = ["NO_SPACE", "ByteIO", "Slabs", "fallocate", "probe", "set_aside"]
 
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _CANT_ALLOCATE = "can't set space aside (fallocate); use ext4, XFS or tmpfs"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A disk, a user's quota, or the largest file that a process may write (RLIMIT_FSIZE) is full."""
+LEAST_GROWTH = 1 << 20
+"""Bytes that a slab grows by at least, where the disk has less than a whole slab: smaller ones are many small files'
+worth of holes."""
+_KEEP_SIZE = 1
+"""FALLOC_FL_KEEP_SIZE: the bytes are set aside behind the end of the file, which stays where it is."""
 _BOUNCE = 1 << 20
 
 
@@ -87,7 +93,7 @@ class Slabs:
         try:
             fallocate(fd, whole, length - whole)
         except OSError as exc:
-            if exc.errno not in _NO_SPACE:
+            if exc.errno not in NO_SPACE:
                 raise
             os.ftruncate(fd, whole)
             usable = False
@@ -103,25 +109,39 @@ class Slabs:
             self._home.remove_file(name)
         return len(names)
 
-    def grow(self) -> int:
-        """Take the next slab, or the rest of the last. Returns the bytes taken; the same again: no more to come."""
+    def grow(self, spare: int) -> int:
+        """Take the next slab, or the rest of the last; where the disk has less, what it has, but for *spare* bytes.
+
+        Returns the bytes taken; the same again: no more to come, or no more now.
+        """
         if self.taken >= self.capacity:
             return self.taken
         index = self.taken // self.slab_size
         start = index * self.slab_size
-        length = min(self.slab_size, self.capacity - start)
+        have = self.taken - start
+        length = min(self.slab_size, self.capacity - start) - have
+        least = min(length, LEAST_GROWTH)
+        disk = os.statvfs(self._home.inside)
+        if disk.f_blocks:  # some file systems don't tell
+            length = min(length, (disk.f_bavail * disk.f_frsize - spare) // ALIGNMENT * ALIGNMENT)
+        if length < least:
+            return self.taken
         if index == len(self._fds):
             self._fds.append(self._home.open_file(slab_name(index), self._flags | os.O_CREAT))
             self._home.flush_names()  # or a power failure takes the file whose bytes were flushed
-        have = self.taken - start
-        try:
-            fallocate(self._fds[index], have, length - have)
-        except OSError as exc:
-            os.ftruncate(self._fds[index], have)  # what the attempt took goes back
-            if exc.errno in _NO_FALLOCATE:
-                raise ConfigError("path", f"the file system of {str(self._home.path)!r} {_CANT_ALLOCATE}") from exc
-            raise
-        self.taken = start + length
+        while length >= least:  # a quota, or a limit on a file's size, is known by trying
+            try:
+                fallocate(self._fds[index], have, length)
+            except OSError as exc:
+                os.ftruncate(self._fds[index], have)  # what the attempt took goes back
+                if exc.errno in _NO_FALLOCATE:
+                    raise ConfigError("path", f"the file system of {str(self._home.path)!r} {_CANT_ALLOCATE}") from exc
+                if exc.errno not in NO_SPACE:
+                    raise
+                length = length // 2 // ALIGNMENT * ALIGNMENT
+            else:
+                self.taken += length
+                break
         return self.taken
 
     def read(self, offset: int, view: memoryview) -> int:
@@ -169,15 +189,29 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)  # a 64-bit off_t
 
 
-def fallocate(fd: int, offset: int, length: int) -> None:
+def fallocate(fd: int, offset: int, length: int, mode: int = 0) -> None:
     """fallocate(2) itself, without the lock of the interpreter. OSError where the file system has none.
 
     `os.posix_fallocate` makes do there: the C library writes a byte into each block, which promises nothing on a file
     system that writes elsewhere next time, and takes its time.
     """
-    while _libc.fallocate(fd, 0, offset, length):
+    while _libc.fallocate(fd, mode, offset, length):
         if (number := ctypes.get_errno()) != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def set_aside(path: Path, length: int) -> bool:
+    """Set *length* bytes of *path* aside without making it longer: SQLite may grow into them. False: no space now."""
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fallocate(fd, 0, length, _KEEP_SIZE)
+    except OSError as exc:
+        if exc.errno not in NO_SPACE:
+            raise
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def probe(home: Home, *, direct: bool) -> None:
@@ -192,6 +226,8 @@ def probe(home: Home, *, direct: bool) -> None:
             fd = home.open_file(name, os.O_RDWR | os.O_DIRECT)
             _write_direct(fd, 0, memoryview(bytes(ALIGNMENT)))
     except OSError as exc:
+        if exc.errno in NO_SPACE:
+            return  # it can, but for now
         if exc.errno not in _NO_FALLOCATE:
             raise
         if not direct:

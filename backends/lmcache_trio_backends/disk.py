@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+import attrs
 import trio
 
 from lmcache_trio.abc import ChunkKey, Load, Record, Tier
 from lmcache_trio.errors import ConfigError, Unavailable
-from lmcache_trio_backends._disk_config import Budget, DiskConfig
+from lmcache_trio.threads import offload
+from lmcache_trio_backends._disk_config import Budget, DiskConfig, usable_size
 from lmcache_trio_backends._disk_home import Home
 from lmcache_trio_backends._disk_life import DiskLife
 from lmcache_trio_backends._disk_policy import make_admission
@@ -22,7 +24,6 @@ from lmcache_trio_backends._disk_slabs import ByteIO
 
 __all__ = ["DiskConfig", "DiskTier"]
 
-LOST = ("lost_slabs", "lost_index")
 DROP_REASONS = ("admission", "no_space", "not_ready", "size", "writing")
 
 
@@ -53,7 +54,11 @@ class DiskTier(Tier):
         ConfigError for a setting that does not fit this machine, at the first time; after that, whatever is wrong is
         `Unavailable`, because it may pass.
         """
-        life = DiskLife(self.config, self._home, self._admit, self._counts, self.wrap_io)
+        try:
+            size = await offload(usable_size, self.config)
+        except OSError as exc:
+            raise Unavailable(f"the disk tier in {self.config.path!r}: {exc}") from exc
+        life = DiskLife(attrs.evolve(self.config, size=size), self._home, self._admit, self._counts, self.wrap_io)
         try:
             await life.start(anew=self._anew)
         except ConfigError as exc:
@@ -105,7 +110,8 @@ class DiskTier(Tier):
         held: dict[str, int | str] = {"chunks": 0, "bytes_used": 0, "bytes_capacity": Budget.of(self.config.size).slabs}
         if self._life is not None:
             held |= self._life.statistics()
-        names = ("hits", "misses", "corrupt", *LOST, "stored", "evicted", *(f"dropped_{why}" for why in DROP_REASONS))
+        names = ("hits", "misses", "corrupt", "lost_slabs", "lost_index", "stored", "evicted", "disk_full")
+        names += tuple(f"dropped_{why}" for why in DROP_REASONS)
         return held | {name: self._counts[name] for name in names}
 
     def _living(self) -> DiskLife:

@@ -417,23 +417,26 @@ async def test_a_directory_that_is_removed_is_unavailable_and_works_again_when_o
         assert await stored(tier, 2) == [True]
 
 
-async def test_a_full_disk_is_unavailable_and_what_was_there_is_there_when_it_is_opened_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_full_disk_is_capacity_reached_and_its_chunks_evict_each_other_until_there_is_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tier = disk_tier(tmp_path)
-    with pytest.raises(Unavailable, match="No space"):
-        async with tier.open():
-            assert all(await stored(tier, 1, 2, lengths=(MIB,)))
-            monkeypatch.setattr(_disk_slabs, "fallocate", _raise(28))
-            assert await loaded(tier, 1, lengths=(MIB,)) == [True]
-            await stored(tier, 3, lengths=(4 * MIB,))
-    with pytest.raises(Unavailable, match="No space"):
-        async with tier.open():
-            pass
-    monkeypatch.undo()
     async with tier.open():
+        assert all(await stored(tier, 1, 2, lengths=(MIB,)))
+        monkeypatch.setattr(_disk_slabs, "fallocate", _raise(28))
         assert all(await loaded(tier, 1, 2, lengths=(MIB,)))
-        assert await stored(tier, 3, lengths=(4 * MIB,)) == [True]
+        assert await stored(tier, 3, lengths=(3 * MIB,)) == [True]  # in place of both: the slab has 4
+        assert await loaded(tier, 1, 2, lengths=(MIB,)) == [False, False]
+        assert await stored(tier, 4, lengths=(5 * MIB,)) == [False]  # the slab has 4
+        assert tier.statistics()["dropped_no_space"] == 1
+        assert int(tier.statistics()["disk_full"]) > 1
+    assert len([line for line in caplog.messages if "has no space" in line]) == 1
+    async with tier.open():
+        assert await stored(tier, 5, lengths=(MIB,)) == [True]
+        monkeypatch.undo()
+        caplog.set_level("INFO", "lmcache_trio.disk")
+        assert await stored(tier, 4, lengths=(5 * MIB,)) == [True]
+        assert await loaded(tier, 4, lengths=(5 * MIB,)) == [True]
 
 
 async def test_an_index_that_cannot_be_written_fails_the_tier_until_it_is_opened_again(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-import re
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,41 +72,138 @@ def on(*kinds: str, megabytes: int = 32, options: str = "rw") -> pytest.MarkDeco
     return pytest.mark.parametrize("there", [(kind, megabytes, options) for kind in kinds], indirect=True, ids=kinds)
 
 
-@on("tmpfs", "ext4", megabytes=12)
-async def test_a_full_disk_is_unavailable_and_goes_on_where_it_was_when_there_is_room_again(there: Path) -> None:
-    tier = disk_tier(there / "kv")
-    filler = there / "filler"
-    number = 0
-    with pytest.raises(Unavailable, match="No space left on device"):
-        async with tier.open():
-            for number in range(20):
-                if number == 3:
-                    filler.write_bytes(b"\1" * 2 * MIB)
-                assert await stored(tier, number)
-    assert 3 < number < 12
-    filler.unlink()
-    async with tier.open():
-        assert all(await loaded(tier, *range(number)))
-        assert tier.statistics()["chunks"] == number
-        assert await stored(tier, number)
-
-
-@on("tmpfs", "ext4", megabytes=12)
-async def test_a_disk_without_a_byte_left_is_unavailable_at_the_opening_and_opens_later(there: Path) -> None:
-    tier = disk_tier(there / "kv", 8 * MIB)
-    async with tier.open():
-        assert await stored(tier, 1)
-    filler = there / "filler"
+def fill(filler: Path, leave: int = 0) -> None:
+    """Others take every byte of its file system, but for *leave*."""
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         while True:
             file.write(b"\1" * 4096)
-    with pytest.raises(Unavailable, match=r"No space|full"):
-        async with tier.open():
-            pass
-    filler.unlink()
+    with filler.open("r+b") as file:
+        file.truncate(filler.stat().st_size - leave)
+
+
+@on("tmpfs", "ext4", megabytes=12)
+async def test_a_disk_that_others_fill_is_capacity_reached_and_grows_again_when_there_is_room(
+    there: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "lmcache_trio.disk")
+    tier = disk_tier(there / "kv", 8 * MIB)
+    filler = there / "filler"
     async with tier.open():
-        assert await loaded(tier, 1) == [True]
-        assert await stored(tier, 2)
+        assert await stored(tier, 0)
+        assert await stored(tier, 1)
+        fill(filler)
+        taken = tier.statistics()["bytes_taken"]
+        for number in range(2, 20):
+            assert await stored(tier, number)
+            assert await loaded(tier, number - 1, number) == [True, True]
+        held = tier.statistics()
+        assert (held["bytes_taken"], held["chunks"], held["evicted"]) == (taken, 2, 18)
+        assert int(held["disk_full"]) > 0
+        assert len([line for line in caplog.messages if "has no space" in line]) == 1
+        filler.unlink()
+        for number in range(20, 24):
+            assert await stored(tier, number)
+        assert await loaded(tier, *range(20, 24)) == [True] * 4
+        assert int(tier.statistics()["bytes_taken"]) > int(taken)
+        assert len([line for line in caplog.messages if "has space again" in line]) == 1
+    async with tier.open():
+        assert await loaded(tier, *range(20, 24)) == [True] * 4
+
+
+@on("tmpfs", "ext4", megabytes=12)
+async def test_what_a_full_disk_has_left_is_used_before_chunks_evict_each_other(there: Path) -> None:
+    tier = disk_tier(there / "kv", 10 * MIB, slab_size=8 * MIB)
+    async with tier.open():
+        fill(there / "filler", leave=4 * MIB)
+        for number in range(3):
+            assert await stored(tier, number)
+        assert await loaded(tier, *range(3)) == [True] * 3
+        assert 3 * MIB <= int(tier.statistics()["bytes_taken"]) < 8 * MIB
+    async with tier.open():
+        assert await loaded(tier, *range(3)) == [True] * 3
+
+
+@on("tmpfs", "ext4", megabytes=12)
+async def test_many_small_chunks_on_a_full_disk_evict_each_other_though_the_index_cannot_grow(there: Path) -> None:
+    tier = disk_tier(there / "kv", 10 * MIB)
+    async with tier.open():
+        assert await stored(tier, 10_000)
+        fill(there / "filler")
+        taken = 0
+        for number in range(3000):
+            taken += list(await tier.store([record_of(key_of(number), (100,))])) == [True]
+        assert taken > 2000
+        load = load_of(key_of(2999), (100,))
+        assert list(await tier.load([load])) == [True]
+        assert is_right(load)
+
+
+@on("tmpfs", "ext4", megabytes=12)
+async def test_a_disk_without_a_byte_left_is_opened_and_read_and_grows_later(there: Path) -> None:
+    tier = disk_tier(there / "kv", 8 * MIB)
+    async with tier.open():
+        assert await stored(tier, 1)
+    fill(there / "filler")
+    for _ in range(3):
+        async with tier.open():
+            assert await loaded(tier, 1) == [True]
+            assert await stored(tier, 2)
+            assert await loaded(tier, 1, 2) == [True, True]
+            assert await stored(tier, 3)
+            assert sum(await loaded(tier, 1, 2, 3)) == 2
+            assert await stored(tier, 1)
+    (there / "filler").unlink()
+    async with tier.open():
+        for number in range(10, 14):
+            assert await stored(tier, number)
+        assert await loaded(tier, *range(10, 14)) == [True] * 4
+
+
+@on("tmpfs", "ext4", megabytes=12)
+async def test_a_size_beyond_the_file_system_is_told_with_what_will_be_used(
+    there: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = disk_tier(there / "kv", 1 << 40)
+    async with tier.open():
+        (line,) = [line for line in caplog.messages if line.startswith("size is")]
+        disk = os.statvfs(there)
+        assert f"{1 << 40}" in line
+        assert f"it is {disk.f_blocks * disk.f_frsize}" in line
+        assert int(tier.statistics()["bytes_capacity"]) < 12 * MIB
+        for number in range(30):
+            assert await stored(tier, number)
+        held = tier.statistics()
+        assert int(held["evicted"]) >= 18
+        assert held["dropped_no_space"] == 0
+
+
+@on("tmpfs", megabytes=2)
+async def test_a_file_system_that_is_too_small_is_refused(there: Path) -> None:
+    with pytest.raises(ConfigError, match="has 2097152 bytes") as caught:
+        async with disk_tier(there / "kv").open():
+            pass
+    assert caught.value.key == "path"
+
+
+async def test_a_limit_on_a_files_size_is_capacity_reached(tmp_path: Path) -> None:
+    tier = disk_tier(tmp_path / "kv", slab_size=8 * MIB)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * MIB + 1, limits[1]))
+    try:
+        async with tier.open():
+            for number in range(10):
+                assert await stored(tier, number)
+            assert await loaded(tier, 8, 9) == [True, True]
+            held = tier.statistics()
+            assert 2 * MIB <= int(held["bytes_taken"]) <= 3 * MIB
+            assert int(held["evicted"]) >= 7
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    async with tier.open():
+        assert await loaded(tier, 8, 9) == [True, True]
+        for number in range(20, 26):
+            assert await stored(tier, number)
+        assert await loaded(tier, *range(20, 26)) == [True] * 6
 
 
 @on("tmpfs", "ext4")
@@ -193,7 +290,7 @@ async def test_its_files_take_no_more_of_a_real_file_system_than_its_size(there:
 
 
 @on("tmpfs", "ext4", megabytes=12)
-async def test_a_disk_that_fills_up_under_a_server_is_fenced_and_used_again_when_there_is_room(
+async def test_a_disk_that_fills_up_under_a_server_is_not_fenced_and_goes_on(
     live: Any, watched: Any, chain: Any, there: Path
 ) -> None:
     tier = watched.around(disk_tier(there / "kv"))
@@ -202,24 +299,22 @@ async def test_a_disk_that_fills_up_under_a_server_is_fenced_and_used_again_when
         assert await server.store(chain("first", 2)) == 2
         await server.written_back()
         assert server.tier()["backend"]["chunks"] == 2
-        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-            while True:
-                file.write(b"\1" * 4096)
+        fill(filler)
         for number in range(10):  # 5 MiB, more than the slab that is there
             assert await server.store(chain(f"more {number}", 8)) == 8
             await server.written_back()
-        assert server.tier()["fenced"]
-        assert re.search("No space|full", server.tier()["reason"])
+        assert (server.tier()["failures"], server.tier()["dropped"]) == (0, 0), server.tier()["reason"]
+        assert server.tier()["backend"]["evicted"] > 40
+        assert await server.hits(chain("more 9", 8)) == 8
+    async with live(tier) as server:
         assert await server.hits(chain("more 9", 8)) == 8
         filler.unlink()
-        await tier.wait_works_again()
-        assert await server.store(chain("last", 4)) == 4
+        assert await server.store(chain("last", 40)) == 40
         await server.written_back()
-        assert (server.tier()["fenced"], server.tier()["bugs"]) == (False, 0)
     async with live(tier) as server:
-        assert int(server.tier()["backend"]["chunks"]) >= 6, server.tier()
-        assert await server.hits(chain("first", 2)) == 2, server.tier()
-        assert await server.hits(chain("last", 4)) == 4, server.tier()
+        assert await server.hits(chain("more 9", 8)) == 8
+        assert await server.hits(chain("last", 40)) == 40
+        assert server.tier()["failures"] == 0
 
 
 @on("ext4", options="errors=remount-ro")

@@ -3,7 +3,9 @@
 What is counted is steps, rows and calls, never milliseconds: those are the machine's.
 """
 
+import contextlib
 import itertools
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -17,7 +19,7 @@ from lmcache_trio_backends._disk_config import Budget
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_home import INDEX_NAME, Home, slab_name
-from lmcache_trio_backends._disk_index import IndexFile
+from lmcache_trio_backends._disk_index import PAGE, IndexFile
 from lmcache_trio_backends._disk_leaves import _GLANCES
 from lmcache_trio_backends._disk_records import Row, pack
 from lmcache_trio_backends._disk_worker import Worker
@@ -108,9 +110,9 @@ async def test_a_question_waits_for_one_page_of_the_reading_and_not_for_its_end(
 async def test_a_small_index_is_read_before_the_tier_is_open_and_a_large_one_after_that(
     tmp_path: Path, many: list[Row], monkeypatch: pytest.MonkeyPatch, small: bool
 ) -> None:
-    monkeypatch.setattr(
-        _disk_reading, "SMALL", (Home(str(tmp_path)).inside / INDEX_NAME).stat().st_size - (0 if small else 1)
-    )
+    with contextlib.closing(sqlite3.connect(Home(str(tmp_path)).inside / INDEX_NAME)) as db:
+        (pages,), (free,) = (db.execute(f"PRAGMA {count}").fetchone() for count in ("page_count", "freelist_count"))
+    monkeypatch.setattr(_disk_reading, "SMALL", (pages - free) * PAGE - (0 if small else 1))
     tier = disk_tier(tmp_path)
     async with tier.open():
         known = int(tier.statistics()["chunks"])

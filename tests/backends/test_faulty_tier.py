@@ -138,8 +138,11 @@ async def test_an_error_is_unavailable_in_the_nth_call_and_no_other(inner: Tier,
             await tier.store([record_of(key_of(1))])
         else:
             await tier.delete(key_of(2).namespace)
-        with pytest.raises(Unavailable, match="injected"):
-            await ask(tier, operation)
+        if (kind, operation) == ("no_space", "store") and isinstance(inner, DiskTier):
+            assert await ask(tier, operation) == [False]  # a full disk is capacity reached
+        else:
+            with pytest.raises(Unavailable, match="injected"):
+                await ask(tier, operation)
         await ask(tier, operation)
         assert tier.statistics()[f"injected_{kind}"] == 1
 
