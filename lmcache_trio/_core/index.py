@@ -137,12 +137,15 @@ class Index:
         """End a lease, which touches its chunks. Idempotent; pins live on."""
         self._readers.release(lease_id)
 
-    def pin(self, lease_id: bytes, engine: str, worker: int, shard: int, start: int, count: int) -> Pin:
+    def pin(  # noqa: PLR0913
+        self, lease_id: bytes, engine: str, namespace: bytes, worker: int, shard: int, start: int, count: int
+    ) -> Pin:
         """Turn *count* chunks of a lease, from *start*, into a read in progress of *worker*, for its *shard*.
 
-        Gone: no such lease, another engine's, or its namespace was reset. Misuse: a shard or range it does not have.
+        *namespace* is the engine's, as things are. Gone: no such lease, another engine's or another namespace's, or its
+        namespace was reset. Misuse: a shard or range it does not have.
         """
-        return self._readers.pin(lease_id, engine, worker, shard, start, count)
+        return self._readers.pin(lease_id, engine, namespace, worker, shard, start, count)
 
     def unpin(self, pin_id: bytes, worker: int) -> bool:
         """The read ended. Was it valid to the end? False: unknown, another worker's, or its namespace was reset."""

@@ -82,12 +82,16 @@ class Readers:
             self._unoffer(leased)
             self._chunks.release(leased.rows, touch=True)
 
-    def pin(self, lease_id: bytes, engine: str, worker: int, shard: int, start: int, count: int) -> Pin:
+    def pin(  # noqa: PLR0913
+        self, lease_id: bytes, engine: str, namespace: bytes, worker: int, shard: int, start: int, count: int
+    ) -> Pin:
         leased = self._leases.get(lease_id)
         if leased is None or leased.session[0] != engine:
             raise Gone("no such lease")
         if leased.namespace.replaced:
             raise Gone("the lease's namespace was reset")
+        if leased.namespace.name != namespace:
+            raise Gone("the engine's layout is not the one that was leased")
         if not 0 <= shard < leased.namespace.shards:
             raise Misuse(f"shard is {shard}: the namespace has {leased.namespace.shards}")
         if start < 0 or count < 1 or start + count > len(leased.rows):

@@ -128,12 +128,15 @@ def _retrieve(state: State, client: Client, message: Retrieve) -> Message:
         raise Misuse(f"{client} got no arena to read from")
     if state.stopping:
         raise Unavailable("the server is stopping")
-    limits, hello = state.config.limits, client.hello
+    engine, limits = engine_of(state, client), state.config.limits
     if len(client.pins) >= limits.pins:
         raise state.over_limit(client, "pins", f"{limits.pins} reads under way and asks for one more")
     if sum(client.pins.values()) + message.count > limits.digests:
         raise state.over_limit(client, "digests", f"reads of {sum(client.pins.values())} chunks under way")
-    pin = state.index.pin(message.lease, hello.engine, client.number, hello.shard, message.start, message.count)
+    shard = client.hello.shard
+    pin = state.index.pin(
+        message.lease, engine.name, engine.namespace, client.number, shard, message.start, message.count
+    )
     client.pins[pin.id] = message.count
     return Pinned(message.id, pin.id, pack_offsets(pin.offsets), pin.slot_bytes)
 

@@ -114,6 +114,8 @@ class Engine:
     identity: bytes = b""
     """What its scheduler said last of its model."""
     namespace: bytes = b""
+    last_layout: tuple[bytes, ...] = ()
+    """The latest fingerprints that were known of all shards: what was granted is of these."""
     sessions: Sessions = attrs.field(factory=Sessions)
     digests: int = 0  # of all sessions
     resets_due: set[bytes] = attrs.field(factory=set)
@@ -278,7 +280,9 @@ class State:
         """
         former, namespace = engine.namespace, engine.namespace_under(engine.identity)
         if namespace:
-            self.index.attach(namespace, [engine.layouts[shard].shard_bytes for shard in range(engine.shards)])
+            layouts = [engine.layouts[shard] for shard in range(engine.shards)]
+            self.index.attach(namespace, [layout.shard_bytes for layout in layouts])
+            self._see_layout(engine, tuple(layout.fingerprint for layout in layouts))
             for identity in engine.resets_due:
                 self.reset(engine.namespace_under(identity))
             engine.resets_due.clear()
@@ -317,6 +321,20 @@ class State:
             if session.lease:
                 self.index.release(session.lease)  # what it kept is stale after a reset: the extents come free
                 session.lose_lease()
+
+    def _see_layout(self, engine: Engine, layout: tuple[bytes, ...]) -> None:
+        """If the layout of *engine* is another, what was granted under the former is neither published nor valid.
+
+        Copies that are under way end by themselves; the slots of the writers among them stay quarantined until then.
+        """
+        if layout == engine.last_layout:
+            return
+        engine.last_layout = layout
+        self._end_answers(engine)
+        for client in engine.workers.values():
+            self.index.lose_worker(client.number)
+            if self.transfer is not None:
+                self.transfer.end_grants(client)
 
     def end_session(self, engine: Engine, number: int) -> None:
         """The session goes, with everything that it owned; one that is not there is no error."""

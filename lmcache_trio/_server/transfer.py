@@ -203,6 +203,14 @@ class TransferWorker:
         self.attachments.lose(client)
         self._asking = [asked for asked in self._asking if not asked[1].lost]
 
+    def end_grants(self, client: Client) -> None:
+        """The layout of the client's engine is another: nothing that was asked under the former begins any more."""
+        attachment = self.attachments.find(client)
+        if attachment is not None:
+            self._state.index.lose_worker(attachment.writer)
+            self._state.index.lose_worker(attachment.reader)
+            self._abort_all(attachment)
+
     def withdraw(self, client: Client, number: int) -> None:
         """Request *number* is not wanted any more; one that is not there has been answered already."""
         attachment = self.attachments.find(client)
@@ -257,7 +265,7 @@ class TransferWorker:
         self._events.over(transfer)
         reply: Message
         if transfer.direction is Direction.LOAD:
-            valid = self._state.index.unpin(work.grant, attachment.reader)
+            valid = self._state.index.unpin(work.grant, attachment.reader) and self.attachments.is_open(attachment)
             reply = Retrieved(work.number, valid and transfer.succeeded)
         else:
             reply = self._stored(attachment, work, succeeded=transfer.succeeded)

@@ -139,6 +139,10 @@ class Attachments:
         """The attachment of *client*, if there is one."""
         return self._open.get(client.number)
 
+    def is_open(self, attachment: Attachment) -> bool:
+        """Is it still its client's, or was it lost, or replaced by another layout's?"""
+        return self._open.get(attachment.client.number) is attachment
+
     def lose(self, client: Client) -> None:
         """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
         opening = self._opening.pop(client.number, None)

@@ -101,8 +101,8 @@ def _retrieve_blocks(state: State, client: Client, message: RetrieveBlocks) -> M
     _check_begin(attachment, message)
     if state.stopping:
         raise Unavailable("the server is stopping")
-    hello = client.hello
-    pin = state.index.pin(message.lease, hello.engine, attachment.reader, hello.shard, message.start, message.count)
+    reader, shard = attachment.reader, client.hello.shard
+    pin = state.index.pin(message.lease, engine.name, engine.namespace, reader, shard, message.start, message.count)
     every = [-1] * message.skip + list(blocks) + [-1] * rest
     transfer.load(attachment, Work(message.id, pin.id, pin.offsets, every, message.event), layered=message.layered)
     return None

@@ -110,9 +110,11 @@ class PagedKV:
             groups: list[Group] = [self._group(run) for run in _runs(found)]
             self._layers.append((sum(piece.length for piece in pieces), groups))
             pieces += found
-            layout.update(description.encode())
+            layout.update(f"{name!r}: {description}".encode())
         self.layout = layout.digest()
-        """What a fingerprint needs to know: equal for engines whose slots hold the same bytes in the same places."""
+        """What a fingerprint needs to know: equal for engines whose slots hold the same layers, in the same order, with
+        the same bytes in the same places.
+        """
         self.block_bytes = sum(piece.length for piece in pieces)
         """Bytes of one block, over all layers and pieces."""
         self._groups: list[Group] = [self._group(run) for run in _runs(pieces)]

@@ -8,6 +8,7 @@ each copy behind what the engine had submitted: `paged` says how, and what it re
 """
 
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -110,6 +111,7 @@ class WorkerAdapter:
             self._link.call(self._register_now, timeout=self._reply_timeout + ATTACH_TIMEOUT)
         except (Unavailable, Gone, ProtocolError) as exc:
             logger.warning("the layout was not registered, and will be when the server is there again: %s", exc)
+            self._link.spawn(self._register_later)
 
     # --- in the background ------------------------------------------------------------------------------------------
 
@@ -305,10 +307,11 @@ class WorkerAdapter:
         elif spec.lease and await self._device.retrieve(client, job):
             self._loaded(job)
 
-    async def _reply(self, ask: Callable[..., Awaitable[_T]], *args: object) -> _T:
-        with trio.move_on_after(self._reply_timeout):
+    async def _reply(self, ask: Callable[..., Awaitable[_T]], *args: object, seconds: float | None = None) -> _T:
+        limit = self._reply_timeout if seconds is None else seconds
+        with trio.move_on_after(limit):
             return await ask(*args)
-        raise Unavailable(f"the server did not reply within {self._reply_timeout} s")
+        raise Unavailable(f"the server did not reply within {limit} s")
 
     async def _on_connected(self, client: Client) -> None:
         if self._connected_before:
@@ -329,20 +332,36 @@ class WorkerAdapter:
         if client.arena is None and client.arena_note != self._arena_note:
             self._arena_note = client.arena_note
             logger.warning("working without a cache: %s", client.arena_note or "the server gave this worker no arena")
-        await self._register(client)
+        await self._register(client, self._reply_timeout)
 
     async def _register_now(self) -> None:
         """In the loop, where a connection is either usable by now, or still to be looked after by `_on_connected`."""
         if self._link.client is not None:
-            await self._register(self._link.client)
+            await self._register(self._link.client, self._reply_timeout)
 
-    async def _register(self, client: Client) -> None:
+    async def _register_later(self, client: Client | None) -> None:
+        """The server was late to answer: it may be slow, and still there. A new connection registers by itself."""
+        try:
+            if client is not None and self._known is not self._kv:
+                await self._register(client, math.inf)
+        except LMCacheTrioError as exc:
+            logger.warning("the layout was not registered: %s", exc)
+        except Exception:
+            self._jobs.count("copy_bugs", 1)
+            logger.exception("bug in a registration: nothing is moved until the next one")
+
+    async def _register(self, client: Client, seconds: float) -> None:
         """A worker without an arena stays unregistered: its engine has no namespace then, and no hits it can't read."""
         while (kv := self._kv) is not None and client.arena is not None:
             parts = ("fingerprint 1", kv.layout, str(self._block_tokens), str(client.chunk_tokens), *self._extra)
             shard_bytes = kv.block_bytes * (client.chunk_tokens // self._block_tokens)
             self._known = kv  # before the question: what is asked behind it is asked of this layout
-            await self._reply(client.register, seed_of(*parts), shard_bytes, self._block_tokens)
+            try:
+                await self._reply(client.register, seed_of(*parts), shard_bytes, self._block_tokens, seconds=seconds)
+            except BaseException:
+                if self._known is kv:
+                    self._known = None  # nobody knows which one the server goes by
+                raise
             await self._device.settle(client, kv.tensors, kv.num_blocks)
             if kv is self._kv:
                 return

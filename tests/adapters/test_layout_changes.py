@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from lmcache_trio.adapters import LoadSpec, SchedulerAdapter, StoreSpec, WorkerAdapter
+from lmcache_trio.adapters.paged import make_paged_kv
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.adapters.vllm.scheduler_side import SchedulerSide
+from lmcache_trio.client import Client
 from lmcache_trio.errors import Misuse
 from lmcache_trio.testing.sides import BLOCK, CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
 
@@ -246,3 +248,213 @@ def test_without_a_server_a_chunk_is_the_fewest_whole_blocks_of_256_tokens_or_mo
     spec = made.store_spec("r", 0, range(chunk // block_tokens))
     assert (spec.chunks, spec.chunk_tokens, spec.block_tokens) == (1, chunk, block_tokens)
     assert made.update_after_alloc("r", 0) is None
+
+
+# --- KV caches that are registered anew -----------------------------------------------------------------------------
+
+
+def lay_out(tensors: Sequence[torch.Tensor], names: Sequence[str], kv: Callable[..., KV]) -> KV:
+    """*tensors* under *names*, in memory of the kind that *kv* makes."""
+    made = dict(zip(names, tensors, strict=True))
+    if kv is shared:
+        for name, tensor in made.items():
+            made[name] = shared_tensor(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return made
+
+
+def other_dtype(seed: int | None, kv: Callable[..., KV]) -> KV:
+    """As many bytes a block, read as numbers of another kind."""
+    former = make_kv(seed)
+    return lay_out([tensor.view(torch.int32) for tensor in former.values()], list(former), kv)
+
+
+def other_order(seed: int | None, kv: Callable[..., KV]) -> KV:
+    former = make_kv(seed)
+    names = list(reversed(former))
+    return lay_out([former[name] for name in names], names, kv)
+
+
+def other_shape(seed: int | None, kv: Callable[..., KV]) -> KV:
+    former = make_kv(seed)
+    return lay_out([tensor.transpose(-1, -2).contiguous() for tensor in former.values()], list(former), kv)
+
+
+def fewer_layers(seed: int | None, kv: Callable[..., KV]) -> KV:
+    former = make_kv(seed)
+    return lay_out(list(former.values())[:2], list(former)[:2], kv)
+
+
+def other_tensors(seed: int | None, kv: Callable[..., KV]) -> KV:
+    """Of just the same layout."""
+    return lay_out(list(make_kv(seed).values()), list(make_kv()), kv)
+
+
+OTHER_LAYOUTS = (other_dtype, other_order, other_shape, fewer_layers)
+other_layouts = pytest.mark.parametrize("anew", OTHER_LAYOUTS, ids=lambda make: make.__name__)
+
+
+@both_paths
+def test_an_answer_that_was_given_before_other_kv_was_registered_comes_back_as_failed_blocks(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    """Else float16 1.0 would come back as bfloat16 0.0078."""
+    writer = sides(live_server.address, make_kv(1))
+    writer.store("r", TOKENS, FROM)
+    for anew in OTHER_LAYOUTS:
+        one = sides(live_server.address, kv())
+        assert one.lookup("q", TOKENS) == 3 * CHUNK
+        caches = anew(None, kv)
+        one.worker.register_kv_caches(caches)
+        spec = one.scheduler.update_after_alloc("q", 3 * CHUNK, block_ids=INTO)
+        assert spec is not None
+        assert retrieve(one.worker, [spec], "now") == set(INTO)
+        assert not any(tensor.any() for tensor in caches.values())
+        assert live_server.held["leases"] == 0
+        assert one.lookup("again", TOKENS) == 0
+        one.worker.register_kv_caches(kv(2))
+        assert one.lookup("back", TOKENS) == 3 * CHUNK
+        assert one.load("back", 3 * CHUNK, INTO) == set()
+        assert same_blocks(writer.kv, FROM, one.worker._registered().tensors, INTO)
+        one.scheduler.end_session("back")
+
+
+class AtPoint(WorkerAdapter):
+    """Does what the test wants at one point of a move, once, in the copying thread."""
+
+    point = ""
+    act: Callable[[], None] = staticmethod(lambda: None)
+
+    def _meet(self, point: str) -> None:
+        if point == self.point:
+            self.point = ""
+            self.act()
+
+    def _slots_known(self, spec: StoreSpec | LoadSpec) -> None:
+        self._meet("slots known")
+
+    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
+        self._meet("half copied")
+
+    def _before_commit(self, spec: StoreSpec) -> None:
+        self._meet("before commit")
+
+    def _before_valid(self, spec: LoadSpec) -> None:
+        self._meet("before valid")
+
+
+@other_layouts
+def test_a_reservation_of_the_former_layout_is_not_published(
+    live_server: ServerProcess, sides: MakeSide, anew: Callable[..., KV]
+) -> None:
+    one, reader = sides(live_server.address, make_kv(1), worker=AtPoint), sides(live_server.address, make_kv())
+    for number, point in enumerate(("slots known", "half copied", "before commit")):
+        tokens = [number, *TOKENS[1:]]
+        one.worker.register_kv_caches(one.kv)
+        one.worker.act = lambda: one.worker.register_kv_caches(anew(2, make_kv))  # type: ignore[attr-defined]
+        one.worker.point = point  # type: ignore[attr-defined]
+        one.store(f"r{number}", tokens, FROM)
+        assert one.worker.statistics()["dropped_aborted"] == 3 * (number + 1)
+        assert one.lookup(f"q{number}", tokens) == 0
+        assert reader.lookup(f"q{number}", tokens) == 0
+        wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
+    one.store("after", TOKENS, FROM)
+    assert one.lookup("after", TOKENS) == 3 * CHUNK
+
+
+@pytest.mark.parametrize("anew", [*OTHER_LAYOUTS, other_tensors], ids=lambda make: make.__name__)
+def test_a_load_into_kv_that_was_replaced_meanwhile_is_not_called_valid(
+    live_server: ServerProcess, sides: MakeSide, anew: Callable[..., KV]
+) -> None:
+    """Its blocks are those of the KV that was registered when it was submitted."""
+    writer, one = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv(), worker=AtPoint)
+    writer.store("r", TOKENS, FROM)
+    for point in ("slots known", "half copied", "before valid"):
+        one.worker.register_kv_caches(one.kv)
+        assert one.lookup(point, TOKENS) == 3 * CHUNK
+        caches = anew(None, make_kv)
+        one.worker.act = lambda caches=caches: one.worker.register_kv_caches(caches)  # type: ignore[attr-defined]
+        one.worker.point = point  # type: ignore[attr-defined]
+        assert one.load(point, 3 * CHUNK, INTO) == set(INTO)
+        assert not any(tensor.any() for tensor in caches.values())
+    wait_until(lambda: live_server.held["pins"] == 0)
+
+
+class Overtaken(WorkerAdapter):
+    """While the test says so, what it asked has no answer before it has said, too, that it registers other KV."""
+
+    go_on: Callable[[], None] = staticmethod(lambda: None)
+
+    async def _register(self, *args: Any) -> None:
+        self._link.post(self.go_on)
+        await super()._register(*args)
+
+
+@both_paths
+def test_queued_moves_keep_to_the_kv_that_was_registered_when_they_were_submitted(
+    live_server: ServerProcess, sides: MakeSide, kv: Callable[..., KV]
+) -> None:
+    """A store has the bytes of that KV or is dropped, a load does not end well."""
+    one, reader = sides(live_server.address, kv(1), worker=Overtaken), sides(live_server.address, make_kv())
+    others = list(range(5000, 5000 + 3 * CHUNK))
+    one.store("there", others, FROM)
+    for number, anew in enumerate((other_tensors, *OTHER_LAYOUTS)):
+        one.worker.register_kv_caches(one.kv)
+        tokens = [number, *TOKENS[1:]]
+        one.scheduler.extend("r", tokens)
+        specs = [one.scheduler.store_spec("r", i, FROM[4 * i : 4 * i + 4]) for i in range(3)]
+        assert one.lookup("l", others) == 3 * CHUNK
+        load = one.scheduler.update_after_alloc("l", 3 * CHUNK, block_ids=INTO)
+        assert load is not None
+        caches = anew(2, kv)
+        before = {name: tensor.clone() for name, tensor in caches.items()}
+        live_server.pause()
+        for spec in specs:
+            one.worker.submit_store(spec)
+        one.worker.submit_retrieve(load)
+        one.worker.go_on = live_server.go_on  # type: ignore[attr-defined]
+        one.worker.register_kv_caches(caches)
+        del one.worker.go_on  # type: ignore[attr-defined]
+        wait_until(lambda: one.worker.statistics()["running"] == 0)
+        assert one.worker.take_failed_blocks() == set(INTO)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in caches.items())
+        found = reader.lookup(f"q{number}", tokens)
+        if found:
+            assert reader.load(f"q{number}", found, INTO[: found // BLOCK]) == set()
+            assert same_blocks(one.kv, FROM[: found // BLOCK], reader.kv, INTO[: found // BLOCK])
+        one.scheduler.end_session("r")
+        one.scheduler.end_session("l")
+    counted = one.worker.statistics()
+    assert counted["failed_chunks"] == 15
+    assert counted["dropped_layout"] > 0
+
+
+@both_paths
+def test_a_registration_that_comes_while_another_is_answered_is_not_forgotten(
+    live_server: ServerProcess, adapters: Callable[..., Any], kv: Callable[..., KV]
+) -> None:
+    """The KV that was registered last is the one that is moved, whatever a new connection was told first."""
+
+    class Anew(WorkerAdapter):
+        latest: KV | None = None
+
+        async def _register(self, client: Client, seconds: float) -> None:
+            if self._kv is not None and self.latest is not None:
+                latest, self.latest = self.latest, None
+                ask = client.register
+
+                async def register(*args: Any) -> bytes:
+                    client.register = ask  # type: ignore[method-assign]
+                    self._kv = make_paged_kv(latest)  # as the host's thread does
+                    return await ask(*args)
+
+                client.register = register  # type: ignore[assignment,method-assign]
+            await super()._register(client, seconds)
+
+    worker = adapters(Anew, live_server.address, block_tokens=BLOCK)
+    first, second = kv(1), other_dtype(2, kv)
+    worker.latest = second
+    worker.register_kv_caches(first)
+    assert worker._known is worker._kv
+    assert worker._kv.tensors == second
+    assert live_server.held["namespaces"] == 1  # the first one is of no use to anyone
+    assert worker.path == ("device" if kv is shared else "shm")

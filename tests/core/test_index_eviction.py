@@ -56,7 +56,7 @@ def test_a_pinned_chunk_stays_after_its_lease_ended(world: Callable[..., Any]) -
     w = world(2, lease_share=1.0)
     w.store("ab")
     lease = w.lease("ab")
-    pin = w.index.pin(lease.id, "e", 1, 0, 0, 2)
+    pin = w.index.pin(lease.id, "e", w.name, 1, 0, 0, 2)
     w.index.release(lease.id)
     assert not w.store("x").slots
     assert w.index.unpin(pin.id, 1)
@@ -67,7 +67,7 @@ def test_a_pinned_leaf_keeps_its_ancestors(world: Callable[..., Any]) -> None:
     w = world(3, lease_share=1.0)
     w.store("abc")
     lease = w.lease("abc")
-    pin = w.index.pin(lease.id, "e", 1, 0, 2, 1)
+    pin = w.index.pin(lease.id, "e", w.name, 1, 0, 2, 1)
     w.index.release(lease.id)
     assert not w.store("x").slots
     w.index.unpin(pin.id, 1)

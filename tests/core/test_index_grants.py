@@ -37,8 +37,8 @@ def test_a_new_lease_of_a_session_ends_its_former_one(world: Make) -> None:
     w.store("ab")
     first, second = w.lease("a", session=5), w.lease("ab", session=5)
     with pytest.raises(Gone):
-        w.index.pin(first.id, "e", 1, 0, 0, 1)
-    w.index.pin(second.id, "e", 1, 0, 0, 2)
+        w.index.pin(first.id, "e", w.name, 1, 0, 0, 1)
+    w.index.pin(second.id, "e", w.name, 1, 0, 0, 2)
     assert w.held["leases"] == 1
 
 
@@ -49,9 +49,20 @@ def test_another_engine_cannot_tell_a_lease_from_none(world: Make) -> None:
     said = []
     for ident in (lease.id, b"?" * 16):
         with pytest.raises(Gone) as caught:
-            w.index.pin(ident, "thief", 1, 0, 0, 1)
+            w.index.pin(ident, "thief", w.name, 1, 0, 0, 1)
         said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+def test_a_lease_is_of_no_use_to_an_engine_whose_layout_is_another_by_now(world: Make) -> None:
+    w = world(8)
+    w.store("a")
+    lease = w.lease("a")
+    for namespace in (b"o" * 32, b""):
+        with pytest.raises(Gone, match="layout"):
+            w.index.pin(lease.id, "e", namespace, 1, 0, 0, 1)
+    assert w.held["pins"] == 0
+    w.index.pin(lease.id, "e", w.name, 1, 0, 0, 1)
 
 
 @pytest.mark.parametrize(("shard", "start", "count"), [(2, 0, 1), (-1, 0, 1), (0, -1, 1), (0, 0, 0), (0, 1, 2)])
@@ -60,7 +71,7 @@ def test_a_pin_outside_its_lease_is_misuse(world: Make, shard: int, start: int, 
     w.store("ab")
     lease = w.lease("ab")
     with pytest.raises(Misuse):
-        w.index.pin(lease.id, "e", 1, shard, start, count)
+        w.index.pin(lease.id, "e", w.name, 1, shard, start, count)
     assert w.held["pins"] == 0
 
 
@@ -68,14 +79,14 @@ def test_each_shard_of_a_chunk_has_its_own_place(world: Make) -> None:
     w = world(8, shards=2)
     w.store("a")
     lease = w.lease("a")
-    pins = [w.index.pin(lease.id, "e", shard, shard, 0, 1) for shard in (0, 1)]
+    pins = [w.index.pin(lease.id, "e", w.name, shard, shard, 0, 1) for shard in (0, 1)]
     assert pins[1].offsets[0] - pins[0].offsets[0] == 4096
 
 
 def test_only_its_own_worker_ends_a_pin_and_only_once(world: Make) -> None:
     w = world(8)
     w.store("a")
-    pin = w.index.pin(w.lease("a").id, "e", 1, 0, 0, 1)
+    pin = w.index.pin(w.lease("a").id, "e", w.name, 1, 0, 0, 1)
     assert not w.index.unpin(pin.id, 2)
     assert w.index.unpin(pin.id, 1)
     assert not w.index.unpin(pin.id, 1)
@@ -85,8 +96,8 @@ def test_a_lost_worker_loses_its_pins(world: Make) -> None:
     w = world(8)
     w.store("a")
     lease = w.lease("a")
-    w.index.pin(lease.id, "e", 1, 0, 0, 1)
-    kept = w.index.pin(lease.id, "e", 2, 0, 0, 1)
+    w.index.pin(lease.id, "e", w.name, 1, 0, 0, 1)
+    kept = w.index.pin(lease.id, "e", w.name, 2, 0, 0, 1)
     w.index.lose_worker(1)
     assert w.held["pins"] == 1
     assert w.index.unpin(kept.id, 2)

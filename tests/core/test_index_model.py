@@ -203,7 +203,7 @@ class IndexMachine(IndexModel):
     @precondition(lambda self: self.leases)
     @rule(
         pick=st.integers(0, 99),
-        how=st.sampled_from(["take", "release", "pin", "pin", "steal"]),
+        how=st.sampled_from(["take", "release", "pin", "pin", "steal", "other layout"]),
         shard=st.integers(0, 2),
         start=st.integers(0, 3),
     )
@@ -222,10 +222,16 @@ class IndexMachine(IndexModel):
         chunks = lease["chunks"][start:]
         try:
             pin = self.index.pin(
-                ident, "thief" if how == "steal" else engine, self.worker(engine, shard), shard, start, len(chunks)
+                ident,
+                "thief" if how == "steal" else engine,
+                b"o" * 32 if how == "other layout" else lease["namespace"],
+                self.worker(engine, shard),
+                shard,
+                start,
+                len(chunks),
             )
         except Gone:
-            assert how == "steal" or lease["stale"]
+            assert how in ("steal", "other layout") or lease["stale"]
             return
         assert how == "pin"
         assert not lease["stale"]

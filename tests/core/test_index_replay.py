@@ -63,7 +63,7 @@ def serve(world: Any, prompt: Prompt, session: int) -> int:
     hits: int = lease.chunks if lease else 0
     if lease:
         index.take(lease.id)
-        assert index.unpin(index.pin(lease.id, "e", 1, 0, 0, hits).id, 1)
+        assert index.unpin(index.pin(lease.id, "e", world.name, 1, 0, 0, hits).id, 1)
     if hits < len(prompt):
         parent = prompt[hits - 1] if hits else b""
         stored = index.reserve(key, 1, 0, world.name, parent, prompt[hits:], world.now)

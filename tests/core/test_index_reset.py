@@ -63,12 +63,12 @@ def test_what_is_read_while_it_is_reset_stays_in_place_until_it_is_read(world: M
     w = world(8)
     w.store("ab")
     lease = w.lease("ab")
-    pin = w.index.pin(lease.id, "e", 1, 0, 0, 2)
+    pin = w.index.pin(lease.id, "e", w.name, 1, 0, 0, 2)
     w.index.reset(w.name)
     w.index.sweep(ALL)
     assert w.held["bytes_quarantined"] == 2 * 4096
     with pytest.raises(Gone, match="reset"):
-        w.index.pin(lease.id, "e", 1, 0, 0, 2)
+        w.index.pin(lease.id, "e", w.name, 1, 0, 0, 2)
     w.index.release(lease.id)
     assert w.held["bytes_quarantined"] == 2 * 4096
     assert w.index.unpin(pin.id, 1) is False
@@ -92,7 +92,7 @@ def test_a_reader_that_ends_before_the_sweep_gives_back_what_it_read(world: Make
 def test_a_stale_pin_reads_on_and_is_not_believed(world: Make) -> None:
     w = world(2, lease_share=1.0)
     w.store("ab")
-    pin = w.index.pin(w.lease("ab").id, "e", 1, 0, 0, 2)
+    pin = w.index.pin(w.lease("ab").id, "e", w.name, 1, 0, 0, 2)
     w.index.reset(w.name)
     assert w.store("x").dropped == {"no_space": 1}
     assert w.index.unpin(pin.id, 1) is False
