@@ -104,6 +104,10 @@ class Index:
         known = self._chunks.namespaces.get(namespace)
         return () if known is None else known.lengths
 
+    def chunk_bytes(self, namespace: bytes) -> int:
+        """The bytes that a chunk of *namespace*, which is attached, takes of the memory."""
+        return self._chunks.namespaces[namespace].extent
+
     @property
     def bytes_taken(self) -> int:
         """Bytes that are backed by memory."""

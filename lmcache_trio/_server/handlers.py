@@ -59,6 +59,8 @@ def handle(state: State, client: Client, message: Message) -> Message | None:
     except ProtocolError:
         raise
     except LMCacheTrioError as exc:
+        if kind is Register:
+            log.warning("%s cannot be cached: %s", client, exc)
         return error_reply(message, exc)
     except Exception as exc:  # a bug of ours: contained here, and told to everyone whom it may concern
         state.counted["handler_bugs"] += 1

@@ -24,7 +24,7 @@ from lmcache_trio._transport import Connection, Unfinished
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import Hello, Lookup, Message, NamespaceKnown, Register, Role
 from lmcache_trio.abc import Memory
-from lmcache_trio.config import Config, Limits
+from lmcache_trio.config import Config, Limits, format_size
 from lmcache_trio.errors import Gone, Misuse, Unavailable
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ class State:
             self.settle_namespace(engine)
         if engine.scheduler is None and not engine.workers:
             del self.engines[engine.name]
+            log.info("engine %r left", engine.name)
 
     def copies_ended(self, writer: LostWriter) -> None:
         """The process of *writer* exited, or its client said after a reconnect that its copies ended. Idempotent."""
@@ -291,8 +292,26 @@ class State:
             self.index.detach(former)
             self.clock.not_later_than(trio.current_time())  # it may have something to sweep
         if namespace != former:
+            self._tell_layout(engine)
             for client in engine.clients():
                 client.send(NamespaceKnown(0, namespace))
+
+    def _tell_layout(self, engine: Engine) -> None:
+        """A line of log for who asks what is cached for *engine*, and if nothing is, why."""
+        if not engine.namespace:
+            missing = sorted(set(range(engine.shards)) - set(engine.layouts))
+            log.info("engine %r has no cache until its shards %s are registered", engine.name, missing)
+            return
+        tokens, size = self.config.chunk_tokens, self.memory.size
+        chunk = self.index.chunk_bytes(engine.namespace)
+        if chunk > size:
+            words = "engine %r cannot be cached: a chunk of %d tokens takes %s, the memory has %s; raise memory.size"
+            log.warning(words, engine.name, tokens, format_size(chunk), format_size(size))
+            return
+        words = "engine %r joins: model %s, layout %s in %d shard(s), %s a token; the memory holds %d tokens"
+        layout = namespace_of([engine.layouts[shard].fingerprint for shard in range(engine.shards)], b"").hex()[:12]
+        model, a_token = engine.identity.hex()[:12] or "not named", format_size(chunk // tokens)
+        log.info(words, engine.name, model, layout, engine.shards, a_token, size // chunk * tokens)
 
     def identify(self, engine: Engine, identity: bytes) -> None:
         """The scheduler of *engine* says what its model is. Another one than before ends what was answered before."""
