@@ -14,7 +14,7 @@ __all__ = ["CHUNK", "KINDS", "Bench", "Kind"]
 CHUNK = 256
 """Tokens of a chunk on the servers of the table: two blocks of 128, eight of 32."""
 
-SHAPES: Mapping[str, Shape] = {"tiny": TINY, "mid": MID}
+SHAPES: Mapping[str, Shape] = {"tiny": TINY, "other": TINY, "mid": MID}
 KV_BYTES = {"tiny": 1 << 28, "mid": 1 << 30}
 """Of an engine. Every start fills them with zeros: 0.5 s a GiB."""
 
@@ -51,6 +51,8 @@ class Kind:
     model: str = "tiny"
     connector: str = "LMCacheTrioConnector"
     server: str = "memory"
+    before: str = ""
+    """A connector of `e2e_foreign` that is asked before ours, in a MultiConnector."""
 
 
 KINDS: Mapping[str, Kind] = {
@@ -74,10 +76,19 @@ KINDS: Mapping[str, Kind] = {
     "two ranks, no connector": Kind(None, TWO_RANKS, {"tensor_parallel_size": 2}),
     "two ranks": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, connector="FaultyConnector"),
     "two ranks, sync": Kind({"load": "sync"}, TWO_RANKS, {"tensor_parallel_size": 2}, connector="FaultyConnector"),
+    "two processes": Kind({}, DEFAULT_PROCESSES),
+    "behind a failing connector": Kind({}, before="FailingConnector"),
     "mid, no connector": Kind(None, model="mid"),
     "mid": Kind({}, model="mid"),
     "mid, timed": Kind({}, model="mid", connector="TimedConnector"),
 }
+
+
+def behind(before: str, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, in a MultiConnector: the first that has tokens of a prompt loads them, and both store."""
+    foreign = {"kv_connector": before, "kv_connector_module_path": "e2e_foreign", "kv_role": "kv_both"}
+    both = {"connectors": [foreign, ours]}
+    return {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": both}
 
 
 class Bench:
@@ -134,13 +145,16 @@ class Bench:
             server = self.servers[kind.server]
             if server.process is None or server.process.poll() is not None:
                 server.start()
-            arguments["kv_transfer_config"] = {
+            ours = {
                 "kv_connector": kind.connector,
                 "kv_connector_module_path": MODULES.get(kind.connector, "lmcache_trio.adapters.vllm"),
                 "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
                 "kv_connector_extra_config": {"address": server.address, **kind.extra},
             }
+            recompute = {"kv_load_failure_policy": "recompute"}
+            arguments["kv_transfer_config"] = (
+                {**behind(kind.before, ours), **recompute} if kind.before else {**ours, **recompute}
+            )
         log = self.where / f"{name.replace(', ', '-').replace(' ', '-')}.log"
         gate = self.gate if kind.connector == "FaultyConnector" else None
         forker = self.forkers[kind.environment.get("PYTHONHASHSEED", HASH_SEEDS[0])]

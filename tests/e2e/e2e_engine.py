@@ -107,6 +107,10 @@ class Engine:
             f"vLLM's blocks were not let go of: see {self.log}"
         )
 
+    def reset_at_once(self) -> None:
+        """Drop vLLM's own prefix cache, right after whatever was asked before."""
+        assert self._ask("reset_at_once")["reset"], f"vLLM's blocks were not let go of: see {self.log}"
+
     def sleep(self) -> None:
         """Sleep and wake again, right after whatever was asked before."""
         self._ask("sleep")

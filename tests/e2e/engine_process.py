@@ -61,6 +61,11 @@ def forget(engine: Any, connector: bool = False) -> dict[str, Any]:
     return {"forgotten": forgotten}
 
 
+def reset_at_once(engine: Any) -> dict[str, Any]:
+    """Drop vLLM's own prefix cache right now, whatever is still being copied."""
+    return {"reset": engine.llm_engine.reset_prefix_cache()}
+
+
 def wait_stores(worker: Any) -> None:
     """In a worker: return when every copy of its connector has ended."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -128,6 +133,7 @@ def preemptions(engine: Any) -> dict[str, Any]:
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "generate": generate,
     "forget": forget,
+    "reset_at_once": reset_at_once,
     "sleep": sleep,
     "reload": reload,
     "preemptions": preemptions,

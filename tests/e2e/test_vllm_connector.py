@@ -21,6 +21,7 @@ with warnings.catch_warnings():  # vLLM's and torch's own, while they are import
     from vllm.v1.request import Request
 
     from lmcache_trio.adapters.vllm import LMCacheTrioConnector
+    from lmcache_trio.adapters.vllm import connector as connector_module
 
 pytestmark = pytest.mark.e2e
 
@@ -87,6 +88,76 @@ def test_a_model_named_by_its_repository_is_its_revision_in_the_hubs_cache(tmp_p
     model.model = "org/absent"
     with pytest.raises(ConfigError, match="namespace"):
         _model_files_identity(model, load, "")
+
+
+def test_within_a_multi_connector_the_outer_load_failure_policy_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM makes each of its connectors with a part of the configuration, and obeys the whole."""
+    for outer, inner in (("fail", "recompute"), ("recompute", "fail")):
+        whole = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_load_failure_policy=outer))
+        monkeypatch.setattr(connector_module, "get_current_vllm_config_or_none", lambda whole=whole: whole)
+        if outer == "fail":
+            with pytest.raises(ConfigError, match="of a MultiConnector outside of its connectors"):
+                connector(policy=inner)
+        else:
+            assert connector(policy=inner)
+
+
+def test_a_model_without_a_kv_cache_goes_on_uncached() -> None:
+    config: Any = SimpleNamespace(kv_transfer_config=SimpleNamespace(is_kv_producer=True))
+    made: Any = LMCacheTrioConnector(config, KVConnectorRole.SCHEDULER, SimpleNamespace(kv_cache_groups=[]))
+    assert made.get_num_new_matched_tokens(request(), 0) == (0, False)
+    assert made.request_finished_all_groups(request(), ()) == (False, None)
+    assert made.get_finished(set()) == (None, None)
+    assert not made.requires_kv_delivery
+
+
+class Versions:
+    """As much of a scheduler's adapter as takes a version."""
+
+    def __init__(self) -> None:
+        self.said: list[object] = []
+
+    def set_weights_version(self, version: object) -> None:
+        if not isinstance(version, str):
+            raise Misuse("give a str")
+        self.said.append(version)
+
+
+def test_a_request_names_the_weights_of_its_engine_and_a_bad_name_costs_no_engine() -> None:
+    made, adapter = connector(), Versions()
+    made._scheduler_adapter = adapter  # type: ignore[assignment]
+    for params in (None, {}, {"weights_version": "step 1"}, {"weights_version": 7}):
+        asked = request()
+        asked.kv_transfer_params = params
+        made.on_new_request(asked)
+    assert adapter.said == ["step 1"]
+
+
+class Gone:
+    """As much of a worker's adapter as sleeping and waking need."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def wait_stores(self) -> None:
+        self.said.append("stored")
+
+    def shutdown(self) -> None:
+        self.said.append("gone")
+
+
+def test_kv_memory_is_let_go_of_before_it_is_unmapped_and_taken_again_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, adapter = connector(), Gone()
+    taken: list[object] = []
+    monkeypatch.setattr(made, "register_kv_caches", taken.append)
+    caches = {"layer": torch.zeros(1)}
+    made._worker_adapter, made._kv_caches = adapter, caches  # type: ignore[assignment]
+    assert made.supports_sleep_mode(None)
+    made.unregister_kv_caches()
+    made.unregister_kv_caches()
+    assert adapter.said == ["stored", "gone"]
+    made.restore_kv_caches()
+    assert taken == [caches]
 
 
 def test_an_unknown_extra_key_is_refused_by_name() -> None:

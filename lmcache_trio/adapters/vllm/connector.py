@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
@@ -33,6 +35,7 @@ from lmcache_trio.adapters.vllm.layout import layout_extras
 from lmcache_trio.adapters.vllm.metadata import StepPlan
 from lmcache_trio.adapters.vllm.scheduler_side import Extras, SchedulerSide, StepOutput
 from lmcache_trio.adapters.vllm.settings import LoadMode, check_failure_policy, check_load_mode, parse_settings
+from lmcache_trio.adapters.vllm.weights import WeightsWatch, find_models
 from lmcache_trio.adapters.vllm.worker_side import WorkerSide
 from lmcache_trio.errors import Misuse, Unavailable
 
@@ -65,12 +68,18 @@ class WorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
     step: int
     failed_step: int
     closed: dict[str, int]
+    changed: bool = False
 
     def aggregate(self, other: "WorkerMetadata") -> "WorkerMetadata":
         closed = {
             each: self.closed.get(each, 0) + other.closed.get(each, 0) for each in {**self.closed, **other.closed}
         }
-        return WorkerMetadata(max(self.step, other.step), max(self.failed_step, other.failed_step), closed)
+        return WorkerMetadata(
+            max(self.step, other.step),
+            max(self.failed_step, other.failed_step),
+            closed,
+            self.changed or other.changed,
+        )
 
 
 class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -80,17 +89,27 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
     worker_adapter_class: type[WorkerAdapter] = WorkerAdapter
     """Who moves the bytes; a test's subclass stops at a named point."""
 
+    def __new__(
+        cls, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
+    ) -> Any:  # not always one of this class
+        if not kv_cache_config.kv_cache_groups:
+            return NothingToCache(vllm_config, role, kv_cache_config)
+        return super().__new__(cls)
+
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = self._kv_transfer_config
         self._settings = parse_settings(transfer.kv_connector_extra_config or {})
-        check_failure_policy(transfer.kv_load_failure_policy)
+        if role is KVConnectorRole.WORKER:
+            # Within a MultiConnector *vllm_config* holds our part of the configuration, and vLLM obeys the whole one.
+            whole = get_current_vllm_config_or_none() or vllm_config
+            check_failure_policy(whole.kv_transfer_config.kv_load_failure_policy)
         check_load_mode(self._settings.load, vllm_config.max_concurrent_batches)
         self._block_tokens = _block_tokens(vllm_config, kv_cache_config)
         self._asynchronous = self._settings.load is LoadMode.ASYNC
         self._loras = LoraIdentities()
         self._warned: set[str] = set()
-        self._layers: frozenset[str] = frozenset()
+        self._kv_caches: dict[str, torch.Tensor] = {}
         self._scheduler: SchedulerSide | None = None
         self._scheduler_adapter: SchedulerAdapter | None = None
         self._worker: WorkerSide | None = None
@@ -109,6 +128,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             identity=model_identity(vllm_config, self._settings.namespace),
             block_tokens=self._block_tokens,
             shards=shards,
+            weights_version=self._settings.weights_version,
             lookup_timeout=self._settings.lookup_timeout,
             poll_interval=self._settings.poll_interval,
         )
@@ -132,6 +152,16 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return False  # a store that is dropped is a later miss, and nothing else
 
     # --- the scheduler's side ---------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: "Request") -> None:
+        """A request may name the weights that its engine has: `kv_transfer_params = {"weights_version": …}`."""
+        version = (request.kv_transfer_params or {}).get("weights_version")
+        if version is None or self._scheduler_adapter is None:
+            return
+        try:
+            self._scheduler_adapter.set_weights_version(version)
+        except Misuse as exc:
+            self._warn_once(f"a request's kv_transfer_params.weights_version goes unheeded: {exc}")
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._on_scheduler().offer(request, num_computed_tokens)
@@ -164,6 +194,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 closed=said.closed,
                 failed_blocks=frozenset(connector_output.invalid_block_ids),
                 failed_step=said.failed_step,
+                changed=said.changed,
             )
         )
 
@@ -226,9 +257,40 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             path=self._settings.path,
         )
         self._worker_adapter.register_kv_caches(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
-        self._layers = frozenset(kv_caches)
+        self._kv_caches = kv_caches
         layered = self._worker_adapter.layered if self._settings.layerwise else None
-        self._worker = WorkerSide(self._worker_adapter, asynchronous=self._asynchronous, layered=layered)
+        self._worker = WorkerSide(
+            self._worker_adapter, asynchronous=self._asynchronous, layered=layered, weights=self._watch_weights()
+        )
+
+    def _watch_weights(self) -> WeightsWatch | None:
+        model = self._vllm_config.model_config
+        models = find_models(self._vllm_config.compilation_config.static_forward_context)
+        if not models:
+            logger.info(
+                "the model of this worker was not found: a change of its weights without a reset is not noticed"
+            )
+            return None
+        return WeightsWatch(models, lambda: (model.model, model.revision))
+
+    @classmethod
+    def supports_sleep_mode(cls, *_: object) -> bool:
+        """vLLM 0.33: may the KV memory be unmapped and mapped again? Yes, between these two calls."""
+        return True
+
+    def unregister_kv_caches(self) -> None:
+        """The KV memory goes: when this returns nothing reads or writes it any more, here or in the server."""
+        if self._worker_adapter is not None:
+            self._worker_adapter.wait_stores()
+            self._worker_adapter.shutdown()
+            self._worker_adapter = None
+
+    def restore_kv_caches(self) -> None:
+        """It is back, at the same place and with other bytes."""
+        if self._worker_adapter is None and self._kv_caches:
+            self.register_kv_caches(self._kv_caches)
+
+    release_kv_caches = unregister_kv_caches  # as vLLM calls it since
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         self._on_worker().let_go(kv_connector_metadata.plan)
@@ -241,13 +303,13 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._on_worker().load()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        if layer_name in self._layers:  # a layer that shares another's cache has none of its own
+        if layer_name in self._kv_caches:  # a layer that shares another's cache has none of its own
             self._on_worker().wait_layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
     ) -> None:
-        if layer_name in self._layers:
+        if layer_name in self._kv_caches:
             self._on_worker().layer_written(layer_name)
 
     def wait_for_save(self) -> None:
@@ -264,7 +326,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def build_connector_worker_meta(self) -> WorkerMetadata:
         worker, closed = self._on_worker(), self._closed
         self._closed = set()
-        return WorkerMetadata(worker.step, worker.failed_step, dict.fromkeys(closed, 1))
+        return WorkerMetadata(worker.step, worker.failed_step, dict.fromkeys(closed, 1), worker.changed)
 
     def _on_worker(self) -> WorkerSide:
         if self._worker is None:
@@ -278,6 +340,47 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             if adapter is not None:
                 adapter.shutdown()
         self._worker_adapter = self._scheduler_adapter = None
+
+
+class NothingToCache(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """In the connector's place for a model without a KV cache, as an encoder is: the engine goes on."""
+
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        if role is KVConnectorRole.SCHEDULER:
+            logger.warning("this model keeps no KV cache: there is nothing to cache, and the server is not used")
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        return
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Metadata:
+        return Metadata(StepPlan(step=0))
+
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, None
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        return
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
+    ) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        return
 
 
 def _block_tokens(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> int:

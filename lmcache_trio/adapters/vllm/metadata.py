@@ -26,6 +26,7 @@ class StepPlan:
     dealt with: a worker stores nothing that was planned before it knew (see `WorkerSide`).
     *last_stores* are of requests that have finished: their blocks are free, and are read before the step writes any.
     *written* blocks have a new owner: copies out of them, for whom they had before, end before the step writes them.
+    *resets* counts those of the cache so far: from each on, the weights are what they should be.
     *closing* requests have finished. A worker names each once it copies nothing more of it, and its session ends.
     *idle*: the step computes nothing.
     """
@@ -37,4 +38,5 @@ class StepPlan:
     last_stores: tuple[StoreSpec, ...] = ()
     written: tuple[int, ...] = ()
     closing: tuple[str, ...] = ()
+    resets: int = 0
     idle: bool = False

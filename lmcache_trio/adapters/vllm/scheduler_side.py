@@ -19,6 +19,7 @@ the step's output tells whether it is valid, and any request of the step may sha
 stored until its output has come; if it names blocks that failed, vLLM recomputes them and they were never stored.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -30,6 +31,8 @@ from lmcache_trio.adapters.vllm.metadata import IDLE_SECONDS, StepPlan
 from lmcache_trio.errors import Misuse, Unavailable
 
 __all__ = ["Cache", "EngineRequest", "Identify", "SchedulerSide", "StepOutput"]
+
+logger = logging.getLogger(__name__)
 
 Extras = Callable[[int, int], bytes]
 
@@ -85,7 +88,7 @@ class StepOutput:
     """What the workers reported after *step*.
 
     *failed_step* is the latest step in which a synchronous load failed (0: none), *closed* says by how many workers a
-    finished request was named.
+    finished request was named, *changed* that the model's weights are others than at the last reset.
     """
 
     step: int = 0
@@ -93,6 +96,7 @@ class StepOutput:
     closed: Mapping[str, int] = attrs.Factory(dict)
     failed_blocks: frozenset[int] = frozenset()
     failed_step: int = 0
+    changed: bool = False
 
 
 @attrs.define(eq=False)
@@ -167,13 +171,16 @@ class SchedulerSide:
         self._settled = 0
         self._borrowed = 0  # the latest step that began with KV of another connector
         self._reported = 0  # the latest step whose output has come
+        self._resets = 0
+        self._reset_at = 0  # the step before the last reset
+        self._strange = False  # the weights have changed, and nobody has reset the cache
         self._unanswered: list[str] = []  # offered in this step, and the answer is not there yet
         self._chunk_tokens = cache.chunk_tokens
 
     def offer(self, request: EngineRequest, local_tokens: int) -> tuple[int | None, bool]:
         """(tokens beyond *local_tokens* that can be loaded, whether between steps); None: ask again."""
         self._local[request.request_id] = local_tokens
-        if not self._loads or request.skip_reading_prefix_cache:
+        if not self._loads or self._strange or request.skip_reading_prefix_cache:
             return 0, False
         tracked = self._track(request)
         if tracked is None:
@@ -253,7 +260,7 @@ class SchedulerSide:
                 tracked.load_blocks = ()  # they belong to others now
         last_stores = self._plan_last()
         self._see_borrowed(scheduled)
-        if self._stores and not self._unsure():
+        if self._stores and not self._strange and not self._unsure():
             for request_id, tokens in scheduled.items():
                 tracked = self._tracked.get(request_id)
                 if tracked is not None:
@@ -269,6 +276,7 @@ class SchedulerSide:
             last_stores=last_stores,
             written=(*self._written, *grown),
             closing=tuple(self._closing),
+            resets=self._resets,
             idle=not scheduled,
         )
         self._load_specs, self._store_specs, self._closing, self._written = [], [], [], []
@@ -289,7 +297,7 @@ class SchedulerSide:
         last, self._last = self._last, []
         specs: list[StoreSpec] = []
         for each in last:
-            if not self._unsure():
+            if not self._strange and not self._unsure():
                 spec = self._store(each.tracked, each.computed, each.block_ids)
                 specs += [spec] if spec is not None else []
             self._end_if_over(each.tracked)
@@ -298,6 +306,12 @@ class SchedulerSide:
     def output(self, output: StepOutput) -> None:
         """Failures first: vLLM asks again for what failed in this very call's wake."""
         self._reported = max(self._reported, output.step)
+        if output.changed and output.step > self._reset_at and not self._strange:
+            self._strange = True
+            logger.warning(
+                "the model's weights have changed and its caches were not reset: nothing is cached any more; call "
+                "reset_prefix_cache(reset_connector=True) after such a change, vLLM's own cache needs it too"
+            )
         if output.failed_blocks:
             self._failed(output.failed_blocks)
             self._last = [each for each in self._last if output.failed_blocks.isdisjoint(each.block_ids)]
@@ -333,6 +347,9 @@ class SchedulerSide:
 
     def reset(self) -> None:
         """What is in vLLM's blocks is not stored any more, and nothing that was stored is there."""
+        self._resets += 1
+        self._reset_at = self._step
+        self._strange = False
         self._last = []
         for tracked in list(self._tracked.values()):
             tracked.stored = 0

@@ -32,6 +32,8 @@ class LoadMode(StrEnum):
 class ConnectorSettings:
     """One engine's settings. *namespace* keeps engines apart that would otherwise share chunks.
 
+    *weights_version* names weights that the model's files do not hold: engines that say the same share.
+
     *layerwise*, with `load = sync` alone: a step begins before its last layer is loaded, and stores as layers finish.
     *path*: who moves the KV. `auto`: the server where it can open the engine's memory, else the engine's own process.
     """
@@ -42,6 +44,7 @@ class ConnectorSettings:
     poll_interval: float = 0.005
     load: LoadMode = LoadMode.ASYNC
     namespace: str = ""
+    weights_version: str | None = None
     layerwise: bool = False
     path: Path = "auto"
 
@@ -72,8 +75,8 @@ def check_failure_policy(policy: str) -> None:
     if policy != "recompute":
         raise ConfigError(
             "kv_load_failure_policy",
-            f"is {policy!r}: a chunk that cannot be loaded would end its request. Add this to --kv-transfer-config: "
-            '"kv_load_failure_policy": "recompute"',
+            f"is {policy!r}: a chunk that cannot be loaded would end its request. Add this to --kv-transfer-config, "
+            'of a MultiConnector outside of its connectors: "kv_load_failure_policy": "recompute"',
         )
 
 
@@ -95,6 +98,12 @@ def _text(key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ConfigError(key, f"is {value!r}; give a string")
     return value
+
+
+def _version(key: str, value: Any) -> str:
+    if not _text(key, value):
+        raise ConfigError(key, "is empty; give a name, as in 'step-1200', or leave it out")
+    return str(value)
 
 
 def _address(key: str, value: Any) -> str:
@@ -138,4 +147,5 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "layerwise": _truth,
     "path": _path,
     "namespace": _text,
+    "weights_version": _version,
 }

@@ -14,6 +14,9 @@ before any step computes with its blocks, and taints nothing.
 Blocks are never held for a store. vLLM frees them when their request has finished or was preempted, and a copy that
 still reads them ends before their next owner writes the first byte: so vLLM may reset its cache at any moment.
 
+If the model's weights are others than at the last reset, nothing is stored until the next one: what they compute must
+not get the names of what the files say. A step is looked at before it is stored (`weights`).
+
 Layer by layer, both go on beside the forward pass: `wait_layer` returns when one layer is loaded, `layer_written` lets
 one be stored. Whether a load was valid is known at the step's end, and before any of its stores is committed.
 """
@@ -41,6 +44,13 @@ class LayeredMover(Protocol):
     def drop_stores(self) -> None: ...
 
 
+class Weights(Protocol):
+    """The part of `WeightsWatch` that is used here."""
+
+    def take(self) -> None: ...
+    def changed(self) -> bool: ...
+
+
 class Mover(Protocol):
     """The part of `WorkerAdapter` that is used here."""
 
@@ -62,10 +72,24 @@ class Report:
 
 
 class WorkerSide:
-    """State of one worker. *asynchronous*: loads are submitted, and end between steps. *layered*: moves by layers."""
+    """State of one worker. *asynchronous*: loads are submitted, and end between steps. *layered*: moves by layers.
 
-    def __init__(self, mover: Mover, *, asynchronous: bool, layered: LayeredMover | None = None) -> None:
+    *weights*: tells whether they have changed; None where nobody can tell.
+    """
+
+    def __init__(
+        self,
+        mover: Mover,
+        *,
+        asynchronous: bool,
+        layered: LayeredMover | None = None,
+        weights: Weights | None = None,
+    ) -> None:
         self._mover = mover
+        self._weights = weights
+        self._resets = 0
+        self.changed = False
+        """Are the weights others than at the last reset?"""
         self._asynchronous = asynchronous
         self._layered = layered
         self._loading = False
@@ -79,7 +103,11 @@ class WorkerSide:
 
     def let_go(self, plan: StepPlan) -> None:
         """Return when nothing reads the blocks that the step of *plan* will write."""
-        if self._tainted <= plan.settled:
+        if plan.resets != self._resets:
+            self._resets, self.changed = plan.resets, False
+            if self._weights is not None:
+                self._weights.take()
+        if plan.last_stores and self._may_store(plan):
             for spec in plan.last_stores:
                 self._submit(spec)
         busy = [request_id for request_id, blocks in self._reading.items() if not blocks.isdisjoint(plan.written)]
@@ -87,6 +115,11 @@ class WorkerSide:
             if self._layered is not None:
                 self._layered.drop_stores()  # of a step that was never stored; nothing otherwise
             self._mover.wait_stores(busy)
+
+    def _may_store(self, plan: StepPlan) -> bool:
+        if not self.changed and self._weights is not None:
+            self.changed = self._weights.changed()
+        return not self.changed and self._tainted <= plan.settled
 
     def _submit(self, spec: StoreSpec) -> None:
         self._reading.setdefault(spec.request_id, set()).update(spec.block_ids)
@@ -118,7 +151,7 @@ class WorkerSide:
             self._tainted = self._failed_now = self._plan.step
 
     def _start_stores(self, layered: LayeredMover) -> None:
-        if self._tainted <= self._plan.settled:
+        if self._plan.stores and self._may_store(self._plan):
             for spec in self._plan.stores:
                 self._reading.setdefault(spec.request_id, set()).update(spec.block_ids)
             layered.start_stores(self._plan.stores)
@@ -137,7 +170,7 @@ class WorkerSide:
             self._loading = False
             layered.wait_retrieves()
             self._see_failures()
-        if self._tainted <= self._plan.settled:
+        if not self.changed and self._tainted <= self._plan.settled:
             layered.finish_stores()
         else:
             layered.drop_stores()
@@ -145,7 +178,7 @@ class WorkerSide:
     def store(self) -> None:
         if self._layered is not None:
             self._end_layers(self._layered)
-        elif self._tainted <= self._plan.settled:
+        elif self._plan.stores and self._may_store(self._plan):
             for spec in self._plan.stores:
                 self._submit(spec)
         self._planned = set()

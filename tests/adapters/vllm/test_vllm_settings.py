@@ -26,9 +26,18 @@ def test_all_settings_are_taken_over() -> None:
         "namespace": "mine",
         "layerwise": True,
         "path": "device",
+        "weights_version": "step 7",
     }
-    found = ConnectorSettings("ipc:///run/x.ipc", True, 2.0, 0.01, LoadMode.SYNC, "mine", layerwise=True, path="device")
+    found = ConnectorSettings(
+        "ipc:///run/x.ipc", True, 2.0, 0.01, LoadMode.SYNC, "mine", "step 7", layerwise=True, path="device"
+    )
     assert parse_settings(extra) == found
+
+
+@pytest.mark.parametrize("version", ["", 7, None])
+def test_a_weights_version_is_a_name(version: object) -> None:
+    with pytest.raises(ConfigError, match="weights_version"):
+        parse_settings({"weights_version": version})
 
 
 def test_layer_by_layer_goes_with_synchronous_loads_alone() -> None:

@@ -411,6 +411,56 @@ def test_a_step_that_computes_nothing_waits_for_the_answer_or_the_load_and_no_ot
         assert mover.waits == waits
 
 
+class Weights:
+    """A `WeightsWatch` whose weights change when *others* is set."""
+
+    def __init__(self) -> None:
+        self.others = False
+
+    def take(self) -> None:
+        self.others = False
+
+    def changed(self) -> bool:
+        return self.others
+
+
+def test_what_other_weights_compute_is_not_stored_until_the_next_reset(cache: Cache) -> None:
+    mover, weights = Mover(cache, Memory(8, sharing=False), lambda: False), Weights()
+    worker = WorkerSide(mover, asynchronous=True, weights=weights)
+    weights.others = True
+    for step in (1, 2):
+        plan = StepPlan(step, stores=(store_of("s"),), last_stores=(store_of("t"),))
+        worker.let_go(plan)
+        worker.begin(plan)
+        worker.store()
+        assert mover.jobs == []
+        assert worker.changed
+    plan = StepPlan(3, stores=(store_of("s"),), resets=1)
+    worker.let_go(plan)
+    worker.begin(plan)
+    worker.store()
+    assert mover.jobs == [store_of("s")]
+    assert not worker.changed
+
+
+def test_an_engine_with_other_weights_is_offered_nothing_and_told_once_to_reset(
+    cache: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler, asked = side(cache), request()
+    plan = scheduler.plan({}, [], blocks_of)
+    for _ in range(2):
+        scheduler.output(StepOutput(plan.step, changed=True))
+    assert [record.getMessage().count("reset_connector=True") for record in caplog.records] == [1]
+    assert scheduler.offer(asked, 0) == (0, False)
+    assert cache.answers == {}
+    scheduler.allocated(asked, BLOCKS, 0)
+    assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores == ()
+    scheduler.reset()
+    scheduler.output(StepOutput(plan.step, changed=True))  # of a step that came before it
+    assert len(scheduler.plan({"r": CHUNK}, [], blocks_of).stores) == 1
+    assert scheduler.plan({}, [], blocks_of).resets == 1
+
+
 class Layers:
     """A `LayeredMover` that writes down what it was asked for; loads into *bad* blocks fail."""
 
