@@ -44,7 +44,7 @@ __all__ = [
 
 
 class Memory(ABC):
-    """Host memory that slots live in: one file that clients map (L1).
+    """Host memory that slots live in: one anonymous file, whose descriptor clients are given and which they map (L1).
 
     The server alone grows it, and touches its pages only in tier and device I/O.
     """
@@ -56,22 +56,19 @@ class Memory(ABC):
 
     @property
     @abstractmethod
-    def path(self) -> str:
-        """The file that a client opens and maps."""
+    def descriptor(self) -> int:
+        """The file that a client maps, `size` bytes long from the start and sealed: no client can shorten or lengthen
+        it, or add a seal. The memory's own to close; it is there while the memory is open.
+        """
 
     @property
     @abstractmethod
     def size(self) -> int:
-        """Bytes that `grow` will take in the end, if the file system lets it."""
-
-    @property
-    @abstractmethod
-    def nonce(self) -> bytes:
-        """16 random bytes that stand at the start of the file; slots begin behind the first page."""
+        """Bytes that `grow` will take in the end, if there is room."""
 
     @abstractmethod
     def open(self) -> AbstractAsyncContextManager[None]:
-        """Make the file, private to the user, and remove it at the end. What a dead server left is removed first."""
+        """Make the file, which has no name and goes with its last descriptor and mapping."""
 
     @abstractmethod
     async def grow(self) -> int:
@@ -189,9 +186,10 @@ class Device(ABC):
         """Make ready to copy to and from slots of *memory*. Left when no copy runs any more."""
 
     @abstractmethod
-    async def attach(self, export: Export, pid: int) -> Attached:
-        """Open what the engine process *pid* exported. Cancelled, nothing stays open.
+    async def attach(self, export: Export) -> Attached:
+        """Open what an engine exported. Cancelled, nothing stays open.
 
+        The descriptors of shared memory are this process' own; they are closed when this has returned or raised.
         `Unavailable`: this device cannot reach such memory. `Misuse`: it is not what *export* says.
         """
 

@@ -11,7 +11,7 @@ It refuses to retry, to reconnect and to import torch.
 import json
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -60,7 +60,8 @@ from lmcache_trio._wire.messages import (
     Welcome,
 )
 from lmcache_trio._wire.protocol import check_welcome, error_of
-from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
+from lmcache_trio.client_config import load_client_config
+from lmcache_trio.errors import ConfigError, Gone, Misuse, ProtocolError, Unavailable
 
 __all__ = ["Client", "Storing", "connect", "open_client", "serve_connection"]
 
@@ -87,10 +88,8 @@ class Client(Conversation):
         super().__init__(connection)
         self.boot = welcome.boot
         self.chunk_tokens = welcome.chunk_tokens
-        self.arena_path = welcome.arena_path
         self.arena_size = welcome.arena_size
         self.taken = welcome.taken
-        self.nonce = welcome.nonce
         self.arena_note = welcome.arena_note
         """Why there is no `arena`, if there is none and one was wanted."""
         self.arena = arena
@@ -344,32 +343,48 @@ async def serve_connection(
         raise failure
 
 
-async def _take_up(address: str) -> Connection:
+async def _take_up(address: str, trusted: Collection[int]) -> Connection:
     """The connection that a WELCOME named, while it stands: NNG itself goes on trying an address that is gone."""
     with trio.move_on_after(TAKE_UP):
-        return await dial_pair(address)
+        return await dial_pair(address, trusted=trusted)
     raise Unavailable(f"the server went away, or did not open {address} within {TAKE_UP:g} s")
 
 
 @asynccontextmanager
-async def connect(address: str, hello: Hello) -> AsyncIterator[Client]:
+async def connect(address: str, hello: Hello, server_uids: Collection[int] | None = None) -> AsyncIterator[Client]:
     """As `open_client`, from a ready introduction: the same token again tells the server that this is a reconnect."""
+    if hello.role is not Role.OBSERVER and address.startswith(("ipc://", "tcp://")):
+        raise ConfigError(
+            "address",
+            f"a {hello.role.name.lower()} cannot use {address}: ipc:// and tcp:// carry no descriptors, so the arena "
+            "could not come along; use a unix:// address, at which observers are served too",
+        )
+    trusted = load_client_config().server_uids if server_uids is None else server_uids
+    descriptors: list[int] = []
     try:
-        reply = check_welcome(await introduce(address, encode(hello)))
-    except Gone as exc:
-        raise Unavailable(f"the server at {address} went away") from exc
-    except ProtocolError as exc:
-        raise ProtocolError(f"cannot speak with the server at {address}: {exc}") from exc
-    if isinstance(reply, Refused):
-        raise error_of(reply.kind, f"the server at {address} refused: {reply.reason}")
-    connection = await _take_up(reply.address)
-    try:
+        try:
+            reply = check_welcome(await introduce(address, encode(hello), trusted=trusted, descriptors=descriptors))
+        except Gone as exc:
+            raise Unavailable(f"the server at {address} went away") from exc
+        except ProtocolError as exc:
+            raise ProtocolError(f"cannot speak with the server at {address}: {exc}") from exc
+        if isinstance(reply, Refused):
+            raise error_of(reply.kind, f"the server at {address} refused: {reply.reason}")
         arena = None
-        if hello.role is Role.WORKER and reply.arena_path:
-            try:
-                arena = ArenaMap.open(reply.arena_path, reply.arena_size, reply.nonce)
-            except Unavailable as exc:
-                reply = attrs.evolve(reply, arena_note=str(exc)[:500])
+        if hello.role is Role.WORKER and reply.arena_size:
+            if len(descriptors) == 1:
+                try:
+                    arena = ArenaMap(descriptors[0], reply.arena_size)
+                except Unavailable as exc:
+                    reply = attrs.evolve(reply, arena_note=str(exc)[:500])
+            else:
+                note = "the arena did not come along: this process has no descriptor left (`ulimit -n`)"
+                reply = attrs.evolve(reply, arena_note=note)
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+    connection = await _take_up(reply.address, trusted)
+    try:
         async with serve_connection(connection, reply, arena) as client:
             client.identity = hello.identity
             yield client
@@ -387,16 +402,18 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     shards: int = 1,
     name: str = "",
     identity: bytes = b"",
+    server_uids: Collection[int] | None = None,
 ) -> AsyncIterator[Client]:
     """Connect to the server at *address*; a worker gets the arena mapped too, in `Client.arena`.
 
     *identity* (32 bytes at most) is a scheduler's digest of its model: engines of other models have other namespaces.
-
-    `Unavailable`: nobody listens there. `Misuse`: the server does not let such a client in, and says why, or listens
-    under another scheme.
-    `ProtocolError`: it is another release's, or none.
+    The server must run as this process' uid, as root, or as one of *server_uids*, by default those that the setting
+    `client.server_uids` names.
+    `Unavailable`: nobody listens there, or somebody else does, or this process may not connect. `Misuse`: the server
+    does not let such a client in, and says why, or listens under another scheme; or the scheme is ipc or tcp, and the
+    role not an observer's. `ProtocolError`: it is another release's, or none.
     """
     who = name or f"pid {os.getpid()}"
     hello = Hello(PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards, identity)
-    async with connect(address, hello) as client:
+    async with connect(address, hello, server_uids) as client:
         yield client

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 
 from lmcache_trio import _config_sources
-from lmcache_trio.config import structure
+from lmcache_trio.config import check_ids, structure
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["ClientConfig", "check_interval", "client_config_of", "load_client_config"]
@@ -44,6 +44,11 @@ class ClientConfig:
         default=0.005,
         validator=_seconds,
         metadata={"help": "Seconds of silence after which a waiting lookup asks for its status, and again."},
+    )
+    server_uids: tuple[int, ...] = attrs.field(
+        default=(),
+        validator=check_ids,
+        metadata={"help": "Uids whose server is believed, beside this process' own and root."},
     )
 
     def __attrs_post_init__(self) -> None:

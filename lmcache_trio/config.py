@@ -10,11 +10,12 @@ class with `structure` when the backend is found (a field with
 """
 
 import difflib
+import grp
 import ipaddress
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
@@ -22,14 +23,18 @@ from typing import Any, NoReturn, TypeVar
 import attrs
 import cattrs
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+from cattrs.gen import make_dict_structure_fn
 
 from lmcache_trio import _config_sources
 from lmcache_trio.errors import ConfigError
 
 __all__ = [
+    "PRIVATE",
+    "Access",
     "Config",
     "Limits",
     "Table",
+    "check_ids",
     "default_address",
     "describe",
     "format_size",
@@ -157,6 +162,64 @@ def _all_have_backends(instance: object, attribute: Any, value: Sequence[Mapping
 
 
 _DAY = 86_400.0
+_MOST_UID = 2**32 - 2
+
+
+def check_ids(instance: object, attribute: Any, value: Sequence[int]) -> None:
+    """A validator of a field that holds uids or gids."""
+    for number in value:
+        if not 0 <= number <= _MOST_UID:
+            raise ConfigError(attribute.name, f"{number} is no id; give numbers of 0 to {_MOST_UID}")
+
+
+def _group(instance: object, attribute: Any, value: int | str) -> None:
+    if isinstance(value, int):
+        return check_ids(instance, attribute, (value,))
+    if value:
+        try:
+            grp.getgrnam(value)
+        except KeyError:
+            raise ConfigError(attribute.name, f"there is no group {value!r} here; give its number") from None
+
+
+@attrs.frozen
+class Access:
+    """Who may connect to a server at a `unix://` address: its own uid, root, and those named here.
+
+    The directory and the socket get their modes from it: 0700 and 0600 with nobody named; 0750 and 0660, of that group,
+    with a group; 0755 and 0666 with uids, since then the server alone tells who comes.
+    """
+
+    uids: tuple[int, ...] = attrs.field(
+        default=(), validator=check_ids, metadata={"help": "Uids that may connect, beside the server's own and root."}
+    )
+    group: int | str = attrs.field(
+        default="",
+        validator=_group,
+        metadata={"help": "A group whose members may connect, by name or number; a server not of root must be in it."},
+    )
+
+    @property
+    def gid(self) -> int | None:
+        if isinstance(self.group, int):
+            return self.group
+        return grp.getgrnam(self.group).gr_gid if self.group else None
+
+    @property
+    def directory_mode(self) -> int:
+        return 0o755 if self.uids else 0o750 if self.group != "" else 0o700
+
+    @property
+    def socket_mode(self) -> int:
+        return 0o666 if self.uids else 0o660 if self.group != "" else 0o600
+
+    def admits(self, uid: int, groups: Collection[int]) -> bool:
+        """May a process of *uid*, in *groups*, connect to this process?"""
+        return uid in (0, os.geteuid(), *self.uids) or (self.group != "" and self.gid in groups)
+
+
+PRIVATE = Access()
+"""Nobody but the server's own uid and root."""
 
 
 def _limit(default: int, text: str) -> int:
@@ -202,7 +265,13 @@ class Config:
     address: str = attrs.field(
         factory=default_address,
         validator=_address,
-        metadata={"help": "Where clients find the server: unix://PATH, ipc://PATH, or tcp:// on loopback."},
+        metadata={
+            "help": "Where clients find the server: unix://PATH; or, for observers alone, ipc://PATH or tcp:// on"
+            " loopback."
+        },
+    )
+    access: Access = attrs.field(
+        factory=Access, metadata={"help": "Who may connect, beside the server's own uid and root."}
     )
     chunk_tokens: int = attrs.field(
         default=256,
@@ -279,6 +348,10 @@ class Config:
     limits: Limits = attrs.field(
         factory=Limits, metadata={"help": "What a client may have at one time: a table of its own, below."}
     )
+
+    def __attrs_post_init__(self) -> None:
+        if self.access != PRIVATE and not self.address.startswith(("unix://", "memory://")):
+            raise ConfigError("access", f"{self.address} does not tell who connects; use a unix:// address with it")
 
 
 def describe(cls: type[Any] = Config) -> list[tuple[str, object, str]]:
@@ -375,6 +448,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _are_integers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(v) is int for v in value)
+
+
+def _table_of(cls: type[Any], converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """The hook of a table inside another one."""
+    make = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True)
+    return _strict("a table", lambda v: isinstance(v, Mapping), lambda v: make(v, cls))
+
+
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     is_table: Callable[[Any], bool] = lambda v: isinstance(v, Mapping)  # noqa: E731
@@ -384,6 +467,7 @@ def _make_converter() -> cattrs.Converter:
         bool: _strict("true or false", lambda v: type(v) is bool, bool),
         str: _strict("a string", lambda v: type(v) is str, str),
         Path: _strict("a path in quotes", lambda v: type(v) is str, Path),
+        int | str: _strict("a string or an integer", lambda v: type(v) in (int, str), lambda v: v),
     }.items():
         converter.register_structure_hook(kind, hook)
     table = _strict("a table", is_table, lambda v: MappingProxyType(dict(v)))
@@ -392,6 +476,9 @@ def _make_converter() -> cattrs.Converter:
         lambda v: isinstance(v, list | tuple) and all(map(is_table, v)),
         lambda v: tuple(MappingProxyType(dict(t)) for t in v),
     )
+    numbers = _strict("a list of integers, as in [1000, 1001]", _are_integers, tuple)
+    converter.register_structure_hook_func(lambda t: t == tuple[int, ...], numbers)
+    converter.register_structure_hook_factory(attrs.has, lambda cls: _table_of(cls, converter))
     converter.register_structure_hook_func(lambda t: t in (Table, Mapping[str, Any]), table)
     converter.register_structure_hook_func(lambda t: t == tuple[Mapping[str, Any], ...], tables)
     return converter

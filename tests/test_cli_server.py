@@ -73,11 +73,6 @@ def status(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def arenas(process: "subprocess.Popen[str]") -> list[Path]:
-    """Files in shared memory that bear the server's pid; other servers' are none of our business."""
-    return [path for path in Path("/dev/shm").iterdir() if f"-{process.pid}-" in path.name]
-
-
 def failed(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -215,11 +210,9 @@ def test_processes_that_end_as_soon_as_they_gave_up_on_a_stopped_server_end_with
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_cleanly_and_no_file_is_left(tmp_path: Path, number: signal.Signals) -> None:
     server = start(f"unix://{tmp_path}/server.sock")
-    assert len(arenas(server.process)) == 1
     errors = server.end(number)
     assert server.process.returncode == 0
     assert "Traceback" not in errors
-    assert arenas(server.process) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,7 +227,6 @@ def test_a_second_server_at_the_address_is_refused_and_the_first_goes_on(server:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "address" in done.stderr
-    assert len(arenas(server.process)) == 1
     assert status(server.address).returncode == 0
 
 
@@ -244,7 +236,6 @@ def test_a_server_starts_where_another_was_killed_and_removes_what_that_one_left
     again = start(killed.address)
     try:
         assert "ready" in again.ready
-        assert arenas(killed.process) == []
         assert status(again.address).returncode == 0
     finally:
         again.end(signal.SIGTERM)
@@ -262,7 +253,7 @@ def test_what_serving_and_asking_import_is_no_torch() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["unix", "ipc"])
-def test_both_sockets_and_arena_are_the_users_alone_whatever_the_umask(tmp_path: Path, scheme: str) -> None:
+def test_both_sockets_are_the_users_alone_whatever_the_umask(tmp_path: Path, scheme: str) -> None:
     former = os.umask(0)
     try:
         server = start(f"{scheme}://{tmp_path}/server.sock")
@@ -272,9 +263,8 @@ def test_both_sockets_and_arena_are_the_users_alone_whatever_the_umask(tmp_path:
     welcome = decode(trio.run(introduce, server.address, encode(hello)))
     assert isinstance(welcome, Welcome)  # and its address waits to be taken up
     rendezvous, pair = (Path(address.partition("://")[2]) for address in (server.address, welcome.address))
-    (arena,) = arenas(server.process)
     assert set(tmp_path.iterdir()) == {rendezvous, pair}
-    assert [stat.S_IMODE(path.stat().st_mode) for path in (rendezvous, pair, arena)] == [0o600] * 3
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (rendezvous, pair)] == [0o600] * 2
 
 
 def test_the_log_says_what_a_server_serves_and_that_it_ended_and_is_quiet_between(tmp_path: Path) -> None:

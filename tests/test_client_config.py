@@ -30,7 +30,12 @@ def test_what_an_adapter_is_given_wins_over_all_of_them(file: str, monkeypatch: 
     monkeypatch.setenv("LMCACHE_TRIO_CONFIG", file)
     monkeypatch.setenv("LMCACHE_TRIO_CLIENT__POLL_INTERVAL", "0.25")
     adapter = SchedulerAdapter(
-        "ipc:///nowhere", engine_id="e", identity=["a model"], block_tokens=16, lookup_timeout=1.0, connect_timeout=0.01
+        "unix:///nowhere",
+        engine_id="e",
+        identity=["a model"],
+        block_tokens=16,
+        lookup_timeout=1.0,
+        connect_timeout=0.01,
     )
     try:
         assert (adapter._lookup_timeout, adapter._poll_interval) == (1.0, 0.25)
@@ -41,7 +46,7 @@ def test_what_an_adapter_is_given_wins_over_all_of_them(file: str, monkeypatch: 
 def test_an_adapter_refuses_what_is_given_beside_what_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_TRIO_CLIENT__POLL_INTERVAL", "0.25")
     with pytest.raises(ConfigError, match=r"poll_interval: 0.25 s is longer than lookup_timeout \(0.1 s\)"):
-        SchedulerAdapter("ipc:///nowhere", engine_id="e", identity=["a model"], block_tokens=16, lookup_timeout=0.1)
+        SchedulerAdapter("unix:///nowhere", engine_id="e", identity=["a model"], block_tokens=16, lookup_timeout=0.1)
 
 
 @pytest.mark.parametrize(

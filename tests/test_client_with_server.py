@@ -1,6 +1,9 @@
 """The client of a Trio program against a server in the same loop, over real sockets and real shared memory."""
 
-from collections.abc import AsyncIterator
+import fcntl
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -106,27 +109,36 @@ async def test_nobody_listening_is_unavailable_at_once(tmp_path: Path) -> None:
             pass
 
 
-def test_an_arena_with_another_nonce_is_not_mapped_and_says_what_to_share(tmp_path: Path) -> None:
-    file = tmp_path / "arena"
-    file.write_bytes(b"a" * 16 + bytes(4080))
-    with pytest.raises(Unavailable, match="--ipc=host"):
-        ArenaMap.open(str(file), 1 << 20, b"b" * 16)
-    with pytest.raises(Unavailable, match="--ipc=host"):
-        ArenaMap.open(str(tmp_path / "none"), 1 << 20, b"a" * 16)
+@pytest.fixture
+def arena_file() -> Iterator[int]:
+    """What a server passes: 16 MiB, of which one page is there."""
+    fd = os.memfd_create("arena", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 16 << 20)
+    os.pwrite(fd, b"a" * 16, 0)
+    yield fd
+    os.close(fd)
 
 
-async def test_a_mapping_reaches_beyond_the_file_and_is_never_touched_there(tmp_path: Path) -> None:
-    file = tmp_path / "arena"
-    file.write_bytes(b"a" * 16 + bytes(4080))
-    arena = ArenaMap.open(str(file), 1 << 30, b"a" * 16)
+def test_an_arena_that_could_shrink_or_is_too_short_or_no_memory_is_not_mapped(arena_file: int) -> None:
+    with pytest.raises(ProtocolError, match="not a sealed one of 16777216"):
+        ArenaMap(arena_file, 16 << 20)
+    fcntl.fcntl(arena_file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    with pytest.raises(ProtocolError, match="passed an arena of 16777216 bytes, not"):
+        ArenaMap(arena_file, (16 << 20) + 1)
+    with tempfile.TemporaryFile() as file, pytest.raises(ProtocolError, match="no anonymous file"):
+        ArenaMap(file.fileno(), 4096)
+
+
+async def test_a_mapping_is_whole_from_the_start_and_has_no_view_beyond_it(arena_file: int) -> None:
+    fcntl.fcntl(arena_file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    arena = ArenaMap(arena_file, 16 << 20)
     view = arena.view(0, 4096)
     assert bytes(view[:16]) == b"a" * 16
-    for offset, length in ((4096, 1), (0, 4097), (-1, 1), (1 << 30, 1)):
+    for offset, length in ((16 << 20, 1), ((16 << 20) - 4, 5), (-1, 1), (1 << 30, 1)):
         with pytest.raises(ProtocolError, match="outside"):
             arena.view(offset, length)
-    with file.open("ab") as more:
-        more.write(b"z" * 4096)
-    assert bytes(arena.view(4096, 4096)) == b"z" * 4096
+    arena.view((16 << 20) - 4, 4)[:] = b"last"
+    assert os.pread(arena_file, 4, (16 << 20) - 4) == b"last"
     await arena.populate(8192)
     assert arena.populated == 8192
     del arena

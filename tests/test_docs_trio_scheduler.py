@@ -77,7 +77,7 @@ def all_kv_of(tokens: Sequence[int]) -> list[bytes]:
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     memory = {"backend": "cpu", "size": 4 << 20}
-    return Config(address=f"ipc://{tmp_path}/server.ipc", chunk_tokens=CHUNK_TOKENS, memory=memory)
+    return Config(address=f"unix://{tmp_path}/server.ipc", chunk_tokens=CHUNK_TOKENS, memory=memory)
 
 
 async def test_what_one_prompt_computed_the_next_one_reads(page: Any, config: Config) -> None:

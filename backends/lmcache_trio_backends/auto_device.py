@@ -53,9 +53,9 @@ class AutoDevice(EventDevice, ArenaDevice):
                 self._memory = None
         self._cuda = None
 
-    async def attach(self, export: Export, pid: int) -> Attached:
+    async def attach(self, export: Export) -> Attached:
         device = await self._cuda_device() if isinstance(export.memory[0], CudaMemory) else self._host
-        attached = await device.attach(export, pid)
+        attached = await device.attach(export)
         self._owner[attached] = device
         return attached
 

@@ -1,10 +1,12 @@
-"""The `cpu` memory: the host arena, one file in shared memory that clients map.
+"""The `cpu` memory: the host arena, one anonymous file (memfd) that clients map.
 
-The file is taken in pieces by `posix_fallocate`, which releases the GIL and fails cleanly where a bare `ftruncate`
-would kill whoever touches the page later (SIGBUS). A live server holds a lock (`flock`) on its file for as long as it
-lives, so a file whose lock is free was left by a dead one and is removed by the next start. Never is a pid guessed at.
+The file has its whole length from the start and is sealed: no client can make it shorter (whoever touched a page that
+is gone would be killed, SIGBUS), longer (memory that nobody accounts for), or read-only for others. It is backed with
+memory in pieces by `posix_fallocate`, which releases the GIL and fails cleanly where a bare `ftruncate` would kill
+whoever touches the page later. It has no name: it goes with the last process that has it open or mapped, however that
+ends, and the size of /dev/shm is nothing to it.
 
-This module never touches the arena's pages but the first, and populates nothing on a request's path.
+This module never touches the arena's pages, and populates nothing on a request's path.
 """
 
 import errno
@@ -12,17 +14,15 @@ import fcntl
 import logging
 import mmap
 import os
-import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
 import attrs
 import trio
 
 from lmcache_trio import threads
 from lmcache_trio.abc import Memory
-from lmcache_trio.errors import ConfigError, Misuse, Unavailable
+from lmcache_trio.errors import ConfigError, Misuse
 from lmcache_trio_backends._memory_limits import memory_of_process
 
 __all__ = ["CpuConfig", "CpuMemory"]
@@ -35,11 +35,12 @@ FIRST_PIECE = 16 << 20
 PIECE = 256 << 20
 SMALLEST_PIECE = 1 << 20
 """When a piece does not fit, halves are tried down to this."""
+_NOEXEC_SEAL = 0x8  # MFD_NOEXEC_SEAL, Linux 6.3: some systems let through nothing else (vm.memfd_noexec = 2)
 
 
 def _check_size(instance: object, attribute: object, value: int | None) -> None:
-    if value is not None and value < 2 * PAGE:
-        raise ConfigError("size", f'{value} bytes hold no chunk; give {2 * PAGE} or more, as in "4GiB"')
+    if value is not None and value < PAGE:
+        raise ConfigError("size", f'{value} bytes hold no chunk; give {PAGE} or more, as in "4GiB"')
 
 
 @attrs.frozen
@@ -52,25 +53,19 @@ class CpuConfig:
         metadata={
             "unit": "bytes",
             "help": 'Bytes of the arena, as in "4GiB"; unset: a quarter of the memory that this process may have'
-            " (its cgroups' limits count), at most half of what is free and of the file system.",
+            " (its cgroups' limits count), at most half of what is free.",
         },
-    )
-    directory: str = attrs.field(
-        default="/dev/shm", metadata={"help": "A directory in a memory file system (tmpfs), shared with the engines."}
     )
 
 
 class CpuMemory(Memory):
-    """The arena file: made, grown, viewed, removed."""
+    """The arena: made, grown, viewed."""
 
     Config = CpuConfig
 
     def __init__(self, config: CpuConfig) -> None:
         super().__init__(config)
-        self._directory = Path(config.directory)
         self._size = _fitting_size(config)
-        self._nonce = secrets.token_bytes(16)
-        self._path = ""
         self._fd = -1
         self._taken = 0
         self._full = ""
@@ -78,29 +73,19 @@ class CpuMemory(Memory):
         self._limiter = trio.CapacityLimiter(1)
 
     @property
-    def path(self) -> str:
-        return self._path
+    def descriptor(self) -> int:
+        if self._fd < 0:
+            raise Misuse("the arena is not open")
+        return self._fd
 
     @property
     def size(self) -> int:
         return self._size
 
-    @property
-    def nonce(self) -> bytes:
-        return self._nonce
-
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        remove_leftovers(self._directory)
-        self._path, self._fd = _create(self._directory)
+        self._fd, self._taken, self._full = _create(self._size), 0, ""
         try:
-            try:
-                os.posix_fallocate(self._fd, 0, PAGE)
-                os.pwrite(self._fd, self._nonce, 0)
-                os.ftruncate(self._fd, self._size)  # so that clients can map all of it at once; holes cost nothing
-            except OSError as exc:
-                raise ConfigError("memory.directory", f"{self._directory} takes no file: {exc.strerror}") from exc
-            self._taken = PAGE
             yield
         finally:
             self._close()
@@ -108,7 +93,7 @@ class CpuMemory(Memory):
     async def grow(self) -> int:
         if self._fd < 0:
             raise Misuse("grow() was called on an arena that is not open")
-        piece = min(FIRST_PIECE if self._taken == PAGE else PIECE, self._size - self._taken)
+        piece = min(PIECE if self._taken else FIRST_PIECE, self._size - self._taken)
         while piece > 0 and not self._full:
             refused = await threads.offload(_allocate, self._fd, self._taken, piece, limiter=self._limiter)
             if refused is None:
@@ -121,30 +106,24 @@ class CpuMemory(Memory):
         return self._taken
 
     def view(self, offset: int, length: int) -> memoryview:
-        if offset < PAGE or length < 0 or offset + length > self._taken:
+        if offset < 0 or length < 0 or offset + length > self._taken:
             raise Misuse(f"[{offset}, {offset + length}) is not inside the slots, which end at {self._taken}")
         if self._map is None:
             self._map = mmap.mmap(self._fd, self._size)
         return memoryview(self._map)[offset : offset + length]
 
     def statistics(self) -> dict[str, int | str]:
-        return {"bytes_taken": self._taken, "bytes_size": self._size, "path": self._path, "limit": self._full}
+        return {"bytes_taken": self._taken, "bytes_size": self._size, "limit": self._full}
 
     def _stay(self, refused: OSError) -> None:
-        space = os.statvfs(self._directory)
         self._full = (
-            f"the arena stays at {_human(self._taken)} of {_human(self._size)}: {self._directory} refused more "
-            f"({refused.strerror}; the file system has {_human(space.f_frsize * space.f_blocks)}, of which "
-            f"{_human(space.f_frsize * space.f_bavail)} are free; see `df -h {self._directory}`). "
-            f"Set memory.size lower, or make it larger: "
-            f"`mount -o remount,size=… {self._directory}`, in a container --shm-size"
+            f"the arena stays at {_human(self._taken)} of {_human(self._size)}: there is no memory for more "
+            f"({refused.strerror}). Set memory.size lower, or give the machine or container more"
         )
         log.warning("%s", self._full)
 
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
-        with suppress(FileNotFoundError):
-            os.unlink(self._path)
         os.close(fd)
         if self._map is not None:
             with suppress(BufferError):  # a tier's hung call still holds a view: the mapping goes with the view
@@ -152,62 +131,29 @@ class CpuMemory(Memory):
             self._map = None
 
 
-def remove_leftovers(directory: Path) -> list[str]:
-    """Remove the arena files of this user that no live server holds a lock on; returns their paths."""
-    removed = []
-    for path in sorted(directory.glob(f"{_prefix()}*.arena")):
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
-            continue  # gone already, or not ours to open
-        try:
-            # The lock comes first. A server that is just starting has made its file but not locked it yet: if we are
-            # faster, it finds its file gone and makes another.
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_uid == os.getuid() and _is_file_at(fd, path):
-                os.unlink(path)
-                removed.append(str(path))
-        except OSError as exc:
-            if exc.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT, errno.EPERM):
-                raise
-        finally:
-            os.close(fd)
-    if removed:
-        log.info("removed what a dead server left: %s", ", ".join(removed))
-    return removed
-
-
-def _create(directory: Path) -> tuple[str, int]:
-    for _ in range(100):
-        path = directory / f"{_prefix()}{os.getpid()}-{secrets.token_hex(8)}.arena"
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as exc:
-            raise ConfigError("memory.directory", f"cannot make a file in {directory}: {exc.strerror}") from exc
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_file_at(fd, path):
-                return str(path), fd
-        except BlockingIOError:
-            pass  # another start took it for a leftover in the moment before the lock
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-    raise Unavailable(f"other servers kept removing the arena in {directory} while it was made")
-
-
-def _is_file_at(fd: int, path: Path) -> bool:
+def _create(size: int) -> int:
+    """An anonymous file of *size* bytes without memory behind them, of which no client can change the length."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        there = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    mine = os.fstat(fd)
-    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+        try:
+            fd = os.memfd_create("lmcache-trio arena", flags | _NOEXEC_SEAL)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            fd = os.memfd_create("lmcache-trio arena", flags)
+    except OSError as exc:
+        raise ConfigError("memory", f"no anonymous file can be made for the arena: {exc.strerror}") from exc
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError as exc:
+        os.close(fd)
+        raise ConfigError("memory.size", f"no arena of {_human(size)} can be made: {exc.strerror}") from exc
+    return fd
 
 
 def _allocate(fd: int, offset: int, length: int) -> OSError | None:
-    """Back the range with memory; the error where the file system has no more. Runs in a thread."""
+    """Back the range with memory; the error where there is none. Runs in a thread."""
     try:
         os.posix_fallocate(fd, offset, length)
     except OSError as exc:
@@ -218,14 +164,10 @@ def _allocate(fd: int, offset: int, length: int) -> OSError | None:
 
 
 def _fitting_size(config: CpuConfig) -> int:
-    """The arena's size in whole pages, which fits this process's memory and file system; else ConfigError."""
-    try:
-        space = os.statvfs(config.directory)
-    except OSError as exc:
-        raise ConfigError("memory.directory", f"{config.directory!r}: {exc.strerror}; give a tmpfs directory") from exc
-    room, memory = space.f_frsize * space.f_blocks, memory_of_process()
+    """The arena's size in whole pages, which fits this process's memory; else ConfigError."""
+    memory = memory_of_process()
     if config.size is None:
-        return max(2 * PAGE, min(memory.limit // 4, memory.free // 2, room // 2) // PAGE * PAGE)
+        return max(PAGE, min(memory.limit // 4, memory.free // 2) // PAGE * PAGE)
     if config.size > memory.limit:
         raise ConfigError(
             "memory.size", f"{_human(config.size)} do not fit {memory.named} of {_human(memory.limit)}; give less"
@@ -233,17 +175,7 @@ def _fitting_size(config: CpuConfig) -> int:
     if config.size > memory.free:
         words = "memory.size: only %s of %s are free now, and the arena will take %s: the system may end this server"
         log.warning(words, _human(memory.free), memory.named, _human(config.size))
-    if config.size > room:
-        raise ConfigError(
-            "memory.size",
-            f"{_human(config.size)} do not fit {config.directory}, which has {_human(room)}; give less, or make it "
-            f"larger: `mount -o remount,size=… {config.directory}`, in a container --shm-size",
-        )
     return config.size // PAGE * PAGE
-
-
-def _prefix() -> str:
-    return f"lmcache-trio-{os.getuid()}-"
 
 
 def _human(size: int) -> str:

@@ -117,7 +117,7 @@ class CudaDevice(EventDevice, ArenaDevice):
             thread.close()
             self._memory = self._thread = None
 
-    async def attach(self, export: Export, pid: int) -> Attached:
+    async def attach(self, export: Export) -> Attached:
         thread = self._thread
         if thread is None:
             raise Unavailable("the cuda device is not open")

@@ -1,8 +1,7 @@
 """The `host` device: engines whose KV lies in shared CPU memory. Copies run in one thread, in order, without the GIL.
 
-An engine's memory is an anonymous file (memfd) of its own process. It is opened by descriptor, under the process id
-that the kernel told of the connection's peer, never by a path that the peer names; and it is taken only when it cannot
-be made shorter (sealed), since touching a page that is gone would kill the server (SIGBUS).
+An engine's memory is an anonymous file (memfd), whose descriptor the engine passes over its connection; it is taken
+only when it cannot be made shorter (sealed), since touching a page that is gone would kill the server (SIGBUS).
 
 Measured (chunks of 32 MiB, 32 KiB blocks scattered in 512 MiB, one thread, share of memcpy's processor time between
 private arrays; a plain memcpy between the same shared files has 0.88): one call a chunk, over the blocks of all layers,
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["HostConfig", "HostDevice"]
 
 _POPULATE_WRITE = 23  # Linux 5.14; older kernels say EINVAL, and pages come one by one, with the first copy
-_HEAD = 4096
-"""Slots begin behind the arena's first page."""
 _PIECE = 64 << 20
 """Bytes whose pages are entered by one call: about 10 ms, the longest that a cancellation waits for it."""
 
@@ -140,13 +137,13 @@ class HostDevice(ArenaDevice):
         self._populating = trio.Lock()
         self._copies = 0
         self._bytes = 0
-        self._populated = _HEAD  # bytes of the arena
+        self._populated = 0  # bytes of the arena
 
     @asynccontextmanager
     async def open(self, memory: Memory) -> AsyncIterator[None]:
         self._memory, self._thread = memory, DedicatedThread("lmcache-trio host device")
         self._unmapping = DedicatedThread("lmcache-trio host unmapping")
-        self._populated = _HEAD
+        self._populated = 0
         try:
             yield
         finally:
@@ -156,12 +153,12 @@ class HostDevice(ArenaDevice):
             self._unmapping.close()
             self._memory = self._thread = self._unmapping = None
 
-    async def attach(self, export: Export, pid: int) -> Attached:
+    async def attach(self, export: Export) -> Attached:
         if self._thread is None:
             raise Unavailable("the host device is not open")
         maps: list[_Bytes] = []
         try:
-            await self._open(export, pid, maps)
+            await self._open(export, maps)
             opened = _Opened(export, maps)
         except BaseException:
             self._unmap(maps.clear)
@@ -169,12 +166,12 @@ class HostDevice(ArenaDevice):
         self._attached.add(opened)
         return opened
 
-    async def _open(self, export: Export, pid: int, maps: "list[_Bytes]") -> None:
+    async def _open(self, export: Export, maps: "list[_Bytes]") -> None:
         """Map the memory, a place in *maps* each, and enter its pages."""
         for memory in export.memory:
             if not isinstance(memory, SharedMemory):
                 raise Unavailable("the host device opens shared host memory alone")
-            maps.append(await offload(_map, memory, pid, limiter=self._limiter))
+            maps.append(await offload(_map, memory, limiter=self._limiter))
             for start in range(0, memory.size, _PIECE):
                 await offload(_populate, maps[-1], start, min(_PIECE, memory.size - start), limiter=self._limiter)
         await self._populate_arena()
@@ -274,32 +271,25 @@ def _scatter(part: "_Bytes", run: _Run, pieces: slice, blocks: "_Index") -> None
         run.items[first + blocks[wanted]] = piece[wanted]
 
 
-def _map(memory: SharedMemory, pid: int) -> "_Bytes":
-    """Map what the process *pid* has behind the descriptor, if it is what it says. In a thread."""
+def _map(memory: SharedMemory) -> "_Bytes":
+    """Map what is behind the descriptor, if it is what it is said to be. In a thread."""
     import numpy as np
 
-    path = f"/proc/{pid}/fd/{memory.descriptor}"
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as exc:
-        raise Unavailable(f"the engine's memory ({path}) cannot be opened: {exc.strerror}") from exc
-    try:
-        _check(memory, fd)
-        return np.frombuffer(mmap.mmap(fd, memory.size), dtype=np.uint8)
+        _check(memory)
+        return np.frombuffer(mmap.mmap(memory.descriptor, memory.size), dtype=np.uint8)
     except (OSError, ValueError) as exc:
-        raise Unavailable(f"the engine's memory ({path}) cannot be mapped: {exc}") from exc
-    finally:
-        os.close(fd)
+        raise Unavailable(f"the engine's memory cannot be mapped: {exc}") from exc
 
 
-def _check(memory: SharedMemory, fd: int) -> None:
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode) or found.st_ino != memory.inode or os.pread(fd, 16, 0) != memory.nonce:
-        raise Misuse(f"descriptor {memory.descriptor} is not the memory that was exported")
+def _check(memory: SharedMemory) -> None:
+    found = os.fstat(memory.descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise Misuse("what the engine passed is no memory: pass the descriptor of an anonymous file (memfd)")
     if found.st_size < memory.size:
-        raise Misuse(f"the memory behind descriptor {memory.descriptor} has {found.st_size} bytes, not {memory.size}")
+        raise Misuse(f"the memory that the engine passed has {found.st_size} bytes, not {memory.size}")
     try:
-        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        sealed = fcntl.fcntl(memory.descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
     except OSError:
         sealed = 0
     if not sealed or found.st_blocks * 512 < memory.size:

@@ -62,16 +62,13 @@ _ITEMSIZE = {
 
 @attrs.frozen
 class SharedMemory:
-    """Host memory: an anonymous file (memfd) behind *descriptor* of the engine's own process, *size* bytes of it.
+    """Host memory: *size* bytes of an anonymous file (memfd), behind *descriptor* of the process that holds this value.
 
-    *inode* is the file's, and *nonce* stands in its first 16 bytes: a descriptor that was closed and used anew is told
-    apart.
+    A message brings the descriptor along, which is another number at its other end.
     """
 
     size: int
     descriptor: int
-    inode: int
-    nonce: bytes
 
 
 @attrs.frozen
@@ -187,7 +184,7 @@ def _check_memory(memory: SharedMemory | CudaMemory) -> None:
     if not 0 < memory.size <= MAX_SIZE:
         raise Misuse(f"an allocation of {memory.size} bytes: give more than 0, and what a machine can have")
     if isinstance(memory, SharedMemory):
-        if len(memory.nonce) != 16 or memory.descriptor < 0 or memory.inode < 0:
-            raise Misuse("shared memory is named by a descriptor, an inode and a nonce of 16 bytes")
+        if memory.descriptor < 0:
+            raise Misuse(f"shared memory has a descriptor, which {memory.descriptor} is not")
     elif len(memory.handle) != 64 or len(memory.uuid) != 16:
         raise Misuse("CUDA memory is named by a handle of 64 bytes and a device UUID of 16")

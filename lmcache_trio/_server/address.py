@@ -1,10 +1,12 @@
 """The directory that the address of a socket file needs."""
 
 import os
+import re
 import stat
 from contextlib import suppress
 from pathlib import Path
 
+from lmcache_trio.config import PRIVATE, Access
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["prepare_directory", "socket_path"]
@@ -16,25 +18,68 @@ def socket_path(address: str) -> Path | None:
     return Path(path) if scheme in ("unix", "ipc") else None
 
 
-def prepare_directory(address: str) -> None:
-    """Make the directory of *address* if it is missing, private to the user; ConfigError if it is not safe to use.
+def prepare_directory(address: str, access: Access = PRIVATE) -> None:
+    """Make the directory of *address* if it is missing, as private as *access* says; ConfigError if it is not safe to
+    use, or if a client that *access* names could not get there.
 
-    Whoever can write in the directory can put a socket of their own in the place of ours, so it must belong to this
-    user (or root) and be closed to others, unless it is sticky, as /tmp is.
+    Whoever can write in the directory can put a socket of their own in the place of ours (a client would not speak to
+    it, but not find us either), so it must belong to this user (or root) and be closed to others, unless it is sticky,
+    as /tmp is. A directory of this user's that holds nothing but the server's sockets gets its mode from *access*; any
+    other is left alone.
     """
     path = socket_path(address)
     if path is None:
         return
     directory = path.parent
     try:
-        with suppress(FileExistsError):
-            directory.mkdir(mode=0o700, parents=True)
+        for missing in reversed([folder for folder in (directory, *directory.parents) if not folder.exists()]):
+            with suppress(FileExistsError):
+                missing.mkdir(mode=0o700)
+                _set_mode(missing, access)
         found = directory.stat()
     except OSError as exc:
         raise ConfigError("address", f"cannot use {directory}: {exc.strerror}; give another path") from exc
     if not stat.S_ISDIR(found.st_mode):
         raise ConfigError("address", f"{directory} is no directory; give another path")
-    if found.st_uid not in (os.getuid(), 0):
+    if found.st_uid not in (os.geteuid(), 0):
         raise ConfigError("address", f"{directory} belongs to another user (uid {found.st_uid}); give another path")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
-        raise ConfigError("address", f"others can write in {directory}; `chmod go-w {directory}`, or give another path")
+        raise ConfigError(
+            "address",
+            f"others can write in {directory}; `chmod go-w {directory}`, or, where that cannot be done (a volume of a "
+            f"container, say), name a directory in it, which the server then makes: "
+            f"address=unix://{directory}/lmcache-trio/{path.name}",
+        )
+    if found.st_uid == os.geteuid() and access != PRIVATE and _holds_sockets_alone(path):
+        _set_mode(directory, access)
+    _check_way(directory, access)
+
+
+def _set_mode(directory: Path, access: Access) -> None:
+    try:
+        if access.gid is not None:
+            os.chown(directory, -1, access.gid)
+        directory.chmod(access.directory_mode)
+    except OSError as exc:
+        raise ConfigError("access", f"cannot set group and mode of {directory}: {exc.strerror}") from exc
+
+
+def _holds_sockets_alone(path: Path) -> bool:
+    """Is there nothing in its directory that a server at *path* has not made?"""
+    ours = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{12})?")
+    return all(ours.fullmatch(name) for name in os.listdir(path.parent))
+
+
+def _check_way(directory: Path, access: Access) -> None:
+    """Those whom *access* names must get through each directory on the way."""
+    if access == PRIVATE:
+        return
+    for folder in (directory, *directory.parents):
+        found = folder.stat()
+        group = not access.uids and found.st_gid == access.gid and found.st_mode & stat.S_IXGRP
+        if not group and not found.st_mode & stat.S_IXOTH:
+            raise ConfigError(
+                "access",
+                f"those who may connect cannot get through {folder} (mode {stat.S_IMODE(found.st_mode):04o}); give an "
+                "address elsewhere, as in unix:///run/lmcache-trio/server.sock, or open it with chmod",
+            )

@@ -52,7 +52,7 @@ async def serve_client(state: State, client: Client, listener: PairListener, bra
                 return
             finally:
                 state.sockets.discard(str(path))
-            if not _is_the_same(client):
+            if not _is_the_same(client, client.transport):
                 state.counted["refused"] += 1
                 log.warning("a process other than the one that said HELLO took up the connection of %s: ended", client)
                 return
@@ -80,9 +80,14 @@ async def _leave(state: State, client: Client) -> None:
         dismiss(state, client)
 
 
-def _is_the_same(client: Client) -> bool:
-    """Whether the process at the other end is the one that said HELLO: its pid is, and has not been used anew."""
-    return client.transport is not None and client.transport.peer_pid == client.peer_pid and not client.has_exited()
+def _is_the_same(client: Client, transport: Connection) -> bool:
+    """Whether the process at the other end is the one that said HELLO, and lives. It is watched from now on."""
+    pidfd = transport.open_pidfd()
+    same = client.is_process(transport.peer_pid, pidfd) and not client.has_exited()
+    if client.pidfd is not None:  # where it cannot be told apart, the one that copies is the one at this end
+        os.close(client.pidfd)
+    client.pidfd = pidfd
+    return same
 
 
 async def _read_guarded(state: State, client: Client, transport: Connection) -> None:

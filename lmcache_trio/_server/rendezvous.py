@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import attrs
 
 from lmcache_trio._server.state import Client, Engine, State
+from lmcache_trio._transport import Introduction
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Refused, Role, Welcome
 from lmcache_trio._wire.protocol import check_hello, kind_of
@@ -22,8 +23,9 @@ __all__ = ["Admission", "dismiss", "new_boot", "receive_hello", "welcome"]
 log = logging.getLogger("lmcache_trio.server")
 
 NO_ARENA = (
-    "the server cannot see this client's process (another pid namespace, or TCP), so it could not tell when a dead "
-    "client's copies have ended; use unix:// or ipc:// in one pid namespace (docker: --pid), share /dev/shm (--ipc)"
+    "the server cannot watch this client's process, so it could not tell when a dead client's copies have ended: its "
+    "kernel (before Linux 6.5) shows it only processes of its own pid namespace; share that (docker: --pid, "
+    "Kubernetes: shareProcessNamespace), or use a newer kernel"
 )
 
 
@@ -41,17 +43,21 @@ def new_boot() -> bytes:
     return secrets.token_bytes(16)
 
 
-def receive_hello(state: State, frame: bytes, peer_pid: int | None) -> Admission:
-    """Decide on *frame*, said by the process *peer_pid*. A client that is let in has its place when this returns."""
-    pidfd = None
+def receive_hello(state: State, introduction: Introduction) -> Admission:
+    """Decide on what a process said. A client that is let in has its place when this returns."""
+    pidfd, peer_pid = introduction.open_pidfd(), introduction.peer_pid
     try:
-        hello = check_hello(frame)
+        if introduction.refusal:
+            raise Unavailable(introduction.refusal)
+        hello = check_hello(introduction.hello)
+        _check_carried(introduction, hello)
         _check(state, hello)
-        replaced = tuple(_replaced_by(state, hello, peer_pid))
-        pidfd = _open_pidfd(peer_pid)
+        replaced = tuple(_replaced_by(state, hello, peer_pid, pidfd))
     except (ProtocolError, Misuse, Unavailable) as exc:
         state.counted["refused"] += 1
         log.warning("a client (pid %s) was refused: %s", peer_pid, exc)
+        if pidfd is not None:
+            os.close(pidfd)
         return Admission(None, encode(Refused(kind_of(exc), str(exc)[:4000])))
     for former in replaced:
         dismiss(state, former)
@@ -68,12 +74,19 @@ def dismiss(state: State, client: Client) -> None:
 def welcome(state: State, client: Client, address: str) -> Welcome:
     """What *client* is told; its own address is *address*."""
     common = Welcome(PROTOCOL_VERSION, address, state.boot, state.config.chunk_tokens)
-    if client.hello.role is Role.OBSERVER:
-        return attrs.evolve(common, arena_note="an observer gets no arena")
+    if client.hello.role is not Role.WORKER:
+        return attrs.evolve(common, arena_note="only a client with role=Role.WORKER gets the arena")
     if client.pidfd is None:
         return attrs.evolve(common, arena_note=NO_ARENA)
-    memory = state.memory
-    return attrs.evolve(common, arena_path=memory.path, arena_size=memory.size, taken=state.taken, nonce=memory.nonce)
+    return attrs.evolve(common, arena_size=state.memory.size, taken=state.taken)
+
+
+def _check_carried(introduction: Introduction, hello: Hello) -> None:
+    if hello.role is not Role.OBSERVER and not introduction.carries_descriptors:
+        raise Misuse(
+            f"a {hello.role.name.lower()} cannot connect over ipc:// or tcp://, which carry no descriptors, so the "
+            "arena could not come along: have the server listen at a unix:// address, which observers may use too"
+        )
 
 
 def _check(state: State, hello: Hello) -> None:
@@ -93,11 +106,11 @@ def _others(engine: Engine, hello: Hello) -> bool:
     return any(client.hello.token != hello.token and not client.has_exited() for client in engine.clients())
 
 
-def _replaced_by(state: State, hello: Hello, peer_pid: int | None) -> Iterator[Client]:
+def _replaced_by(state: State, hello: Hello, peer_pid: int | None, pidfd: int | None) -> Iterator[Client]:
     """The clients whose place *hello* takes: its own old connection, and dead ones. Misuse if a live one holds it."""
     for client in state.clients.values():
         if client.hello.token == hello.token:
-            if client.peer_pid != peer_pid:
+            if not client.is_process(peer_pid, pidfd):
                 raise Misuse("another process is connected with this client's token; each client must draw its own")
             yield client
     engine = state.engines.get(hello.engine) if hello.role is not Role.OBSERVER else None
@@ -114,12 +127,3 @@ def _replaced_by(state: State, hello: Hello, peer_pid: int | None) -> Iterator[C
         yield holder
     if engine.shards != hello.shards:
         yield from engine.clients()  # all of them dead, or `_check` had refused
-
-
-def _open_pidfd(pid: int | None) -> int | None:
-    if not pid:
-        return None
-    try:
-        return os.pidfd_open(pid)
-    except OSError:  # not in this pid namespace, or gone already
-        return None

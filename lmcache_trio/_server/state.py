@@ -5,6 +5,7 @@ for nothing; what must wait is asked of `supervise` through the callables that i
 """
 
 import logging
+import os
 import select
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -92,6 +93,15 @@ class Client:
             return
         self.outbox.append(frame)
         self.queued.set()
+
+    def is_process(self, pid: int | None, pidfd: int | None) -> bool:
+        """Is this client's process the one of *pid* and *pidfd*, as far as can be told?
+
+        Since Linux 6.9 each process has an inode of its own behind its pidfds; before, all pidfds have one.
+        """
+        if self.pidfd is not None and pidfd is not None and os.fstat(self.pidfd).st_ino != os.fstat(pidfd).st_ino:
+            return False
+        return self.peer_pid == pid
 
     def has_exited(self) -> bool:
         """Whether the process is known to be dead, though its connection may not have been seen to close yet."""

@@ -43,7 +43,7 @@ from lmcache_trio._server.tiers import Tiers, make_tiers
 from lmcache_trio._server.transfer import TransferWorker
 from lmcache_trio._transport import Rendezvous, listen, listen_pair
 from lmcache_trio._wire.codec import encode
-from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused
+from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused, Role
 from lmcache_trio.abc import Device, Memory, Tier
 from lmcache_trio.config import Config, format_size
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Unavailable
@@ -52,7 +52,6 @@ __all__ = ["Server", "open_server", "serve"]
 
 log = logging.getLogger("lmcache_trio.server")
 
-NONCE_PAGE = 4096
 ENDING = 0.5
 """Seconds of a process's grace that are kept for the end itself, behind copies and tiers. It may take them anyway."""
 LAST = 0.2
@@ -87,7 +86,7 @@ class Server:
 
     def remove_files(self) -> None:
         """Unlink what other processes can see of this server. For an end in a hurry; sync, safe to call twice."""
-        for path in (self._state.memory.path, *self._state.sockets):
+        for path in self._state.sockets:
             with suppress(OSError):
                 os.unlink(path)
 
@@ -108,8 +107,8 @@ async def open_server(
     memory = make_memory(config.memory) if memory is None else memory
     tiers = make_tiers(config) if tiers is None else tiers
     device = make_device(config.device) if device is None else device
-    prepare_directory(config.address)
-    front = listen(config.address)
+    prepare_directory(config.address, config.access)
+    front = listen(config.address, config.access)
     state: State | None = None
     try:
         async with memory.open(), trio.open_nursery() as upkeep:
@@ -150,10 +149,8 @@ def _grace_until(end: float, lost: Callable[[], str]) -> Iterator[None]:
 
 
 def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: trio.Nursery) -> State:
-    arena = Arena()
-    arena.reserve_head(NONCE_PAGE)
     index = Index(
-        arena,
+        Arena(),
         new_id=lambda: secrets.token_bytes(16),
         lease_share=config.lease_share,
         lease_timeout=config.lease_timeout,
@@ -203,7 +200,7 @@ async def _take_piece(state: State) -> bool:
     if state.transfer is not None:
         state.transfer.arena_grew()
     for client in state.clients.values():
-        if client.pidfd is not None:
+        if client.hello.role is Role.WORKER:
             client.send(ArenaGrown(taken))
     return True
 
@@ -215,20 +212,21 @@ async def _admit(state: State, front: Rendezvous, start: Start) -> None:
             introduction = await front.accept()
         except Gone as exc:  # it is closed behind this task: a server that nobody can reach would only hold memory
             raise Unavailable(f"nobody can connect to {front.address} any more, so the server ends: {exc}") from exc
-        admission = rendezvous.receive_hello(state, introduction.hello, introduction.peer_pid)
+        admission = rendezvous.receive_hello(state, introduction)
         client = admission.client
         if client is None:
             introduction.reply(admission.refusal)
             continue
         try:
-            listener = listen_pair(front.address)
+            listener = listen_pair(front.address, state.config.access)
         except (LMCacheTrioError, OSError) as exc:  # out of file descriptors, say: this client's loss alone
             rendezvous.dismiss(state, client)
             state.counted["refused"] += 1
             log.warning("%s was refused: no connection could be made: %s", client, exc)
             introduction.reply(encode(Refused(ErrorKind.UNAVAILABLE, f"no connection could be made: {exc}")))
             continue
-        introduction.reply(encode(rendezvous.welcome(state, client, listener.address)))
+        welcome = rendezvous.welcome(state, client, listener.address)
+        introduction.reply(encode(welcome), [state.memory.descriptor] if welcome.arena_size else ())
         start(serve_client, state, client, listener, partial(_branch, state), name=str(client))
 
 

@@ -10,6 +10,7 @@ still run there.
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -19,7 +20,7 @@ import trio
 from lmcache_trio._core.transfers import Transfer
 from lmcache_trio._server.state import Client, State
 from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, Message
-from lmcache_trio.abc import Attached, Device, Export
+from lmcache_trio.abc import Attached, Device, Export, SharedMemory
 from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
 
 __all__ = ["Attachment", "Attachments", "Spawn", "Work"]
@@ -81,7 +82,7 @@ class Attachments:
         return len(self._open) + len(self._ending)
 
     def attach(self, client: Client, number: int, export: Export, chunk_blocks: int) -> None:
-        """Open *export*, which takes its time; the reply is sent when that is known."""
+        """Open *export*, which takes its time; when that is known, the reply is sent and its descriptors are closed."""
         self.lose(client)
         self._opening[client.number] = scope = trio.CancelScope()
         self.unanswered[client.number] += 1
@@ -97,6 +98,9 @@ class Attachments:
             with scope:
                 attached, reply = await self._opened(client, number, export)
         finally:
+            for memory in export.memory:
+                if isinstance(memory, SharedMemory):
+                    os.close(memory.descriptor)
             self.unanswered[client.number] -= 1
             if not self.unanswered[client.number]:
                 del self.unanswered[client.number]
@@ -113,7 +117,7 @@ class Attachments:
 
     async def _opened(self, client: Client, number: int, export: Export) -> tuple[Attached | None, Ack | ErrorReply]:
         try:
-            return await self._device.attach(export, client.peer_pid or 0), Ack(number)
+            return await self._device.attach(export), Ack(number)
         except LMCacheTrioError as exc:
             log.info("the memory of %s cannot be opened: %s", client, exc)
             kind = ErrorKind.MISUSE if isinstance(exc, Misuse) else ErrorKind.UNAVAILABLE

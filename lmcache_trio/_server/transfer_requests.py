@@ -4,12 +4,13 @@ Like the other handlers these are plain functions that never wait. What they ret
 comes later, from the transfer worker.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
 
-from lmcache_trio._core.exports import CudaMemory
+from lmcache_trio._core.exports import CudaMemory, Export
 from lmcache_trio._core.keys import split_digests
 from lmcache_trio._server.rendezvous import dismiss
 from lmcache_trio._server.state import Client, Engine, State
@@ -22,6 +23,7 @@ from lmcache_trio._wire.messages import (
     LayersWritten,
     LetGo,
     Message,
+    Register,
     RetrieveBlocks,
     StoreBlocks,
     Stored,
@@ -41,8 +43,22 @@ def _attach(state: State, client: Client, message: Attach) -> Message | None:
     layout = engine.layouts.get(client.hello.shard)
     if layout is None or engine.workers.get(client.hello.shard) is not client:
         raise Misuse("register the layout before its memory is attached")
+    descriptors = client.transport.take_descriptors() if client.transport is not None else []
     try:
-        export = decode_export(message.export)
+        export = _exported(state, message, descriptors, layout)
+    except BaseException:
+        for fd in descriptors:
+            os.close(fd)
+        raise
+    transfer.attachments.attach(client, message.id, export, state.config.chunk_tokens // layout.block_tokens)
+    return None
+
+
+def _exported(state: State, message: Attach, descriptors: Sequence[int], layout: Register) -> Export:
+    """What *message* exports, if it is the memory of *layout* and can be opened now."""
+    transfer = _transfer(state)
+    try:
+        export = decode_export(message.export, descriptors)
     except ProtocolError as exc:  # a wrong handle costs its sender the device, not its connection
         raise Misuse(str(exc)) from exc
     if isinstance(export.memory[0], CudaMemory) and not transfer.takes_events:
@@ -57,8 +73,7 @@ def _attach(state: State, client: Client, message: Attach) -> Message | None:
         raise Unavailable("the server is stopping")
     if transfer.attachments.unanswered[client.number] >= state.config.limits.attaches:
         raise state.over_limit(client, "attaches", f"{state.config.limits.attaches} Attach without a reply")
-    transfer.attachments.attach(client, message.id, export, chunk_blocks)
-    return None
+    return export
 
 
 def _store_blocks(state: State, client: Client, message: StoreBlocks) -> Message | None:
@@ -127,7 +142,7 @@ def _withdraw(state: State, client: Client, message: Withdraw) -> None:
 def _let_go(state: State, client: Client, message: LetGo) -> Message | None:
     """End what is left of that client's connection first: what it still had to say is not listened to any more."""
     for other in [c for c in state.clients.values() if c.hello.token == message.token and c is not client]:
-        if other.peer_pid != client.peer_pid:
+        if not other.is_process(client.peer_pid, client.pidfd):
             raise Misuse("LetGo speaks for another process' client")
         dismiss(state, other)
     return _transfer(state).let_go(client, message.id, message.token)

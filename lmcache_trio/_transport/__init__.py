@@ -6,6 +6,11 @@ one reply. The reply names an address made for this client alone, where the two 
 `tcp://` by pynng, `memory://` inside one process. Every function here is called in the Trio loop; only
 `Connection.send_nowait` may be called elsewhere.
 
+A message may bring *descriptors* of open files along, over `unix://` and `memory://` alone: the arena goes to a client
+that way, and an engine's shared KV to the server. Over `unix://` each end knows the other's uid from the kernel, and
+looks at it before it sends or believes a byte: a server admits those whom `Access` names, a client speaks to a server
+of its own uid, of root, or of one that it was told to trust.
+
 Importing this imports no pynng: a process that forks may import it before, and open sockets after.
 """
 
@@ -13,12 +18,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from lmcache_trio._transport import addresses
+from lmcache_trio.config import PRIVATE, Access
 from lmcache_trio.errors import ConfigError
 
 __all__ = [
+    "MAX_DESCRIPTORS",
     "MAX_MESSAGE",
     "Connection",
     "Introduction",
@@ -34,6 +42,8 @@ __all__ = [
 
 MAX_MESSAGE = 4 << 20
 """Bytes of the largest message. A peer that sends a larger one loses its connection, and nobody else notices."""
+MAX_DESCRIPTORS = 253
+"""Descriptors that one message may bring: what the kernel takes in one packet (SCM_MAX_FD)."""
 
 
 class Connection(ABC):
@@ -50,6 +60,10 @@ class Connection(ABC):
         """The peer's process id; None where it can't be seen (TCP, another pid namespace)."""
 
     @abstractmethod
+    def open_pidfd(self) -> int | None:
+        """A descriptor of the peer's process, the caller's to close; None where the kernel gives none."""
+
+    @abstractmethod
     def send_nowait(self, message: bytes) -> None:
         """Accept *message* whole, or raise `trio.WouldBlock`; `Gone` when closed. May be called from any thread.
 
@@ -57,8 +71,11 @@ class Connection(ABC):
         """
 
     @abstractmethod
-    async def send(self, message: bytes) -> None:
-        """Accept *message*, waiting for room (a peer that reads); cancelled, it was not sent. `Gone` when closed."""
+    async def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Accept *message*, waiting for room (a peer that reads); cancelled, it was not sent. `Gone` when closed.
+
+        The peer gets copies of *descriptors*, which stay the caller's. `Misuse` where the address carries none.
+        """
 
     @abstractmethod
     def receive_nowait(self) -> bytes:
@@ -67,6 +84,12 @@ class Connection(ABC):
     @abstractmethod
     async def receive(self) -> bytes:
         """The next message; cancelled, none was lost. `Gone` once the peer is gone and all that came was read."""
+
+    @abstractmethod
+    def take_descriptors(self) -> list[int]:
+        """Those that the message received last brought, from now on the caller's to close. What is not taken is closed
+        when the next message is received.
+        """
 
     @abstractmethod
     async def wait_closed(self) -> None:
@@ -113,10 +136,20 @@ class Introduction(ABC):
 
     hello: bytes
     peer_pid: int | None
+    carries_descriptors: bool
+    """Can a message bring descriptors here?"""
+    refusal: str = ""
+    """Why this process may not connect, if so: nothing that it says is to be believed."""
 
     @abstractmethod
-    def reply(self, message: bytes) -> None:
-        """Answer, once. A client that is gone by now is no error. Must be done before the next `accept`."""
+    def open_pidfd(self) -> int | None:
+        """As `Connection.open_pidfd`."""
+
+    @abstractmethod
+    def reply(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Answer, once, with copies of *descriptors*. A client that is gone by now is no error. Must be done before the
+        next `accept`.
+        """
 
 
 class Rendezvous(ABC):
@@ -134,7 +167,7 @@ class Rendezvous(ABC):
 
 
 class PairListener(ABC):
-    """An address made for one client, private to this user."""
+    """An address made for one client, which those alone can reach who reach the rendezvous."""
 
     address: str
 
@@ -151,35 +184,43 @@ class PairListener(ABC):
 
 
 class _Transport(Protocol):
-    def listen(self, address: str) -> Rendezvous: ...
-    def listen_pair(self, near: str) -> PairListener: ...
-    async def dial_pair(self, address: str) -> Connection: ...
-    async def introduce(self, address: str, hello: bytes) -> bytes: ...
+    def listen(self, address: str, access: Access) -> Rendezvous: ...
+    def listen_pair(self, near: str, access: Access) -> PairListener: ...
+    async def dial_pair(self, address: str, trusted: Collection[int]) -> Connection: ...
+    async def introduce(
+        self, address: str, hello: bytes, trusted: Collection[int], descriptors: list[int] | None
+    ) -> bytes: ...
     async def wait_listening(self, address: str) -> None: ...
 
 
-def listen(address: str) -> Rendezvous:
-    """Listen at *address* (`unix:///absolute`, `ipc://…`, `tcp://127.0.0.1:PORT`); `ConfigError` says why not."""
-    return _transport(address).listen(address)
+def listen(address: str, access: Access = PRIVATE) -> Rendezvous:
+    """Listen at *address* (`unix:///absolute`, `ipc://…`, `tcp://127.0.0.1:PORT`) for those whom *access* names; by
+    default for this user and root. `ConfigError` says why not.
+    """
+    return _transport(address).listen(address, access)
 
 
-def listen_pair(near: str) -> PairListener:
+def listen_pair(near: str, access: Access = PRIVATE) -> PairListener:
     """Make a fresh address beside the rendezvous address *near*, and listen there for one client."""
-    return _transport(near).listen_pair(near)
+    return _transport(near).listen_pair(near, access)
 
 
-async def dial_pair(address: str) -> Connection:
+async def dial_pair(address: str, *, trusted: Collection[int] = ()) -> Connection:
     """Take up the connection that the rendezvous' reply named; `Unavailable` when nobody listens there (any more)."""
-    return await _transport(address).dial_pair(address)
+    return await _transport(address).dial_pair(address, trusted)
 
 
-async def introduce(address: str, hello: bytes) -> bytes:
-    """Send *hello* to the rendezvous at *address* and return its reply.
+async def introduce(
+    address: str, hello: bytes, *, trusted: Collection[int] = (), descriptors: list[int] | None = None
+) -> bytes:
+    """Send *hello* to the rendezvous at *address* and return its reply; what descriptors that brings are appended to
+    *descriptors*, the caller's to close.
 
+    A server must run as this process' uid, as root or as one of *trusted*: else `Unavailable`, and nothing is sent.
     `Unavailable` at once when nobody listens or the server goes, `ConfigError` when it listens under another scheme;
     unbounded otherwise: use a deadline. Cancelled, it leaves nothing behind.
     """
-    return await _transport(address).introduce(address, hello)
+    return await _transport(address).introduce(address, hello, trusted, descriptors)
 
 
 async def wait_listening(address: str) -> None:

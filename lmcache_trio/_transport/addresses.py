@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from lmcache_trio.errors import ConfigError
+from lmcache_trio.errors import ConfigError, Unavailable
 
 __all__ = [
     "USE",
@@ -26,13 +26,16 @@ __all__ = [
     "TcpAddress",
     "UnixAddress",
     "claim",
+    "forbidden",
     "fresh_path",
     "in_use",
+    "is_forbidden",
     "is_listening",
     "pair_address",
     "parse",
     "parse_rendezvous",
     "takes_packets",
+    "untrusted",
     "withdraw",
     "wrong_scheme",
 ]
@@ -144,15 +147,40 @@ def wrong_scheme(address: str, right: str) -> ConfigError:
     return ConfigError("address", f"{address} is a server's of another kind: use {right}://{path}")
 
 
+def forbidden(address: str) -> Unavailable:
+    """The error for an *address* that this process may not reach."""
+    return Unavailable(
+        f"permission denied at {address} for uid {os.geteuid()}: run as the server's user, name this uid or a group of "
+        "it in the server's [access] settings, and see that each directory on the way lets it through"
+    )
+
+
+def untrusted(address: str, uid: int) -> Unavailable:
+    """The error for an *address* where a process of *uid* listens, which nobody said is the server."""
+    return Unavailable(
+        f"a process of uid {uid} listens at {address}, not one of this process' uid {os.geteuid()} or of root: nothing "
+        f"was sent to it. If it is your server, name the uid: LMCACHE_TRIO_CLIENT__SERVER_UIDS='[{uid}]', or "
+        "server_uids in [client]"
+    )
+
+
 def is_listening(path: str) -> bool:
     """Whether a living process has bound the socket at *path*, NNG's or ours. The process notices nothing.
 
     Connecting a *datagram* socket tells: the kernel refuses it for a dead file, and has the wrong type for a live one.
     A real connection would cost an NNG listener a pause of 100 ms.
     """
+    return _probe(path) not in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR)
+
+
+def is_forbidden(path: str) -> bool:
+    """Whether this process may not reach the socket at *path*."""
+    return _probe(path) in (errno.EACCES, errno.EPERM)
+
+
+def _probe(path: str) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
-        found = probe.connect_ex(path)
-    return found not in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR)
+        return probe.connect_ex(path)
 
 
 def takes_packets(path: str) -> bool:

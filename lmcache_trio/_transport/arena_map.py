@@ -1,17 +1,18 @@
 """A client's mapping of the arena: the way bulk bytes take, beside the messages.
 
-Maps the whole size at once, though the file still grows: what lies beyond its end is never touched. Memory is faulted
-in ahead of use, in a thread and with the GIL released, because a first touch costs far more than the copy. Nothing here
-is a flag, a counter or a lock: which bytes may be touched when is said by messages alone.
+The server passes the arena as a descriptor of an anonymous file, which must be sealed against shrinking: a page that
+went away under a copy would kill this process (SIGBUS). Memory is faulted in ahead of use, in a thread and with the GIL
+released, because a first touch costs far more than the copy. Nothing here is a flag, a counter or a lock: which bytes
+may be touched when is said by messages alone.
 
-`ctypes` instead of `mmap`: Python's refuses to map beyond the end of the file, and holds the GIL while it populates
-(3 s a GiB). The mapping goes when its last view does, so that a view can never point at unmapped memory.
+`ctypes` instead of `mmap`: Python's holds the GIL while it populates (3 s a GiB). The mapping goes when its last view
+does, so that a view can never point at unmapped memory.
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
-import stat
 import weakref
 from typing import Any
 
@@ -35,12 +36,21 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class ArenaMap:
-    """The arena, mapped for reading and writing. Make one with `open`."""
+    """The *size* bytes of the arena behind *fd*, which stays the caller's, mapped for reading and writing.
+
+    `ProtocolError`: what the server passed is no arena. `Unavailable`: it cannot be mapped here.
+    """
 
     def __init__(self, fd: int, size: int) -> None:
+        try:
+            sealed, length = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK, os.fstat(fd).st_size
+        except OSError as exc:
+            raise ProtocolError(f"what the server passed for its arena is no anonymous file: {exc.strerror}") from exc
+        if not sealed or not 0 < size <= length:
+            raise ProtocolError(f"the server passed an arena of {length} bytes, not a sealed one of {size}")
         address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
         if address in (None, ctypes.c_void_p(-1).value):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            raise Unavailable(f"the arena of {size} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
         kind: Any = type(
             "_Mapping", (ctypes.c_ubyte * size,), {}
         )  # a subclass, because only that can be referred to weakly
@@ -49,37 +59,15 @@ class ArenaMap:
         unmap.atexit = False  # a copy may still run in a thread then; the kernel unmaps
         self._address = address
         self._bytes = np.frombuffer(mapping, dtype=np.uint8).data
-        self._fd = os.dup(fd)
-        weakref.finalize(self, os.close, self._fd)
-        self._end = 0
         self.size = size
         self.populated = 0
         """Leading bytes whose pages are in this process' tables already."""
 
-    @classmethod
-    def open(cls, path: str, size: int, nonce: bytes) -> "ArenaMap":
-        """Map the file at *path*, if it is the server's. `Unavailable` says why it isn't, and what to share."""
-        share = "share the server's /dev/shm with this process (docker: --ipc=host, or --ipc=container:NAME)"
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as exc:
-            raise Unavailable(f"the arena {path} cannot be opened ({exc.strerror}): {share}") from exc
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode) or os.pread(fd, len(nonce), 0) != nonce or not nonce:
-                raise Unavailable(f"the arena {path} is another server's file of the same name: {share}")
-            return cls(fd, size)
-        except OSError as exc:
-            raise Unavailable(f"the arena {path} cannot be mapped ({exc.strerror})") from exc
-        finally:
-            os.close(fd)
-
     def view(self, offset: int, length: int) -> memoryview:
-        """The *length* bytes of a slot that the server named. `ProtocolError` if they lie outside of the file."""
+        """The *length* bytes of a slot that the server named. `ProtocolError` if they lie outside of the arena."""
         end = offset + length
-        if offset < 0 or length < 0 or end > self._end:
-            self._end = min(self.size, os.fstat(self._fd).st_size)  # it only grows: ask again when it seems too short
-            if offset < 0 or length < 0 or end > self._end:
-                raise ProtocolError(f"slot [{offset}, {end}) lies outside of the arena, which has {self._end} bytes")
+        if offset < 0 or length < 0 or end > self.size:
+            raise ProtocolError(f"slot [{offset}, {end}) lies outside of the arena, which has {self.size} bytes")
         return self._bytes[offset:end]
 
     async def populate(self, taken: int) -> None:

@@ -12,7 +12,7 @@ either: that is the server's fault, and nothing else that it says is believed. W
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import trio
@@ -73,6 +73,10 @@ class Conversation:
         """The process at the other end; None where it can't be seen."""
         return self._connection.peer_pid
 
+    def open_pidfd(self) -> int | None:
+        """A descriptor of the process at the other end, the caller's to close; None where the kernel gives none."""
+        return self._connection.open_pidfd()
+
     def new_id(self) -> int:
         """An id for the next request; never 0, never given twice."""
         return next(self._ids)
@@ -116,8 +120,18 @@ class Conversation:
     def said(self, message: Message) -> None:
         """The server said *message* unasked. A subclass takes it from here."""
 
-    async def request(self, message: Any, kind: type[_M], unwanted: Callable[[_M], None] | None = None) -> _M:
-        """Send and wait for the reply, a *kind*. Cancelled, a reply that still comes is given to *unwanted*."""
+    async def request(
+        self,
+        message: Any,
+        kind: type[_M],
+        unwanted: Callable[[_M], None] | None = None,
+        *,
+        descriptors: Sequence[int] = (),
+    ) -> _M:
+        """Send and wait for the reply, a *kind*. Cancelled, a reply that still comes is given to *unwanted*.
+
+        A request that brings *descriptors* is sent past what waits in the outbox.
+        """
         come = trio.Event()
         found: list[Reply] = []
 
@@ -129,8 +143,11 @@ class Conversation:
             if unwanted is not None and not isinstance(reply, LMCacheTrioError):
                 unwanted(cast(_M, reply))
 
-        self.request_nowait(message, on_reply)
+        if not descriptors:
+            self.request_nowait(message, on_reply)
         try:
+            if descriptors:
+                await self._request_with(message, on_reply, descriptors)
             await come.wait()
         except BaseException:
             if found:
@@ -139,6 +156,21 @@ class Conversation:
                 self._waiters[message.id] = on_late_reply
             raise
         return expect(found[0], kind)
+
+    async def _request_with(self, message: Any, on_reply: Callable[[Reply], None], descriptors: Sequence[int]) -> None:
+        """`request_nowait`, with *descriptors*. Cancelled, it was not sent."""
+        if self._lost is not None:
+            raise Unavailable("the connection to the server is lost")
+        self._due[message.id] = REPLIES[type(message)]
+        self._waiters[message.id] = on_reply
+        try:
+            await self._connection.send(encode(message), descriptors)
+        except BaseException as exc:
+            self._due.pop(message.id, None)
+            self._waiters.pop(message.id, None)
+            if isinstance(exc, Gone):
+                raise Unavailable("the connection to the server is lost") from exc
+            raise
 
     def request_unheard(self, message: Any) -> None:
         """Send a request whose reply nobody wants. A server that is gone has forgotten what it is about."""

@@ -9,10 +9,12 @@ import itertools
 import math
 import os
 from collections import deque
+from collections.abc import Collection, Sequence
 
 import trio
 
 from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairListener, Rendezvous
+from lmcache_trio.config import PRIVATE, Access
 from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
 
 __all__ = ["MemoryConnection", "connection_pair", "dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
@@ -24,7 +26,8 @@ class MemoryConnection(Connection):
     """One end; made by `connection_pair`."""
 
     def __init__(self, buffer: int, peer_pid: int | None) -> None:
-        self._inbox: deque[bytes] = deque()
+        self._inbox: deque[tuple[bytes, list[int]]] = deque()
+        self._descriptors: list[int] = []  # of the message received last, if nobody took them
         self._buffer = buffer
         self._peer_pid = peer_pid
         self._peer: MemoryConnection | None = None
@@ -38,7 +41,17 @@ class MemoryConnection(Connection):
     def peer_pid(self) -> int | None:
         return self._peer_pid
 
+    def open_pidfd(self) -> int | None:
+        return _open_pidfd(self.peer_pid)
+
+    def take_descriptors(self) -> list[int]:
+        taken, self._descriptors = self._descriptors, []
+        return taken
+
     def send_nowait(self, message: bytes) -> None:
+        self._put(message, ())
+
+    def _put(self, message: bytes, descriptors: Sequence[int]) -> None:
         peer = self._peer
         if peer is None:
             raise Gone("the connection has ended")
@@ -46,16 +59,16 @@ class MemoryConnection(Connection):
             raise Misuse(f"a message of {len(message)} bytes is larger than {MAX_MESSAGE}: split it")
         if len(peer._inbox) >= peer._buffer:
             raise trio.WouldBlock
-        peer._inbox.append(bytes(message))
+        peer._inbox.append((bytes(message), [os.dup(fd) for fd in descriptors]))
         if peer._receiver is not None:
             peer._receiver.set()
 
-    async def send(self, message: bytes) -> None:
+    async def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
         async with self._sending:
             while True:
                 self._room = trio.Event()
                 try:
-                    return self.send_nowait(message)
+                    return self._put(message, descriptors)
                 except trio.WouldBlock:
                     await self._room.wait()
 
@@ -66,7 +79,8 @@ class MemoryConnection(Connection):
             if self._peer is None:
                 raise Gone("the connection has ended")
             raise trio.WouldBlock
-        message = self._inbox.popleft()
+        _close_all(self._descriptors)
+        message, self._descriptors = self._inbox.popleft()
         if self._peer is not None:
             self._peer._room.set()
         return message
@@ -91,7 +105,8 @@ class MemoryConnection(Connection):
     def close(self) -> None:
         self._closed = True
         peer, self._peer = self._peer, None
-        self._inbox.clear()
+        self._drop()
+        _close_all(self.take_descriptors())
         self._wake()
         if peer is not None:
             peer._peer = None
@@ -100,8 +115,12 @@ class MemoryConnection(Connection):
     def sever(self) -> None:
         """End it as a killed peer does: what is on its way is lost in both directions."""
         if self._peer is not None:
-            self._peer._inbox.clear()
+            self._peer._drop()
         self.close()
+
+    def _drop(self) -> None:
+        while self._inbox:
+            _close_all(self._inbox.popleft()[1])
 
     def _wake(self) -> None:
         self._ended.set()
@@ -141,17 +160,25 @@ def _world() -> _World:
 
 
 class _Introduction(Introduction):
+    carries_descriptors = True
+
     def __init__(self, hello: bytes) -> None:
         self.hello = hello
         self.peer_pid = os.getpid()
         self.answered = trio.Event()
         self.answer: bytes | None = None
+        self.descriptors: list[int] = []
         self.withdrawn = False
 
-    def reply(self, message: bytes) -> None:
+    def open_pidfd(self) -> int | None:
+        return _open_pidfd(self.peer_pid)
+
+    def reply(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
         if self.answered.is_set():
             raise Misuse("this introduction was answered, or another was accepted since")
         self.answer = message
+        if not self.withdrawn:
+            self.descriptors = [os.dup(fd) for fd in descriptors]
         self.answered.set()
 
 
@@ -237,15 +264,15 @@ class _PairListener(PairListener):
             self._connection = None
 
 
-def listen(address: str) -> Rendezvous:
+def listen(address: str, access: Access = PRIVATE) -> Rendezvous:
     return _Rendezvous(address)
 
 
-def listen_pair(near: str) -> PairListener:
+def listen_pair(near: str, access: Access = PRIVATE) -> PairListener:
     return _PairListener(near)
 
 
-async def dial_pair(address: str) -> Connection:
+async def dial_pair(address: str, trusted: Collection[int] = ()) -> Connection:
     await trio.lowlevel.checkpoint()
     listener = _world().pairs.get(address)
     if listener is None:
@@ -253,7 +280,9 @@ async def dial_pair(address: str) -> Connection:
     return listener.connect()
 
 
-async def introduce(address: str, hello: bytes) -> bytes:
+async def introduce(
+    address: str, hello: bytes, trusted: Collection[int] = (), descriptors: list[int] | None = None
+) -> bytes:
     await trio.lowlevel.checkpoint()
     rendezvous = _world().rendezvous.get(address)
     if rendezvous is None:
@@ -262,11 +291,15 @@ async def introduce(address: str, hello: bytes) -> bytes:
     rendezvous.arrive(introduction)
     try:
         await introduction.answered.wait()
+        if introduction.answer is None:
+            raise Unavailable(f"the server at {address} ended before it answered")
+        if descriptors is not None:
+            descriptors += introduction.descriptors
+            introduction.descriptors = []
+        return introduction.answer
     finally:
         introduction.withdrawn = True
-    if introduction.answer is None:
-        raise Unavailable(f"the server at {address} ended before it answered")
-    return introduction.answer
+        _close_all(introduction.descriptors)
 
 
 async def wait_listening(address: str) -> None:
@@ -274,3 +307,15 @@ async def wait_listening(address: str) -> None:
     await trio.lowlevel.checkpoint()
     while address not in world.rendezvous:
         await world.changed.wait()
+
+
+def _open_pidfd(pid: int | None) -> int | None:
+    try:
+        return os.pidfd_open(pid) if pid else None
+    except OSError:
+        return None
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)

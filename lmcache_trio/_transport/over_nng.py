@@ -6,15 +6,18 @@ drop silently. Knows nothing of NNG's C interface: that is `pynng`'s.
 
 import contextlib
 import math
+import os
 import socket
 import struct
+from collections.abc import Collection, Sequence
 
 import trio
 
 from lmcache_trio._transport import Connection, Introduction, PairListener, Rendezvous, addresses
 from lmcache_trio._transport.addresses import Address, IpcAddress, TcpAddress
-from lmcache_trio._transport.pynng import NngLink, NngSocket
+from lmcache_trio._transport.pynng import NngLink, NngSocket, open_pidfd
 from lmcache_trio._transport.watching import wait_bound
+from lmcache_trio.config import PRIVATE, Access
 from lmcache_trio.errors import Gone, Misuse, Unavailable
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
@@ -61,12 +64,19 @@ class _PairListener(PairListener):
 
 
 class _Introduction(Introduction):
+    carries_descriptors = False
+
     def __init__(self, rendezvous: "_Rendezvous", hello: bytes, peer_pid: int | None) -> None:
         self.hello = hello
         self.peer_pid = peer_pid
         self._rendezvous = rendezvous
 
-    def reply(self, message: bytes) -> None:
+    def open_pidfd(self) -> int | None:
+        return open_pidfd(self.peer_pid)
+
+    def reply(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        if descriptors:
+            raise Misuse("descriptors travel over unix:// alone")
         self._rendezvous.answer(self, message)
 
 
@@ -111,27 +121,30 @@ class _Rendezvous(Rendezvous):
         return None if taken is None else _Introduction(self, *taken)
 
 
-def listen(address: str) -> Rendezvous:
+def listen(address: str, access: Access = PRIVATE) -> Rendezvous:
     return _Rendezvous(address)
 
 
-def listen_pair(near: str) -> PairListener:
+def listen_pair(near: str, access: Access = PRIVATE) -> PairListener:
     return _PairListener(near)
 
 
-async def dial_pair(address: str) -> Connection:
+async def dial_pair(address: str, trusted: Collection[int] = ()) -> Connection:
     wanted = addresses.parse(address)
     await _refuse_unless_listening(wanted)
     link = NngLink()
     try:
         await link.dial(wanted)
+        _check_trusted(address, link, trusted)
     except BaseException:
         link.close()
         raise
     return link
 
 
-async def introduce(address: str, hello: bytes) -> bytes:
+async def introduce(
+    address: str, hello: bytes, trusted: Collection[int] = (), descriptors: list[int] | None = None
+) -> bytes:
     wanted = addresses.parse(address)
     await _refuse_unless_listening(wanted)
     _refuse_packets(wanted)
@@ -141,12 +154,18 @@ async def introduce(address: str, hello: bytes) -> bytes:
             await link.dial(wanted)
         if handshake.cancelled_caught:
             raise Unavailable(f"what listens at {address} does not speak NNG's protocol")
+        _check_trusted(address, link, trusted)
         await link.send(hello)
         return await link.receive()
     except Gone as exc:
         raise Unavailable(f"the server at {address} ended before it answered") from exc
     finally:
         link.close()
+
+
+def _check_trusted(address: str, link: NngLink, trusted: Collection[int]) -> None:
+    if link.peer_uid is not None and link.peer_uid not in (0, os.geteuid(), *trusted):
+        raise addresses.untrusted(address, link.peer_uid)
 
 
 async def wait_listening(address: str) -> None:
@@ -188,6 +207,8 @@ async def _refuse_unless_listening(address: Address) -> None:
     try:
         if not isinstance(address, TcpAddress):
             await trio.lowlevel.checkpoint()
+            if addresses.is_forbidden(address.path):
+                raise addresses.forbidden(str(address))
             if not addresses.is_listening(address.path):
                 raise Unavailable(f"no server listens at {address}")
             return

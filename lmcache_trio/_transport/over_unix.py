@@ -9,8 +9,10 @@ import contextlib
 import errno
 import logging
 import math
+import os
 import select
 import socket
+from collections.abc import Collection, Sequence
 
 import trio
 
@@ -19,6 +21,7 @@ from lmcache_trio._transport.addresses import Address, UnixAddress
 from lmcache_trio._transport.unix import UnixLink
 from lmcache_trio._transport.unix_sockets import Listener, inherited, open_epoll, open_socket
 from lmcache_trio._transport.watching import wait_bound
+from lmcache_trio.config import PRIVATE, Access
 from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
@@ -38,10 +41,11 @@ it has given one back."""
 
 
 class _PairListener(PairListener):
-    def __init__(self, near: str) -> None:
+    def __init__(self, near: str, access: Access) -> None:
         address = _ours(addresses.pair_address(near))
         self.address = str(address)
-        self._listener = Listener(address.path, aside=address.path, backlog=0)  # of one: a second is refused
+        self._access = access
+        self._listener = Listener(address.path, access, aside=address.path, backlog=0)  # of one: a second is refused
 
     async def accept(self, deadline: float = math.inf) -> Connection:
         try:
@@ -49,7 +53,11 @@ class _PairListener(PairListener):
                 await trio.lowlevel.checkpoint()
                 while not self._listener.closed:
                     if (came := self._listener.accept_nowait()) is not None:
-                        return UnixLink(came)
+                        link = UnixLink(came)
+                        if _admitted(link, self._access):
+                            return link
+                        link.close()
+                        continue
                     with contextlib.suppress(trio.ClosedResourceError):
                         await trio.lowlevel.wait_readable(self._listener.socket)
                 raise Gone(f"{self.address} was withdrawn")
@@ -64,16 +72,26 @@ class _PairListener(PairListener):
 
 
 class _Introduction(Introduction):
-    def __init__(self, link: UnixLink, hello: bytes) -> None:
+    carries_descriptors = True
+
+    def __init__(self, link: UnixLink, hello: bytes, access: Access) -> None:
         self.hello = hello
         self.peer_pid = link.peer_pid
         self._link: UnixLink | None = link
+        if not _admitted(link, access):
+            self.refusal = (
+                f"this process' uid {link.peer_uid} may not connect to the server, whose uid is {os.geteuid()}: run "
+                "both as one user, or name the uid or a group of it in the server's [access] settings"
+            )
 
-    def reply(self, message: bytes) -> None:
+    def open_pidfd(self) -> int | None:
+        return None if self._link is None else self._link.open_pidfd()
+
+    def reply(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
         if self._link is None:
             raise Misuse("this introduction was answered, or another was accepted since")
-        with contextlib.suppress(Gone):
-            self._link.send_nowait(message)
+        with contextlib.suppress(Gone, trio.WouldBlock):
+            self._link.reply_nowait(message, descriptors)
         self.end()
 
     def end(self) -> None:
@@ -84,7 +102,8 @@ class _Introduction(Introduction):
 
 
 class _Rendezvous(Rendezvous):
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: Access) -> None:
+        self._access = access
         wanted = _ours(addresses.parse_rendezvous(address))
         self.address = str(wanted)
         self._silent: dict[int, UnixLink] = {}  # by descriptor, in the order in which they came
@@ -95,7 +114,7 @@ class _Rendezvous(Rendezvous):
             self._arrivals = opened.enter_context(open_epoll())
             self._spare = opened.enter_context(open_socket())
             aside = addresses.fresh_path(wanted.path)
-            self._listener = Listener(wanted.path, aside=aside, backlog=socket.SOMAXCONN)
+            self._listener = Listener(wanted.path, access, aside=aside, backlog=socket.SOMAXCONN)
             self._arrivals.register(self._listener.socket, select.EPOLLIN)
             opened.pop_all()
         inherited.add(self)
@@ -188,7 +207,7 @@ class _Rendezvous(Rendezvous):
         try:
             hello = link.receive_nowait()
             if not link.ended:
-                return _Introduction(link, hello)
+                return _Introduction(link, hello, self._access)
         except trio.WouldBlock:
             self._expect(link)
             return None
@@ -202,23 +221,28 @@ class _Rendezvous(Rendezvous):
         return self._silent.pop(fd)
 
 
-def listen(address: str) -> Rendezvous:
-    return _Rendezvous(address)
+def listen(address: str, access: Access = PRIVATE) -> Rendezvous:
+    return _Rendezvous(address, access)
 
 
-def listen_pair(near: str) -> PairListener:
-    return _PairListener(near)
+def listen_pair(near: str, access: Access = PRIVATE) -> PairListener:
+    return _PairListener(near, access)
 
 
-async def dial_pair(address: str) -> Connection:
-    return await _connect(address, MAX_MESSAGE)
+async def dial_pair(address: str, trusted: Collection[int] = ()) -> Connection:
+    return await _connect(address, MAX_MESSAGE, trusted)
 
 
-async def introduce(address: str, hello: bytes) -> bytes:
-    link = await _connect(address, _MAX_HELLO)
+async def introduce(
+    address: str, hello: bytes, trusted: Collection[int] = (), descriptors: list[int] | None = None
+) -> bytes:
+    link = await _connect(address, _MAX_HELLO, trusted)
     try:
         await link.send(hello)
-        return await link.receive()
+        answer = await link.receive()
+        if descriptors is not None:
+            descriptors += link.take_descriptors()
+        return answer
     except Gone as exc:
         raise Unavailable(f"the server at {address} ended before it answered") from exc
     finally:
@@ -229,18 +253,28 @@ async def wait_listening(address: str) -> None:
     await wait_bound(_ours(addresses.parse(address)).path)
 
 
-async def _connect(address: str, limit: int) -> UnixLink:
+async def _connect(address: str, limit: int, trusted: Collection[int]) -> UnixLink:
     path = _ours(addresses.parse(address)).path
     await trio.lowlevel.checkpoint()
     sock = open_socket()
     try:
         sock.connect(path)
-        return UnixLink(sock, limit)
+        link = UnixLink(sock, limit)
     except OSError as exc:
         sock.close()
         if exc.errno == errno.EPROTOTYPE:
             raise addresses.wrong_scheme(address, "ipc") from exc
+        if exc.errno in (errno.EACCES, errno.EPERM):
+            raise addresses.forbidden(address) from exc
         raise Unavailable(f"no server listens at {address}: {exc.strerror}") from exc
+    if link.peer_uid not in (0, os.geteuid(), *trusted):
+        link.close()
+        raise addresses.untrusted(address, link.peer_uid)
+    return link
+
+
+def _admitted(link: UnixLink, access: Access) -> bool:
+    return access.admits(link.peer_uid, link.peer_groups())
 
 
 def _ours(address: Address) -> UnixAddress:

@@ -11,7 +11,7 @@ import atexit
 import contextlib
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pynng
@@ -22,7 +22,7 @@ from lmcache_trio._transport import MAX_MESSAGE, Connection, addresses
 from lmcache_trio._transport.addresses import Address, TcpAddress
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Misuse, Unavailable
 
-__all__ = ["NngLink", "NngSocket"]
+__all__ = ["NngLink", "NngSocket", "open_pidfd"]
 
 _BUFFER = 128
 """Messages that NNG holds for each direction of a socket before a sender has to wait."""
@@ -34,6 +34,9 @@ _nng_send, _nng_recv, _unpack = lib.nng_send, lib.nng_recv, ffi.unpack
 _allocate = ffi.new_allocator(should_clear_after_alloc=False)
 _buffer: trio.lowlevel.RunVar[Any] = trio.lowlevel.RunVar("lmcache_trio receive buffer")
 _exiting = False
+_used = False
+_forked = False
+"""Is this a forked child of a process that had used NNG? A call into NNG would abort it."""
 _open_sockets: "weakref.WeakSet[NngSocket]" = weakref.WeakSet()
 
 
@@ -41,11 +44,18 @@ class NngSocket:
     """An NNG socket that knows how to be closed: once, in the loop, its waiters woken; never in a forked child."""
 
     def __init__(self, opener: Callable[..., Any], limit: int) -> None:
+        global _used
+        if _forked:
+            raise Misuse(
+                "ipc:// and tcp:// cannot be used in a process that was forked from one that used them: use unix://, "
+                "or start the process anew (multiprocessing's spawn)"
+            )
         self.token = trio.lowlevel.current_trio_token()
         self.closed = _exiting
         self.gone = False  # the only peer is no more, or this was closed: nothing can be sent
         if _exiting:
             raise Unavailable("no socket can be opened while the interpreter ends")
+        _used = True
         try:
             self.sock = opener(
                 recv_max_size=limit,
@@ -92,7 +102,7 @@ class NngSocket:
             raise _ended(code)
         try:
             hello = bytes(ffi.buffer(lib.nng_msg_body(held[0]), lib.nng_msg_len(held[0])))
-            return hello, _pid_of(lib.nng_msg_get_pipe(held[0]))
+            return hello, _told(lib.nng_msg_get_pipe(held[0]), b"ipc:peer-pid") or None
         finally:
             lib.nng_msg_free(held[0])
 
@@ -140,6 +150,8 @@ class NngLink(Connection):
         self._room = _receive_buffer()
         self._pipe: int | None = None
         self._peer_pid: int | None = None
+        self.peer_uid: int | None = None
+        """None over TCP, which does not tell."""
         self._dialer: Any = None
         self._sending = trio.Lock()
         self.connected = trio.Event()
@@ -152,6 +164,9 @@ class NngLink(Connection):
     @property
     def peer_pid(self) -> int | None:
         return self._peer_pid
+
+    def open_pidfd(self) -> int | None:
+        return open_pidfd(self._peer_pid)
 
     def listen(self, address: Address) -> str:
         return self._socket.listen(address)
@@ -173,7 +188,9 @@ class NngLink(Connection):
         if code:
             raise trio.WouldBlock if code == _EAGAIN else _ended(code)
 
-    async def send(self, message: bytes) -> None:
+    async def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        if descriptors:
+            raise Misuse("descriptors travel over unix:// alone")
         async with self._sending:  # a checkpoint; and one descriptor takes one waiter
             while True:
                 try:
@@ -199,6 +216,9 @@ class NngLink(Connection):
                 await trio.lowlevel.wait_readable(self._socket.recv_fd)
             message = self._take()
         return message
+
+    def take_descriptors(self) -> list[int]:
+        return []
 
     async def wait_closed(self) -> None:
         await self._ended.wait()
@@ -228,7 +248,8 @@ class NngLink(Connection):
             pipe.close()
             return
         self._pipe = pipe.id
-        self._peer_pid = _pid_of(pipe.pipe)
+        self._peer_pid = _told(pipe.pipe, b"ipc:peer-pid") or None
+        self.peer_uid = _told(pipe.pipe, b"ipc:peer-uid")
 
     def _on_connected(self, pipe: Any) -> None:
         if pipe.id == self._pipe:
@@ -257,11 +278,18 @@ def _receive_buffer() -> Any:
         return _buffer.get()
 
 
-def _pid_of(pipe: Any) -> int | None:
+def _told(pipe: Any, option: bytes) -> int | None:
+    """What NNG knows of the process at the other end of *pipe*."""
     found = ffi.new("uint64_t *")
-    if lib.nng_pipe_get_uint64(pipe, b"ipc:peer-pid", found) or not found[0]:
+    return None if lib.nng_pipe_get_uint64(pipe, option, found) else int(found[0])
+
+
+def open_pidfd(pid: int | None) -> int | None:
+    """A descriptor of the process *pid*, if it is seen here."""
+    try:
+        return os.pidfd_open(pid) if pid else None
+    except OSError:
         return None
-    return int(found[0])
 
 
 def _ended(code: int) -> LMCacheTrioError:
@@ -277,6 +305,8 @@ def _check(code: int, address: Address) -> None:
 
 
 def _after_fork_in_child() -> None:
+    global _forked
+    _forked = _used
     for inherited in list(_open_sockets):
         inherited.forget()
 

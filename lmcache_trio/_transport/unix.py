@@ -7,17 +7,25 @@ it is:
     WHOLE: a message | FIRST, MORE …, LAST: the parts of a message that is larger than a packet
 
 A WHOLE packet may come between parts: it is delivered, and the rest put together after it. FIRST drops what was put
-together before: its sender gave up half-way. Whatever else a peer says ends its connection.
+together before: its sender gave up half-way. Descriptors come with the packet that completes a message, WHOLE or LAST.
+Whatever else a peer says ends its connection.
+
+The kernel keeps who connected and who listened (SO_PEERCRED), and since Linux 6.5 gives a descriptor of that process
+(SO_PEERPIDFD) also where it lives in a pid namespace of its own, in which case its pid reads 0.
 """
 
+import array
 import contextlib
+import errno
+import os
 import select
 import socket
 import struct
+from collections.abc import Sequence
 
 import trio
 
-from lmcache_trio._transport import MAX_MESSAGE, Connection
+from lmcache_trio._transport import MAX_DESCRIPTORS, MAX_MESSAGE, Connection
 from lmcache_trio._transport.unix_sockets import inherited, open_epoll
 from lmcache_trio.errors import Gone, Misuse
 from lmcache_trio.threads import Latch
@@ -36,6 +44,10 @@ _PARTS = 16
 _WHOLE, _FIRST, _MORE, _LAST = range(4)
 _WHOLE_BYTE = bytes([_WHOLE])
 _QUIETLY = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_DESCRIPTORS = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+_SO_PEERGROUPS, _SO_PEERPIDFD = 59, 77  # of <asm-generic/socket.h>; the second since Linux 6.5
+_MOST_GROUPS = 256
+"""Groups of a peer that are looked at: Python asks the kernel for no more bytes."""
 _room: trio.lowlevel.RunVar[memoryview] = trio.lowlevel.RunVar("lmcache_trio packet buffer")
 
 
@@ -53,8 +65,10 @@ class UnixLink(Connection):
         self._fd = sock.fileno()
         self._limit = limit
         self._send = sock.send
-        self._receive_into = sock.recv_into
+        self._receive_into = sock.recvmsg_into
         self._room = _receive_buffer()
+        self._rooms = [self._room]
+        self._descriptors: list[int] = []  # of the message received last, if nobody took them
         self._closed = False
         self._empty = False  # when we last looked
         self._parts: list[bytes] | None = None
@@ -62,12 +76,35 @@ class UnixLink(Connection):
         self._sending = trio.Lock()
         self._watching = trio.Lock()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        self._peer_pid = _pid_of_peer(sock)
+        pid, self.peer_uid, self.peer_gid = struct.unpack(
+            "iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )
+        self._peer_pid: int | None = pid or None
         inherited.add(self)
 
     @property
     def peer_pid(self) -> int | None:
         return self._peer_pid
+
+    def peer_groups(self) -> set[int]:
+        """The peer's groups, the supplementary ones too if they are 256 at most."""
+        try:
+            found = self._socket.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * 4)
+        except OSError:
+            return {self.peer_gid}
+        return {self.peer_gid, *struct.unpack(f"{len(found) // 4}I", found)}
+
+    def open_pidfd(self) -> int | None:
+        try:
+            fd = struct.unpack("i", self._socket.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0]
+            return int(fd)
+        except OSError as exc:
+            if exc.errno != errno.ENOPROTOOPT or not self._peer_pid:
+                return None  # it has exited; or this kernel tells it only of what it shows
+        try:
+            return os.pidfd_open(self._peer_pid)
+        except OSError:
+            return None
 
     @property
     def ended(self) -> bool:
@@ -84,15 +121,26 @@ class UnixLink(Connection):
             raise trio.WouldBlock  # takes several packets, and they have to be accepted together
         self._put(_WHOLE_BYTE + message)
 
-    async def send(self, message: bytes) -> None:
+    async def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
         self._check_size(len(message))
+        if len(descriptors) > MAX_DESCRIPTORS:
+            raise Misuse(f"{len(descriptors)} descriptors are more than {MAX_DESCRIPTORS}, which one message may bring")
         async with self._sending:  # a checkpoint; and parts of two messages must not mix
             if len(message) <= PACKET:
-                return await self._put_soon(_WHOLE_BYTE + message)
+                return await self._put_soon(_WHOLE_BYTE + message, descriptors)
             parts, last = memoryview(message), (len(message) - 1) // PACKET
             for i in range(last + 1):
                 kind = _LAST if i == last else _MORE if i else _FIRST
-                await self._put_soon(b"".join((bytes([kind]), parts[i * PACKET : (i + 1) * PACKET])))
+                packet = b"".join((bytes([kind]), parts[i * PACKET : (i + 1) * PACKET]))
+                await self._put_soon(packet, descriptors if i == last else ())
+
+    def reply_nowait(self, message: bytes, descriptors: Sequence[int]) -> None:
+        """As `send_nowait`, with *descriptors*."""
+        self._put(_WHOLE_BYTE + message, descriptors)
+
+    def take_descriptors(self) -> list[int]:
+        taken, self._descriptors = self._descriptors, []
+        return taken
 
     def receive_nowait(self) -> bytes:
         message = self._take()
@@ -137,6 +185,7 @@ class UnixLink(Connection):
     def _close_descriptors(self) -> None:
         self._closed = True
         self._drop_parts()
+        _close_all(self.take_descriptors())
         self._socket.close()
         self._end.close()
         inherited.discard(self)
@@ -145,12 +194,16 @@ class UnixLink(Connection):
         if size > self._limit:
             raise Misuse(f"a message of {size} bytes is larger than {self._limit}: split it")
 
-    def _put(self, packet: bytes) -> None:
+    def _put(self, packet: bytes, descriptors: Sequence[int] = ()) -> None:
         with self._latch:
             if self._closed:
                 raise Gone("the connection was closed")
             try:
-                self._send(packet, _QUIETLY)
+                if descriptors:
+                    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+                    self._socket.sendmsg([packet], [rights], _QUIETLY)
+                else:
+                    self._send(packet, _QUIETLY)
             except BlockingIOError:
                 raise trio.WouldBlock from None
             except OSError as exc:  # whatever it was, a packet is missing now: it ends for the peer, too
@@ -158,10 +211,10 @@ class UnixLink(Connection):
                     self._socket.shutdown(socket.SHUT_RDWR)
                 raise Gone(f"the connection has ended: {exc.strerror}") from exc
 
-    async def _put_soon(self, packet: bytes) -> None:
+    async def _put_soon(self, packet: bytes, descriptors: Sequence[int] = ()) -> None:
         while True:
             try:
-                return self._put(packet)
+                return self._put(packet, descriptors)
             except trio.WouldBlock:
                 with contextlib.suppress(trio.ClosedResourceError):
                     await trio.lowlevel.wait_writable(self._fd)
@@ -172,7 +225,7 @@ class UnixLink(Connection):
             if self._closed:
                 raise Gone("the connection was closed")
             try:
-                size = self._receive_into(self._room)
+                size, ancillary, flags, _ = self._receive_into(self._rooms, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 self._empty = True
                 return None
@@ -181,11 +234,18 @@ class UnixLink(Connection):
             except OSError as exc:
                 raise Gone(f"the connection has ended: {exc.strerror}") from exc
             self._empty = False
+            if ancillary or self._descriptors:
+                _close_all(self._descriptors)
+                self._descriptors = _descriptors_in(ancillary)
+                if flags & socket.MSG_CTRUNC:  # this process has no descriptor left: the message comes without any
+                    _close_all(self.take_descriptors())
             if not size:
                 raise Gone("the connection has ended")
             message = self._understand(size)
             if message is not None:
                 return message
+            if self._descriptors:
+                raise self._refused("a part of a message that brings descriptors")
         return None
 
     def _understand(self, size: int) -> bytes | None:
@@ -233,6 +293,14 @@ def _receive_buffer() -> memoryview:
         return _room.get()
 
 
-def _pid_of_peer(sock: socket.socket) -> int | None:
-    pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(pid) or None
+def _descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return found.tolist()
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)

@@ -10,6 +10,7 @@ from typing import Protocol
 import trio
 
 from lmcache_trio._transport import addresses
+from lmcache_trio.config import Access
 from lmcache_trio.errors import ConfigError, Unavailable
 
 __all__ = ["Inherited", "Listener", "inherited", "open_epoll", "open_socket"]
@@ -27,18 +28,22 @@ inherited: "weakref.WeakSet[Inherited]" = weakref.WeakSet()
 
 
 class Listener:
-    """A listening socket, and its file for as long as clients are let in; nobody but this user can.
+    """A listening socket, and its file for as long as clients are let in, whom the mode that *access* gives it lets.
 
     A file that appears at *path* accepts already: it is made *aside*. `ConfigError` when there can be no such file.
     """
 
-    def __init__(self, path: str, *, aside: str, backlog: int) -> None:
+    def __init__(self, path: str, access: Access, *, aside: str, backlog: int) -> None:
         self.path = path
         self.closed = False
         self.socket = open_socket()
         try:
             os.fchmod(self.socket.fileno(), 0o600)  # the file is made with it, whatever the umask lets through
             self.socket.bind(aside)
+            if access.gid is not None:
+                os.chown(aside, -1, access.gid)
+            if access.socket_mode != 0o600:
+                os.chmod(aside, access.socket_mode)
             made = os.lstat(aside)
             self._file = made.st_dev, made.st_ino
             self.socket.listen(backlog)

@@ -2,7 +2,7 @@
 
     magic "LTKV" | version u16 | kind u8 (1 host, 2 CUDA) | 0 u8 | allocations u16 | layers u16 | blocks u64
     an allocation, 88 bytes:   size u64 | handle 64 | device UUID 16 (zeros on a host)
-        a host's handle:       descriptor u32 | inode u64 | nonce 16 | 36 zeros
+        a host's handle:       64 zeros; its descriptor comes with the message, in the order of the allocations
     a layer:                   allocation u16 | dtype u8 | rank u8 | offset u64 | shape rank × u64 | strides rank × u64
 
 Lengths are checked before anything is made of them. Whatever is off raises `ProtocolError`; what is well-formed and out
@@ -10,28 +10,33 @@ of bounds too, so that one `except` covers everything that a peer may send.
 """
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from lmcache_trio._core.exports import MAX_PARTS, MAX_RANK, CudaMemory, DType, Export, SharedMemory, TensorView
 from lmcache_trio.errors import Misuse, ProtocolError
 
-__all__ = ["HANDLES_VERSION", "MAX_EXPORT", "decode_export", "encode_export"]
+__all__ = ["HANDLES_VERSION", "MAX_EXPORT", "decode_export", "descriptors_of", "encode_export"]
 
-HANDLES_VERSION = 1
+HANDLES_VERSION = 2
 MAX_EXPORT = 1 << 20
 """Bytes of the longest export."""
 
 _MAGIC = b"LTKV"
 _HEAD = struct.Struct("<4sHBBHHQ")
 _MEMORY = struct.Struct("<Q64s16s")
-_HOST = struct.Struct("<IQ16s36s")
 _LAYER = struct.Struct("<HBBQ")
 _KIND_HOST, _KIND_CUDA = 1, 2
-_NO_UUID, _NO_MORE = bytes(16), bytes(36)
+_NO_HANDLE, _NO_UUID = bytes(64), bytes(16)
+
+
+def descriptors_of(export: Export) -> list[int]:
+    """What the message that says *export* brings along: one for each allocation of host memory, in order."""
+    return [memory.descriptor for memory in export.memory if isinstance(memory, SharedMemory)]
 
 
 def encode_export(export: Export) -> bytes:
-    """The bytes that say *export*. `Misuse` if they would be too many."""
+    """The bytes that say *export*, beside `descriptors_of` it. `Misuse` if they would be too many."""
     cuda = isinstance(export.memory[0], CudaMemory)
     kind = _KIND_CUDA if cuda else _KIND_HOST
     parts = [_HEAD.pack(_MAGIC, HANDLES_VERSION, kind, 0, len(export.memory), len(export.layers), export.num_blocks)]
@@ -39,8 +44,7 @@ def encode_export(export: Export) -> bytes:
         if isinstance(memory, CudaMemory):
             parts.append(_MEMORY.pack(memory.size, memory.handle, memory.uuid))
         else:
-            handle = _HOST.pack(memory.descriptor, memory.inode, memory.nonce, _NO_MORE)
-            parts.append(_MEMORY.pack(memory.size, handle, _NO_UUID))
+            parts.append(_MEMORY.pack(memory.size, _NO_HANDLE, _NO_UUID))
     for layer in export.layers:
         rank = len(layer.shape)
         parts.append(_LAYER.pack(layer.allocation, layer.dtype, rank, layer.offset))
@@ -51,19 +55,22 @@ def encode_export(export: Export) -> bytes:
     return packed
 
 
-def decode_export(packed: bytes) -> Export:
-    """The `Export` that *packed* says; `ProtocolError` for anything that is none."""
+def decode_export(packed: bytes, descriptors: Sequence[int]) -> Export:
+    """The `Export` that *packed* says, with the *descriptors* that came along, which stay the caller's; `ProtocolError`
+    for anything that is none.
+    """
     try:
-        return _Reader(packed).export()
+        return _Reader(packed, descriptors).export()
     except (struct.error, ValueError, Misuse) as exc:
         raise ProtocolError(f"no export of KV memory: {exc}") from exc
 
 
 class _Reader:
-    def __init__(self, packed: bytes) -> None:
+    def __init__(self, packed: bytes, descriptors: Sequence[int]) -> None:
         if len(packed) > MAX_EXPORT:
             raise ValueError(f"{len(packed)} bytes are more than {MAX_EXPORT}")
         self._packed = packed
+        self._descriptors = descriptors
         self._at = 0
 
     def export(self) -> Export:
@@ -80,7 +87,9 @@ class _Reader:
             views = tuple(self._layer() for _ in range(layers))
             self._end()
             return Export(cuda, views, blocks)
-        host = tuple(self._host() for _ in range(allocations))
+        if len(self._descriptors) != allocations:
+            raise ValueError(f"{len(self._descriptors)} descriptors came with {allocations} allocations of host memory")
+        host = tuple(self._host(descriptor) for descriptor in self._descriptors)
         views = tuple(self._layer() for _ in range(layers))
         self._end()
         return Export(host, views, blocks)
@@ -89,12 +98,11 @@ class _Reader:
         size, handle, uuid = self._take(_MEMORY)
         return CudaMemory(size, handle, uuid)
 
-    def _host(self) -> SharedMemory:
+    def _host(self, descriptor: int) -> SharedMemory:
         size, handle, uuid = self._take(_MEMORY)
-        descriptor, inode, nonce, rest = _HOST.unpack(handle)
-        if uuid != _NO_UUID or rest != _NO_MORE:
+        if handle != _NO_HANDLE or uuid != _NO_UUID:
             raise ValueError("host memory has bytes where there must be zeros")
-        return SharedMemory(size, descriptor, inode, nonce)
+        return SharedMemory(size, descriptor)
 
     def _layer(self) -> TensorView:
         allocation, dtype, rank, offset = self._take(_LAYER)

@@ -157,10 +157,10 @@ class Hello(Message):
 
 @attrs.frozen
 class Welcome(Message):
-    """Where this client's own socket is, and where the arena is. Withdrawn when not taken up within 5 s.
+    """Where this client's own socket is, and the arena. Withdrawn when not taken up within 5 s.
 
-    *arena_path* is empty for a client that gets no arena; *arena_note* then says why. *taken* bytes of the arena are
-    backed by memory so far. *nonce* stands in the first 16 bytes of the arena file.
+    A worker's brings the descriptor of the arena along, a sealed anonymous file of *arena_size* bytes, of which *taken*
+    are backed by memory so far. Without one *arena_size* is 0, and *arena_note* says why.
     """
 
     opcode: ClassVar[int] = 2
@@ -168,10 +168,8 @@ class Welcome(Message):
     address: str = attrs.field(validator=_NAME)
     boot: bytes = attrs.field(validator=_ID)
     chunk_tokens: int = attrs.field(validator=ge(1))
-    arena_path: str = attrs.field(default="", validator=max_len(4096))
     arena_size: int = attrs.field(default=0, validator=ge(0))
     taken: int = attrs.field(default=0, validator=ge(0))
-    nonce: bytes = attrs.field(default=b"", validator=_ID)
     arena_note: str = attrs.field(default="", validator=_NAME)
 
 

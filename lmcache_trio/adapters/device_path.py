@@ -18,7 +18,7 @@ import trio
 from lmcache_trio._transport import wait_listening
 from lmcache_trio._transport.conversation import Reply, expect
 from lmcache_trio._wire.codec import pack_positions
-from lmcache_trio._wire.handles import encode_export
+from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import (
     Ack,
     Attach,
@@ -99,9 +99,10 @@ class DevicePath:
 
         self._settling = mine = self._settling + 1
         try:
-            packed = encode_export(export_of(kv_caches, num_blocks))
+            export = export_of(kv_caches, num_blocks)
+            attach = Attach(client.new_id(), encode_export(export))
             with trio.fail_after(ATTACH_TIMEOUT):
-                await client.request(Attach(client.new_id(), packed), Ack)
+                await client.request(attach, Ack, descriptors=descriptors_of(export))
             self._watch(client)
         except (Unavailable, Misuse, trio.TooSlowError) as exc:
             if client.lost:
@@ -121,12 +122,9 @@ class DevicePath:
 
     def _watch(self, client: Client) -> None:
         client.on_push = self._said
-        if client.peer_pid is None:
-            raise Unavailable("the server's process is not known, so its end could not be told")
-        try:
-            fd = os.pidfd_open(client.peer_pid)
-        except OSError as exc:
-            raise Unavailable(f"the server's process cannot be watched: {exc.strerror}") from exc
+        fd = client.open_pidfd()
+        if fd is None:
+            raise Unavailable("the server's process cannot be watched, so its end could not be told")
         self.close()
         self._pidfd = fd
 

@@ -1,4 +1,4 @@
-"""KV in memory that a server on the same machine can open, and what there is to export of an engine's tensors.
+"""KV in memory that a server on the same machine can be given, and what there is to export of an engine's tensors.
 
 An engine that allocates its KV cache with `shared_tensor` lets the server's `host` device move its blocks; CUDA tensors
 are exported by the driver. Whatever can't be exported raises `Unavailable` and says why: the engine then copies for
@@ -8,7 +8,6 @@ itself.
 import fcntl
 import mmap
 import os
-import secrets
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SharedRegion", "export_of", "shared_tensor"]
 
-_HEAD = 4096
-"""The nonce's page; the KV begins behind it."""
-
 
 class SharedRegion:
     """*size* bytes of zeros in an anonymous file that cannot shrink. It lives as long as `array`, or a view of it."""
@@ -33,21 +29,19 @@ class SharedRegion:
     def __init__(self, size: int) -> None:
         if size < 1:
             raise Misuse(f"size is {size}: it must be 1 or more")
-        self.nonce = secrets.token_bytes(16)
-        self.file_size = _HEAD + size
+        self.size = size
         self.descriptor = os.memfd_create("lmcache-trio kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         weakref.finalize(self, os.close, self.descriptor)
         try:
-            os.posix_fallocate(self.descriptor, 0, self.file_size)
+            os.posix_fallocate(self.descriptor, 0, size)
         except OSError as exc:
             raise Unavailable(f"there is no memory for {size} bytes of shared KV: {exc.strerror}") from exc
-        os.pwrite(self.descriptor, self.nonce, 0)
-        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        mapped = np.frombuffer(mmap.mmap(self.descriptor, self.file_size), dtype=np.uint8)
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        mapped = np.frombuffer(mmap.mmap(self.descriptor, size), dtype=np.uint8)
         self.start = mapped.ctypes.data
         _regions.add(self)
         self._whole = weakref.ref(mapped)
-        self._array: _Array = mapped[_HEAD:].view(_Array)
+        self._array: _Array = mapped[:].view(_Array)
 
     def take_array(self) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
         """The memory, once: whoever holds it, or a view of it, keeps the region alive."""
@@ -56,8 +50,8 @@ class SharedRegion:
         return array
 
     def memory(self) -> SharedMemory:
-        """What it is called in an export. The server opens it from the process that says so, so after any fork."""
-        return SharedMemory(self.file_size, self.descriptor, os.fstat(self.descriptor).st_ino, self.nonce)
+        """What it is called in an export."""
+        return SharedMemory(self.size, self.descriptor)
 
 
 class _Array(np.ndarray[tuple[int], np.dtype[np.uint8]]):
@@ -100,6 +94,6 @@ def _memory_of(name: str, tensor: "torch.Tensor") -> tuple[SharedMemory | CudaMe
 
         return cuda_memory_of(tensor)
     for region in _regions:
-        if tensor.device.type == "cpu" and region.start <= address < region.start + region.file_size:
+        if tensor.device.type == "cpu" and region.start <= address < region.start + region.size:
             return region.memory(), region.start
     raise Unavailable(f"layer {name!r} lies in private {tensor.device} memory, which no other process can open")

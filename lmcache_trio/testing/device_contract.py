@@ -12,7 +12,7 @@
 It refuses to look behind the interface, and knows the layout of slots from `lmcache_trio.abc.Export` alone.
 """
 
-import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -181,7 +181,7 @@ class DeviceContract:
                     engine = engine_memory(device, layout.layers * layout.layer_bytes)
                     engine.write(0, Random(1).randbytes(layout.layers * layout.layer_bytes))
                     export = layout.export(engine)
-                    attached = await device.attach(export, _own_pid())
+                    attached = await device.attach(export)
                     yield Rig(device, memory, engine, export, attached)
                     device.detach(attached)
 
@@ -254,16 +254,20 @@ class DeviceContract:
             assert bytes(it.memory.view(4096, it.slot_bytes)) == it.slot([0, 1, 2, 3])
 
     async def test_memory_that_is_not_what_the_export_says_is_refused(self, rig: "OpenRig") -> None:
+        with tempfile.TemporaryFile() as other:
+            await self._refuse_another(rig, other.fileno())
+
+    async def _refuse_another(self, rig: "OpenRig", other: int) -> None:
         async with rig(Layout()) as it:
             before = it.device.statistics()["attached"]
             wrong = it.export.memory[0]
             if isinstance(wrong, SharedMemory):
-                wrong = attrs.evolve(wrong, nonce=b"another's nonce!")
+                wrong = attrs.evolve(wrong, descriptor=other)
             else:
                 wrong = attrs.evolve(wrong, handle=bytes(64))
             export = Export((wrong,), it.export.layers, BLOCKS)
             with pytest.raises((Misuse, Unavailable)):
-                await it.device.attach(export, _own_pid())
+                await it.device.attach(export)
             assert it.device.statistics()["attached"] == before
 
     async def test_an_attach_that_is_cancelled_leaves_nothing_open(self, rig: "OpenRig") -> None:
@@ -271,7 +275,7 @@ class DeviceContract:
             before = it.device.statistics()["attached"]
             with trio.CancelScope() as scope:
                 scope.cancel()
-                await it.device.attach(it.export, _own_pid())
+                await it.device.attach(it.export)
             assert it.device.statistics()["attached"] == before
 
     async def test_detaching_twice_is_the_same_as_once(self, rig: "OpenRig") -> None:
@@ -293,11 +297,7 @@ class DeviceContract:
         layout = Layout()
         export = layout.export(engine_memory(device, layout.layers * layout.layer_bytes))
         with pytest.raises(Unavailable):
-            await device.attach(export, _own_pid())
+            await device.attach(export)
 
 
 OpenRig = Callable[[Layout], AbstractAsyncContextManager[Rig]]
-
-
-def _own_pid() -> int:
-    return os.getpid()

@@ -5,13 +5,15 @@
     copy.move(1)                          # one block of one layer
     copy.end()                            # the rest, and its end;   copy.fail(): no more, and its end, as a failure
 
-An engine's memory is a `bytearray` that the device was told of under a nonce: `engine_memory` makes one, in the shape
-of an export, and `gpu_memory` one as if it lay on a GPU, whose engine orders copies by events: `event` makes one, and
+An engine's memory is a `bytearray` that stands for what a descriptor names: `engine_memory` makes one, in the shape of
+an export, and `gpu_memory` one as if it lay on a GPU, whose engine orders copies by events: `event` makes one, and
 `happened` is set by the test. Everything happens in the caller's own task; there are no threads, so a clock may jump.
 It keeps the contract of `Device`, and notes what a device must never be asked to do in `broken_rules`.
 """
 
+import os
 import secrets
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -107,6 +109,10 @@ class FakeCopy(Ticket):
                 at += copy.chunk_blocks * piece.length
 
 
+def _name_of(descriptor: int) -> bytes:
+    return os.fstat(descriptor).st_ino.to_bytes(8, "little")
+
+
 class FakeDevice(EventDevice):
     """Keeps every copy in `running` until the test ends it."""
 
@@ -125,18 +131,21 @@ class FakeDevice(EventDevice):
         self.may_attach.set()
         self.happened: dict[bytes, trio.Event] = {}
         """Of each event that `event` made: set it when what it stands for is to have ended."""
-        self._engines: dict[bytes, bytearray] = {}
+        self._engines: dict[bytes, bytearray] = {}  # by what stands in a handle, or is the inode of a descriptor
 
     def engine_memory(self, size: int) -> tuple[SharedMemory, bytearray]:
         """*size* bytes of an engine, and what it would be called in an export."""
-        nonce = secrets.token_bytes(16)
-        self._engines[nonce] = bytearray(size)
-        return SharedMemory(size, 3, len(self._engines), nonce), self._engines[nonce]
+        descriptor = os.memfd_create("lmcache-trio fake engine", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        name = _name_of(descriptor)
+        self._engines[name] = bytearray(size)
+        return SharedMemory(size, descriptor), self._engines[name]
 
     def gpu_memory(self, size: int) -> tuple[CudaMemory, bytearray]:
         """As `engine_memory`, named as an allocation of a GPU."""
-        named, made = self.engine_memory(size)
-        return CudaMemory(size, named.nonce.ljust(64, b"\0"), bytes(16)), made
+        handle, made = secrets.token_bytes(64), bytearray(size)
+        self._engines[handle] = made
+        return CudaMemory(size, handle, bytes(16)), made
 
     def event(self) -> bytes:
         """What an engine would say that a copy must follow."""
@@ -160,14 +169,14 @@ class FakeDevice(EventDevice):
                 self.detach(attached)
             self.memory = None
 
-    async def attach(self, export: Export, pid: int) -> Attached:
+    async def attach(self, export: Export) -> Attached:
         await trio.lowlevel.checkpoint()
         await self.may_attach.wait()
         if self.memory is None:
             raise Unavailable("the device is not open")
         memory = []
         for each in export.memory:
-            found = self._engines.get(each.nonce if isinstance(each, SharedMemory) else each.handle[:16])
+            found = self._engines.get(_name_of(each.descriptor) if isinstance(each, SharedMemory) else each.handle)
             if found is None or len(found) < each.size:
                 raise Misuse("this is not the memory that was exported")
             memory.append(found)

@@ -4,13 +4,13 @@
         def make(self, size: int) -> Memory:
             return MyMemory(MyConfig(size=size))
 
-It refuses to look behind the interface: what a memory keeps its bytes in is its own affair, as long as another process
-can open `path` and sees there what the server's `view` says.
+It refuses to look behind the interface: what a memory keeps its bytes in is its own affair, as long as whoever is given
+`descriptor` can map it and sees there what the server's `view` says.
 """
 
+import fcntl
 import mmap
 import os
-import stat
 from abc import ABC, abstractmethod
 
 import pytest
@@ -22,6 +22,7 @@ __all__ = ["MemoryContract"]
 
 MIB = 1 << 20
 SIZE = 48 * MIB
+_SEAL_FUTURE_WRITE = 0x10  # of <linux/fcntl.h>
 
 
 class MemoryContract(ABC):
@@ -46,52 +47,48 @@ class MemoryContract(ABC):
             assert await self._whole(memory) == SIZE
             assert await memory.grow() == SIZE
 
-    async def test_the_file_is_private_to_the_user_and_gone_at_the_end(self) -> None:
+    async def test_no_client_can_change_the_length_of_the_file_nor_seal_it_for_others(self) -> None:
         memory = self.make(SIZE)
         async with memory.open():
-            path = memory.path
-            found = os.stat(path)
-            assert stat.S_IMODE(found.st_mode) == 0o600
-            assert found.st_uid == os.getuid()
-        assert not os.path.exists(path)
+            await memory.grow()
+            for length in (0, SIZE // 2, SIZE + 4096):
+                with pytest.raises(PermissionError):
+                    os.ftruncate(memory.descriptor, length)
+            with pytest.raises(PermissionError):
+                os.posix_fallocate(memory.descriptor, SIZE, 4096)
+            with pytest.raises(PermissionError):
+                fcntl.fcntl(memory.descriptor, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
+            assert os.fstat(memory.descriptor).st_size == SIZE
+            assert await self._whole(memory) == SIZE
 
-    async def test_the_file_is_gone_after_an_error_too(self) -> None:
+    async def test_the_file_has_no_name_and_its_descriptor_goes_with_the_memory(self) -> None:
         memory = self.make(SIZE)
         with pytest.raises(LookupError):
             async with memory.open():
-                path = memory.path
+                fd = memory.descriptor
+                assert os.fstat(fd).st_nlink == 0
                 raise LookupError
-        assert not os.path.exists(path)
-
-    async def test_the_nonce_stands_at_the_start_of_the_file_and_is_another_each_time(self) -> None:
-        nonces = set()
-        for _ in range(2):
-            memory = self.make(SIZE)
-            async with memory.open():
-                assert len(memory.nonce) == 16
-                with open(memory.path, "rb") as file:
-                    assert file.read(16) == memory.nonce
-                nonces.add(memory.nonce)
-        assert len(nonces) == 2
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(fd)
 
     async def test_a_client_that_maps_the_file_sees_what_a_view_says_and_the_other_way_round(self) -> None:
         memory = self.make(SIZE)
         async with memory.open():
             taken = await self._whole(memory)
-            with open(memory.path, "r+b") as file, mmap.mmap(file.fileno(), memory.size) as mapped:
+            with mmap.mmap(memory.descriptor, memory.size) as mapped:
                 last = taken - 4096
                 view = memory.view(last, 4096)
                 view[:5] = b"there"
                 assert mapped[last : last + 5] == b"there"
-                mapped[4096:4100] = b"back"
-                assert bytes(memory.view(4096, 4)) == b"back"
+                mapped[:4] = b"back"
+                assert bytes(memory.view(0, 4)) == b"back"
                 view.release()
 
     async def test_a_view_outside_of_the_slots_is_refused(self) -> None:
         memory = self.make(SIZE)
         async with memory.open():
             taken = await memory.grow()
-            for offset, length in ((0, 16), (taken - 8, 16), (taken, 1), (4096, -1), (-4096, 4096)):
+            for offset, length in ((-16, 16), (taken - 8, 16), (taken, 1), (4096, -1), (-4096, 4096)):
                 with pytest.raises(Misuse):
                     memory.view(offset, length)
 
@@ -113,6 +110,7 @@ class MemoryContract(ABC):
         async with one.open():
             await one.grow()
             async with other.open():
-                assert one.path != other.path
-                assert os.path.exists(one.path)
-            assert os.path.exists(one.path)
+                await other.grow()
+                other.view(0, 5)[:] = b"other"
+                assert bytes(one.view(0, 5)) == bytes(5)
+            assert bytes(one.view(0, 5)) == bytes(5)

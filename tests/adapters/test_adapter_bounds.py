@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from lmcache_trio._transport import arena_map
-from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import decode
 from lmcache_trio._wire.messages import Lookup, LookupStatus, Message, Release
 from lmcache_trio.adapters import WorkerAdapter
@@ -72,18 +71,17 @@ def test_a_reset_is_true_when_the_server_confirmed_it_or_is_gone(live_server: Se
     assert side.scheduler.reset_cache() is True
 
 
-def test_a_worker_that_cannot_open_the_arena_runs_without_a_cache_and_says_what_to_share(
+def test_a_worker_that_cannot_map_the_arena_runs_without_a_cache_and_says_why(
     live_server: ServerProcess, sides: MakeSide, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    opened = ArenaMap.open
-    monkeypatch.setattr(ArenaMap, "open", lambda path, size, nonce: opened(path, size, b"another nonce 16"))
+    monkeypatch.setattr(arena_map._libc, "mmap", lambda *_: None)
     side = sides(live_server.address, make_kv(1))
     assert not side.worker.is_healthy()
     assert not side.scheduler.is_healthy()
     side.store("r", TOKENS, list(range(16)))
     assert side.worker.statistics()["dropped_unavailable"] == 4
     assert side.lookup("q", TOKENS) == 0
-    assert sum("--ipc=host" in line for line in caplog.messages) == 1
+    assert sum("cannot be mapped" in line for line in caplog.messages) == 1
 
 
 def test_a_worker_faults_its_whole_mapping_in_ahead_of_any_copy(live_server: ServerProcess, sides: MakeSide) -> None:
@@ -96,7 +94,7 @@ def test_a_worker_faults_its_whole_mapping_in_ahead_of_any_copy(live_server: Ser
         of_it, found = False, 0
         for line in Path("/proc/self/smaps").read_text().splitlines():
             if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-                of_it = line.endswith(client.arena_path)
+                of_it = "/memfd:lmcache-trio arena" in line
             elif of_it and line.startswith("Rss:"):
                 found += int(line.split()[1]) << 10
         return found

@@ -20,7 +20,7 @@ def server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     made: list[ServerProcess] = []
 
     def start(*sets: str) -> ServerProcess:
-        made.append(ServerProcess(f"ipc://{tmp_path}/s.ipc", *sets))
+        made.append(ServerProcess(f"unix://{tmp_path}/s.ipc", *sets))
         made[-1].start()
         return made[-1]
 

@@ -15,7 +15,7 @@ OTHERS = list(range(32, 48))
 @pytest.fixture
 def disk_server(tmp_path: Path) -> ServerProcess:
     settings = ("tiers.0.backend=disk", f"tiers.0.path={tmp_path}/disk", "tiers.0.size=64MiB")
-    return ServerProcess(f"ipc://{tmp_path}/s.ipc", *settings, "grace=5.0", "memory.size=16MiB")
+    return ServerProcess(f"unix://{tmp_path}/s.ipc", *settings, "grace=5.0", "memory.size=16MiB")
 
 
 def written(server: ServerProcess, chunks: int) -> bool:

@@ -293,7 +293,7 @@ def test_with_no_server_an_engine_goes_on_and_finds_one_that_comes(
 def test_a_wrong_setting_is_refused_by_name(settings: dict[str, float], named: str) -> None:
     with pytest.raises(Misuse, match=named):
         PollingSchedulerAdapter(
-            "ipc:///nowhere",
+            "unix:///nowhere",
             engine_id="e",
             identity=["a model"],
             **{"block_tokens": 16, **settings},  # type: ignore[arg-type]

@@ -146,7 +146,7 @@ def stopping(tmp_path: Path) -> Iterator[Callable[[int], StoppingServer]]:
     made: list[StoppingServer] = []
 
     def make(at: int) -> StoppingServer:
-        made.append(StoppingServer(f"ipc://{tmp_path}/stop.ipc", at))
+        made.append(StoppingServer(f"unix://{tmp_path}/stop.ipc", at))
         return made[-1]
 
     yield make
@@ -199,7 +199,7 @@ def test_private_memory_takes_shm_by_itself_and_says_why(live_server: ServerProc
 
 
 def test_a_server_without_a_device_leaves_the_copies_to_the_engine(tmp_path: Path, sides: MakeSide) -> None:
-    server = ServerProcess(f"ipc://{tmp_path}/n.ipc", "device.backend=none")
+    server = ServerProcess(f"unix://{tmp_path}/n.ipc", "device.backend=none")
     server.start()
     try:
         one = sides(server.address, shared_kv(1))

@@ -91,7 +91,7 @@ def live(tmp_path: Path) -> OpenLive:
 
     @asynccontextmanager
     async def make(*tiers: Any, **settings: Any) -> AsyncIterator[Live]:
-        address = f"ipc://{tmp_path}/live.ipc"
+        address = f"unix://{tmp_path}/live.ipc"
         settings = {"grace": 2.0, "prefetch_budget": 30.0, **settings}  # that a busy machine is slow is no miss here
         config = Config(address=address, memory={"backend": "cpu", "size": 16 << 20}, **settings)
         async with open_server(config, tiers=tiers) as server:

@@ -41,7 +41,7 @@ class RegionMemory(EngineMemory):
         return self.region.memory()
 
     def start(self) -> int:
-        return self.region.file_size - len(self.array)
+        return 0
 
     def read(self, offset: int, length: int) -> bytes:
         return self.array[offset : offset + length].tobytes()
@@ -99,22 +99,24 @@ class TestFakeDevice(DeviceContract):
 
 
 def export(memory: SharedMemory | CudaMemory) -> Export:
-    view = TensorView(0, 4096, DType.uint8, (4, 4096), (4096, 1))
+    view = TensorView(0, 0, DType.uint8, (4, 4096), (4096, 1))
     return Export((memory,), (view,), 4)
+
+
+SIZE = 5 * 4096
 
 
 @pytest.fixture
 def open_file() -> Iterator[Callable[..., int]]:
     opened: list[int] = []
 
-    def make(size: int, *, seals: int = 0, sparse: bool = False, nonce: bytes = b"n" * 16) -> int:
+    def make(size: int, *, seals: int = 0, sparse: bool = False) -> int:
         fd = os.memfd_create("engine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         opened.append(fd)
         if sparse:
             os.ftruncate(fd, size)
         else:
             os.posix_fallocate(fd, 0, size)
-        os.pwrite(fd, nonce, 0)
         if seals:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         return fd
@@ -124,27 +126,24 @@ def open_file() -> Iterator[Callable[..., int]]:
         os.close(fd)
 
 
-SIZE = 5 * 4096
-
-
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
         ({}, "could vanish"),
         ({"seals": fcntl.F_SEAL_SHRINK, "sparse": True}, "could vanish"),
-        ({"seals": fcntl.F_SEAL_SHRINK, "nonce": b"m" * 16}, "is not the memory"),
+        ({"seals": fcntl.F_SEAL_SHRINK, "size": SIZE - 4096}, f"has {SIZE - 4096} bytes, not {SIZE}"),
     ],
-    ids=["not sealed", "not backed by memory", "another nonce"],
+    ids=["not sealed", "not backed by memory", "too short"],
 )
 async def test_the_host_device_opens_no_memory_that_could_kill_the_server(
     open_file: Callable[..., int], kind: dict[str, int], why: str
 ) -> None:
-    fd = open_file(SIZE, **kind)
+    fd = open_file(**{"size": SIZE, **kind})
     async with open_memory() as memory:
         device = HostDevice(HostConfig())
         async with device.open(memory):
             with pytest.raises(Misuse, match=why):
-                await device.attach(export(SharedMemory(SIZE, fd, os.fstat(fd).st_ino, b"n" * 16)), os.getpid())
+                await device.attach(export(SharedMemory(SIZE, fd)))
 
 
 async def test_the_host_device_opens_nothing_but_memory() -> None:
@@ -153,14 +152,12 @@ async def test_the_host_device_opens_nothing_but_memory() -> None:
         async with open_memory() as memory:
             device = HostDevice(HostConfig())
             async with device.open(memory):
-                with pytest.raises(Misuse, match="is not the memory"):
-                    await device.attach(
-                        export(SharedMemory(SIZE, writer, os.fstat(writer).st_ino, b"n" * 16)), os.getpid()
-                    )
-                with pytest.raises(Unavailable, match="cannot be opened"):
-                    await device.attach(export(SharedMemory(SIZE, 999_999, 1, b"n" * 16)), os.getpid())
+                with pytest.raises(Misuse, match="is no memory"):
+                    await device.attach(export(SharedMemory(SIZE, writer)))
+                with pytest.raises(Unavailable, match="cannot be mapped"):
+                    await device.attach(export(SharedMemory(SIZE, 999_999)))
                 with pytest.raises(Unavailable, match="shared host memory alone"):
-                    await device.attach(export(CudaMemory(SIZE, bytes(64), bytes(16))), os.getpid())
+                    await device.attach(export(CudaMemory(SIZE, bytes(64), bytes(16))))
     finally:
         os.close(reader)
         os.close(writer)
@@ -172,7 +169,7 @@ async def test_what_was_attached_is_unmapped_when_it_is_detached() -> None:
         device = HostDevice(HostConfig())
         async with device.open(memory):
             before = mappings(region)
-            attached = await device.attach(export(region.memory()), os.getpid())
+            attached = await device.attach(export(region.memory()))
             assert mappings(region) == before + 1
             ticket = device.start(Copy(attached, Direction.STORE, [4096], [0, 1, 2, 3], 4, (0, 1)))
             with trio.fail_after(5):
@@ -236,7 +233,7 @@ async def test_engines_that_come_at_once_share_one_device(monkeypatch: pytest.Mo
 
         async def attach() -> None:
             with pytest.raises(Misuse):  # the fake was not told of this memory
-                await device.attach(export(CudaMemory(SIZE, bytes(64), bytes(16))), os.getpid())
+                await device.attach(export(CudaMemory(SIZE, bytes(64), bytes(16))))
 
         async with trio.open_nursery() as nursery:
             for _ in range(4):
@@ -250,23 +247,23 @@ async def test_pages_of_the_arena_that_come_after_an_engine_are_entered_before_i
     device = HostDevice(HostConfig())
     async with memory.open(), device.open(memory):
         await device.arena_grew()
-        assert entered(memory) < 1 << 20, "nobody needs them yet"
+        assert entered() < 1 << 20, "nobody needs them yet"
         first = await memory.grow()
-        attached = await device.attach(export(region.memory()), os.getpid())
-        assert entered(memory) >= first - 4096
+        attached = await device.attach(export(region.memory()))
+        assert entered() >= first
         while await memory.grow() < memory.size:
             pass
         await device.arena_grew()
-        assert entered(memory) >= memory.size - 4096
+        assert entered() >= memory.size
         device.detach(attached)
 
 
-def entered(memory: Memory) -> int:
-    """Bytes of *memory* that this process has in its page table."""
+def entered() -> int:
+    """Bytes of an arena that this process has in its page table."""
     with open("/proc/self/smaps") as maps:
         lines = iter(maps)
         for line in lines:
-            if line.rstrip().endswith(memory.path):
+            if "/memfd:lmcache-trio arena" in line:
                 return 1024 * int(next(entry for entry in lines if entry.startswith("Rss:")).split()[1])
     return 0
 
@@ -298,12 +295,12 @@ from lmcache_trio.adapters.shared_kv import SharedRegion
 
 async def main():
     region = SharedRegion(4 * 4096)
-    view = TensorView(0, 4096, DType.uint8, (4, 4096), (4096, 1))
-    config = Config(address=f"ipc://{sys.argv[1]}/s.ipc", memory={"backend": "cpu", "size": 1 << 20})
+    view = TensorView(0, 0, DType.uint8, (4, 4096), (4096, 1))
+    config = Config(address=f"unix://{sys.argv[1]}/s.ipc", memory={"backend": "cpu", "size": 1 << 20})
     async with open_server(config) as server:
         device = server._state.transfer._device
         print(type(device).__name__)
-        attached = await device.attach(Export((region.memory(),), (view,), 4), os.getpid())
+        attached = await device.attach(Export((region.memory(),), (view,), 4))
         await device.wait_ended(device.start(Copy(attached, Direction.STORE, [4096], [0, 1], 2, (0, 1))))
         device.detach(attached)
         print(device.statistics()["copies"])
@@ -361,7 +358,7 @@ def cases(draw: st.DrawFn) -> Case:
             ends[allocation] = start + num_blocks * step
         views.append(view)
     sizes = [end or 1 for end in ends]
-    made = Export(tuple(SharedMemory(size, 3, 1, b"n" * 16) for size in sizes), tuple(views), num_blocks)
+    made = Export(tuple(SharedMemory(size, 3) for size in sizes), tuple(views), num_blocks)
     direction, width = draw(st.sampled_from(Direction)), draw(st.integers(1, min(3, num_blocks)))
     chunks = draw(st.integers(1, num_blocks // width))
     blocks = draw(st.permutations(range(num_blocks)))[: chunks * width]

@@ -28,7 +28,7 @@ files = "files_tier:FilesTier"
 include = ["files_tier.py"]
 """
 CONFIG = """
-address = "ipc://{where}/s.ipc"
+address = "unix://{where}/s.ipc"
 prefetch_budget = 30.0
 
 [memory]
@@ -72,8 +72,8 @@ def test_it_is_chosen_by_its_name_and_works(beside: Path, tmp_path: Path) -> Non
 
     async def use(stored: bool) -> None:
         with trio.fail_after(30):
-            async with open_client(f"ipc://{tmp_path}/s.ipc", role=Role.SCHEDULER, engine="e") as scheduler:
-                async with open_client(f"ipc://{tmp_path}/s.ipc", role=Role.WORKER, engine="e") as worker:
+            async with open_client(f"unix://{tmp_path}/s.ipc", role=Role.SCHEDULER, engine="e") as scheduler:
+                async with open_client(f"unix://{tmp_path}/s.ipc", role=Role.WORKER, engine="e") as worker:
                     assert await worker.register(b"f" * 32, SHARD, 16)
                     while (await worker.statistics())["tiers"][0]["state"] != "open":  # noqa: ASYNC110
                         await trio.sleep(0.01)

@@ -54,11 +54,6 @@ def children(pid: int) -> set[str]:
     return found
 
 
-def arenas() -> set[str]:
-    """The processes that have one, or left it."""
-    return {path.name.split("-")[3] for path in Path("/dev/shm").glob("lmcache-trio-*")}
-
-
 def test_every_row_is_measured_printed_and_written_and_nothing_is_left(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     done = bench(folder, "--json", str(file))
@@ -80,7 +75,7 @@ def test_every_row_is_measured_printed_and_written_and_nothing_is_left(folder: P
 
 
 def test_rows_that_cannot_be_measured_are_left_out_and_it_is_said_why(folder: Path) -> None:
-    address = f"ipc://{folder}/s.ipc"
+    address = f"unix://{folder}/s.ipc"
     command = [sys.executable, "-m", "lmcache_trio", "serve", "--address", address, "--set", "memory.size=64MiB"]
     command.append("device.backend=none")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
@@ -106,7 +101,7 @@ def test_several_clients_are_several_processes_that_add_up(folder: Path, tmp_pat
 
 
 def test_a_server_that_runs_already_is_measured_without_the_disk_rows(folder: Path) -> None:
-    address = f"ipc://{folder}/s.ipc"
+    address = f"unix://{folder}/s.ipc"
     command = [sys.executable, "-m", "lmcache_trio", "serve", "--address", address, "--set", "memory.size=64MiB"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
@@ -122,7 +117,7 @@ def test_a_server_that_runs_already_is_measured_without_the_disk_rows(folder: Pa
 
 
 def test_a_server_that_is_not_there_is_told_in_one_line(folder: Path) -> None:
-    done = bench(folder, "--address", f"ipc://{folder}/nobody.ipc", "--rows", "ping")
+    done = bench(folder, "--address", f"unix://{folder}/nobody.ipc", "--rows", "ping")
     assert done.returncode == 1
     assert "nobody.ipc" in done.stderr
     assert "Traceback" not in done.stderr
@@ -135,12 +130,9 @@ def test_a_bench_that_is_told_to_end_takes_its_processes_with_it(folder: Path) -
     ) as process:
         wait_until(lambda: bool(list(folder.glob("*/host.log"))), timeout=30)
         ours = children(process.pid)
-        had = ours & arenas()
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 128 + signal.SIGTERM
-    assert had
     assert list(folder.iterdir()) == []
-    assert not ours & arenas()
     assert not [pid for pid in ours if Path("/proc", pid).exists()]
 
 

@@ -28,9 +28,8 @@ def environment(directory: Path) -> dict[str, str]:
 
 
 def nothing_is_left(directory: Path, pids: Sequence[int]) -> bool:
-    """No process of *pids*, no arena of one, no file of the demo's."""
-    arenas = [path.name for path in Path("/dev/shm").iterdir() if any(f"-{pid}-" in path.name for pid in pids)]
-    return not arenas and not list(directory.iterdir()) and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    """No process of *pids*, no file of the demo's."""
+    return not list(directory.iterdir()) and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 @pytest.fixture

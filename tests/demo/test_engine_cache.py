@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 import trio
@@ -79,9 +80,12 @@ def serve_once(server: Server, tokens: list[int], count: int = 8, config: Engine
         return generate(connected.engine, tokens, count)
 
 
-async def arena_path(server: Server) -> str:
-    async with open_client(server.address, role=Role.WORKER, engine="arena reader") as client:
-        return client.arena_path
+async def spoil_arena(server: Server) -> None:
+    """Write noise over all of it."""
+    async with open_client(server.address, role=Role.WORKER, engine="arena spoiler") as client:
+        assert client.arena is not None
+        arena = np.frombuffer(client.arena.view(0, client.arena_size), dtype=np.float32)
+        arena[:] = torch.randn(len(arena), generator=torch.Generator().manual_seed(0)).numpy()
 
 
 def statistics(server: Server) -> dict[str, dict[str, int]]:
@@ -190,11 +194,7 @@ def test_an_engine_that_differs_shares_nothing(server: Server, other: EngineConf
 def test_corrupted_bytes_change_what_is_said_so_the_other_tests_can_fail(server: Server) -> None:
     tokens = prompt(250)
     cold = serve_once(server, tokens)
-    with open(trio.run(arena_path, server), "r+b") as arena:
-        size = arena.seek(0, 2)
-        arena.seek(4096)
-        noise = torch.randn((size - 4096) // 4, generator=torch.Generator().manual_seed(0))
-        arena.write(noise.numpy().tobytes())
+    trio.run(spoil_arena, server)
     warm = serve_once(server, tokens)
     assert warm.reused_tokens == 3 * CHUNK
     assert warm.output_ids != cold.output_ids

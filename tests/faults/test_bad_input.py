@@ -89,7 +89,6 @@ ENDING = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 @pytest.mark.parametrize("role", [Role.SCHEDULER, Role.WORKER])
 async def test_what_is_no_sentence_or_out_of_place_ends_that_one_connection(
     scenes: Any, doings: Any, role: Role, monkeypatch: pytest.MonkeyPatch
@@ -122,27 +121,12 @@ def rude_over_unix(address: str) -> Callable[[], None]:
     return say
 
 
-def rude_over_ipc(address: str) -> Callable[[], None]:
-    """The same of NNG's: a message of ours would be refused where it is sent."""
-    import pynng
-
-    rude = pynng.Pair0()
-    rude.dial(address, block=True)
-
-    def say() -> None:
-        with rude:
-            rude.send(bytes(MAX_MESSAGE + 1))
-
-    return say
-
-
-@pytest.mark.parametrize(("scheme", "rude"), [("unix", rude_over_unix), ("ipc", rude_over_ipc)])
-async def test_a_message_that_is_too_large_ends_that_one_connection(scenes: Any, doings: Any, rude: Any) -> None:
+async def test_a_message_that_is_too_large_ends_that_one_connection(scenes: Any, doings: Any) -> None:
     async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
         hello = Hello(PROTOCOL_VERSION, "bad", random.randbytes(16), Role.OBSERVER, "")
         welcome = decode(await introduce(scene.server.address, encode(hello)))
         assert isinstance(welcome, Welcome)
-        say = rude(welcome.address)
+        say = rude_over_unix(welcome.address)
         await scene.until(lambda held: held["connections"] == 3)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, say)

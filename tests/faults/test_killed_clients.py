@@ -19,7 +19,6 @@ def but_for_chunks(held: dict[str, Any]) -> dict[str, Any]:
     return {name: held[name] for name in held.keys() - STORED}
 
 
-@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 @pytest.mark.parametrize(
     ("point", "there"),
     [
@@ -107,7 +106,6 @@ def chunks_of(held: dict[str, Any], count: int) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 async def test_a_welcome_whose_client_was_killed_is_withdrawn(
     scenes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

@@ -1,7 +1,10 @@
 """A server inside the test's own loop, and clients that speak to it in plain messages."""
 
+import fcntl
 import hashlib
 import itertools
+import mmap
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -46,23 +49,18 @@ class HeapConfig:
 
 
 class HeapMemory(Memory):
-    """A memory that no other process sees: for servers under a clock that jumps, where no thread may run."""
+    """A memory that takes no thread to grow: for servers under a clock that jumps."""
 
     Config = HeapConfig
+
+    descriptor = -1
 
     def __init__(self, config: HeapConfig) -> None:
         super().__init__(config)
         self.taken = 0
-        self.bytes = bytearray()
+        self.descriptor = -1
+        self.bytes: mmap.mmap | None = None
         self.go_on = trio.Semaphore(1, max_value=1_000_000)
-
-    @property
-    def path(self) -> str:
-        return "/nowhere/heap.arena"
-
-    @property
-    def nonce(self) -> bytes:
-        return b"n" * 16
 
     @property
     def size(self) -> int:
@@ -70,7 +68,13 @@ class HeapMemory(Memory):
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        yield
+        self.descriptor = os.memfd_create("heap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.descriptor, self.size)
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            yield
+        finally:
+            os.close(self.descriptor)
 
     async def grow(self) -> int:
         if self.taken < self.size:
@@ -80,8 +84,8 @@ class HeapMemory(Memory):
         return self.taken
 
     def view(self, offset: int, length: int) -> memoryview:
-        if not self.bytes:
-            self.bytes = bytearray(self.size)
+        if self.bytes is None:
+            self.bytes = mmap.mmap(self.descriptor, self.size)
         return memoryview(self.bytes)[offset : offset + length]
 
     def statistics(self) -> dict[str, int | str]:
@@ -102,9 +106,15 @@ class Peer:
 
     async def ask(self, cls: type[Message], *args: object, **kwargs: object) -> Message:
         """Make a *cls* with the next id, send it, and return its reply, whatever it is."""
+        return await self.ask_with((), cls, *args, **kwargs)
+
+    async def ask_with(
+        self, descriptors: Sequence[int], cls: type[Message], *args: object, **kwargs: object
+    ) -> Message:
+        """As `ask`, with *descriptors*."""
         number = next(self._ids)
         made: Any = cls
-        await self.connection.send(encode(made(number, *args, **kwargs)))
+        await self.connection.send(encode(made(number, *args, **kwargs)), descriptors)
         return await self.reply(number)
 
     async def reply(self, number: int) -> Message:
@@ -121,8 +131,8 @@ class Peer:
         assert isinstance(found, reply), found
         return found
 
-    async def tell(self, message: Message) -> None:
-        await self.connection.send(encode(message))
+    async def tell(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        await self.connection.send(encode(message), descriptors)
 
     async def pushed(self, cls: type[M]) -> M:
         """The next push of *cls*, waiting for it."""

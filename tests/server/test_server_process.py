@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from lmcache_trio import Config, ConfigError, Gone, load_config, open_server
+from lmcache_trio import Config, ConfigError, Gone, load_config, open_client, open_server
 from lmcache_trio._server.supervise import _second_signal, serve
 from lmcache_trio._wire.messages import Role
 
@@ -63,10 +63,6 @@ class Process:
             self.process.send_signal(number)
         return self.process.wait(timeout=30)
 
-    def arena(self) -> Path | None:
-        """Its file in shared memory, by its pid."""
-        return next(Path("/dev/shm").glob(f"lmcache-trio-*-{self.process.pid}-*.arena"), None)
-
 
 def _line(process: "subprocess.Popen[bytes]") -> str:
     assert process.stdout is not None
@@ -114,8 +110,6 @@ async def test_sigterm_in_mid_store_lets_the_copy_end_and_leaves_no_file(
 ) -> None:
     server = start()
     scheduler, worker, reservation = await _in_mid_store(connect, server.address, digests)
-    arena = server.arena()
-    assert arena is not None
     server.process.send_signal(signal.SIGTERM)
     with trio.fail_after(60):
         while not (await worker.reserve(1, digests(2))).dropped.get("stopping"):
@@ -123,19 +117,16 @@ async def test_sigterm_in_mid_store_lets_the_copy_end_and_leaves_no_file(
     assert await worker.commit(reservation) == 2
     await worker.gone()
     assert server.end() == 0
-    assert not arena.exists()
     assert list(tmp_path.iterdir()) == []
     scheduler.connection.close()
     worker.connection.close()
 
 
-@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 async def test_a_second_sigterm_ends_the_process_at_once_and_leaves_no_file(
     start: Any, connect: Any, digests: Any, tmp_path: Path
 ) -> None:
     server = start("grace=60")
     scheduler, worker, _ = await _in_mid_store(connect, server.address, digests)
-    arena = server.arena()
     server.process.send_signal(signal.SIGTERM)
     while not (await worker.reserve(1, digests(2))).dropped.get("stopping"):
         pass
@@ -144,7 +135,6 @@ async def test_a_second_sigterm_ends_the_process_at_once_and_leaves_no_file(
             while await worker.reserve(1, digests(2)):
                 server.process.send_signal(signal.SIGTERM)  # the first of them are repeats
     assert server.end() == 128 + signal.SIGTERM
-    assert not arena.exists()
     assert list(tmp_path.iterdir()) == []
     scheduler.connection.close()
     worker.connection.close()
@@ -215,9 +205,7 @@ def test_a_server_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_idle_server_ends_at_once_on_a_signal(start: Any, number: signal.Signals, tmp_path: Path) -> None:
     server = start("grace=60")
-    arena = server.arena()
     assert server.end(number) == 0
-    assert not arena.exists()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,21 +214,14 @@ def test_after_sigkill_the_next_start_removes_what_was_left_and_touches_nothing_
     start: Any, tmp_path: Path
 ) -> None:
     dead, live = start(name="dead"), start(name="live")
-    left = dead.arena()
     dead.end(signal.SIGKILL)
-    assert left.exists()
     assert (tmp_path / "dead.sock").exists()
-    live_arena = live.arena()
-    before = live_arena.stat().st_ino
     again = start(name="dead")
-    assert not left.exists()
-    assert live_arena.stat().st_ino == before
     assert (tmp_path / "live.sock").exists()
     assert again.end(signal.SIGTERM) == 0
     assert live.process.poll() is None
 
 
-@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 async def test_two_servers_cannot_have_one_address_and_the_first_notices_nothing(
     start: Any, connect: Any, digests: Any
 ) -> None:
@@ -255,13 +236,10 @@ async def test_two_servers_cannot_have_one_address_and_the_first_notices_nothing
     worker.connection.close()
 
 
-@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 async def test_nothing_is_held_of_a_client_that_was_killed_in_the_middle_by_notification(
-    tmp_path: Path, scheme: str, digests: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, digests: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = Config(
-        address=f"{scheme}://{tmp_path}/server.sock", memory={"backend": "cpu", "size": 16 << 20}, grace=0.1
-    )
+    config = Config(address=f"unix://{tmp_path}/server.sock", memory={"backend": "cpu", "size": 16 << 20}, grace=0.1)
     async with open_server(config) as server:
         arguments = [sys.executable, "-c", WORKER, server.address, str(Path(__file__).parent)]
         async with trio.open_nursery() as nursery:
@@ -283,14 +261,22 @@ async def test_nothing_is_held_of_a_client_that_was_killed_in_the_middle_by_noti
             print(f"\n[killed client forgotten {took * 1000:.0f} ms after SIGKILL]", end=" ")
 
 
-async def test_a_client_over_tcp_is_welcome_without_an_arena_and_told_why(connect: Any) -> None:
-    config = Config(address="tcp://127.0.0.1:0", memory={"backend": "cpu", "size": 1 << 20})
+@pytest.mark.parametrize("role", [Role.SCHEDULER, Role.WORKER])
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:0", "ipc://{}/s"])
+async def test_an_engine_is_refused_where_no_descriptor_can_come_along_and_an_observer_is_not(
+    connect: Any, refusal: Any, address: str, role: Role, tmp_path: Path
+) -> None:
+    config = Config(address=address.format(tmp_path), memory={"backend": "cpu", "size": 1 << 20})
     async with open_server(config) as server:
         assert not server.address.endswith(":0")
-        worker = await connect(server.address, Role.WORKER)
-        assert worker.welcome.arena_path == ""
-        assert "unix:// or ipc://" in worker.welcome.arena_note
-        worker.connection.close()
+        with pytest.raises(refusal, match=rf"a {role.name.lower()} cannot connect over ipc:// or tcp://.* unix://"):
+            await connect(server.address, role)
+        assert server.statistics()["counted"]["refused"] == 1
+        with pytest.raises(ConfigError, match=rf"a {role.name.lower()} cannot use .*carry no descriptors"):
+            async with open_client(server.address, role=role, engine="e"):
+                pass
+        async with open_client(server.address) as observer:
+            assert await observer.ping() == server.boot
 
 
 def _nothing_of_it(held: dict[str, Any]) -> bool:

@@ -23,8 +23,9 @@ async def test_a_welcome_names_the_boot_the_chunk_the_arena_and_an_address_of_on
     assert one.welcome.boot == other.welcome.boot == rig.server.boot
     assert len(rig.server.boot) == 16
     assert one.welcome.chunk_tokens == 256
-    assert (one.welcome.arena_path, one.welcome.arena_size) == (rig.memory.path, rig.memory.size)
-    assert one.welcome.nonce == rig.memory.nonce
+    assert (one.welcome.arena_size, one.welcome.arena_note) == (0, "only a client with role=Role.WORKER gets the arena")
+    worker = await rig.worker("a")
+    assert (worker.welcome.arena_size, worker.welcome.arena_note) == (rig.memory.size, "")
     assert one.welcome.address != other.welcome.address
     assert await one.get(Pong, Ping) == Pong(1, rig.server.boot)
 
@@ -123,7 +124,7 @@ async def test_a_client_whose_process_cannot_be_seen_gets_no_arena_and_is_told_w
 ) -> None:
     monkeypatch.setattr("os.pidfd_open", _not_here)
     worker = await rig.worker()
-    assert (worker.welcome.arena_path, worker.welcome.arena_size, worker.welcome.nonce) == ("", 0, b"")
+    assert worker.welcome.arena_size == 0
     assert "pid namespace" in worker.welcome.arena_note
     with pytest.raises(AssertionError, match="got no arena"):
         await worker.register()

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_trio._core.exports import CudaMemory, DType, Export, SharedMemory, TensorView
-from lmcache_trio._wire.handles import decode_export, encode_export
+from lmcache_trio._wire.handles import decode_export, descriptors_of, encode_export
 from lmcache_trio.errors import Misuse, ProtocolError
 
-HOST = SharedMemory(1 << 20, 7, 123_456_789, b"sixteen  bytes!!")
+HOST = SharedMemory(1 << 20, 7)
 CUDA = CudaMemory(1 << 20, bytes(range(64)), b"uuid of a device")
 KV_FIRST = TensorView(0, 4096, DType.bfloat16, (2, 5, 16, 2, 8), (1280, 256, 16, 8, 1))
 BLOCK_FIRST = TensorView(0, 0, DType.float32, (5, 2, 16, 2, 8), (512, 256, 16, 8, 1))
@@ -18,7 +18,7 @@ GOOD = Export((HOST,), (KV_FIRST, BLOCK_FIRST), 5)
 
 @pytest.mark.parametrize("export", [GOOD, attrs.evolve(GOOD, memory=(CUDA, CUDA))], ids=["host", "cuda"])
 def test_an_export_comes_back_as_it_was_said(export: Export) -> None:
-    assert decode_export(encode_export(export)) == export
+    assert decode_export(encode_export(export), descriptors_of(export)) == export
 
 
 def test_it_says_where_blocks_lie() -> None:
@@ -57,17 +57,23 @@ def test_memory_that_is_none_is_no_export() -> None:
         (HOST, CUDA),
         (attrs.evolve(HOST, size=0),),
         (attrs.evolve(HOST, size=1 << 60),),
-        (attrs.evolve(HOST, nonce=b"short"),),
+        (attrs.evolve(HOST, descriptor=-1),),
         (attrs.evolve(CUDA, handle=b"short"),),
     ):
         with pytest.raises(Misuse):
             attrs.evolve(GOOD, memory=memory)
 
 
+@pytest.mark.parametrize("descriptors", [[], [7, 8]])
+def test_an_export_that_came_with_fewer_or_more_descriptors_is_refused(descriptors: list[int]) -> None:
+    with pytest.raises(ProtocolError, match=f"{len(descriptors)} descriptors came with 1 allocations"):
+        decode_export(encode_export(GOOD), descriptors)
+
+
 @given(st.binary(max_size=400))
 def test_any_bytes_are_an_export_or_a_protocol_error(raw: bytes) -> None:
     try:
-        decode_export(raw)
+        decode_export(raw, [])
     except ProtocolError:
         return
 
@@ -78,7 +84,7 @@ def test_an_export_with_one_byte_changed_is_in_bounds_or_a_protocol_error(at: in
     raw[at] = byte
     raw = raw + bytes(more) if more >= 0 else raw[:more]
     try:
-        found = decode_export(bytes(raw))
+        found = decode_export(bytes(raw), [7])
     except ProtocolError:
         return
     for layer in found.pieces:
@@ -90,5 +96,5 @@ def test_an_export_with_one_byte_changed_is_in_bounds_or_a_protocol_error(at: in
 def test_another_version_is_refused_by_name() -> None:
     raw = bytearray(encode_export(GOOD))
     raw[4] = 9
-    with pytest.raises(ProtocolError, match="version 9; this side reads version 1"):
-        decode_export(bytes(raw))
+    with pytest.raises(ProtocolError, match="version 9; this side reads version 2"):
+        decode_export(bytes(raw), [7])

@@ -61,7 +61,8 @@ def parse_settings(extra: Mapping[str, Any], environ: Mapping[str, str] | None =
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(f"{PREFIX}.{key}", f"is not known; {hint}known are {', '.join(fields)}")
     given = {key: _CHECKS[key](f"{PREFIX}.{key}", value) for key, value in extra.items()}
-    found = ConnectorSettings(**{**attrs.asdict(load_client_config(environ)), **given})
+    configured = attrs.asdict(load_client_config(environ))
+    found = ConnectorSettings(**{**{key: value for key, value in configured.items() if key in fields}, **given})
     check_interval(found.poll_interval, found.lookup_timeout, f"{PREFIX}.poll_interval")
     if found.layerwise and found.load is not LoadMode.SYNC:
         raise ConfigError(

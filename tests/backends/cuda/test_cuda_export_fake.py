@@ -58,7 +58,7 @@ async def test_memory_that_cannot_be_exported_takes_shm_by_itself(cuda: FakeDriv
         cuda.fails["cuDeviceGet"] = RuntimeError("Failed to dlopen libcuda.so.1")
     with pytest.raises(Unavailable, match="driver"):
         export_of(layers(allocation), BLOCKS)
-    path = DevicePath("auto", "ipc:///nowhere", Hello(PROTOCOL_VERSION, "w", b"t" * 16, Role.WORKER, "e", 0, 1), 5.0)
+    path = DevicePath("auto", "unix:///nowhere", Hello(PROTOCOL_VERSION, "w", b"t" * 16, Role.WORKER, "e", 0, 1), 5.0)
     nobody: Any = SimpleNamespace(lost=False)  # it is not asked
     await path.settle(nobody, layers(allocation), BLOCKS)
     assert path.taken == "shm"

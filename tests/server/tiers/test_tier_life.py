@@ -208,7 +208,7 @@ async def test_a_setting_for_which_a_tier_cannot_be_opened_ends_the_start(tier: 
     tier.failing["open"] = ConfigError("path", "is no directory")
     memory = {"backend": "cpu", "size": 1 << 20}
     with pytest.raises(ConfigError, match="is no directory") as caught:
-        async with open_server(Config(address=f"ipc://{tmp_path}/s.ipc", memory=memory), tiers=[tier]):
+        async with open_server(Config(address=f"unix://{tmp_path}/s.ipc", memory=memory), tiers=[tier]):
             raise AssertionError("it was ready")
     assert caught.value.key == "tiers.0.path"
 

@@ -1,5 +1,6 @@
 """The device transfer worker over a fake device: who owns what, at each point of a copy, whatever ends meanwhile."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from transfer_rig import BLOCKS, CHUNK_BLOCKS, CHUNK_TOKENS, PIECE, SHARD_BYTES,
 
 from lmcache_trio import Config, Server, open_server
 from lmcache_trio._wire.codec import pack_positions
-from lmcache_trio._wire.handles import encode_export
+from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import (
     Ack,
     Attach,
@@ -76,7 +77,6 @@ async def test_a_wrong_export_is_an_error_reply_and_the_connection_lives(open_ri
     async with open_rig() as rig:
         good = encode_export(rig.export)
         taller = [attrs.evolve(view, shape=(BLOCKS, PIECE, 2), strides=(2 * PIECE, 2, 1)) for view in rig.export.layers]
-        unknown = attrs.evolve(rig.named, nonce=b"another's nonce.")
         with pytest.raises(Exception, match="ends at byte"):
             attrs.evolve(rig.export, layers=tuple(taller))
         for wrong in (
@@ -85,12 +85,16 @@ async def test_a_wrong_export_is_an_error_reply_and_the_connection_lives(open_ri
             good + b"\0",
             b"XTKV" + good[4:],
             encode_export(attrs.evolve(rig.export, layers=rig.export.layers[:1])),
-            encode_export(attrs.evolve(rig.export, memory=(unknown,))),
         ):
-            reply = await rig.worker.ask(Attach, wrong)
+            reply = await rig.worker.ask_with(descriptors_of(rig.export), Attach, wrong)
             assert isinstance(reply, ErrorReply)
             assert reply.kind is ErrorKind.MISUSE, reply
-        await rig.worker.get(Ack, Attach, good)
+        with tempfile.TemporaryFile() as unknown:
+            for descriptors in ([], [unknown.fileno()], 2 * descriptors_of(rig.export)):
+                reply = await rig.worker.ask_with(descriptors, Attach, good)
+                assert isinstance(reply, ErrorReply)
+                assert reply.kind is ErrorKind.MISUSE, reply
+        assert isinstance(await rig.attach(rig.export), Ack)
 
 
 async def test_requests_that_do_not_fit_the_export_are_refused_before_anything_is_granted(
@@ -125,7 +129,7 @@ async def test_a_worker_without_memory_attached_is_told_so(open_rig: Open, conne
         other = await connect(rig.server.address, Role.WORKER, "another engine")
         packed = encode_export(rig.export)
         for cls, args in ((Attach, (packed,)), (StoreBlocks, (1, b"", b"d" * 32, pack_positions([0, 1])))):
-            reply = await other.ask(cls, *args)
+            reply = await other.ask_with(descriptors_of(rig.export), cls, *args)
             assert isinstance(reply, ErrorReply)
             assert reply.kind is ErrorKind.MISUSE
 
@@ -141,7 +145,7 @@ async def test_registering_anew_ends_what_was_attached(open_rig: Open) -> None:
 async def test_memory_that_is_opened_after_its_client_went_is_let_go(open_rig: Open) -> None:
     async with open_rig() as rig:
         rig.device.hold_attach()
-        await rig.worker.tell(Attach(77, encode_export(rig.export)))
+        await rig.worker.tell(Attach(77, encode_export(rig.export)), descriptors_of(rig.export))
         await settled()
         rig.worker.connection.close()
         await settled()
@@ -295,7 +299,7 @@ async def test_what_another_shard_gave_up_is_not_said_to_be_stored(
         for rank in ranks:
             await rank.register(shard_bytes=SHARD_BYTES)
         for rank in ranks:
-            await rank.get(Ack, Attach, encode_export(two.export))
+            assert isinstance(await rank.ask_with(descriptors_of(two.export), Attach, encode_export(two.export)), Ack)
         await two.scheduler.lookup(1, digests(2))
         numbers = []
         for two.worker, count in zip(ranks, (1, 2), strict=True):

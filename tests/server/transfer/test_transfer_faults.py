@@ -10,7 +10,7 @@ from transfer_rig import BLOCKS, PIECE, SHARD_BYTES, Open, Rig, fill, settled
 
 from lmcache_trio._core.exports import Export, TensorView
 from lmcache_trio._wire.codec import encode, pack_positions
-from lmcache_trio._wire.handles import encode_export
+from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import (
     Ack,
     Attach,
@@ -72,7 +72,7 @@ async def test_memory_that_was_being_opened_for_a_former_layout_is_let_go(open_r
     """Its chunks would be longer than their slots: a copy would write over its neighbours'."""
     async with open_rig() as rig:
         rig.device.hold_attach()
-        await rig.worker.tell(Attach(77, encode_export(rig.export)))
+        await rig.worker.tell(Attach(77, encode_export(rig.export)), descriptors_of(rig.export))
         await settled()
         await rig.worker.get(NamespaceKnown, Register, b"g" * 32, SHARD_BYTES // 2, 16)
         rig.device.may_attach.set()
@@ -83,14 +83,14 @@ async def test_memory_that_was_being_opened_for_a_former_layout_is_let_go(open_r
         assert rig.held["attached"] == 0
         refused = await rig.worker.ask(StoreBlocks, 1, b"", b"".join(digests(1)), pack_positions([0, 1]))
         assert isinstance(refused, ErrorReply)
-        await rig.worker.get(Ack, Attach, encode_export(shorter(rig.export)))
+        assert isinstance(await rig.attach(shorter(rig.export)), Ack)
 
 
 async def test_each_of_two_attaches_at_once_gets_its_reply_and_the_later_one_holds(open_rig: Open) -> None:
     async with open_rig() as rig:
         rig.device.hold_attach()
         for number in (77, 78):
-            await rig.worker.tell(Attach(number, encode_export(rig.export)))
+            await rig.worker.tell(Attach(number, encode_export(rig.export)), descriptors_of(rig.export))
         await settled()
         rig.device.may_attach.set()
         await settled()
@@ -361,7 +361,7 @@ async def test_memory_of_a_gpu_is_not_opened_by_a_device_that_could_not_wait_for
         transfer = rig.server._state.transfer
         assert transfer is not None
         transfer.takes_events = False  # as with a device that is no EventDevice
-        reply = await rig.worker.ask(Attach, encode_export(rig.export))
+        reply = await rig.attach(rig.export)
         assert isinstance(reply, ErrorReply)
         assert reply.kind is ErrorKind.UNAVAILABLE
         assert "copy through the arena" in reply.message

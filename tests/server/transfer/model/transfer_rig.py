@@ -1,6 +1,9 @@
 """A server with a fake device, an engine of one worker, and that worker's memory: for the tests of device transfers."""
 
+import fcntl
+import os
 import struct
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -11,7 +14,7 @@ import trio.testing
 from lmcache_trio import Server
 from lmcache_trio._core.exports import DType, Export, TensorView
 from lmcache_trio._wire.codec import decode, pack_offsets, pack_positions
-from lmcache_trio._wire.handles import encode_export
+from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import Ack, Attach, LayersWritten, Message, RetrieveBlocks, Role, StoreBlocks, Stored
 from lmcache_trio.abc import Memory
 from lmcache_trio.errors import Gone
@@ -24,21 +27,21 @@ SHARD_BYTES = BLOCK_BYTES * CHUNK_BLOCKS
 
 
 class PlainMemory(Memory):
-    """An arena that nobody else maps."""
+    """An arena that nobody maps: what is passed for it is an empty file of its length."""
 
     Config = dict
 
     def __init__(self) -> None:
         super().__init__({})
         self.bytes = bytearray(1 << 20)
+        self._fd = os.memfd_create("plain", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        weakref.finalize(self, os.close, self._fd)
+        os.ftruncate(self._fd, self.size)
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
 
     @property
-    def path(self) -> str:
-        return "/nowhere/plain.arena"
-
-    @property
-    def nonce(self) -> bytes:
-        return b"n" * 16
+    def descriptor(self) -> int:
+        return self._fd
 
     @property
     def size(self) -> int:
@@ -92,7 +95,12 @@ class Rig:
     async def start_worker(self, token: bytes = b"") -> None:
         self.worker = await self._connect(self.server.address, Role.WORKER, self.engine, token=token)
         assert await self.worker.register(shard_bytes=SHARD_BYTES)
-        await self.worker.get(Ack, Attach, encode_export(self.export))
+        assert isinstance(await self.attach(self.export), Ack)
+
+    async def attach(self, export: Export) -> Message:
+        """Have the worker attach *export*; the reply."""
+        reply: Message = await self.worker.ask_with(descriptors_of(export), Attach, encode_export(export))
+        return reply
 
     def room(self, in_flight: int) -> None:
         """Bytes that may be with the device from now on."""

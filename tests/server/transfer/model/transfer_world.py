@@ -12,10 +12,8 @@ import attrs
 from transfer_rig import BLOCK_BYTES, BLOCKS, CHUNK_BLOCKS, LAYERS, PIECE, SHARD_BYTES, Rig, content, fill, settled
 
 from lmcache_trio._wire.codec import pack_positions
-from lmcache_trio._wire.handles import encode_export
 from lmcache_trio._wire.messages import (
     Ack,
-    Attach,
     LayersDone,
     LetGo,
     Message,
@@ -189,7 +187,7 @@ class World:
     async def attach_anew(self) -> None:
         self.spoil(lambda request: True)
         assert await self.rig.worker.register(shard_bytes=SHARD_BYTES)
-        await self.rig.worker.get(Ack, Attach, encode_export(self.rig.export))
+        assert isinstance(await self.rig.attach(self.rig.export), Ack)
 
     # --- what it hears ----------------------------------------------------------------------------------------------
 
