@@ -19,7 +19,7 @@ def test_every_setting_has_a_default_and_one_line_of_help() -> None:
     assert [name for name, _, help in describe() if not help or "\n" in help] == []
     assert {name for name, _, _ in describe()} == {
         *("address", "chunk_tokens", "lease_timeout", "lease_share", "reservation_timeout", "grace"),
-        *("memory", "tiers", "device"),
+        *("access", "memory", "tiers", "device"),
         *("tier_timeout", "prefetch_budget", "prefetch_bytes", "writeback_bytes", "limits"),
     }
 
