@@ -264,15 +264,13 @@ def test_a_link_that_waits_with_the_wrong_scheme_logs_the_right_address_once(
 def test_a_server_that_dies_as_it_says_that_it_opened_the_kv_is_waited_for_again(
     live_server: ServerProcess, sides: MakeSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, asked = os.pidfd_open, []
+    opened, asked = Client.open_pidfd, []
 
-    def pidfd_open(pid: int, flags: int = 0) -> int:
-        asked.append(pid)
-        if len(asked) == 1:
-            raise ProcessLookupError("no such process")
-        return opened(pid, flags)
+    def open_pidfd(client: Client) -> int | None:
+        asked.append(client)
+        return None if len(asked) == 1 else opened(client)
 
-    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    monkeypatch.setattr(Client, "open_pidfd", open_pidfd)
     plain = make_kv(1)
     kv = dict(plain)
     memory = shared_tensor(sum(t.nbytes for t in plain.values())).view(torch.float32)

@@ -15,7 +15,7 @@ import trio
 from lmcache_trio._wire.messages import Message, Withdraw
 from lmcache_trio.adapters import LoadSpec, WorkerAdapter
 from lmcache_trio.adapters.shared_kv import shared_tensor
-from lmcache_trio.client import open_client
+from lmcache_trio.client import Client, open_client
 from lmcache_trio.testing.sides import (
     BLOCK,
     BLOCKS,
@@ -214,10 +214,7 @@ def test_a_server_without_a_device_leaves_the_copies_to_the_engine(tmp_path: Pat
 def test_a_server_whose_process_cannot_be_watched_is_lent_no_blocks(
     live_server: ServerProcess, sides: MakeSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(pid: int) -> int:
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr("lmcache_trio.adapters.device_path.os.pidfd_open", refused)
+    monkeypatch.setattr(Client, "open_pidfd", lambda self: None)
     one = sides(live_server.address, shared_kv(1))
     assert one.worker.path == "shm"
     assert "cannot be watched" in one.worker.path_reason

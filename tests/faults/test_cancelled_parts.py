@@ -1,6 +1,7 @@
 """Cancelled at any step: a server, an accept, a call in a thread, the mapping of the arena, a host's call."""
 
 import contextlib
+import fcntl
 import math
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -137,13 +138,15 @@ async def test_an_owned_call_cancelled_at_any_step_hands_back_once_when_it_truly
 
 
 async def test_populating_an_arena_may_be_cancelled_at_any_step_and_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lmcache_trio._transport.arena_map._PIECE", 8192)
-    file = tmp_path / "arena"
-    file.write_bytes(b"a" * 16 + bytes((1 << 16) - 16))
+    fd = os.memfd_create("arena", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 20)
+    os.pwrite(fd, b"a", 0)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     for steps in range(ENOUGH):
-        arena = ArenaMap.open(str(file), 1 << 20, b"a" * 16)
+        arena = ArenaMap(fd, 1 << 20)
         under_way = await cancelled_at(steps, lambda arena=arena: arena.populate(1 << 16))  # type: ignore[misc]
         assert arena.populated % 8192 == 0
         await arena.populate(1 << 16)
@@ -151,6 +154,7 @@ async def test_populating_an_arena_may_be_cancelled_at_any_step_and_goes_on_wher
         assert bytes(arena.view(0, 1)) == b"a"
         if not under_way:
             break
+    os.close(fd)
     assert steps > 8
 
 
