@@ -43,6 +43,8 @@ def _attach(state: State, client: Client, message: Attach) -> Message | None:
     layout = engine.layouts.get(client.hello.shard)
     if layout is None or engine.workers.get(client.hello.shard) is not client:
         raise Misuse("register the layout before its memory is attached")
+    if transfer.attachments.unanswered[client.number] >= state.config.limits.attaches:
+        raise state.over_limit(client, "attaches", f"{state.config.limits.attaches} Attach without a reply")
     descriptors = client.transport.take_descriptors() if client.transport is not None else []
     try:
         export = _exported(state, message, descriptors, layout)
@@ -71,8 +73,6 @@ def _exported(state: State, message: Attach, descriptors: Sequence[int], layout:
         )
     if state.stopping:
         raise Unavailable("the server is stopping")
-    if transfer.attachments.unanswered[client.number] >= state.config.limits.attaches:
-        raise state.over_limit(client, "attaches", f"{state.config.limits.attaches} Attach without a reply")
     return export
 
 

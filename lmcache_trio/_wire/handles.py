@@ -82,13 +82,14 @@ class _Reader:
         if not 1 <= allocations <= MAX_PARTS or not 1 <= layers <= MAX_PARTS:
             raise ValueError(f"{allocations} allocations and {layers} layers: give 1 to {MAX_PARTS} of each")
         views: tuple[TensorView, ...]
+        wanted = allocations if kind == _KIND_HOST else 0
+        if len(self._descriptors) != wanted:
+            raise ValueError(f"{len(self._descriptors)} descriptors came with {wanted} allocations of host memory")
         if kind == _KIND_CUDA:
             cuda = tuple(self._cuda() for _ in range(allocations))
             views = tuple(self._layer() for _ in range(layers))
             self._end()
             return Export(cuda, views, blocks)
-        if len(self._descriptors) != allocations:
-            raise ValueError(f"{len(self._descriptors)} descriptors came with {allocations} allocations of host memory")
         host = tuple(self._host(descriptor) for descriptor in self._descriptors)
         views = tuple(self._layer() for _ in range(layers))
         self._end()

@@ -70,6 +70,11 @@ def test_an_export_that_came_with_fewer_or_more_descriptors_is_refused(descripto
         decode_export(encode_export(GOOD), descriptors)
 
 
+def test_an_export_of_a_gpus_memory_brings_no_descriptor() -> None:
+    with pytest.raises(ProtocolError, match="1 descriptors came with 0 allocations"):
+        decode_export(encode_export(attrs.evolve(GOOD, memory=(CUDA, CUDA))), [7])
+
+
 @given(st.binary(max_size=400))
 def test_any_bytes_are_an_export_or_a_protocol_error(raw: bytes) -> None:
     try:
