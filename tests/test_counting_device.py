@@ -1,6 +1,5 @@
 """What the device path makes: messages of the engine's process, and temporaries of the server's copies."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -130,7 +129,7 @@ async def test_the_host_device_makes_no_temporary_as_large_as_a_chunk(
             pass
         async with device.open(memory):
             kv = layout()
-            attached = await device.attach(export_of(kv, COUNT), os.getpid())
+            attached = await device.attach(export_of(kv, COUNT))
             slots = [4096 + i * CHUNK_BYTES for i in range(3)]
             for direction in Direction:
                 which = [max(0, block) for block in blocks] if direction is Direction.STORE else blocks

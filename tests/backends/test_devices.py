@@ -197,7 +197,7 @@ async def test_what_an_attach_mapped_before_it_was_cancelled_is_unmapped(monkeyp
                 await trio.sleep_forever()
 
             monkeypatch.setattr(device, "_populate_arena", hold)
-            nursery.start_soon(device.attach, export(region.memory()), os.getpid())
+            nursery.start_soon(device.attach, export(region.memory()))
             with trio.fail_after(5):
                 await populating.wait()
             assert mappings(region) == before + 1

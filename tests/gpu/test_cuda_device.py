@@ -68,7 +68,7 @@ async def opened(size: int = 64 << 20) -> AsyncIterator[tuple[CudaDevice, CpuMem
 
 async def test_a_store_behind_its_event_has_what_the_engine_wrote(child: ChildMemory) -> None:
     async with opened() as (device, memory):
-        attached = await device.attach(export(child), child.process.pid or 0)
+        attached = await device.attach(export(child))
         for byte in range(1, 6):
             event = child.fill_later(byte)
             with trio.fail_after(60):
@@ -80,7 +80,7 @@ async def test_a_store_behind_its_event_has_what_the_engine_wrote(child: ChildMe
 
 async def test_an_event_that_is_waited_for_holds_no_copy(child: ChildMemory) -> None:
     async with opened() as (device, _):
-        attached = await device.attach(export(child), child.process.pid or 0)
+        attached = await device.attach(export(child))
         event, order = child.fill_later(7), list[str]()
 
         async def wait() -> None:
@@ -104,7 +104,7 @@ async def test_attaching_again_and_again_keeps_nothing(child: ChildMemory) -> No
     async with opened() as (device, _):
         seen = []
         for _ in range(30):
-            attached = await device.attach(export(child), child.process.pid or 0)
+            attached = await device.attach(export(child))
             with trio.fail_after(60):
                 await device.wait_event(attached, child.fill_later(1))
                 await device.wait_ended(device.start(Copy(attached, Direction.LOAD, [4096], [0, 1], 2, (0, 1))))
@@ -123,7 +123,7 @@ async def test_memory_of_this_very_process_is_refused() -> None:
     view = TensorView(0, tensor.data_ptr() - base, DType.uint8, (BLOCKS, BLOCK), (BLOCK, 1))
     async with opened() as (device, _):
         with pytest.raises(Unavailable):
-            await device.attach(Export((memory,), (view,), BLOCKS), os.getpid())
+            await device.attach(Export((memory,), (view,), BLOCKS))
 
 
 EXPANDABLE = """

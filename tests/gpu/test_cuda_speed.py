@@ -49,7 +49,7 @@ async def test_copies_are_as_fast_as_a_plain_pinned_one(
         while await memory.grow() < memory.size:
             pass
         async with device.open(memory):
-            attached = await device.attach(Export((engine.named,), tuple(views), BLOCKS), engine.process.pid or 0)
+            attached = await device.attach(Export((engine.named,), tuple(views), BLOCKS))
             slots = [4096 + i * SLOT for i in range(8)]
             scattered = [(i * 37) % BLOCKS for i in range(WIDTH * len(slots))]
             copy = Copy(attached, direction, slots, scattered, WIDTH, (0, LAYERS))

@@ -80,7 +80,7 @@ class Rig:
         kv = GpuMemory(self.driver, BLOCKS * BLOCK)
         kv.write(0, os.urandom(BLOCKS * BLOCK))
         view = TensorView(0, kv.OFFSET, DType.uint8, (BLOCKS, BLOCK), (BLOCK, 1))
-        attached = await self.device.attach(Export((kv.named,), (view,), BLOCKS), os.getpid())
+        attached = await self.device.attach(Export((kv.named,), (view,), BLOCKS))
         return Engine(self, kv, attached)
 
 
@@ -165,7 +165,7 @@ async def many_blocks(rig: Rig) -> tuple[Attached, list[int]]:
     """An engine of several layers with many blocks, and where slots for all of them are."""
     kv = GpuMemory(rig.driver, LAYERS * MANY * BLOCK)
     views = [TensorView(0, kv.OFFSET + i * MANY * BLOCK, DType.uint8, (MANY, BLOCK), (BLOCK, 1)) for i in range(LAYERS)]
-    attached = await rig.device.attach(Export((kv.named,), tuple(views), MANY), os.getpid())
+    attached = await rig.device.attach(Export((kv.named,), tuple(views), MANY))
     return attached, [4096 + i * LAYERS * CHUNK * BLOCK for i in range(MANY // CHUNK)]
 
 
@@ -270,7 +270,7 @@ def test_memory_of_a_gpu_that_is_not_seen_is_unavailable(cuda: FakeDriver) -> No
     async def attach() -> None:
         async with opened(cuda) as rig:
             with pytest.raises(Unavailable, match="does not see"):
-                await rig.device.attach(Export((named,), (view,), 4), os.getpid())
+                await rig.device.attach(Export((named,), (view,), 4))
 
     trio.run(attach)
     assert cuda.leaked == {}

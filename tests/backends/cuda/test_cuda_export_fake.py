@@ -71,7 +71,7 @@ async def test_memory_of_the_servers_own_process_is_refused_by_the_driver(cuda: 
     memory, device = CpuMemory(CpuConfig(size=1 << 20)), CudaDevice(CudaConfig())
     async with memory.open(), device.open(memory):
         with pytest.raises(Unavailable, match="INVALID_CONTEXT"):
-            await device.attach(export_of(layers(cuda.allocate(8192)), BLOCKS), os.getpid())
+            await device.attach(export_of(layers(cuda.allocate(8192)), BLOCKS))
     assert cuda.leaked == {}
 
 
@@ -85,7 +85,7 @@ async def test_what_an_engine_exported_is_what_the_device_stores(cuda: FakeDrive
         async with device.open(memory):
             export = await offload(export_of, layers(allocation), BLOCKS)
             assert all(isinstance(each, CudaMemory) for each in export.memory)
-            attached = await device.attach(export, os.getpid())
+            attached = await device.attach(export)
             with trio.fail_after(20):
                 ticket = device.start(Copy(attached, Direction.STORE, [4096], [3, 1], 2, (0, 2)))
                 await device.wait_ended(ticket)

@@ -9,7 +9,7 @@ import trio
 from transfer_rig import BLOCKS, PIECE, SHARD_BYTES, Open, Rig, fill, settled
 
 from lmcache_trio._core.exports import Export, TensorView
-from lmcache_trio._wire.codec import encode, pack_positions
+from lmcache_trio._wire.codec import pack_positions
 from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import (
     Ack,
@@ -115,7 +115,7 @@ async def test_a_flood_of_attaches_is_refused_by_the_name_of_the_limit(open_rig:
         before = rig.held["tasks"]
         rig.device.hold_attach()
         for number in range(100, 200):
-            rig.worker.connection.send_nowait(encode(Attach(number, encode_export(rig.export))))
+            await rig.worker.tell(Attach(number, encode_export(rig.export)), descriptors_of(rig.export))
         await settled()
         replies: list[Any] = rig.said()
         assert {reply.id: reply.kind for reply in replies} == dict.fromkeys(range(102, 200), ErrorKind.MISUSE)
@@ -132,7 +132,7 @@ async def test_a_flood_of_attaches_is_refused_by_the_name_of_the_limit(open_rig:
 async def test_what_a_lost_client_was_having_opened_is_given_up(open_rig: Open) -> None:
     async with open_rig() as rig:
         rig.device.hold_attach()
-        await rig.worker.tell(Attach(77, encode_export(rig.export)))
+        await rig.worker.tell(Attach(77, encode_export(rig.export)), descriptors_of(rig.export))
         await settled()
         assert rig.held["attaching"] == 1
         rig.worker.connection.close()
