@@ -8,7 +8,7 @@ same reason.
 
 from lmcache_trio._core.chunks import Chunks, Writing
 from lmcache_trio._core.generations import Namespace, State
-from lmcache_trio._core.grants import SessionKey, Slot
+from lmcache_trio._core.grants import Slot
 
 __all__ = ["REASONS", "Asking"]
 
@@ -22,27 +22,23 @@ class Asking:
 
     __slots__ = (
         "_above",
-        "_begun",
         "_chunks",
         "_shard",
         "_stopped",
         "deadline",
         "dropped",
+        "engine",
         "namespace",
         "rows",
-        "session",
         "slots",
     )
 
-    def __init__(
-        self, chunks: Chunks, namespace: Namespace, session: SessionKey, shard: int, deadline: float, begun: set[int]
-    ) -> None:
+    def __init__(self, chunks: Chunks, namespace: Namespace, engine: str, shard: int, deadline: float) -> None:
         self._chunks = chunks
         self.namespace = namespace
-        self.session = session
+        self.engine = engine
         self._shard = shard
         self.deadline = deadline
-        self._begun = begun
         self._above = 0
         self._stopped = ""
         self.rows: list[int] = []
@@ -79,7 +75,7 @@ class Asking:
         elif self._stopped:
             reason = self._stopped
         else:
-            writing = Writing(self.session, self.namespace.shards, self.deadline, self._begun)
+            writing = Writing(self.engine, self.namespace.shards, self.deadline)
             row = chunks.begin(self.namespace, digest, self._above, writing)
             if row:
                 self._give(position, row)
@@ -100,4 +96,4 @@ class Asking:
         self.slots.append(Slot(position, self._chunks.claim(row, self.namespace, self._shard, self.deadline)))
 
     def _is_ours(self, row: int) -> bool:
-        return self._chunks.writing[row].session[0] == self.session[0]
+        return self._chunks.writing[row].engine == self.engine

@@ -26,7 +26,6 @@ from collections.abc import Sequence
 
 from lmcache_trio._core.arena import Arena
 from lmcache_trio._core.generations import DOOMED, READY, WRITING, Generations, Namespace
-from lmcache_trio._core.grants import SessionKey
 from lmcache_trio._core.order import Order
 from lmcache_trio._core.policy import EvictionPolicy
 from lmcache_trio._core.rows import Rows
@@ -45,11 +44,10 @@ are holes of their length. Each that fails leaves what it evicted free, so the n
 class Writing:
     """What only a WRITING chunk has: who may claim its shards, and how far they are."""
 
-    __slots__ = ("begun", "claimed", "deadline", "missing", "session")
+    __slots__ = ("claimed", "deadline", "engine", "missing")
 
-    def __init__(self, session: SessionKey, shards: int, deadline: float, begun: set[int]) -> None:
-        self.session = session
-        self.begun = begun  # its session's rows, this one among them
+    def __init__(self, engine: str, shards: int, deadline: float) -> None:
+        self.engine = engine
         self.deadline = deadline
         self.claimed = 0  # a bit a shard
         self.missing = shards
@@ -107,7 +105,6 @@ class Chunks:
         rows.state[row] = WRITING
         namespace.enter(digest, row)
         self.writing[row] = writing
-        writing.begun.add(row)
         namespace.counts[WRITING] += 1
         return row
 
@@ -171,7 +168,6 @@ class Chunks:
                 writing.missing -= shards
                 if not writing.missing:
                     del details[row]
-                    writing.begun.remove(row)
                     state[row] = READY
                     published.append(row)
             else:
@@ -288,7 +284,7 @@ class Chunks:
         namespace = self.namespace_of(row)
         namespace.leave(self.rows.digest(row))
         namespace.counts[WRITING] -= 1
-        self.writing.pop(row).begun.remove(row)
+        del self.writing[row]
         self.order.unhang(row)
         if self.rows.refs[row]:
             self.rows.state[row] = DOOMED

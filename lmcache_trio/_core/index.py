@@ -227,9 +227,8 @@ class Index:
     # --- ends -------------------------------------------------------------------------------------------------------
 
     def end_session(self, session: SessionKey) -> None:
-        """End its lease, and doom the WRITING chunks that were reserved under it. Pins live on. Idempotent."""
+        """End its lease. Pins live on, and what is being written is finished. Idempotent."""
         self._readers.end_session(session)
-        self._writers.end_session(session)
 
     def lose_worker(self, worker: int) -> None:
         """Its connection is gone: its pins end; its reservations are aborted and their slots quarantined. Idempotent.

@@ -26,6 +26,11 @@ from lmcache_trio.errors import Misuse
 __all__ = ["LookupState", "Session", "Sessions", "Status"]
 
 
+MOST_ENDED = 8192
+"""Sessions of one engine that are remembered after their end, 100 bytes each, the latest: requests that may end while
+a store of the first of them still waits for its turn."""
+
+
 class LookupState(enum.Enum):
     """What is known of a session's lookup. UNKNOWN: there was none, or it was released."""
 
@@ -112,11 +117,13 @@ class Sessions:
     """The sessions of one engine. A reset, and a new identity, *bars* those that are there.
 
     What a barred session names was computed before, so no store of it gets a slot any more; its lookups go on. A
-    request that goes on after its engine's own reset is a new session.
+    request that goes on after its engine's own reset is a new session. The end of a session bars nothing: a store that
+    was submitted before may ask for its slots after it.
     """
 
     def __init__(self) -> None:
         self._live: dict[int, Session] = {}
+        self._ended: dict[int, int] = {}  # by number: its generation
         self._generation = 0
 
     def __len__(self) -> int:
@@ -134,10 +141,16 @@ class Sessions:
         if self._live.get(session.number) is not session:
             session.generation = self._generation
             self._live[session.number] = session
+            self._ended.pop(session.number, None)
 
     def end(self, number: int) -> Session | None:
         """The session *number* goes; returns it if it was there."""
-        return self._live.pop(number, None)
+        session = self._live.pop(number, None)
+        if session is not None:
+            self._ended[number] = session.generation
+            if len(self._ended) > MOST_ENDED:
+                del self._ended[next(iter(self._ended))]
+        return session
 
     def bar(self) -> None:
         """Nothing that was computed before is stored from now on."""
@@ -146,6 +159,7 @@ class Sessions:
     def why_no_store(self, number: int) -> str:
         """Why a store under the session *number* gets no slots; "" when there is no such reason."""
         session = self._live.get(number)
-        if session is None:
+        generation = self._ended.get(number) if session is None else session.generation
+        if generation is None:
             return "no_session"
-        return "" if session.generation == self._generation else "reset"
+        return "" if generation == self._generation else "reset"

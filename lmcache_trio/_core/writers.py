@@ -1,11 +1,12 @@
 """Who is writing chunks, and until when: reservations.
 
     (none) --promise--> LIVE --commit--> (none)
-                         `--owner lost / session ended / time is up / reset / abort--> ENDING --copy ended--> (none)
+                         `--owner lost / time is up / reset / abort--> ENDING --copy ended--> (none)
 
 A LIVE reservation may publish. An ENDING one may not: its chunks are doomed, and its slots stay in quarantine until
 the writer says that its copy ended (an abort, or a commit that comes too late), or has exited. A WRITING chunk belongs
-to the session that began it; workers of the same engine may claim its other shards under other sessions.
+to the engine that began it, whose workers may claim its other shards. The end of a session ends none of it: what was
+submitted is finished.
 """
 
 from collections import Counter, OrderedDict
@@ -29,20 +30,11 @@ class _Reserved:
     """A copy in progress into *shards* shards of each of *rows*."""
 
     id: bytes
-    session: SessionKey
     worker: int
     namespace: Namespace
     rows: Sequence[int]
     shards: int
     deadline: float
-
-
-@attrs.define(eq=False)
-class _Begun:
-    """What a session is writing: its live reservations, and the rows that it began and that are WRITING still."""
-
-    reservations: set[bytes] = attrs.field(factory=set)
-    rows: set[int] = attrs.field(factory=set)
 
 
 class Writers:
@@ -56,28 +48,21 @@ class Writers:
         self.dropped: Counter[str] = Counter()
         self._live: OrderedDict[bytes, _Reserved] = OrderedDict()
         self._ending: dict[bytes, _Reserved] = {}
-        self._sessions: dict[SessionKey, _Begun] = {}
         self._reservations_of: dict[int, set[bytes]] = {}  # live and ending, by worker
 
     def ask(self, session: SessionKey, shard: int, namespace: Namespace, parent: bytes, now: float) -> Asking:
         """Begin to ask for slots; `promise` follows in the same breath."""
-        begun = self._sessions.get(session)
-        if begun is None:
-            begun = self._sessions[session] = _Begun()
-        asking = Asking(self._chunks, namespace, session, shard, now + self._timeout, begun.rows)
+        asking = Asking(self._chunks, namespace, session[0], shard, now + self._timeout)
         asking.follow(parent)
         return asking
 
     def promise(self, asking: Asking, worker: int, shards: int) -> bytes:
         """Make the reservation of what *asking* was given (*shards* slots a chunk): its id, empty if it is nothing."""
-        session = asking.session
         self.dropped.update(asking.dropped)
         if not asking.rows:
-            self._tidy(session)
             return b""
-        made = _Reserved(self._new_id(), session, worker, asking.namespace, asking.rows, shards, asking.deadline)
+        made = _Reserved(self._new_id(), worker, asking.namespace, asking.rows, shards, asking.deadline)
         self._live[made.id] = made
-        self._sessions[session].reservations.add(made.id)
         self._reservations_of.setdefault(worker, set()).add(made.id)
         return made.id
 
@@ -90,7 +75,6 @@ class Writers:
         del self._live[reservation_id]
         namespace = reserved.namespace
         published = self._chunks.commit(namespace, reserved.rows, reserved.shards)
-        self._leave_session(reserved)
         self._leave_worker(reserved)
         self._counted["loaded_chunks" if worker == SERVER else "stored_chunks"] += len(published)
         name, digest_of = namespace.name, self._chunks.rows.digest
@@ -110,14 +94,6 @@ class Writers:
         return 0 if reserved is None else sum(state[row] == State.WRITING for row in reserved.rows)
 
     # --- ends -------------------------------------------------------------------------------------------------------
-
-    def end_session(self, session: SessionKey) -> None:
-        begun = self._sessions.get(session)
-        if begun is not None:
-            for reservation_id in list(begun.reservations):
-                self._abort(self._live[reservation_id])
-            self._doom(list(begun.rows))
-            self._tidy(session)
 
     def lose_worker(self, worker: int) -> None:
         for reservation_id in list(self._reservations_of.get(worker, ())):
@@ -162,7 +138,6 @@ class Writers:
         self._ending[reserved.id] = reserved
         state = self._chunks.rows.state
         self._doom([row for row in reserved.rows if state[row] == State.WRITING])
-        self._leave_session(reserved)
 
     def _copy_ended(self, reservation_id: bytes, worker: int) -> bool:
         """The copy of an ENDING reservation ended. False when there is no such, or it is another worker's."""
@@ -177,22 +152,11 @@ class Writers:
 
     def _doom(self, rows: Iterable[int]) -> None:
         for row in rows:
-            session = self._chunks.writing[row].session
             self._chunks.doom(row)
             self._counted["aborted_chunks"] += 1
-            self._tidy(session)
-
-    def _leave_session(self, reserved: _Reserved) -> None:
-        self._sessions[reserved.session].reservations.remove(reserved.id)
-        self._tidy(reserved.session)
 
     def _leave_worker(self, reserved: _Reserved) -> None:
         mine = self._reservations_of[reserved.worker]
         mine.remove(reserved.id)
         if not mine:
             del self._reservations_of[reserved.worker]
-
-    def _tidy(self, session: SessionKey) -> None:
-        begun = self._sessions.get(session)
-        if begun is not None and not begun.reservations and not begun.rows:
-            del self._sessions[session]

@@ -266,7 +266,7 @@ class SchedulerAdapter(Lookups):
             request.given_up = None
 
     def end_session(self, request_id: str) -> None:
-        """The request is over, its stores and loads too. The same id again is another request."""
+        """The request is over. Stores of it that were submitted are finished; the same id again is another request."""
         request = self._requests.get(request_id)
         if request is not None:
             with self._latch:

@@ -138,8 +138,16 @@ class WorkerAdapter:
         self._jobs.wait_retrieve(seconds)
 
     def wait_stores(self, request_ids: Iterable[str] | None = None) -> None:
-        """Block until no store of *request_ids* (default: of any) reads its blocks any more."""
+        """Block until no store of *request_ids* (default: of any) reads its blocks any more: see `wait_published`."""
         wait_for([job.copied for job in self._jobs.stores(request_ids)], lambda: self._link.alive)
+
+    def wait_published(self, request_ids: Iterable[str] | None = None) -> None:
+        """Block until every store of *request_ids* (default: of any) is over: published, or dropped and counted.
+
+        Published is what any engine may load from then on; with several shards, once all of them have stored it. Of a
+        layered store it is waited for from `finish_stores` on. A server that does not reply is given *reply_timeout*.
+        """
+        wait_for([job.ended for job in self._jobs.stores(request_ids)], lambda: self._link.alive)
 
     # --- while the host waits ---------------------------------------------------------------------------------------
 

@@ -292,11 +292,6 @@ class IndexMachine(IndexModel):
         self.index.end_session(session)
         for ident in [i for i, lease in self.leases.items() if lease["session"] == session]:
             self.end_lease(ident)
-        for write in self.writes.values():
-            if write["session"] == session:
-                self.abort_write(write)
-        for chunk in [c for c in self.seen.values() if c.state == "writing" and c.session == session]:
-            self.doom(chunk)
 
     @rule(engine=engine, shard=st.integers(0, 2))
     def lose_worker(self, engine: str, shard: int) -> None:
@@ -363,6 +358,7 @@ class IndexMachine(IndexModel):
             for shard in range(self.shards):
                 self.lose_worker(engine, shard)
                 self.copies_ended(engine, shard)
+        self.expire(WRITE + 1)  # what waits for a shard that does not come
         while self.holds:
             self.unhold(0)
         while self.writes:

@@ -8,7 +8,6 @@ import trio.testing
 
 from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import (
-    Abort,
     Ack,
     Answer,
     AnswerState,
@@ -190,17 +189,40 @@ async def test_a_reservation_that_is_not_committed_in_time_is_dropped_and_its_la
         assert (await scheduler.lookup(2, digests(2))).chunks == 0
 
 
-async def test_the_end_of_a_session_drops_what_is_being_stored_under_it_once_its_writer_is_done(
+async def test_a_store_goes_on_after_the_end_of_its_session_whether_it_has_its_slots_yet_or_not(
     rig: Any, digests: Any
 ) -> None:
     scheduler, worker = await rig.engine()
-    await scheduler.lookup(1, digests(2))
+    await scheduler.lookup(1, digests(4))
     made = await worker.reserve(1, digests(2))
     await scheduler.end(1)
     await scheduler.get(Pong, Ping)
-    assert rig.held("slots_quarantined", "sessions") == {"slots_quarantined": 2, "sessions": 0}
-    await worker.get(Ack, Abort, made.reservation)
-    assert rig.held("slots_quarantined", "reservations") == {"slots_quarantined": 0, "reservations": 0}
+    assert rig.held("slots_writing", "sessions") == {"slots_writing": 2, "sessions": 0}
+    late = await worker.reserve(1, digests(4)[2:], parent=digests(4)[1])
+    assert (await worker.commit(made.reservation), await worker.commit(late.reservation)) == (2, 2)
+    assert (await scheduler.lookup(2, digests(4))).chunks == 4
+    assert rig.held("reservations", "slots_quarantined") == {"reservations": 0, "slots_quarantined": 0}
+
+
+async def test_a_reset_bars_the_stores_of_sessions_that_had_ended_too(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await scheduler.lookup(1, digests(1))
+    await scheduler.end(1)
+    await scheduler.get(Ack, Reset)
+    assert (await worker.reserve(1, digests(1))).dropped == {"reset": 1}
+    await scheduler.lookup(1, digests(1))  # the number again is another session
+    assert (await worker.reserve(1, digests(1))).reservation
+
+
+async def test_a_reset_while_a_worker_is_away_is_carried_out_before_anything_is_served(rig: Any, digests: Any) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(2))
+    worker.connection.close()
+    await rig.until(connections=1)
+    await scheduler.get(Ack, Reset)
+    assert await (await rig.worker(token=worker.token)).register()
+    assert (await scheduler.lookup(2, digests(2))).chunks == 0
+    assert rig.held("slots_ready") == {"slots_ready": 0}
 
 
 async def test_a_store_for_a_session_that_nobody_opened_is_dropped_and_counted(rig: Any, digests: Any) -> None:

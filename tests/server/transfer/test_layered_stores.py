@@ -118,8 +118,6 @@ async def give_up(rig: Rig, number: int, how: str) -> None:
         await rig.worker.tell(Withdraw(number))
     elif how == "its engine lost":
         rig.worker.connection.close()
-    elif how == "its session ended":
-        await rig.scheduler.end(1)
     elif how == "its namespace reset":
         await rig.scheduler.get(Ack, Reset)
     else:
@@ -127,9 +125,7 @@ async def give_up(rig: Rig, number: int, how: str) -> None:
     await settled()
 
 
-@pytest.mark.parametrize(
-    "how", ["withdrawn", "its engine lost", "its session ended", "its namespace reset", "its reservation timed out"]
-)
+@pytest.mark.parametrize("how", ["withdrawn", "its engine lost", "its namespace reset", "its reservation timed out"])
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_layered_store_that_ends_early_publishes_nothing_and_leaves_nothing(
     open_rig: Open, digests: Digests, point: str, how: str, autojump_clock: Any
@@ -170,6 +166,29 @@ async def test_a_layered_store_that_ends_early_publishes_nothing_and_leaves_noth
             assert now[name] == 0, name
         assert now["transfers_queued"] == now["copies_running"] == now["copy_bytes_running"] == 0
         assert now["attached"] == (0 if how == "its engine lost" else 1)
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_a_layered_store_goes_on_after_the_end_of_its_session(
+    open_rig: Open, digests: Digests, point: str
+) -> None:
+    async with open_rig() as rig:
+        chain = digests(2)
+        if point == "it is queued":
+            rig.room(1)
+            await rig.scheduler.lookup(90, digests(1, "other"))
+            await rig.store(90, digests(1, "other"), [14, 15])
+        await rig.scheduler.lookup(1, chain)
+        number = await rig.store(1, chain, range(4), layered=True)
+        await bring_to(rig, number, point)
+        await rig.scheduler.end(1)
+        await settled()
+        await rig.written(number, LAYERS)
+        while rig.device.running:
+            rig.end_copies()
+            await settled()
+        assert [m for m in rig.said() if isinstance(m, Stored) and m.id == number] == [Stored(number, 2, 2)]
+        assert (await rig.scheduler.lookup(2, chain)).chunks == 2
 
 
 async def test_a_layer_whose_copy_fails_ends_its_store_at_once(open_rig: Open, digests: Digests) -> None:

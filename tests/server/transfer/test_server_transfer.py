@@ -191,8 +191,6 @@ async def end_request(rig: Rig, how: str, number: int, session: int) -> None:
         await rig.worker.tell(Withdraw(number))
     elif how == "its engine lost":
         rig.worker.connection.close()
-    elif how == "its session ended":
-        await rig.scheduler.end(session)
     elif how == "its namespace reset":
         await rig.scheduler.get(Ack, Reset)
     elif how == "its lease released":
@@ -200,7 +198,27 @@ async def end_request(rig: Rig, how: str, number: int, session: int) -> None:
     await settled()
 
 
-@pytest.mark.parametrize("how", ["withdrawn", "its engine lost", "its session ended", "its namespace reset"])
+@pytest.mark.parametrize("point", POINTS)
+async def test_a_store_is_published_though_its_session_ended(
+    open_rig: Open, digests: Callable[..., Any], point: str
+) -> None:
+    async with open_rig() as rig:
+        await kept_queued(rig, digests(1, "other"), point)
+        chain = digests(2)
+        await rig.scheduler.lookup(1, chain)
+        fill(rig, chain, range(4))
+        number = await rig.store(1, chain, range(4))
+        await bring_to(rig, point)
+        await rig.scheduler.end(1)
+        await settled()
+        while rig.device.running:
+            rig.end_copies()
+            await settled()
+        assert [m for m in rig.said() if isinstance(m, Stored) and m.id == number] == [Stored(number, 2, 2)]
+        assert (await rig.scheduler.lookup(2, chain)).chunks == 2
+
+
+@pytest.mark.parametrize("how", ["withdrawn", "its engine lost", "its namespace reset"])
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_store_that_ends_early_publishes_nothing_and_keeps_its_slots_until_its_copy_has_ended(
     open_rig: Open, digests: Callable[..., Any], point: str, how: str

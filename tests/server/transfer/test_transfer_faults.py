@@ -239,7 +239,7 @@ async def test_no_client_queues_more_than_some(open_rig: Open, monkeypatch: pyte
         await rig.stored(5, chains[4], [8, 9])
 
 
-@pytest.mark.parametrize("how", ["its session ended", "its namespace reset", "its reservation timed out"])
+@pytest.mark.parametrize("how", ["its namespace reset", "its reservation timed out"])
 async def test_a_store_that_nobody_would_publish_is_not_copied(
     open_rig: Open, digests: Digests, how: str, autojump_clock: Any
 ) -> None:
@@ -249,9 +249,7 @@ async def test_a_store_that_nobody_would_publish_is_not_copied(
         await rig.scheduler.lookup(2, digests(2))
         await rig.store(1, digests(1, "first"), [0, 1])
         number = await rig.store(2, digests(2), [2, 3, 4, 5])
-        if how == "its session ended":
-            await rig.scheduler.end(2)
-        elif how == "its namespace reset":
+        if how == "its namespace reset":
             await rig.scheduler.get(Ack, Reset)
         else:
             await trio.sleep(2)

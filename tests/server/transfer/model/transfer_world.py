@@ -155,7 +155,7 @@ class World:
         await self.rig.worker.tell(Withdraw(request.number))
 
     async def end_session(self, request: Request) -> None:
-        request.spoilt = request.spoilt or not request.loads  # a lease that ends leaves a pin as it is
+        """A lease that ends leaves a pin as it is, and a store that was submitted is finished."""
         await self.rig.scheduler.end(request.session)
 
     async def reset(self) -> None:
@@ -168,7 +168,6 @@ class World:
             request.spoilt = True
 
     async def lose_scheduler(self) -> None:
-        self.spoil(lambda request: not request.loads)
         self.rig.scheduler.connection.close()
         await settled()
         self.rig.scheduler = await self.rig._connect(self.rig.server.address, Role.SCHEDULER, self.rig.engine)
