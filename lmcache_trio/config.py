@@ -241,6 +241,7 @@ class Limits:
     )
     pins: int = _limit(4096, "Reads that one worker may have under way.")
     attaches: int = _limit(2, "Times that one worker may have its memory being opened by the device, without a reply.")
+    resets: int = _limit(16, "Resets of one scheduler that may wait for the tiers' deletions.")
     pushes: int = _limit(
         16_384, "Messages that may wait for a client that does not read; with one more, its connection is ended."
     )

@@ -261,7 +261,10 @@ class Index:
         return self._chunks.sweep(limit)
 
     def expire(self, now: float) -> float:
-        """End the leases and reservations that are overdue. Returns when to call next (inf: never, as things are)."""
+        """End leases and reservations that are overdue. Returns when to call next (inf: never, as things are).
+
+        That is in the past where more leases are overdue than are ended in one go.
+        """
         return min(self._readers.expire(now), self._writers.expire(now))
 
     # --- status -----------------------------------------------------------------------------------------------------

@@ -152,9 +152,12 @@ def _reset(state: State, client: Client, message: Reset) -> Message | None:
             raise Misuse(f"{MOST_RESETS_DUE} resets are due for {client} already: register its workers first")
         engine.resets_due.add(message.identity)
         return Ack(message.id)
+    if client.resets >= state.config.limits.resets:
+        raise state.over_limit(client, "resets", f"{client.resets} resets under way and asks for one more")
     deletions = state.reset(namespace)
     if not deletions:
         return Ack(message.id)
+    client.resets += 1
     client.start(_acknowledge_reset, state, client, message, deletions)
     return None
 
@@ -164,6 +167,7 @@ async def _acknowledge_reset(state: State, client: Client, message: Reset, delet
     with trio.move_on_after(state.config.tier_timeout):
         for deletion in deletions:
             await deletion.known.wait()
+    client.resets -= 1
     if all(deletion.done for deletion in deletions):
         client.send(Ack(message.id))
         return

@@ -62,6 +62,7 @@ class Client:
     drained: trio.Event = attrs.field(factory=trio.Event)
     most_unread: int = 1
     deaf: bool = False  # it is ended because it did not read
+    resets: int = 0  # that have no reply yet
     limits_met: set[str] = attrs.field(factory=set)
     lost: bool = False
     start: Start = _not_connected  # a task of its connection's, which ends with it

@@ -258,3 +258,13 @@ def test_a_namespace_has_one_layout(world: Make) -> None:
         w.index.attach(w.name, [4097])
     with pytest.raises(Misuse):
         w.index.reserve(("e", 1), 1, 1, w.name, b"", w.digests("a"), 0.0)
+
+
+def test_leases_that_are_overdue_together_are_ended_in_pieces(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache_trio._core.readers.EXPIRED_AT_ONCE", 6)
+    w = world(8, lease_share=1.0)
+    w.store("abc")
+    for session in range(10, 15):
+        assert w.index.lease(("e", session), w.name, w.digests("abc"), 0.0) is not None
+    due = [(w.index.expire(31.0), w.held["leases"]) for _ in range(3)]
+    assert due == [(30.0, 3), (30.0, 1), (float("inf"), 0)]

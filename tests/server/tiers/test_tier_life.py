@@ -10,7 +10,9 @@ from lmcache_trio import Config, ConfigError, Unavailable, open_server
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio._server import supervise
 from lmcache_trio._server.tiers import FIRST_OPENING
+from lmcache_trio._wire.codec import decode
 from lmcache_trio._wire.messages import Ack, AnswerState, ErrorKind, ErrorReply, Reset
+from lmcache_trio.config import Limits
 
 SHARD = 64 << 10
 
@@ -77,21 +79,25 @@ async def test_a_tier_that_opens_is_fenced_and_comes_back_says_each_once(
     worlds: Any, tier: Any, digests: Any, unavailable: Exception, autojump_clock: Any, caplog: Any
 ) -> None:
     caplog.set_level(logging.INFO, "lmcache_trio.server")
+
+    def said() -> list[str]:
+        return [message for message in caplog.messages if not message.startswith("engine ")]
+
     async with worlds(tier) as world:
         name = world.tier()["name"]
-        assert caplog.messages == [f"the tier {name} is open"]
+        assert said() == [f"the tier {name} is open"]
         tier.fill(world.namespace, digests(2))
         tier.failing["load"] = tier.failing["open"] = unavailable
         assert (await world.lookup(1, digests(2))).chunks == 0
         await trio.sleep(32)
         assert world.tier()["failures"] == 6
-        assert caplog.messages[1:] == [f"the tier {name} is fenced: injected (tried again in 1.0 s)"]
+        assert said()[1:] == [f"the tier {name} is fenced: injected (tried again in 1.0 s)"]
         tier.failing["open"] = Unavailable("the disk is gone")
         await trio.sleep(100)
-        assert caplog.messages[2:] == [f"the tier {name} is fenced: the disk is gone (tried again in 60.0 s)"]
+        assert said()[2:] == [f"the tier {name} is fenced: the disk is gone (tried again in 60.0 s)"]
         tier.failing.clear()
         await trio.sleep(60)
-        assert caplog.messages[3:] == [f"the tier {name} is back, after 183.0 s"]
+        assert said()[3:] == [f"the tier {name} is back, after 183.0 s"]
 
 
 @pytest.mark.parametrize("operation", ["contains", "load", "store"])
@@ -467,3 +473,20 @@ async def test_a_reset_whose_deletion_fails_is_not_acknowledged(
         tier.failing.clear()
         await trio.sleep(3)
         assert tier.chunks == {}
+
+
+async def test_resets_beyond_the_limit_are_refused_by_name_while_a_tier_deletes(
+    worlds: Any, tier: Any, autojump_clock: Any
+) -> None:
+    async with worlds(tier, limits=Limits(resets=2)) as world:
+        tier.stall("delete")
+        for number in range(1001, 1006):
+            await world.scheduler.tell(Reset(number))
+        await world.settled()
+        refused = [await world.scheduler.reply(number) for number in (1003, 1004, 1005)]
+        assert all(isinstance(reply, ErrorReply) and "limits.resets" in reply.message for reply in refused)
+        tier.go_on()
+        done = [decode(await world.scheduler.connection.receive()) for _ in range(2)]
+        assert sorted(reply.id for reply in done if isinstance(reply, Ack)) == [1001, 1002]
+        assert isinstance(await world.scheduler.ask(Reset), Ack)
+        assert world.rig.counted()["limits"]["resets"] == 3
