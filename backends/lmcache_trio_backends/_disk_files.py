@@ -34,6 +34,7 @@ class Files:
         flush = config.durability == "power"
         self.index = IndexFile(home.inside / INDEX_NAME, room=budget.index, wal_room=budget.wal, flush=flush)
         self.slabs = Slabs(home, slab_size=self._slab_size, capacity=budget.slabs, direct=config.direct)
+        self.lost_changes = 0
         self.index_lost = False
         """`open` found an index that was damaged, or none for the slabs that are there: the tier begins empty."""
 
@@ -55,6 +56,10 @@ class Files:
                     why = why or ("its slab size is damaged" if slab_size is not None else "it is gone, or empty")
                     log.warning("%s: %s: all %d slabs are given up, and begun anew", self.index.path, why, removed)
                 slab_size = self.index.fact("slab_size", self._slab_size) or self._slab_size
+            elif self.index.behind:
+                text = "%s is %d changes behind: its log is cut, damaged or gone, or it is an older copy; they are lost"
+                log.warning(text, self.index.path, self.index.behind)
+                self.lost_changes = self.index.behind
             self.slabs.slab_size = slab_size
             self.slabs.open()
             self._home.check()  # SQLite was given a path

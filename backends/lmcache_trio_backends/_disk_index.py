@@ -10,9 +10,12 @@ import contextlib
 import logging
 import os
 import sqlite3
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+import xxhash
 
 from lmcache_trio_backends._disk_home import FORMAT, open_own
 from lmcache_trio_backends._disk_records import Doomed, Row, is_sound
@@ -40,8 +43,14 @@ CREATE TABLE IF NOT EXISTS chunks (
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS forgotten (namespace BLOB PRIMARY KEY, generation INTEGER NOT NULL) WITHOUT ROWID;
 """
+_MARK = "-mark"
 _AHEAD = 64
 """Pages of the index file that the disk gives before they are needed, 256 KiB: each time costs a transaction."""
+_ROW = struct.Struct("<QQ")
+_SUM = struct.Struct("<Q")
+_NOTE = struct.Struct("<QQ")
+"""The number of the last change, and of the log that it went into."""
+_LOG_NUMBERS = 1 << 32
 _MAX_ROWS = 400
 """Rows that one statement names: SQLite takes 32,766 variables."""
 
@@ -60,6 +69,12 @@ def is_corrupt(exc: BaseException) -> bool:
     return isinstance(exc, Damaged) or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
+def _sum(row: Row) -> bytes:
+    """Checksum of a row, but for its recency, which is changed by itself. It stands behind the shards."""
+    key, parent, offset, generation, _, shards = row
+    return _SUM.pack(xxhash.xxh3_64_intdigest(b"".join((key, parent, _ROW.pack(offset, generation), shards))))
+
+
 T = TypeVar("T")
 
 
@@ -76,6 +91,10 @@ class IndexFile:
         self._wal_room = wal_room
         self._flush = flush
         self._db: sqlite3.Connection | None = None
+        self._mark = -1  # a file beside it, with the number of the last change
+        self._changes = self._noted = 0
+        self.behind = 0
+        """Changes that were made, and that the file and its log do not have any more. Known after `open`."""
         self.spare = room
         """Bytes of *room* that the disk has not given yet. May be read in any thread."""
         self.damaged = 0
@@ -95,11 +114,16 @@ class IndexFile:
         Returns why it was, or nothing.
 
         It is larger when the tier had a larger size before, and many small chunks. To make it smaller SQLite would need
-        as much space again, and most of what it names lay in the slabs that are cut off now.
+        as much space again, and most of what it names lay in the slabs that are cut off now. Free pages go.
         """
         try:
             self._connect()
             (pages,) = self._do("PRAGMA page_count").fetchone()
+            if pages * PAGE > self._room and self.size() <= min(self._room, self._wal_room // 2):
+                self._do("VACUUM")  # what it has too much are free pages, and the log holds the others
+                self.close()
+                self._connect()
+                (pages,) = self._do("PRAGMA page_count").fetchone()
             if pages * PAGE <= self._room:
                 return ""
             why = f"it has {pages * PAGE} bytes where {self._room} may be"
@@ -115,7 +139,8 @@ class IndexFile:
 
     def remove(self) -> None:
         """Delete it and its WAL."""
-        for suffix in ("", "-wal", "-shm", "-journal"):
+        self._noted = self.behind = 0
+        for suffix in ("", "-wal", "-shm", "-journal", _MARK):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
     def _connect(self) -> None:
@@ -123,6 +148,7 @@ class IndexFile:
             with contextlib.suppress(FileNotFoundError):
                 path = self.path.with_name(self.path.name + suffix)
                 os.close(open_own(path, os.O_RDWR | (0 if suffix else os.O_CREAT)))
+        self._read_mark()
         self._db = db = sqlite3.connect(self.path, isolation_level=None, timeout=0)
         db.execute(f"PRAGMA page_size = {PAGE}")
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -143,9 +169,50 @@ class IndexFile:
         )  # can it be written?
         db.execute("DELETE FROM chunks WHERE key <= x''")  # keys that are no bytes: `page` would never come to them
         self.damaged += db.execute("SELECT changes()").fetchone()[0]
+        self._count_changes(db)
         self._write_back_if_due()  # a former server may have had more room for the log
         set_aside(self._wal, self._wal_room)
         self._take_pages(0)
+
+    def _count_changes(self, db: sqlite3.Connection) -> None:
+        """See how many changes are missing: a log that is cut, damaged or gone is no error to SQLite, only shorter."""
+        db.execute("INSERT OR IGNORE INTO facts VALUES ('changes', 0)")
+        self._changes = self.fact("changes") or 0
+        self.behind += max(0, self._noted - self._changes)
+        self._noted = 0
+        self._note_changes()
+
+    def _read_mark(self) -> None:
+        """Before SQLite reads: it would lay an older copy of the log over the file, whose pages are newer."""
+        if self._mark >= 0:
+            return
+        self._mark = open_own(self.path.with_name(self.path.name + _MARK), os.O_RDWR | os.O_CREAT)
+        noted = os.pread(self._mark, 2 * _NOTE.size, 0)
+        if len(noted) < 2 * _NOTE.size or noted[: _NOTE.size] != noted[_NOTE.size :]:
+            return
+        self._noted, log_number = _NOTE.unpack_from(noted)
+        there = self._log_number()
+        if there and log_number and (there - log_number) % _LOG_NUMBERS > _LOG_NUMBERS // 2:
+            log.warning("%s is an older copy, and is not read", self._wal)
+            self._wal.unlink()
+        self._note(_NOTE.pack(self._noted, 0))  # the next log may begin with any number
+
+    def _log_number(self) -> int:
+        """Which log it is: the next begins with one more ("WAL Header" in SQLite's file format: salt-1). 0: none."""
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self._wal, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                return int.from_bytes(os.pread(fd, 4, 16), "big")
+            finally:
+                os.close(fd)
+        return 0
+
+    def _note_changes(self) -> None:
+        self._note(_NOTE.pack(self._changes, self._log_number()))
+
+    def _note(self, note: bytes) -> None:
+        with contextlib.suppress(OSError):  # it is a witness: a change must not fail for it
+            os.pwrite(self._mark, 2 * note, 0)
 
     @property
     def _wal(self) -> Path:
@@ -209,8 +276,9 @@ class IndexFile:
             fields = line.split(" ")
             if len(fields) == 6:
                 k, p, o, g, r, s = fields
-                row = blob(k), blob(p), int(o), int(g), int(r), blob(s)
-                if is_sound(row):
+                packed = blob(s)
+                row = blob(k), blob(p), int(o), int(g), int(r), packed[: -_SUM.size]
+                if is_sound(row) and _sum(row) == packed[-_SUM.size :]:
                     sound.append(row)
                     continue
             damaged.append(blob(fields[0]))
@@ -227,7 +295,8 @@ class IndexFile:
         with self._transaction() as db:
             for some in _pieces(sorted(rows)):
                 values = ",".join(["(?, ?, ?, ?, ?, ?)"] * len(some))
-                db.execute(f"INSERT OR REPLACE INTO chunks VALUES {values}", [field for row in some for field in row])
+                fields = [field for row in some for field in (*row[:-1], row[-1] + _sum(row))]
+                db.execute(f"INSERT OR REPLACE INTO chunks VALUES {values}", fields)
 
     def erase(self, doomed: Sequence[Doomed]) -> None:
         """Remove their rows, all or none, at most `batch`; a newer generation under the same key stays."""
@@ -260,6 +329,12 @@ class IndexFile:
         with self._transaction() as db:
             db.execute("DELETE FROM forgotten WHERE namespace = ?", (namespace,))
 
+    def check(self) -> None:
+        """Damaged, when its pages do not hold together: rows may be missing without a word of SQLite's."""
+        (found,) = self._do("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise Damaged(f"{self.path} is malformed: {found}")
+
     def checkpoint(self) -> None:
         """Bring all that was published to the disk itself."""
         self._checkpoint("FULL")
@@ -267,8 +342,15 @@ class IndexFile:
     def close(self) -> bool:
         """Idempotent. The last checkpoint is made here, and the WAL is gone. Whether it was open."""
         db, self._db = self._db, None
-        if db is not None:
-            db.close()
+        mark, self._mark = self._mark, -1
+        try:
+            if db is not None:
+                db.close()
+                with contextlib.suppress(OSError):  # the log is gone, and the next begins with any number
+                    os.pwrite(mark, 2 * _NOTE.pack(max(self._changes, self._noted), 0), 0)
+        finally:
+            if mark >= 0:
+                os.close(mark)
         return db is not None
 
     def _do(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
@@ -283,7 +365,10 @@ class IndexFile:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield self._db
+            self._db.execute("UPDATE facts SET value = value + 1 WHERE name = 'changes'")
             self._db.execute("COMMIT")
+            self._changes += 1
+            self._note_changes()
             self._write_back_if_due()
         except BaseException:
             if self._db.in_transaction:

@@ -321,6 +321,7 @@ class DiskLife:
             raise self._worker.unavailable(exc) from exc
         self._io = self._wrap(self._files.slabs)
         self._counts["lost_index"] += self._files.index_lost
+        self._counts["lost_changes"] += self._files.lost_changes
 
     async def end(self) -> None:
         """Write what is owed and close; a disk that hangs is left behind after 5 s, still locked by this process."""

@@ -49,6 +49,7 @@ class Reading:
         """Read it, in small steps, and be ready."""
         try:
             await self._read()
+            await self._worker.ask(self._files.index.check)
             order = await self._worker.run(self._directory.order)
             slabs = self._files.slabs
             for _ in self._directory.rebuild(slabs.taken, order, slabs.lost):

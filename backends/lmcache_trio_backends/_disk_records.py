@@ -62,7 +62,7 @@ def index_cost(shards: int) -> int:
     SQLite fills the pages of its tree to a third at least. Of a record of more than 1,002 bytes it keeps 489 there, and
     the rest in a page of its own ("B-tree Cell Format" in its file format, for pages of 4,096 bytes).
     """
-    size = 150 + _SHARD.size * shards
+    size = 158 + _SHARD.size * shards
     return 3 * size if size - 20 <= 1002 else 3 * (489 + 20) + 4096
 
 

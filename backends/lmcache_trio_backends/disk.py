@@ -24,6 +24,10 @@ from lmcache_trio_backends._disk_slabs import ByteIO
 
 __all__ = ["DiskConfig", "DiskTier"]
 
+COUNTS = (
+    *("hits", "misses", "stored", "evicted", "disk_full"),
+    *("corrupt", "lost_slabs", "lost_index", "lost_changes"),
+)
 DROP_REASONS = ("admission", "no_space", "not_ready", "size", "writing")
 
 
@@ -110,8 +114,7 @@ class DiskTier(Tier):
         held: dict[str, int | str] = {"chunks": 0, "bytes_used": 0, "bytes_capacity": Budget.of(self.config.size).slabs}
         if self._life is not None:
             held |= self._life.statistics()
-        names = ("hits", "misses", "corrupt", "lost_slabs", "lost_index", "stored", "evicted", "disk_full")
-        names += tuple(f"dropped_{why}" for why in DROP_REASONS)
+        names = [*COUNTS, *(f"dropped_{why}" for why in DROP_REASONS)]
         return held | {name: self._counts[name] for name in names}
 
     def _living(self) -> DiskLife:
