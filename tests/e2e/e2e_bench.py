@@ -9,10 +9,13 @@ from e2e_engine import Engine, Gate, Server
 from e2e_model import MID, TINY, Shape, write_llama
 from e2e_start import Forker
 
-__all__ = ["CHUNK", "KINDS", "Bench", "Kind"]
+__all__ = ["BROUGHT", "CHUNK", "KINDS", "Bench", "Kind"]
 
 CHUNK = 256
 """Tokens of a chunk on the servers of the table: two blocks of 128, eight of 32."""
+
+BROUGHT = 512
+"""Tokens that a connector of `e2e_foreign` offers."""
 
 SHAPES: Mapping[str, Shape] = {"tiny": TINY, "other": TINY, "mid": MID}
 KV_BYTES = {"tiny": 1 << 28, "mid": 1 << 30}

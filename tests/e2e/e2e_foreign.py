@@ -8,11 +8,10 @@ from typing import Any
 
 import attrs
 import torch
+from e2e_bench import BROUGHT
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
-__all__ = ["BROUGHT", "FailingConnector"]
-
-BROUGHT = 512
+__all__ = ["FailingConnector"]
 
 
 @attrs.frozen

@@ -1,9 +1,8 @@
 """What a real engine stores while something goes wrong beside it, and whom vLLM's blocks belong to."""
 
 import pytest
-from e2e_bench import CHUNK, Bench
+from e2e_bench import BROUGHT, CHUNK, Bench
 from e2e_expected import Expected
-from e2e_foreign import BROUGHT
 from e2e_rows import check, stored
 
 pytestmark = pytest.mark.e2e

@@ -48,6 +48,7 @@ class Weights(Protocol):
     """The part of `WeightsWatch` that is used here."""
 
     def take(self) -> None: ...
+    def begin(self) -> None: ...
     def changed(self) -> bool: ...
 
 
@@ -127,6 +128,8 @@ class WorkerSide:
 
     def begin(self, plan: StepPlan) -> None:
         """vLLM may ask what has ended before it says that this step can be stored: what is planned counts as busy."""
+        if self._weights is not None:
+            self._weights.begin()
         self._plan = plan
         self._failed_now = 0
         self._planned = {spec.request_id for spec in plan.stores}

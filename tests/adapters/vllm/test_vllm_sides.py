@@ -420,6 +420,8 @@ class Weights:
     def take(self) -> None:
         self.others = False
 
+    def begin(self) -> None: ...
+
     def changed(self) -> bool:
         return self.others
 
