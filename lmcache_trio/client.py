@@ -96,6 +96,8 @@ class Client(Conversation):
         self.identity = b""
         """What this scheduler said of its model."""
         self.namespace = b""
+        self.chunk_bytes = self.arena_bytes = 0
+        """What a chunk of the namespace takes over all shards (0: not known), and what the arena holds."""
         self.shard_bytes = 0
         """What `register` said last; a slot is as long as the server says that it is."""
         self.on_push: Callable[[Message], None] = lambda message: None
@@ -192,11 +194,18 @@ class Client(Conversation):
 
     # --- a worker ---------------------------------------------------------------------------------------------------
 
-    async def register(self, fingerprint: bytes, shard_bytes: int, block_tokens: int) -> bytes:
-        """Tell the layout of this shard. Returns the engine's namespace, or b"" while other shards are missing."""
+    async def register(
+        self, fingerprint: bytes, shard_bytes: int, block_tokens: int, *, attaching: bool = False
+    ) -> bytes:
+        """Tell the layout of this shard; *attaching*: it counts only once its memory is attached.
+
+        Returns the engine's namespace, or b"" while other shards are missing.
+        """
         self.shard_bytes = shard_bytes
-        reply = await self.request(Register(self.new_id(), fingerprint, shard_bytes, block_tokens), NamespaceKnown)
+        ask = Register(self.new_id(), fingerprint, shard_bytes, block_tokens, attaching)
+        reply = await self.request(ask, NamespaceKnown)
         self.namespace = reply.namespace or self.namespace
+        self.chunk_bytes, self.arena_bytes = reply.chunk_bytes, reply.arena_bytes
         return reply.namespace
 
     async def retrieve(self, lease: bytes, start: int, count: int) -> Pinned:
@@ -305,6 +314,7 @@ class Client(Conversation):
     def said(self, message: Message) -> None:
         if isinstance(message, NamespaceKnown):
             self.namespace = message.namespace
+            self.chunk_bytes, self.arena_bytes = message.chunk_bytes, message.arena_bytes
         elif isinstance(message, ArenaGrown):
             self.taken = max(self.taken, message.taken)
             self._arena_grown.set()

@@ -105,8 +105,14 @@ class Index:
         return () if known is None else known.lengths
 
     def chunk_bytes(self, namespace: bytes) -> int:
-        """The bytes that a chunk of *namespace*, which is attached, takes of the memory."""
-        return self._chunks.namespaces[namespace].extent
+        """What a chunk takes in the arena, over all shards; 0 for a namespace that is not attached."""
+        known = self._chunks.namespaces.get(namespace)
+        return 0 if known is None else known.extent
+
+    @property
+    def arena_bytes(self) -> int:
+        """What the arena holds once all of it is backed by memory."""
+        return self._arena.capacity
 
     @property
     def bytes_taken(self) -> int:

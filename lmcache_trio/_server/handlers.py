@@ -29,7 +29,6 @@ from lmcache_trio._wire.messages import (
     ErrorReply,
     Finished,
     Message,
-    NamespaceKnown,
     Ping,
     Pinned,
     Pong,
@@ -111,18 +110,23 @@ def _register(state: State, client: Client, message: Register) -> Message:
             f"the server's chunk_tokens ({chunk_tokens}) is no multiple of the engine's block size "
             f"({message.block_tokens} tokens); set chunk_tokens to a multiple of {message.block_tokens}"
         )
-    former = engine.layouts.get(client.hello.shard)
+    shard = client.hello.shard
+    former = engine.layouts.pop(shard, None)
     if state.transfer is not None:
         state.transfer.lose(client)  # what it attached had the former layout
-    engine.layouts[client.hello.shard] = message
+    engine.attaching.pop(shard, None)
+    if message.attaching:
+        engine.attaching[shard] = message
+    else:
+        engine.layouts[shard] = message
     try:
         state.settle_namespace(engine)
     except Misuse:
-        del engine.layouts[client.hello.shard]
+        del engine.layouts[shard]
         if former is not None:
-            engine.layouts[client.hello.shard] = former
+            engine.layouts[shard] = former
         raise
-    return NamespaceKnown(message.id, engine.namespace)
+    return state.namespace_known(engine, message.id)
 
 
 def _retrieve(state: State, client: Client, message: Retrieve) -> Message:

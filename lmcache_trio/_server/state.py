@@ -38,6 +38,7 @@ log = logging.getLogger("lmcache_trio.server")
 COUNTERS = (
     *("lookups", "hits", "misses", "resets", "refused", "withdrawn", "exits_seen"),
     *("protocol_errors", "handler_bugs", "connection_bugs", "device_bugs"),
+    *("attaches_refused", "layouts_too_large"),
 )
 
 
@@ -122,6 +123,8 @@ class Engine:
     scheduler: Client | None = None
     workers: dict[int, Client] = attrs.field(factory=dict)
     layouts: dict[int, Register] = attrs.field(factory=dict)
+    attaching: dict[int, Register] = attrs.field(factory=dict)
+    """Layouts that count once the memory of their worker is attached: it moves nothing before."""
     identity: bytes = b""
     """What its scheduler said last of its model."""
     namespace: bytes = b""
@@ -211,7 +214,7 @@ class State:
             else:
                 engine.workers[hello.shard] = client
             if engine.namespace:
-                client.send(NamespaceKnown(0, engine.namespace))  # waits in the outbox until the client is there
+                client.send(self.namespace_known(engine))  # waits in the outbox until the client is there
         return client
 
     def new_number(self) -> int:
@@ -270,6 +273,7 @@ class State:
                 self.end_session(engine, session.number)
         elif engine.workers.get(client.hello.shard) is client:
             del engine.workers[client.hello.shard]
+            engine.attaching.pop(client.hello.shard, None)
             engine.layouts.pop(client.hello.shard, None)
             self.settle_namespace(engine)
         if engine.scheduler is None and not engine.workers:
@@ -305,7 +309,31 @@ class State:
         if namespace != former:
             self._tell_layout(engine)
             for client in engine.clients():
-                client.send(NamespaceKnown(0, namespace))
+                client.send(self.namespace_known(engine))
+
+    def namespace_known(self, engine: Engine, reply_to: int = 0) -> NamespaceKnown:
+        """What to say of the engine's namespace; *reply_to* is 0 in a push."""
+        return NamespaceKnown(
+            reply_to, engine.namespace, self.index.chunk_bytes(engine.namespace), self.index.arena_bytes
+        )
+
+    def attached(self, client: Client) -> None:
+        """The memory of *client* is open: a layout that waited for that counts from now on. `Misuse`: it can't."""
+        engine, shard = self.engine_of(client), client.hello.shard
+        if engine is not None and engine.workers.get(shard) is client and shard in engine.attaching:
+            engine.layouts[shard] = engine.attaching.pop(shard)
+            try:
+                self.settle_namespace(engine)
+            except Misuse:
+                del engine.layouts[shard]
+                raise
+
+    def fenced(self, client: Client) -> None:
+        """Nothing more is moved for *client*: its engine is offered nothing, until it registers again."""
+        engine, shard = self.engine_of(client), client.hello.shard
+        if engine is not None and engine.workers.get(shard) is client and shard in engine.layouts:
+            del engine.layouts[shard]
+            self.settle_namespace(engine)
 
     def _tell_layout(self, engine: Engine) -> None:
         """A line of log for who asks what is cached for *engine*, and if nothing is, why."""
@@ -313,10 +341,14 @@ class State:
             missing = sorted(set(range(engine.shards)) - set(engine.layouts))
             log.info("engine %r has no cache until its shards %s are registered", engine.name, missing)
             return
-        tokens, size = self.config.chunk_tokens, self.memory.size
+        tokens, size = self.config.chunk_tokens, self.index.arena_bytes
         chunk = self.index.chunk_bytes(engine.namespace)
         if chunk > size:
-            words = "engine %r cannot be cached: a chunk of %d tokens takes %s, the memory has %s; raise memory.size"
+            self.counted["layouts_too_large"] += 1
+            words = (
+                "engine %r cannot be cached: a chunk of %d tokens takes %s, and the memory holds %s: raise memory.size,"
+                " or set a smaller chunk_tokens"
+            )
             log.warning(words, engine.name, tokens, format_size(chunk), format_size(size))
             return
         words = "engine %r joins: model %s, layout %s in %d shard(s), %s a token; the memory holds %d tokens"

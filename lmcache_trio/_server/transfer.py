@@ -208,7 +208,6 @@ class TransferWorker:
         attachment = self.attachments.find(client)
         if attachment is not None:
             self._state.index.lose_worker(attachment.writer)
-            self._state.index.lose_worker(attachment.reader)
             self._abort_all(attachment)
 
     def withdraw(self, client: Client, number: int) -> None:
@@ -249,6 +248,7 @@ class TransferWorker:
         attachment.fenced = "the device lost sight of a copy of this memory: nothing more is moved for this worker"
         self._queue.lost(batch)
         self._abort_all(attachment)
+        self._state.fenced(attachment.client)
 
     def _layers_ended(self, attachment: Attachment, work: Work, layers: range) -> None:
         work.layers_ended.update(layers)
@@ -265,7 +265,7 @@ class TransferWorker:
         self._events.over(transfer)
         reply: Message
         if transfer.direction is Direction.LOAD:
-            valid = self._state.index.unpin(work.grant, attachment.reader) and self.attachments.is_open(attachment)
+            valid = self._state.index.unpin(work.grant, attachment.reader)
             reply = Retrieved(work.number, valid and transfer.succeeded)
         else:
             reply = self._stored(attachment, work, succeeded=transfer.succeeded)

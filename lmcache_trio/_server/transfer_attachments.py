@@ -114,11 +114,18 @@ class Attachments:
             self._detach(attached)
             reply = ErrorReply(number, ErrorKind.UNAVAILABLE, why)
         client.send(reply)
+        if client.number in self._open and latest:
+            try:
+                self._state.attached(client)  # behind the reply, so that nothing is offered before the worker is ready
+            except Misuse as exc:
+                log.warning("the layout of %s does not count: %s", client, exc)
+                self.lose(client)
 
     async def _opened(self, client: Client, number: int, export: Export) -> tuple[Attached | None, Ack | ErrorReply]:
         try:
             return await self._device.attach(export), Ack(number)
         except LMCacheTrioError as exc:
+            self._state.counted["attaches_refused"] += 1
             log.info("the memory of %s cannot be opened: %s", client, exc)
             kind = ErrorKind.MISUSE if isinstance(exc, Misuse) else ErrorKind.UNAVAILABLE
             return None, ErrorReply(number, kind, str(exc)[:4000])
@@ -142,10 +149,6 @@ class Attachments:
     def find(self, client: Client) -> Attachment | None:
         """The attachment of *client*, if there is one."""
         return self._open.get(client.number)
-
-    def is_open(self, attachment: Attachment) -> bool:
-        """Is it still its client's, or was it lost, or replaced by another layout's?"""
-        return self._open.get(attachment.client.number) is attachment
 
     def lose(self, client: Client) -> None:
         """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""

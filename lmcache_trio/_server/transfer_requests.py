@@ -40,7 +40,7 @@ EVENT_BYTES = 64
 def _attach(state: State, client: Client, message: Attach) -> Message | None:
     transfer = _transfer(state)
     engine = _engine(state, client)
-    layout = engine.layouts.get(client.hello.shard)
+    layout = engine.layouts.get(client.hello.shard) or engine.attaching.get(client.hello.shard)
     if layout is None or engine.workers.get(client.hello.shard) is not client:
         raise Misuse("register the layout before its memory is attached")
     if transfer.attachments.unanswered[client.number] >= state.config.limits.attaches:

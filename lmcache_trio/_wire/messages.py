@@ -201,7 +201,8 @@ class Statistics(Message):
 class Register(Message):
     """A worker's layout: *fingerprint* of its bytes, *shard_bytes* of one chunk, *block_tokens* of the engine.
 
-    Answered by NamespaceKnown; its namespace is empty while other shards of the engine are still missing.
+    Answered by NamespaceKnown; its namespace is empty while other shards of the engine are still missing. *attaching*:
+    the worker copies nothing by itself, so that its layout counts only from an Attach on that succeeds.
     """
 
     opcode: ClassVar[int] = 18
@@ -209,6 +210,7 @@ class Register(Message):
     fingerprint: bytes = attrs.field(validator=max_len(32))
     shard_bytes: int = attrs.field(validator=ge(1))
     block_tokens: int = attrs.field(validator=ge(1))
+    attaching: bool = False
 
 
 @attrs.frozen
@@ -471,11 +473,17 @@ class StatisticsReply(Message):
 
 @attrs.frozen
 class NamespaceKnown(Message):
-    """Reply to Register; also pushed with id 0 to the engine's clients when the namespace becomes known or changes."""
+    """Reply to Register; also pushed with id 0 to the engine's clients when the namespace becomes known or changes.
+
+    *chunk_bytes* is what one of its chunks takes in the arena, over all shards; 0 while there is no namespace.
+    *arena_bytes* is what the arena holds: less than a chunk takes, and nothing can be cached.
+    """
 
     opcode: ClassVar[int] = 66
     id: Number
     namespace: bytes = attrs.field(validator=_ID)
+    chunk_bytes: int = attrs.field(default=0, validator=ge(0))
+    arena_bytes: int = attrs.field(default=0, validator=ge(0))
 
 
 @attrs.frozen

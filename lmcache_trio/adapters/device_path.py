@@ -100,10 +100,10 @@ class DevicePath:
         self._settling = mine = self._settling + 1
         try:
             export = export_of(kv_caches, num_blocks)
+            self._watch(client)
             attach = Attach(client.new_id(), encode_export(export))
             with trio.fail_after(ATTACH_TIMEOUT):
                 await client.request(attach, Ack, descriptors=descriptors_of(export))
-            self._watch(client)
         except (Unavailable, Misuse, trio.TooSlowError) as exc:
             if client.lost:
                 raise

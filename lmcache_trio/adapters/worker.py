@@ -27,6 +27,7 @@ from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.shm_path import ShmPath
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.client import Client
+from lmcache_trio.config import format_size
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class WorkerAdapter:
         self._token = os.urandom(16)
         self._connected_before = False
         self._arena_note = ""
+        self._room_note = ""
         hello = Hello(
             PROTOCOL_VERSION, f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards
         )
@@ -347,6 +349,20 @@ class WorkerAdapter:
         if self._link.client is not None:
             await self._register(self._link.client, self._reply_timeout)
 
+    def _see_room(self, client: Client) -> None:
+        """Say once that no chunk fits, if so. The worker that completed the layout knows."""
+        note = ""
+        if client.chunk_bytes > client.arena_bytes:
+            note = (
+                f"a chunk of {client.chunk_tokens} tokens takes {format_size(client.chunk_bytes)}, and the server's"
+                f" memory holds {format_size(client.arena_bytes)}"
+            )
+        if note and note != self._room_note:
+            logger.warning(
+                "nothing can be cached: %s: raise the server's memory.size, or set a smaller chunk_tokens", note
+            )
+        self._room_note = note
+
     async def _register_later(self, client: Client | None) -> None:
         """The server was late to answer: it may be slow, and still there. A new connection registers by itself."""
         try:
@@ -363,13 +379,21 @@ class WorkerAdapter:
         while (kv := self._kv) is not None and client.arena is not None:
             parts = ("fingerprint 1", kv.layout, str(self._block_tokens), str(client.chunk_tokens), *self._extra)
             shard_bytes = kv.block_bytes * (client.chunk_tokens // self._block_tokens)
+            # A worker that only the server can move for has no layout, and is offered nothing, before that can.
+            attaching = self._device.wanted == "device"
+            register = partial(client.register, seed_of(*parts), shard_bytes, self._block_tokens, attaching=attaching)
             self._known = kv  # before the question: what is asked behind it is asked of this layout
             try:
-                await self._reply(client.register, seed_of(*parts), shard_bytes, self._block_tokens, seconds=seconds)
+                await self._reply(register, seconds=seconds)
+                await self._device.settle(client, kv.tensors, kv.num_blocks)
+                if not self._device.usable:
+                    await self._reply(register, seconds=seconds)  # an Attach that was given up must not succeed later
+                elif attaching:
+                    await self._reply(client.ping)  # what the server said behind its Ack is known then
             except BaseException:
                 if self._known is kv:
                     self._known = None  # nobody knows which one the server goes by
                 raise
-            await self._device.settle(client, kv.tensors, kv.num_blocks)
+            self._see_room(client)
             if kv is self._kv:
                 return
