@@ -20,7 +20,7 @@ import resource
 import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -108,7 +108,8 @@ async def open_server(
     tiers = make_tiers(config) if tiers is None else tiers
     device = make_device(config.device) if device is None else device
     prepare_directory(config.address, config.access)
-    front = listen(config.address, config.access)
+    fronts = ExitStack()
+    front = fronts.enter_context(closing(listen(config.address, config.access)))
     state: State | None = None
     try:
         async with memory.open(), trio.open_nursery() as upkeep:
@@ -121,7 +122,7 @@ async def open_server(
                 async with _transfer(state, device), trio.open_nursery() as connections:
                     await state.tiers.wait_opened()
                     start_connection = _starter(state, connections)
-                    start_connection(_admit, state, front, start_connection, name="rendezvous")
+                    start_connection(_be_found, state, front, fronts, start_connection, name="rendezvous")
                     yield Server(front.address, state.boot, state)
                     state.stop()
                     end = trio.current_time() + config.grace
@@ -136,7 +137,7 @@ async def open_server(
             raise state.tiers.refusal from group
         raise
     finally:
-        front.close()
+        fronts.close()
 
 
 @contextmanager
@@ -203,6 +204,28 @@ async def _take_piece(state: State) -> bool:
         if client.hello.role is Role.WORKER:
             client.send(ArenaGrown(taken))
     return True
+
+
+async def _be_found(state: State, front: Rendezvous, fronts: ExitStack, start: Start) -> None:
+    """Answer at *front*; where its file was removed, at a new one of the same name, or the server ends.
+
+    Clients that are connected notice nothing. *fronts* closes what it listens at.
+    """
+    config = state.config
+    while True:
+        async with trio.open_nursery() as answering:
+            answering.start_soon(_admit, state, front, start, name="answers")
+            await front.wait_lost()
+            answering.cancel_scope.cancel()
+        front.close()
+        try:
+            prepare_directory(config.address, config.access)
+            front = fronts.enter_context(closing(listen(config.address, config.access)))
+        except LMCacheTrioError as exc:
+            why = f"the socket was removed while the server ran, and cannot be made anew, so the server ends: {exc}"
+            raise ConfigError("address", why) from exc
+        state.counted["rebound"] += 1
+        log.warning("the socket of %s was removed: it was made anew", config.address)
 
 
 async def _admit(state: State, front: Rendezvous, start: Start) -> None:

@@ -162,6 +162,10 @@ class Rendezvous(ABC):
         """The next client; one that was not answered by then is turned away. `Gone` when closed."""
 
     @abstractmethod
+    async def wait_lost(self) -> None:
+        """Return when `address` leads here no more, because the socket's file was removed or replaced."""
+
+    @abstractmethod
     def close(self) -> None:
         """Stop listening and remove the socket file; idempotent."""
 

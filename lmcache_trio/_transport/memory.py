@@ -213,6 +213,9 @@ class _Rendezvous(Rendezvous):
             await self._arrived.wait()
         raise Gone(f"{self.address} was closed")
 
+    async def wait_lost(self) -> None:
+        await trio.sleep_forever()
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True

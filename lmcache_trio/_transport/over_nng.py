@@ -16,7 +16,7 @@ import trio
 from lmcache_trio._transport import Connection, Introduction, PairListener, Rendezvous, addresses
 from lmcache_trio._transport.addresses import Address, IpcAddress, TcpAddress
 from lmcache_trio._transport.pynng import NngLink, NngSocket, open_pidfd
-from lmcache_trio._transport.watching import wait_bound
+from lmcache_trio._transport.watching import wait_bound, wait_lost
 from lmcache_trio.config import PRIVATE, Access
 from lmcache_trio.errors import Gone, Misuse, Unavailable
 
@@ -95,6 +95,8 @@ class _Rendezvous(Rendezvous):
             raise
         if not isinstance(wanted, TcpAddress):
             self._path = wanted.path
+            made = os.lstat(wanted.path)
+            self._file = made.st_dev, made.st_ino
 
     async def accept(self) -> Introduction:
         self._current = None
@@ -110,6 +112,12 @@ class _Rendezvous(Rendezvous):
             raise Misuse("this introduction was answered, or another was accepted since")
         self._current = None
         self._socket.answer(message)
+
+    async def wait_lost(self) -> None:
+        if self._path is None:
+            await trio.sleep_forever()
+        else:
+            await wait_lost(self._path, self._file)
 
     def close(self) -> None:
         self._socket.close()  # removes the socket file

@@ -20,7 +20,7 @@ from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairL
 from lmcache_trio._transport.addresses import Address, UnixAddress
 from lmcache_trio._transport.unix import UnixLink
 from lmcache_trio._transport.unix_sockets import Listener, inherited, open_epoll, open_socket
-from lmcache_trio._transport.watching import wait_bound
+from lmcache_trio._transport.watching import wait_bound, wait_lost
 from lmcache_trio.config import PRIVATE, Access
 from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
 
@@ -128,6 +128,9 @@ class _Rendezvous(Rendezvous):
         self._current = introduction
         await trio.lowlevel.cancel_shielded_checkpoint()
         return introduction
+
+    async def wait_lost(self) -> None:
+        await wait_lost(self._listener.path, self._listener.file)
 
     def close(self) -> None:
         if not self._listener.closed:

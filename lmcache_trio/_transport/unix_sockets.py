@@ -45,7 +45,7 @@ class Listener:
             if access.socket_mode != 0o600:
                 os.chmod(aside, access.socket_mode)
             made = os.lstat(aside)
-            self._file = made.st_dev, made.st_ino
+            self.file = made.st_dev, made.st_ino
             self.socket.listen(backlog)
             if aside != path:
                 try:
@@ -76,7 +76,7 @@ class Listener:
             trio.lowlevel.notify_closing(self.socket)
         with contextlib.suppress(OSError):
             there = os.lstat(self.path)
-            if (there.st_dev, there.st_ino) == self._file:  # else it is another's by now
+            if (there.st_dev, there.st_ino) == self.file:  # else it is another's by now
                 os.unlink(self.path)
         self.forget()
 

@@ -1,4 +1,5 @@
-"""Waits until a server appears at a path, also while folders on the way there are missing. Nothing is asked twice.
+"""Waits until a server appears at a path, also while folders on the way there are missing, or until a socket is not at
+its path any more. Nothing is asked twice.
 
 inotify through ctypes: the standard library has no door to it. It tells what happens in this machine's own file
 systems; a mount that brings a whole folder is not told.
@@ -14,13 +15,17 @@ import trio
 
 from lmcache_trio._transport import addresses
 
-__all__ = ["Watch", "wait_bound"]
+__all__ = ["Watch", "wait_bound", "wait_lost"]
 
 _UNWATCHED = 5.0
 """Seconds between two looks for a server where the kernel gives no watch (it gives a user 128 inotify instances), or no
 descriptor to look with."""
 
+_UNTOLD = 60.0
+"""Seconds between two looks for what inotify does not tell. A socket whose folder was hidden is found within them."""
+
 _CREATE, _MOVED_TO, _ONLYDIR = 0x100, 0x80, 0x01000000
+_ATTRIB, _DELETE_SELF, _MOVE_SELF = 0x4, 0x400, 0x800
 _HEADER = struct.Struct("iIII")  # watch, what, cookie, bytes of the name after it
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -37,6 +42,39 @@ async def wait_bound(path: str) -> None:
                 return
         except OSError:
             await trio.sleep(_UNWATCHED)
+
+
+async def wait_lost(path: str, file: tuple[int, int]) -> None:
+    """Return when *path* leads no more to *file* (device, inode), a socket that is bound: it was removed, moved or
+    replaced, or a folder on the way was. Its link count and the folders' names are watched, so that other files cost
+    nothing. What the kernel does not tell (a mount over a folder, no watch left) is looked for every `_UNTOLD` seconds.
+    """
+    while True:
+        fd = -1
+        try:
+            fd = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+            for watched in (path, *map(str, Path(path).parents)):
+                mask = _MOVE_SELF | (_ATTRIB | _DELETE_SELF if watched == path else _ONLYDIR)
+                _libc.inotify_add_watch(fd, os.fsencode(watched), mask)  # one that it cannot read is left out
+            if not _leads_to(path, file):
+                return
+            with trio.move_on_after(_UNTOLD):
+                await trio.lowlevel.wait_readable(fd)
+        except OSError:
+            await trio.sleep(_UNTOLD)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        if not _leads_to(path, file):
+            return
+
+
+def _leads_to(path: str, file: tuple[int, int]) -> bool:
+    try:
+        there = os.lstat(path)
+    except OSError:
+        return False
+    return (there.st_dev, there.st_ino) == file
 
 
 async def _appeared(path: str) -> bool:
