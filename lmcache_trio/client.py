@@ -19,7 +19,8 @@ import attrs
 import trio
 
 from lmcache_trio._core.keys import join_digests
-from lmcache_trio._transport import Connection, dial_pair, introduce
+from lmcache_trio._transport import Connection, dial_pair, introduce, wait_listening
+from lmcache_trio._transport.addresses import NotToBeUsed
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._transport.conversation import Conversation, Reply, expect
 from lmcache_trio._wire.codec import encode, unpack_offsets, unpack_positions
@@ -61,9 +62,10 @@ from lmcache_trio._wire.messages import (
 )
 from lmcache_trio._wire.protocol import check_welcome, error_of
 from lmcache_trio.client_config import load_client_config
+from lmcache_trio.config import default_addresses
 from lmcache_trio.errors import ConfigError, Gone, Misuse, ProtocolError, Unavailable
 
-__all__ = ["Client", "Storing", "connect", "open_client", "serve_connection"]
+__all__ = ["Client", "Storing", "connect", "open_client", "places_of", "serve_connection", "wait_server"]
 
 
 TAKE_UP = 5.0
@@ -360,6 +362,41 @@ async def _take_up(address: str, trusted: Collection[int]) -> Connection:
     raise Unavailable(f"the server went away, or did not open {address} within {TAKE_UP:g} s")
 
 
+def places_of(address: str) -> tuple[str, ...]:
+    """Where the server at *address* may be: a default address has others beside it (`default_addresses`)."""
+    defaults = default_addresses()
+    return defaults if address == defaults[0] else (address,)
+
+
+async def wait_server(address: str) -> None:
+    """Wait until a server listens at *address*, or at another of `places_of` it."""
+
+    async def wait(place: str, found: trio.CancelScope) -> None:
+        await wait_listening(place)
+        found.cancel()
+
+    places = places_of(address)
+    if len(places) == 1:
+        return await wait_listening(address)
+    async with trio.open_nursery() as nursery:
+        for place in places:
+            nursery.start_soon(wait, place, nursery.cancel_scope)
+
+
+async def _introduce(address: str, hello: bytes, trusted: Collection[int], descriptors: list[int]) -> tuple[str, bytes]:
+    """Where a server was found, and its answer."""
+    failed: list[Unavailable] = []
+    for place in places_of(address):
+        try:
+            return place, await introduce(place, hello, trusted=trusted, descriptors=descriptors)
+        except Unavailable as exc:
+            failed.append(exc)
+    if len(failed) == 1:
+        raise failed[0]
+    kind = NotToBeUsed if any(isinstance(exc, NotToBeUsed) for exc in failed) else Unavailable
+    raise kind("; ".join(map(str, failed))) from failed[0]
+
+
 @asynccontextmanager
 async def connect(address: str, hello: Hello, server_uids: Collection[int] | None = None) -> AsyncIterator[Client]:
     """As `open_client`, from a ready introduction: the same token again tells the server that this is a reconnect."""
@@ -373,7 +410,8 @@ async def connect(address: str, hello: Hello, server_uids: Collection[int] | Non
     descriptors: list[int] = []
     try:
         try:
-            reply = check_welcome(await introduce(address, encode(hello), trusted=trusted, descriptors=descriptors))
+            address, frame = await _introduce(address, encode(hello), trusted, descriptors)
+            reply = check_welcome(frame)
         except Gone as exc:
             raise Unavailable(f"the server at {address} went away") from exc
         except ProtocolError as exc:

@@ -36,6 +36,7 @@ __all__ = [
     "Table",
     "check_ids",
     "default_address",
+    "default_addresses",
     "describe",
     "format_size",
     "load_config",
@@ -59,10 +60,19 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | 
 
 
 def default_address(environ: Mapping[str, str] | None = None) -> str:
-    """The address that servers and clients of one user meet at when none is given; *environ* is this process's."""
+    """The address that servers and clients of one user meet at when none is given."""
+    return default_addresses(environ)[0]
+
+
+def default_addresses(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """`default_address`, and behind it where a server of the same user listens if its XDG_RUNTIME_DIR is another: not
+    set (a service, cron, ssh without a login session), or set where ours is not.
+    """
     runtime = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
-    where = f"{runtime}/lmcache-trio" if runtime.startswith("/") else f"/tmp/lmcache-trio-{os.getuid()}"
-    return f"unix://{where}/server.sock"
+    places = [f"/tmp/lmcache-trio-{os.getuid()}", f"/run/user/{os.getuid()}/lmcache-trio"]
+    if runtime.startswith("/"):
+        places.insert(0, f"{runtime}/lmcache-trio")
+    return tuple(dict.fromkeys(f"unix://{place}/server.sock" for place in places))
 
 
 def parse_size(text: str) -> int:

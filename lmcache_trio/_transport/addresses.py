@@ -23,6 +23,7 @@ __all__ = [
     "Address",
     "FileAddress",
     "IpcAddress",
+    "NotToBeUsed",
     "TcpAddress",
     "UnixAddress",
     "claim",
@@ -147,17 +148,21 @@ def wrong_scheme(address: str, right: str) -> ConfigError:
     return ConfigError("address", f"{address} is a server's of another kind: use {right}://{path}")
 
 
-def forbidden(address: str) -> Unavailable:
+class NotToBeUsed(Unavailable):
+    """Something listens there, but not for this process, or not what it believes: somebody must change a setting."""
+
+
+def forbidden(address: str) -> NotToBeUsed:
     """The error for an *address* that this process may not reach."""
-    return Unavailable(
+    return NotToBeUsed(
         f"permission denied at {address} for uid {os.geteuid()}: run as the server's user, name this uid or a group of "
         "it in the server's [access] settings, and see that each directory on the way lets it through"
     )
 
 
-def untrusted(address: str, uid: int) -> Unavailable:
+def untrusted(address: str, uid: int) -> NotToBeUsed:
     """The error for an *address* where a process of *uid* listens, which nobody said is the server."""
-    return Unavailable(
+    return NotToBeUsed(
         f"a process of uid {uid} listens at {address}, not one of this process' uid {os.geteuid()} or of root: nothing "
         f"was sent to it. If it is your server, name the uid: LMCACHE_TRIO_CLIENT__SERVER_UIDS='[{uid}]', or "
         "server_uids in [client]"

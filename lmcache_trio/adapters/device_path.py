@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 import attrs
 import trio
 
-from lmcache_trio._transport import wait_listening
 from lmcache_trio._transport.conversation import Reply, expect
 from lmcache_trio._wire.codec import pack_positions
 from lmcache_trio._wire.handles import descriptors_of, encode_export
@@ -36,7 +35,7 @@ from lmcache_trio._wire.messages import (
 from lmcache_trio.adapters.jobs import Job
 from lmcache_trio.adapters.layered_steps import StepStores, event_of
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
-from lmcache_trio.client import Client, connect
+from lmcache_trio.client import Client, connect, wait_server
 from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
 
 if TYPE_CHECKING:
@@ -253,7 +252,7 @@ class DevicePath:
         pause, told = 0.0, ""
         while True:
             try:
-                await wait_listening(self._address)
+                await wait_server(self._address)
                 async with connect(self._address, hello) as asker:
                     if asker.boot != boot:
                         return  # another server: only the old one's exit can tell

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import trio
 
-from lmcache_trio._transport import wait_listening
+from lmcache_trio._transport.addresses import NotToBeUsed
 from lmcache_trio._wire.messages import Hello
-from lmcache_trio.client import Client, connect
+from lmcache_trio.client import Client, connect, places_of, wait_server
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError
 from lmcache_trio.threads import Handoff, Latch, Portal
 
@@ -52,7 +52,7 @@ class Link:
         """For jobs that come while there is no connection."""
         self._latch = Latch()
         self._first: Handoff[LMCacheTrioError | bool] = Handoff()
-        self._told = ""
+        self._told = self._why = ""
 
     @property
     def alive(self) -> bool:
@@ -66,7 +66,9 @@ class Link:
             self._portal.stop(5.0)
             raise came
         if came is None and self._settle_first(False):
-            self._tell(f"no lmcache-trio server answers at {self.address}: going on without a cache until one does")
+            where = ", nor at ".join(places_of(self.address))
+            why = f" ({self._why})" if self._why else ""
+            self._tell(f"no lmcache-trio server answers at {where}: going on without a cache until one does{why}")
 
     def stop(self, timeout: float) -> bool:
         """End the connection, after its copies; False if that took longer than *timeout* seconds."""
@@ -122,7 +124,11 @@ class Link:
                     if self._settle_first(exc):
                         return
                     self._tell(f"no cache: {exc}", logging.ERROR)
+                except NotToBeUsed as exc:
+                    self._settle_first(False)
+                    self._tell(f"going on without a cache until the lmcache-trio server can be used: {exc}")
                 except LMCacheTrioError as exc:
+                    self._why = str(exc)
                     self._tell(f"the lmcache-trio server at {self.address} is not usable: {exc}", logging.DEBUG)
                 except Exception:  # a bug of ours: it costs this one connection, and is told
                     logger.exception("bug in the connection to %s, which is ended", self.address)
@@ -134,7 +140,7 @@ class Link:
     async def _waited(self) -> bool:
         """Wait until a server listens; False if that could not be waited for, which must not end the cache for good."""
         try:
-            await wait_listening(self.address)
+            await wait_server(self.address)
             return True
         except Misuse as exc:
             self._tell(f"no cache: {exc}", logging.ERROR)
