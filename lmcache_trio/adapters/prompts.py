@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from lmcache_trio._core.keys import chain_digests, identity_of, seed_of
 from lmcache_trio.adapters.request import Request
+from lmcache_trio.adapters.specs import check_whole
 from lmcache_trio.errors import Misuse
 from lmcache_trio.threads import Latch
 
@@ -22,8 +23,9 @@ class Prompts:
     """The requests of one scheduler, by id and by session. The latch guards both tables and every lookup's state."""
 
     def __init__(self, identity: Sequence[str | bytes], block_tokens: int, chunk_tokens: int | None) -> None:
-        if block_tokens < 1:
-            raise Misuse(f"block_tokens is {block_tokens}: it must be 1 or more")
+        check_whole("block_tokens", block_tokens, 1)
+        if chunk_tokens is not None:
+            check_whole("chunk_tokens", chunk_tokens, 1)
         self.block_tokens = block_tokens
         least = -(-_LEAST_CHUNK_TOKENS // block_tokens) * block_tokens
         self.chunk_tokens = least if chunk_tokens is None else chunk_tokens
@@ -61,6 +63,8 @@ class Prompts:
             request.outdated = True
 
     def _request(self, request_id: str) -> Request:
+        if not isinstance(request_id, str):
+            raise Misuse(f"request_id is {request_id!r:.80}: it must be a str")
         request = self._requests.get(request_id)
         if request is None:
             self._next_session = (self._next_session + 1) % (1 << 62)
@@ -135,7 +139,8 @@ class Prompts:
     def _check_span(self, external_tokens: int, local_tokens: int, block_ids: Sequence[int]) -> int:
         """The number of chunks that the span touches."""
         for name, value in (("external_tokens", external_tokens), ("local_tokens", local_tokens)):
-            if value < 0 or value % self.block_tokens:
+            check_whole(name, value)
+            if value % self.block_tokens:
                 raise Misuse(f"{name} is {value}: it must be a multiple of block_tokens ({self.block_tokens})")
         if len(block_ids) * self.block_tokens != external_tokens:
             raise Misuse(f"block_ids has {len(block_ids)} blocks for {external_tokens} external_tokens")

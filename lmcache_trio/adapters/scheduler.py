@@ -7,7 +7,6 @@ engine because of a server: late, unhealthy or gone is 0 tokens. One host thread
 Every change of a lookup's state happens under the latch; each is decided by `_core.lookup`.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,7 +33,8 @@ from lmcache_trio.adapters.link import logger
 from lmcache_trio.adapters.lookups import Lookups
 from lmcache_trio.adapters.prompts import Extras
 from lmcache_trio.adapters.request import Pending, Request
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
+from lmcache_trio.client import sentence
 from lmcache_trio.client_config import check_interval, load_client_config
 from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.threads import Handoff
@@ -80,24 +80,24 @@ class SchedulerAdapter(Lookups):
             configured = load_client_config()
             lookup_timeout = configured.lookup_timeout if lookup_timeout is None else lookup_timeout
             poll_interval = configured.poll_interval if poll_interval is None else poll_interval
-        _check("lookup_timeout", lookup_timeout)
-        _check("poll_interval", poll_interval)
+        check_seconds("lookup_timeout", lookup_timeout)
+        check_seconds("poll_interval", poll_interval)
+        check_seconds("connect_timeout", connect_timeout)
         check_interval(poll_interval, lookup_timeout)
         if lease_timeout is not None:
-            _check("lease_timeout", lease_timeout)
+            check_seconds("lease_timeout", lease_timeout)
         super().__init__(identity, block_tokens, chunk_tokens, lookup_timeout)
         self._poll_interval = poll_interval
         if lease_timeout is not None:
             self._lease_timeout = lease_timeout
-        if shards < 1:
-            raise Misuse(f"shards is {shards}: an engine has 1 worker or more")
+        check_whole("shards", shards, 1)
         self._own = os.urandom(16)
         """What tells weights of its own from any other engine's."""
         if weights_version is not None:
             named = _version(weights_version)
             self._rename(named, named)
         name, token = f"scheduler {os.getpid()}", os.urandom(16)
-        hello = Hello(PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, shards=shards, identity=self._model)
+        hello = sentence(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, 0, shards, self._model)
         self._connect(address, hello, connect_timeout)
 
     # --- the two steps ----------------------------------------------------------------------------------------------
@@ -116,6 +116,9 @@ class SchedulerAdapter(Lookups):
         are offered, nor more chunks than one message can name (65,536). The prompt may grow from call to call; any
         other or shorter one under the same id is another request, as if the former had been ended.
         """
+        _check_tokens(token_ids)
+        if max_tokens is not None and not isinstance(max_tokens, int):
+            raise Misuse(f"max_tokens is {max_tokens!r}: it must be a whole number")
         former = self._request(request_id)
         if former.outdated or len(token_ids) < len(former.tokens):
             self.end_session(request_id)  # begun anew; or what was found for a longer prompt is no answer for this one
@@ -217,6 +220,7 @@ class SchedulerAdapter(Lookups):
 
         These are the request's first tokens, fewer or more than before; any others make it another request.
         """
+        _check_tokens(token_ids)
         request = self._request_of(request_id, token_ids, extras)
         self._extend(request, token_ids, extras)
         return request.digests[: len(token_ids) // self.chunk_tokens]
@@ -227,6 +231,7 @@ class SchedulerAdapter(Lookups):
         Their digests are known from a submit or `extend`. A session that the server does not know (its request was not
         looked up, or before the server restarted) is opened: the one case that waits for a reply, bounded.
         """
+        check_whole("first_chunk", first_chunk)
         request = self._request(request_id)
         with self._latch:  # under which the server's chunk_tokens are taken over, and digests in others forgotten
             chunk_tokens, block_tokens, known = self.chunk_tokens, self.block_tokens, len(request.digests)
@@ -243,6 +248,7 @@ class SchedulerAdapter(Lookups):
 
     def mark_failed(self, request_id: str, first_failed_token: int) -> None:
         """A load of the chunk that holds *first_failed_token* failed: it and all behind it are not offered again."""
+        check_whole("first_failed_token", first_failed_token)
         request = self._request(request_id)
         with self._latch:
             request.machine.failed(first_failed_token // self.chunk_tokens)
@@ -377,9 +383,9 @@ class SchedulerAdapter(Lookups):
         opened.wait(min(self._lookup_timeout, _OPENING))
 
 
-def _check(name: str, seconds: float) -> None:
-    if not 0 < seconds < math.inf:  # NaN is neither
-        raise Misuse(f"{name} is {seconds}: it must be a positive number of seconds")
+def _check_tokens(token_ids: object) -> None:
+    if not hasattr(token_ids, "__len__") or not hasattr(token_ids, "__getitem__"):
+        raise Misuse(f"token_ids is {token_ids!r:.80}: it must be a sequence of token ids")
 
 
 def _version(version: str) -> tuple[str, str]:

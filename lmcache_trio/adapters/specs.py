@@ -8,6 +8,7 @@ compares them with its own and its server's before it moves a byte. 0 stands for
 made by hand.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -15,9 +16,40 @@ import attrs
 from attrs.validators import ge
 
 from lmcache_trio._core.keys import DIGEST_BYTES
+from lmcache_trio._wire.messages import MAX_NUMBER
 from lmcache_trio.errors import Misuse
 
 __all__ = ["LoadSpec", "Place", "StoreSpec"]
+
+
+MOST = 2**32 - 1
+"""The largest number of a block, and of anything that is counted in blocks, tokens or shards."""
+
+
+def check_whole(name: str, value: object, least: int = 0) -> None:
+    """`Misuse`, which names it, unless *value* is a whole number that can be sent."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+        raise Misuse(f"{name} is {value!r:.80}: it must be a whole number from {least} to {MOST}")
+
+
+def check_seconds(name: str, value: object) -> None:
+    """`Misuse`, which names it, unless *value* is a positive number of seconds."""
+    if not isinstance(value, int | float) or not 0 < value < math.inf:  # NaN is neither
+        raise Misuse(f"{name} is {value!r:.80}: it must be a positive number of seconds")
+
+
+def _check_spec(spec: "StoreSpec | LoadSpec") -> None:
+    kind = type(spec).__name__
+    if not isinstance(spec.request_id, str):
+        raise Misuse(f"{kind}.request_id is {spec.request_id!r:.80}: it must be a str")
+    if not isinstance(spec.session, int) or not 0 <= spec.session <= MAX_NUMBER:
+        raise Misuse(f"{kind}.session is {spec.session!r:.80}: it must be a number that session_spec gave")
+    try:
+        wrong = [block for block in spec.block_ids if not 0 <= block <= MOST]
+    except TypeError as exc:
+        raise Misuse(f"{kind}.block_ids must be whole numbers: {exc}") from exc
+    if wrong:
+        raise Misuse(f"{kind}.block_ids has {wrong[0]}: a block's number is from 0 to {MOST}")
 
 
 _S = TypeVar("_S", "StoreSpec", "LoadSpec")
@@ -39,6 +71,11 @@ class StoreSpec:
     block_tokens: int = attrs.field(default=0, validator=ge(0))
 
     def __attrs_post_init__(self) -> None:
+        _check_spec(self)
+        if not isinstance(self.parent, bytes) or len(self.parent) not in (0, DIGEST_BYTES):
+            raise Misuse(f"StoreSpec.parent is {self.parent!r:.80}: it must be a digest of 32 bytes, or empty")
+        if not isinstance(self.digests, bytes):
+            raise Misuse(f"StoreSpec.digests is {self.digests!r:.80}: give 32 bytes a chunk")
         if not self.digests or len(self.digests) % DIGEST_BYTES:
             raise Misuse(f"StoreSpec.digests has {len(self.digests)} bytes: give 32 bytes a chunk, one chunk or more")
         if not self.block_ids or len(self.block_ids) % self.chunks:
@@ -90,12 +127,19 @@ class LoadSpec:
     request_id: str
     session: int
     lease: bytes
-    start: int = attrs.field(validator=ge(0))
-    count: int = attrs.field(validator=ge(1))
-    skip_blocks: int = attrs.field(validator=ge(0))
+    start: int
+    count: int
+    skip_blocks: int
     block_ids: tuple[int, ...]
     chunk_tokens: int = attrs.field(default=0, validator=ge(0))
     block_tokens: int = attrs.field(default=0, validator=ge(0))
+
+    def __attrs_post_init__(self) -> None:
+        _check_spec(self)
+        for name in ("start", "count", "skip_blocks"):
+            check_whole(f"LoadSpec.{name}", getattr(self, name), int(name == "count"))
+        if not isinstance(self.lease, bytes) or len(self.lease) > 32:
+            raise Misuse(f"LoadSpec.lease is {self.lease!r:.80}: it must be bytes that the server gave, or empty")
 
     @property
     def chunk_blocks(self) -> int:

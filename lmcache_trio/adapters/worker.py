@@ -25,8 +25,8 @@ from lmcache_trio.adapters.layered import LayeredMoves
 from lmcache_trio.adapters.layered_steps import StepStores
 from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.shm_path import ShmPath
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
-from lmcache_trio.client import Client
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
+from lmcache_trio.client import Client, sentence
 from lmcache_trio.config import format_size
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
@@ -66,12 +66,15 @@ class WorkerAdapter:
         connect_timeout: float = 5.0,
         path: Path = "auto",
     ) -> None:
-        if block_tokens < 1:
-            raise Misuse(f"block_tokens is {block_tokens}: it must be 1 or more")
-        if not 0 <= shard < shards:
+        check_whole("block_tokens", block_tokens, 1)
+        check_whole("shards", shards, 1)
+        check_whole("shard", shard)
+        if chunk_tokens is not None:
+            check_whole("chunk_tokens", chunk_tokens, 1)
+        if shard >= shards:
             raise Misuse(f"shard is {shard} of {shards}: shards count from 0")
-        if not 0 < reply_timeout < float("inf"):
-            raise Misuse(f"reply_timeout is {reply_timeout}: it must be a positive number of seconds")
+        check_seconds("reply_timeout", reply_timeout)
+        check_seconds("connect_timeout", connect_timeout)
         if isinstance(fingerprint_extra, str | bytes):
             raise Misuse(f"fingerprint_extra is {fingerprint_extra!r}: give a list, as [{fingerprint_extra!r}]")
         self._block_tokens = block_tokens
@@ -92,8 +95,8 @@ class WorkerAdapter:
         self._connected_before = False
         self._arena_note = ""
         self._room_note = ""
-        hello = Hello(
-            PROTOCOL_VERSION, f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards
+        hello = sentence(
+            Hello, PROTOCOL_VERSION, f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards
         )
         self._device = DevicePath(path, address, hello, reply_timeout, self._check_layout)
         self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None)
