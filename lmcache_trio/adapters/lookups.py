@@ -162,8 +162,9 @@ class Lookups(Prompts):
 
     def _on_push(self, message: Message) -> None:
         if isinstance(message, Answer):
-            request = self._sessions.get(message.session)
-            pending = request.pending if request is not None else None
+            with self._latch:  # under which the host sends a question and notes it: the answer may be faster
+                request = self._sessions.get(message.session)
+                pending = request.pending if request is not None else None
             if pending is not None and pending.asked == message.asked:
                 self._take_answer(pending, message)
 

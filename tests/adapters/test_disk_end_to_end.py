@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_trio._transport.conversation import Reply
+from lmcache_trio._wire.messages import Lookup, Message
+from lmcache_trio.adapters import SchedulerAdapter
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
+from lmcache_trio.threads import Handoff
 
 TOKENS = list(range(4 * CHUNK))
 BLOCKS = list(range(16))
@@ -48,5 +52,39 @@ def test_what_was_stored_is_a_hit_after_a_restart_byte_for_byte(
         wait_until(lambda: not any(disk_server.held[name] for name in names))
         (tier,) = disk_server.statistics()["tiers"]
         assert (tier["loads"], tier["loads_held"], tier["bytes_in_flight"]) == (4, 0, 0)
+    finally:
+        disk_server.kill()
+
+
+def test_an_answer_that_a_tier_gave_before_the_host_noted_its_question_is_taken(
+    disk_server: ServerProcess, sides: Callable[..., Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop hears it in its own thread, however late the host's thread is with what it does behind the send."""
+    disk_server.start()
+    try:
+        disk_server.wait_tier()
+        sides(disk_server.address, make_kv(7)).store("stored", TOKENS, BLOCKS)
+        wait_until(lambda: written(disk_server, 4))
+        disk_server.end()
+        disk_server.start()
+        disk_server.wait_tier()
+        two = sides(disk_server.address, make_kv(), scheduler=SchedulerAdapter, lookup_timeout=20.0)
+        client = two.scheduler._link.client
+        assert client is not None
+        ask, hear = client.request_nowait, client.on_push
+        heard: Handoff[bool] = Handoff()
+
+        def hear_and_tell(message: Message) -> None:
+            heard.set(True)
+            hear(message)
+
+        def ask_and_wait(message: Lookup, on_reply: Callable[[Reply], None]) -> None:
+            ask(message, on_reply)
+            assert heard.wait(60)
+            assert not Handoff[bool]().wait(0.2)  # so that the loop has taken it, unless it waits for us
+
+        monkeypatch.setattr(client, "on_push", hear_and_tell)
+        monkeypatch.setattr(client, "request_nowait", ask_and_wait)
+        assert two.lookup("again", TOKENS) == 4 * CHUNK
     finally:
         disk_server.kill()
