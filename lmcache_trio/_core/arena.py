@@ -80,7 +80,7 @@ class Arena:
             self._release(start, end - start)
 
     def reserve_head(self, length: int) -> None:
-        """Never hand out the first *length* bytes (the nonce page). Before anything is handed out, and once."""
+        """Never hand out the first *length* bytes. Before anything is handed out, and once."""
         if self._head or self._used:
             raise Misuse("reserve_head comes once, before the first range is handed out")
         if length < 1:
