@@ -88,14 +88,15 @@ def test_a_worker_faults_its_whole_mapping_in_ahead_of_any_copy(live_server: Ser
     side = sides(live_server.address, make_kv(1))
     client = side.worker._link.client
     assert client is not None
-    assert client.arena is not None
+    arena = client.arena
+    assert arena is not None
 
     def resident() -> int:
         """Bytes of the arena whose pages are in this process' tables."""
         of_it, found = False, 0
         for line in Path("/proc/self/smaps").read_text().splitlines():
             if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-                of_it = line.startswith(f"{client.arena._address:x}-")
+                of_it = line.startswith(f"{arena._address:x}-")
             elif of_it and line.startswith("Rss:"):
                 found += int(line.split()[1]) << 10
         return found

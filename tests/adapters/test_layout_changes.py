@@ -384,9 +384,9 @@ class Overtaken(WorkerAdapter):
 
     go_on: Callable[[], None] = staticmethod(lambda: None)
 
-    async def _register(self, *args: Any) -> None:
+    async def _register(self, client: Client, seconds: float) -> None:
         self._link.post(self.go_on)
-        await super()._register(*args)
+        await super()._register(client, seconds)
 
 
 @both_paths

@@ -2,6 +2,7 @@
 
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -187,10 +188,10 @@ def test_a_slot_of_another_length_than_the_chunk_is_neither_written_nor_read(mak
     for size in (0, 3 * kv.block_bytes, 4 * kv.block_bytes - 1, 4 * kv.block_bytes + 1, 5 * kv.block_bytes):
         slot = np.zeros(size, dtype=np.uint8)
         moves: list[Callable[[], None]] = [
-            lambda slot=slot: kv.gather(blocks, slot),
-            lambda slot=slot: kv.scatter(slot, 4, 1, blocks[:2]),
-            *(lambda slot=slot, i=i: kv.gather_layer(i, blocks, slot) for i in range(len(caches))),
-            *(lambda slot=slot, i=i: kv.scatter_layer(i, slot, 4, 1, blocks[:2]) for i in range(len(caches))),
+            partial(kv.gather, blocks, slot),
+            partial(kv.scatter, slot, 4, 1, blocks[:2]),
+            *(partial(kv.gather_layer, i, blocks, slot) for i in range(len(caches))),
+            *(partial(kv.scatter_layer, i, slot, 4, 1, blocks[:2]) for i in range(len(caches))),
         ]
         for move in moves:
             with pytest.raises(Misuse, match=f"slot has {size} bytes"):

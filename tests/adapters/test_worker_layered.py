@@ -262,21 +262,21 @@ def test_a_request_whose_step_computed_with_a_failed_load_gets_its_blocks_back(
     one = sides(live_server.address, kv(1))
     worker = WorkerSide(one.worker, asynchronous=False, layered=one.worker.layered)
     bad = LoadSpec("x", 1, b"guessed lease 16", 0, 1, 0, (1, 2, 3, 4))
-    worker.begin(StepPlan(step=1, loads=(bad,), stores=(store_spec(one, "r", TOKENS),), held=("r",)))
+    worker.begin(StepPlan(step=1, loads=(bad,), stores=(store_spec(one, "r", TOKENS),), closing=("r",)))
     worker.load()
     for name in NAMES:
         worker.wait_layer(name)
         worker.layer_written(name)
     worker.store()
     assert worker.take_failed_blocks() == {1, 2, 3, 4}
-    released: set[str] = set()
+    closed: set[str] = set()
 
     def given_back() -> bool:
-        released.update(worker.report().released)
-        return bool(released)
+        closed.update(worker.report().closed)
+        return bool(closed)
 
     wait_until(given_back)
-    assert released == {"r"}
+    assert closed == {"r"}
 
 
 @both_paths
@@ -285,9 +285,10 @@ def test_stores_of_a_step_that_was_never_finished_keep_no_preemption_waiting(
 ) -> None:
     one = sides(live_server.address, kv(1))
     worker = WorkerSide(one.worker, asynchronous=False, layered=one.worker.layered)
-    worker.begin(StepPlan(step=1, stores=(store_spec(one, "r", TOKENS),)))
+    spec = store_spec(one, "r", TOKENS)
+    worker.begin(StepPlan(step=1, stores=(spec,)))
     worker.load()
-    worker.let_go(["r"])
+    worker.let_go(StepPlan(step=2, written=spec.block_ids))
     assert one.lookup("q", TOKENS) == 0
 
 

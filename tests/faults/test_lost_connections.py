@@ -114,10 +114,10 @@ class KillsAtRegister(WorkerAdapter):
 
     server: ServerProcess | None = None
 
-    async def _register(self, client: Client) -> None:
+    async def _register(self, client: Client, seconds: float) -> None:
         server, self.server = self.server, None
         if server is None:
-            return await super()._register(client)
+            return await super()._register(client, seconds)
         server.pause()
 
         async def kill() -> None:
@@ -126,7 +126,7 @@ class KillsAtRegister(WorkerAdapter):
             server.kill()
 
         trio.lowlevel.spawn_system_task(kill)
-        await super()._register(client)
+        await super()._register(client, seconds)
 
 
 def test_a_server_killed_while_a_worker_registers_is_registered_with_when_it_is_back(server: ServerProcess) -> None:

@@ -53,12 +53,10 @@ class HeapMemory(Memory):
 
     Config = HeapConfig
 
-    descriptor = -1
-
     def __init__(self, config: HeapConfig) -> None:
         super().__init__(config)
         self.taken = 0
-        self.descriptor = -1
+        self._descriptor = -1
         self.bytes: mmap.mmap | None = None
         self.go_on = trio.Semaphore(1, max_value=1_000_000)
 
@@ -66,9 +64,13 @@ class HeapMemory(Memory):
     def size(self) -> int:
         return int(self.config.size)
 
+    @property
+    def descriptor(self) -> int:
+        return self._descriptor
+
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        self.descriptor = os.memfd_create("heap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._descriptor = os.memfd_create("heap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.descriptor, self.size)
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
