@@ -442,10 +442,10 @@ def test_a_registration_that_comes_while_another_is_answered_is_not_forgotten(
                 latest, self.latest = self.latest, None
                 ask = client.register
 
-                async def register(*args: Any) -> bytes:
+                async def register(*args: Any, **kwargs: Any) -> bytes:
                     client.register = ask  # type: ignore[method-assign]
                     self._kv = make_paged_kv(latest)  # as the host's thread does
-                    return await ask(*args)
+                    return await ask(*args, **kwargs)
 
                 client.register = register  # type: ignore[assignment,method-assign]
             await super()._register(client, seconds)
