@@ -1,5 +1,6 @@
 """The disk tier's settings, and how its size is shared out."""
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -8,16 +9,17 @@ from typing import Any
 
 import attrs
 
-from lmcache_trio.errors import ConfigError
+from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio_backends._disk_policy import ADMISSIONS
 from lmcache_trio_backends._disk_records import ALIGNMENT
 
-__all__ = ["DURABILITIES", "MIN_SIZE", "Budget", "DiskConfig", "usable_size"]
+__all__ = ["DURABILITIES", "MIN_SIZE", "Budget", "DiskConfig", "failure_of", "usable_size"]
 
 log = logging.getLogger("lmcache_trio.disk")
 
 DURABILITIES = ("process", "periodic", "power")
 MIN_SIZE = 4 << 20
+_BAD_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 _MARGIN = 64 << 10
 """Bytes for the directory itself, the lock, and blocks in which the file system notes where a slab's blocks are."""
 
@@ -104,6 +106,14 @@ class Budget:
         index = max(256 << 10, size // 64)
         wal = min(8 << 20, max(1 << 20, size // 32))
         return cls((size - index - wal - _MARGIN) // ALIGNMENT * ALIGNMENT, index, wal)
+
+
+def failure_of(path: str, exc: Exception) -> ConfigError | Unavailable:
+    """*exc*, for which a tier in *path* was not opened, as callers know it: a ConfigError where no other time helps."""
+    if not isinstance(exc, OSError) or exc.errno not in _BAD_PATH:
+        return Unavailable(f"the disk tier in {path!r}: {exc}")
+    why = f"{exc.strerror} (for uid {os.geteuid()})" if isinstance(exc, PermissionError) else exc.strerror
+    return ConfigError("path", f"{path!r} can't be used: {why}; give another directory")
 
 
 def usable_size(config: DiskConfig) -> int:

@@ -8,8 +8,10 @@ lmcache-trio-slab-00000…   the chunks' bytes
 
 import logging
 import os
+import resource
 from collections.abc import Callable, Sequence
 
+from lmcache_trio.errors import ConfigError
 from lmcache_trio_backends._disk_config import Budget, DiskConfig
 from lmcache_trio_backends._disk_home import INDEX_NAME, Home
 from lmcache_trio_backends._disk_index import IndexFile
@@ -20,6 +22,8 @@ __all__ = ["Files"]
 
 _RESERVE = "lmcache-trio-reserve"
 """Keeps the log's space while no server runs, when there is no log: so a full disk can be opened, and read."""
+_OTHER_DESCRIPTORS = 64
+"""File descriptors that a server needs beside those of the slabs, for its own files and a few engines."""
 log = logging.getLogger("lmcache_trio.disk")
 
 
@@ -61,26 +65,42 @@ class Files:
                 log.warning(text, self.index.path, self.index.behind)
                 self.lost_changes = self.index.behind
             self.slabs.slab_size = slab_size
+            self._check_descriptors()
             self.slabs.open()
             self._home.check()  # SQLite was given a path
         except BaseException:
             self.close()
             raise
 
+    def _check_descriptors(self) -> None:
+        """ConfigError when this process may not have all slabs open at one time."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        slabs = -(-self.slabs.capacity // self.slabs.slab_size)
+        if 0 <= soft < slabs + _OTHER_DESCRIPTORS:  # RLIM_INFINITY is -1
+            problem = (
+                f"{self.slabs.capacity} bytes are {slabs} slabs of {self.slabs.slab_size}, each a file, and this"
+                f" process may have {soft} open; allow {slabs + _OTHER_DESCRIPTORS} (`ulimit -n`, LimitNOFILE= of"
+                " systemd), or begin in a new directory with a larger slab_size"
+            )
+            raise ConfigError("slab_size", problem)
+
     def grow(self) -> int:
         """As `Slabs.grow`, but for what the index may need yet."""
         return self.slabs.grow(self.index.spare)
 
     def _keep_reserve(self) -> None:
-        fd = self._home.open_file(_RESERVE, os.O_RDWR | os.O_CREAT)
+        fd = -1
         try:
+            fd = self._home.open_file(_RESERVE, os.O_RDWR | os.O_CREAT)
             fallocate(fd, 0, self._wal_room)
         except OSError as exc:
-            os.ftruncate(fd, 0)
+            if fd >= 0:
+                os.ftruncate(fd, 0)
             if exc.errno not in NO_SPACE:
                 raise
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
     def check(self) -> None:
         """OSError when the directory is gone."""

@@ -114,6 +114,8 @@ class Home:
             if known is not None and not known.removed:
                 raise FileNotFoundError(errno.ENOENT, f"the directory is not there any more{_BACK}")
             missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            if dead := [path for path in missing if path.is_symlink()]:
+                self._refuse(f"{dead[0]} is a link that leads nowhere")
             above = missing[-1].parent
             if known is not None and above.stat().st_dev != known.place[0]:
                 raise FileNotFoundError(errno.ENOENT, f"the directory was removed, and {above} is on another disk now")

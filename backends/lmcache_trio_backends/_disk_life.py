@@ -16,8 +16,8 @@ from pathlib import Path
 import trio
 
 from lmcache_trio.abc import Arena, ChunkKey, Load, Record
-from lmcache_trio.errors import ConfigError, Unavailable
-from lmcache_trio_backends._disk_config import Budget, DiskConfig
+from lmcache_trio.errors import Unavailable
+from lmcache_trio_backends._disk_config import Budget, DiskConfig, failure_of
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_files import Files
 from lmcache_trio_backends._disk_home import Home
@@ -43,8 +43,6 @@ DELETE_BATCHES = 40
 GROUP_BYTES = 64 << 20
 """Bytes written before their rows are published: what a cancelled or killed store loses at most."""
 CLOSE_SECONDS = 5.0
-
-_BAD_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class DiskLife:
@@ -315,10 +313,7 @@ class DiskLife:
         try:
             await self._worker.index_thread.run(self._files.open, anew)
         except (OSError, sqlite3.Error) as exc:
-            if isinstance(exc, OSError) and exc.errno in _BAD_PATH:
-                problem = f"{self._config.path!r} can't be used: {exc.strerror}; give another directory"
-                raise ConfigError("path", problem) from exc
-            raise self._worker.unavailable(exc) from exc
+            raise failure_of(self._config.path, exc) from exc
         self._io = self._wrap(self._files.slabs)
         self._counts["lost_index"] += self._files.index_lost
         self._counts["lost_changes"] += self._files.lost_changes

@@ -127,7 +127,12 @@ class Slabs:
         if length < least:
             return self.taken
         if index == len(self._fds):
-            self._fds.append(self._home.open_file(slab_name(index), self._flags | os.O_CREAT))
+            try:
+                self._fds.append(self._home.open_file(slab_name(index), self._flags | os.O_CREAT))
+            except OSError as exc:
+                if exc.errno not in NO_SPACE:  # a disk can be out of files (inodes) before it is out of bytes
+                    raise
+                return self.taken
             self._home.flush_names()  # or a power failure takes the file whose bytes were flushed
         while length >= least:  # a quota, or a limit on a file's size, is known by trying
             try:
@@ -217,7 +222,12 @@ def set_aside(path: Path, length: int) -> bool:
 def probe(home: Home, *, direct: bool) -> None:
     """ConfigError when the file system can't do what is asked of it; found by doing it."""
     name = "lmcache-trio-probe"
-    fd = home.open_file(name, os.O_RDWR | os.O_CREAT)
+    try:
+        fd = home.open_file(name, os.O_RDWR | os.O_CREAT)
+    except OSError as exc:
+        if exc.errno not in NO_SPACE:
+            raise
+        return  # not even a file can be made: it is tried the next time
     try:
         fallocate(fd, 0, ALIGNMENT)
         if direct:

@@ -16,7 +16,7 @@ import trio
 from lmcache_trio.abc import ChunkKey, Load, Record, Tier
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.threads import offload
-from lmcache_trio_backends._disk_config import Budget, DiskConfig, usable_size
+from lmcache_trio_backends._disk_config import Budget, DiskConfig, failure_of, usable_size
 from lmcache_trio_backends._disk_home import Home
 from lmcache_trio_backends._disk_life import DiskLife
 from lmcache_trio_backends._disk_policy import make_admission
@@ -60,16 +60,14 @@ class DiskTier(Tier):
         """
         try:
             size = await offload(usable_size, self.config)
-        except OSError as exc:
-            raise Unavailable(f"the disk tier in {self.config.path!r}: {exc}") from exc
+        except (OSError, ConfigError) as exc:
+            raise self._refused(exc) from exc
         life = DiskLife(attrs.evolve(self.config, size=size), self._home, self._admit, self._counts, self.wrap_io)
         try:
             await life.start(anew=self._anew)
         except ConfigError as exc:
             await life.end()
-            if self._was_open:
-                raise Unavailable(f"the disk tier in {self.config.path!r}: {exc}") from exc
-            raise
+            raise self._refused(exc) from exc
         except BaseException:
             await life.end()
             raise
@@ -116,6 +114,13 @@ class DiskTier(Tier):
             held |= self._life.statistics()
         names = [*COUNTS, *(f"dropped_{why}" for why in DROP_REASONS)]
         return held | {name: self._counts[name] for name in names}
+
+    def _refused(self, exc: OSError | ConfigError) -> ConfigError | Unavailable:
+        """Why it can't be opened, or, once it was open, can't be now."""
+        failure = exc if isinstance(exc, ConfigError) else failure_of(self.config.path, exc)
+        if isinstance(failure, ConfigError) and self._was_open:
+            return Unavailable(f"the disk tier in {self.config.path!r}: {exc}")
+        return failure
 
     def _living(self) -> DiskLife:
         if self._life is None:

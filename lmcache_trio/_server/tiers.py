@@ -76,10 +76,12 @@ class Tiers:
             start(keeper.run, branch)
 
     async def wait_opened(self) -> None:
-        """Until all are open, or failed to be, or have had their time."""
+        """Until all are open, or failed to be, or have had their time. ConfigError: one cannot be, as it is set up."""
         with trio.move_on_at(self._opened_by):
             for keeper in self.keepers:
                 await keeper.opened.wait()
+        if self.refusal is not None:  # its task ends the server too, but this one may run on before that
+            raise self.refusal
 
     def stored(self, keys: Sequence[ChunkKey]) -> None:
         """*keys* became READY by a store: write them back, in the background."""

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def there(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     place = tmp_path / kind
     place.mkdir()
     if kind in ("tmpfs", "ramfs"):  # the latter ignores its size
-        run("mount", "-t", kind, "-o", f"size={megabytes}m", kind, place)
+        run("mount", "-t", kind, "-o", f"size={megabytes}m,{options}", kind, place)
     else:
         image = image_of(place)
         with image.open("wb") as file:
@@ -157,6 +158,38 @@ async def test_a_disk_without_a_byte_left_is_opened_and_read_and_grows_later(the
         for number in range(10, 14):
             assert await stored(tier, number)
         assert await loaded(tier, *range(10, 14)) == [True] * 4
+
+
+@on("tmpfs", megabytes=64, options="nr_inodes=9")
+async def test_a_disk_that_has_no_room_for_another_file_is_capacity_reached(there: Path) -> None:
+    """The root, the directory, its inner one, the lock, the index, its log: three are left, one of them the probe's."""
+    tier = disk_tier(there / "kv", 48 * MIB)
+    for _ in range(2):
+        async with tier.open():
+            for number in range(8):
+                assert await stored(tier, number)
+            assert sum(await loaded(tier, *range(8))) >= 4
+        for number in range(9):
+            with suppress(OSError):
+                (there / f"filler {number}").touch()
+    statistics = tier.statistics()
+    assert statistics["evicted"]
+    assert statistics["disk_full"]
+    assert not statistics["lost_index"]
+
+
+async def test_slabs_for_which_there_are_too_few_file_descriptors_are_refused_with_how_many(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"allow 29\d") as caught:
+            async with disk_tier(tmp_path / "kv", 240 * MIB, slab_size=MIB).open():
+                pass
+        assert caught.value.key == "slab_size"
+        async with disk_tier(tmp_path / "kv2", 180 * MIB, slab_size=MIB).open():
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @on("tmpfs", "ext4", megabytes=12)

@@ -144,6 +144,31 @@ async def test_a_path_that_cannot_be_a_directory_is_refused(path: str) -> None:
     assert "can't be used" in await refusal(Path(path))
 
 
+@pytest.mark.parametrize("kind", ["longer than a name may be", "longer than a path may be", "closed to this user"])
+async def test_a_path_that_cannot_be_looked_at_is_refused_and_not_tried_again_and_again(
+    kind: str, tmp_path: Path
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    path = {"longer than a name may be": tmp_path / ("x" * 300), "longer than a path may be": tmp_path / ("x/" * 2100)}
+    try:
+        if kind == "closed to this user" and not os.geteuid():
+            os.seteuid(65534)
+        problem = await refusal(path.get(kind, closed / "kv"))
+    finally:
+        os.seteuid(os.getuid())
+    assert "give another directory" in problem
+    assert ("Permission denied" in problem) == (kind == "closed to this user")
+
+
+@pytest.mark.parametrize("where", [".", "kv"])
+async def test_a_link_that_leads_nowhere_is_named_and_nothing_is_made_for_it(where: str, tmp_path: Path) -> None:
+    (link := tmp_path / "link").symlink_to(tmp_path / "gone")
+    problem = await refusal(link / where)
+    assert f"{link} is a link that leads nowhere" in problem
+    assert os.listdir(tmp_path) == ["link"]
+
+
 @pytest.mark.parametrize("path", ["/etc", "/tmp", "/usr", "/"])
 async def test_a_directory_of_the_systems_is_refused(path: str) -> None:
     before = sorted(os.listdir(path)) if path != "/tmp" else []

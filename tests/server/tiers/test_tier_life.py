@@ -213,10 +213,31 @@ async def test_a_start_gives_a_slow_tier_its_time_beside_what_else_it_does_and_n
 async def test_a_setting_for_which_a_tier_cannot_be_opened_ends_the_start(tier: Any, heap: Any, tmp_path: Any) -> None:
     tier.failing["open"] = ConfigError("path", "is no directory")
     memory = {"backend": "cpu", "size": 1 << 20}
+    ready = False
     with pytest.raises(ConfigError, match="is no directory") as caught:
         async with open_server(Config(address=f"unix://{tmp_path}/s.ipc", memory=memory), tiers=[tier]):
-            raise AssertionError("it was ready")
+            ready = True
     assert caught.value.key == "tiers.0.path"
+    assert not ready
+
+
+async def test_a_server_whose_tier_is_refused_in_the_time_that_a_start_gives_it_is_never_ready(
+    rigs: Any, heap: Any, tier: Any, autojump_clock: Any
+) -> None:
+    tier.failing["open"] = ConfigError("path", "is no directory")
+    tier.stall("open")
+    ready = False
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def go_on() -> None:
+            await trio.sleep(FIRST_OPENING / 2)
+            tier.go_on()
+
+        with pytest.raises(ConfigError, match="is no directory"):
+            async with rigs(heap(), tiers=[tier]):
+                ready = True
+    assert not ready
 
 
 # --- writeback ------------------------------------------------------------------------------------------------------
