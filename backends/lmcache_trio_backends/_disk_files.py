@@ -85,7 +85,8 @@ class Files:
             raise ConfigError("slab_size", problem)
 
     def grow(self) -> int:
-        """As `Slabs.grow`, but for what the index may need yet."""
+        """As `Slabs.grow`, but for what the index may need yet; OSError also when the directory is gone."""
+        self.check()
         return self.slabs.grow(self.index.spare)
 
     def _keep_reserve(self) -> None:

@@ -319,6 +319,10 @@ class Home:
                 raise ConfigError("path", f"{self.inside / name} is no file of ours (a link, a directory?); remove it")
             os.unlink(name, dir_fd=self._in)
 
+    def file_system(self) -> os.statvfs_result:
+        """What it has, and what of that is free."""
+        return os.fstatvfs(self._in)
+
     def flush_names(self) -> None:
         """The names in it outlive a power failure."""
         os.fsync(self._in)

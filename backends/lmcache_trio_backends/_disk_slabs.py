@@ -121,7 +121,7 @@ class Slabs:
         have = self.taken - start
         length = min(self.slab_size, self.capacity - start) - have
         least = min(length, LEAST_GROWTH)
-        disk = os.statvfs(self._home.inside)
+        disk = self._home.file_system()
         if disk.f_blocks:  # some file systems don't tell
             length = min(length, (disk.f_bavail * disk.f_frsize - spare) // ALIGNMENT * ALIGNMENT)
         if length < least:
