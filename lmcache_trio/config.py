@@ -299,6 +299,14 @@ class Config:
         validator=_between(0.0, 1.0, above=True),
         metadata={"help": "Share of the arena that requests not yet allocated may hold; beyond it, hits are shorter."},
     )
+    write_share: float = attrs.field(
+        default=0.5,
+        validator=_between(0.0, 1.0, above=True),
+        metadata={
+            "help": "Share of the arena, less what other engines are writing, that one engine may be writing at one"
+            " time, its copies that have not ended included; stores beyond it are dropped."
+        },
+    )
     reservation_timeout: float = attrs.field(
         default=60.0,
         validator=_between(0.0, _DAY, above=True),

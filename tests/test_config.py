@@ -18,8 +18,8 @@ from lmcache_trio.config import default_address, describe, parse_size, structure
 def test_every_setting_has_a_default_and_one_line_of_help() -> None:
     assert [name for name, _, help in describe() if not help or "\n" in help] == []
     assert {name for name, _, _ in describe()} == {
-        *("address", "chunk_tokens", "lease_timeout", "lease_share", "reservation_timeout", "grace"),
-        *("access", "memory", "tiers", "device"),
+        *("address", "chunk_tokens", "lease_timeout", "lease_share", "write_share", "grace"),
+        *("access", "memory", "tiers", "device", "reservation_timeout"),
         *("tier_timeout", "prefetch_budget", "prefetch_bytes", "writeback_bytes", "limits"),
     }
 
@@ -62,6 +62,7 @@ def test_a_value_that_is_no_toml_is_the_string_that_it_is() -> None:
         ("lease_timeout=0", "lease_timeout", "more than 0"),
         ("lease_share=1.5", "lease_share", "at most 1"),
         ("lease_share=0", "lease_share", "more than 0"),
+        ("write_share=0", "write_share", "more than 0"),
         ("memory=3", "memory", "give a table"),
         ("memory.backend=3", "memory.backend", "no string"),
         ("tiers=3", "tiers", "list of tables"),

@@ -1,7 +1,8 @@
 """One `reserve`, digest by digest: which chunk gets a slot, and for what reason another gets none.
 
 Reasons: `present` (READY already), `writing` (by another engine, or this shard is claimed), `no_space` (nothing more
-can be evicted), `orphan` (the parent is not there, or another engine is still writing it), `too_large` (for the arena).
+can be evicted), `orphan` (the parent is not there, or another engine is still writing it), `too_large` (for the arena),
+`share` (the engine is writing as much as one engine may at one time).
 Present and claimed chunks are passed over; once any other gets no slot, those behind it get none either, for the
 same reason.
 """
@@ -12,7 +13,7 @@ from lmcache_trio._core.grants import Slot
 
 __all__ = ["REASONS", "Asking"]
 
-REASONS = ("present", "writing", "no_space", "orphan", "too_large")
+REASONS = ("present", "writing", "no_space", "orphan", "too_large", "share")
 
 _READY = int(State.READY)
 
@@ -74,14 +75,17 @@ class Asking:
             self._above = row
         elif self._stopped:
             reason = self._stopped
+        elif self.namespace.extent > chunks.arena.capacity:
+            reason = self._stopped = "too_large"
+        elif not chunks.may_write(self.engine, self.namespace.extent):
+            reason = self._stopped = "share"
         else:
             writing = Writing(self.engine, self.namespace.shards, self.deadline)
             row = chunks.begin(self.namespace, digest, self._above, writing)
             if row:
                 self._give(position, row)
                 return
-            too_large = self.namespace.extent > chunks.arena.capacity
-            reason = self._stopped = "too_large" if too_large else "no_space"
+            reason = self._stopped = "no_space"
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def claim_others(self) -> None:

@@ -21,7 +21,7 @@ chunk that is retained becomes DOOMED when the sweep meets it, or goes with its 
 """
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 from lmcache_trio._core.arena import Arena
@@ -56,9 +56,10 @@ class Writing:
 class Chunks:
     """All chunks of all namespaces, in one arena."""
 
-    def __init__(self, arena: Arena, policy: EvictionPolicy) -> None:
+    def __init__(self, arena: Arena, policy: EvictionPolicy, write_share: float = 1.0) -> None:
         self.arena = arena
         self.policy = policy
+        self._write_share = write_share
         self.rows = Rows()
         self.order = Order(self.rows, policy)
         self._generations = Generations()
@@ -66,6 +67,9 @@ class Chunks:
         self.writing: OrderedDict[int, Writing] = OrderedDict()  # by deadline, the nearest first
         self.bytes_offered = 0
         self.evictions = 0
+        self._quarantined: dict[int, str] = {}  # rows that were doomed while they were written, and by which engine
+        self._written_by: Counter[str] = Counter()  # bytes that are WRITING, or in that quarantine, by engine
+        self._bytes_written = 0  # by all engines
         self._bytes_idle = 0  # of READY and stale chunks that are not retained: what room can be made of
 
     def attach(self, name: bytes, shard_bytes: Sequence[int]) -> None:
@@ -83,6 +87,22 @@ class Chunks:
         return self._generations[self.rows.namespace[row]]
 
     # --- ABSENT to WRITING ------------------------------------------------------------------------------------------
+
+    def may_write(self, engine: str, extent: int) -> bool:
+        """Whether *extent* bytes more are within the share of *engine*: of the arena without what others write.
+
+        So a number of engines that never commit leaves a part of the arena: of n engines with a share s each, (1 - s)^n
+        or more. One chunk is always within it. What the server loads is not bounded here.
+        """
+        mine = self._written_by.get(engine, 0)
+        if not mine or not engine or self._write_share == 1:
+            return True
+        others = self._bytes_written - mine
+        return mine + extent <= self._write_share * (self.arena.taken - others)
+
+    def bytes_written_by(self, engine: str) -> int:
+        """Bytes of the chunks that *engine* began and has not committed, those in quarantine among them."""
+        return self._written_by.get(engine, 0)
 
     def begin(self, namespace: Namespace, digest: bytes, parent: int, writing: Writing) -> int:
         """A WRITING row for *digest*, evicting what must go; 0 when there is no room.
@@ -105,6 +125,8 @@ class Chunks:
         rows.state[row] = WRITING
         namespace.enter(digest, row)
         self.writing[row] = writing
+        self._written_by[writing.engine] += namespace.extent
+        self._bytes_written += namespace.extent
         namespace.counts[WRITING] += 1
         return row
 
@@ -168,6 +190,7 @@ class Chunks:
                 writing.missing -= shards
                 if not writing.missing:
                     del details[row]
+                    self._end_writing(writing.engine, namespace.extent)
                     state[row] = READY
                     published.append(row)
             else:
@@ -284,12 +307,14 @@ class Chunks:
         namespace = self.namespace_of(row)
         namespace.leave(self.rows.digest(row))
         namespace.counts[WRITING] -= 1
-        del self.writing[row]
+        engine = self.writing.pop(row).engine
         self.order.unhang(row)
         if self.rows.refs[row]:
             self.rows.state[row] = DOOMED
             namespace.counts[DOOMED] += 1
+            self._quarantined[row] = engine
         else:
+            self._end_writing(engine, namespace.extent)
             self._give_back(row, namespace)
             if not namespace.users:
                 self._generations.leave(namespace)
@@ -301,8 +326,16 @@ class Chunks:
         if not refs[row]:
             namespace = self.namespace_of(row)
             namespace.counts[DOOMED] -= 1
+            if row in self._quarantined:
+                self._end_writing(self._quarantined.pop(row), namespace.extent)
             self._give_back(row, namespace)
             self._generations.leave(namespace)
+
+    def _end_writing(self, engine: str, extent: int) -> None:
+        self._bytes_written -= extent
+        self._written_by[engine] -= extent
+        if not self._written_by[engine]:
+            del self._written_by[engine]
 
     def _drop(self, row: int, namespace: Namespace) -> None:
         """Give back a READY or stale chunk, which nobody retains and which is out of tree and order."""

@@ -50,7 +50,8 @@ class Index:
     """Chunks, leases, pins, reservations and holds over one arena.
 
     *new_id* gives unguessable ids; *lease_share* is the part of the arena's taken bytes that leases may hold before
-    they are taken; *most_unused* is how many namespaces that no engine uses may keep their chunks.
+    they are taken; *write_share* is the part that one engine may be writing, of what no other engine is writing;
+    *most_unused* is how many namespaces that no engine uses may keep their chunks.
     """
 
     def __init__(  # noqa: PLR0913 each is a setting
@@ -59,13 +60,15 @@ class Index:
         *,
         new_id: Callable[[], bytes],
         lease_share: float = 0.5,
+        write_share: float = 1.0,
         lease_timeout: float = 30.0,
         reservation_timeout: float = 60.0,
         most_unused: int = 256,
         policy: EvictionPolicy | None = None,
     ) -> None:
-        if not 0 < lease_share <= 1:
-            raise Misuse(f"lease_share is {lease_share}: it must be above 0 and at most 1")
+        for name, share in (("lease_share", lease_share), ("write_share", write_share)):
+            if not 0 < share <= 1:
+                raise Misuse(f"{name} is {share}: it must be above 0 and at most 1")
         for name, timeout in (("lease_timeout", lease_timeout), ("reservation_timeout", reservation_timeout)):
             if not timeout > 0:
                 raise Misuse(f"{name} is {timeout}: it must be above 0")
@@ -73,7 +76,7 @@ class Index:
         self._lease_share = lease_share
         self._most_unused = most_unused
         self._counted: Counter[str] = Counter()
-        self._chunks = Chunks(arena, LeastRecentlyUsed() if policy is None else policy)
+        self._chunks = Chunks(arena, LeastRecentlyUsed() if policy is None else policy, write_share)
         self._readers = Readers(self._chunks, new_id, lease_timeout, self._counted)
         self._writers = Writers(self._chunks, new_id, reservation_timeout, self._counted)
 
@@ -113,6 +116,14 @@ class Index:
     def arena_bytes(self) -> int:
         """What the arena holds once all of it is backed by memory."""
         return self._arena.capacity
+
+    def bytes_written_by(self, engine: str) -> int:
+        """Bytes of the chunks that *engine* began and has not committed, those in quarantine among them."""
+        return self._chunks.bytes_written_by(engine)
+
+    def overdue_writers(self) -> Sequence[int]:
+        """Workers of which a reservation was overdue since this was asked last, once each."""
+        return self._writers.take_overdue()
 
     @property
     def bytes_taken(self) -> int:

@@ -46,6 +46,7 @@ class Writers:
         self._timeout = timeout
         self._counted = counted
         self.dropped: Counter[str] = Counter()
+        self._overdue: dict[int, None] = {}  # workers
         self._live: OrderedDict[bytes, _Reserved] = OrderedDict()
         self._ending: dict[bytes, _Reserved] = {}
         self._reservations_of: dict[int, set[bytes]] = {}  # live and ending, by worker
@@ -119,6 +120,7 @@ class Writers:
                 due = reserved.deadline
                 break
             self._counted["reservations_expired"] += 1
+            self._overdue[reserved.worker] = None
             self._abort(reserved)
         while writing:  # what is left has a shard that nobody claimed in time
             row, details = next(iter(writing.items()))
@@ -126,6 +128,12 @@ class Writers:
                 return min(due, details.deadline)
             self._doom([row])
         return due
+
+    def take_overdue(self) -> list[int]:
+        """Workers of which a reservation was overdue since the last call, once each."""
+        overdue = list(self._overdue)
+        self._overdue.clear()
+        return overdue
 
     def held(self) -> dict[str, int]:
         return {"reservations": len(self._live), "reservations_ending": len(self._ending)}

@@ -10,8 +10,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import trio
-
 from lmcache_trio._core.keys import split_digests
 from lmcache_trio._server.lookups import HANDLERS as SCHEDULER_HANDLERS
 from lmcache_trio._server.lookups import answer_of, engine_of
@@ -157,20 +155,13 @@ def _done(state: State, client: Client, message: Done) -> Message:
 def _reserve(state: State, client: Client, message: Reserve) -> Message:
     engine = engine_of(state, client)
     digests = split_digests(message.digests)
-    reason = state.why_no_slots(client, engine, message.session)
-    if reason:
-        state.dropped[reason] += len(digests)
-        return Reserved(message.id, b"", b"", b"", {reason: len(digests)} if digests else {})
-    now = trio.current_time()
-    key = (engine.name, message.session)
-    shard = client.hello.shard
-    made = state.index.reserve(key, client.number, shard, engine.namespace, message.parent, digests, now)
-    if made.id:
-        client.copies.add(made.id)
-        state.clock.not_later_than(now + state.config.reservation_timeout)
+    made = state.reserve(client, engine, client.number, message.session, message.parent, digests)
+    if not made.id:
+        return Reserved(message.id, b"", b"", b"", dict(made.dropped))
+    client.copies.add(made.id)
     positions = pack_positions([slot.position for slot in made.slots])
     offsets = pack_offsets([slot.offset for slot in made.slots])
-    slot_bytes = state.index.shard_bytes(engine.namespace)[shard]
+    slot_bytes = state.index.shard_bytes(engine.namespace)[client.hello.shard]
     return Reserved(message.id, made.id, positions, offsets, dict(made.dropped), slot_bytes)
 
 

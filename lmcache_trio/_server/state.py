@@ -8,13 +8,13 @@ import logging
 import os
 import select
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
-from lmcache_trio._core.index import Index
+from lmcache_trio._core.index import Index, Reservation
 from lmcache_trio._core.keys import namespace_of
 from lmcache_trio._core.session import Session, Sessions
 from lmcache_trio._server.clock import Clock
@@ -415,6 +415,43 @@ class State:
             client.limits_met.add(name)
             log.warning("%s", error)
         return error
+
+    def reserve(
+        self, client: Client, engine: Engine, worker: int, session: int, parent: bytes, digests: Sequence[bytes]
+    ) -> Reservation:
+        """Slots for a store of *client*, which the index knows as *worker*; what gets none is counted, by reason."""
+        reason = self.why_no_slots(client, engine, session)
+        if reason:
+            self.dropped[reason] += len(digests)
+            return Reservation(b"", (), {reason: len(digests)} if digests else {})
+        now, key, shard = trio.current_time(), (engine.name, session), client.hello.shard
+        made = self.index.reserve(key, worker, shard, engine.namespace, parent, digests, now)
+        if made.id:
+            self.clock.not_later_than(now + self.config.reservation_timeout)
+        if "share" in made.dropped and "write_share" not in client.limits_met:
+            client.limits_met.add("write_share")
+            words = (
+                "%s is writing %s with its engine, and gets no more at one time: that is write_share (%g of the memory"
+                " that no other engine is writing); what it stores beyond is dropped until copies of it end"
+            )
+            log.warning(words, client, format_size(self.index.bytes_written_by(engine.name)), self.config.write_share)
+        return made
+
+    def tell_overdue(self) -> None:
+        """A line of log for each client that did not commit in time, the first time."""
+        for worker in self.index.overdue_writers():
+            client = self.clients.get(worker)
+            if client is None and self.transfer is not None:
+                client = self.transfer.attachments.client_of(worker)
+            if client is None or "reservation_timeout" in client.limits_met:
+                continue
+            client.limits_met.add("reservation_timeout")
+            words = (
+                "%s (process %s) did not commit what it reserved within reservation_timeout (%g s): it is not served,"
+                " and %s that its engine is writing stay taken until it says that its copies ended, or exits"
+            )
+            written = format_size(self.index.bytes_written_by(client.hello.engine))
+            log.warning(words, client, client.peer_pid, self.config.reservation_timeout, written)
 
     def why_no_slots(self, client: Client, engine: Engine, session: int) -> str:
         """Why a store of *client* gets none, whatever room there is; "" when there is no such reason."""

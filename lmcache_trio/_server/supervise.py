@@ -154,6 +154,7 @@ def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: t
         Arena(),
         new_id=lambda: secrets.token_bytes(16),
         lease_share=config.lease_share,
+        write_share=config.write_share,
         lease_timeout=config.lease_timeout,
         reservation_timeout=config.reservation_timeout,
         most_unused=config.limits.namespaces,
@@ -165,7 +166,12 @@ def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: t
     def load_reserved() -> None:
         clock.not_later_than(trio.current_time() + config.reservation_timeout)
 
-    clock = Clock(index.expire, index.sweep)
+    def expire(now: float) -> float:
+        due = index.expire(now)
+        state.tell_overdue()
+        return due
+
+    clock = Clock(expire, index.sweep)
     kept = Tiers(tiers, index, memory, config, load_reserved)
     state = State(config, rendezvous.new_boot(), index, clock, memory, watch_exit, kept)
     if len(kept):

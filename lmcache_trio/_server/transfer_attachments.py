@@ -150,6 +150,10 @@ class Attachments:
         """The attachment of *client*, if there is one."""
         return self._open.get(client.number)
 
+    def client_of(self, writer: int) -> Client | None:
+        """The client whose attachment is *writer* in the index, if there is one."""
+        return next((found.client for found in self._open.values() if found.writer == writer), None)
+
     def lose(self, client: Client) -> None:
         """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
         opening = self._opening.pop(client.number, None)

@@ -8,8 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import trio
-
 from lmcache_trio._core.exports import CudaMemory, Export
 from lmcache_trio._core.keys import split_digests
 from lmcache_trio._server.rendezvous import dismiss
@@ -88,15 +86,9 @@ def _store_blocks(state: State, client: Client, message: StoreBlocks) -> Message
     _check_begin(attachment, message)
     if message.layered and message.event:
         raise Misuse("a layered store follows the events of its layers: it has none of its own")
-    reason = state.why_no_slots(client, engine, message.session)
-    if reason:
-        state.dropped[reason] += len(digests)
-        return Stored(message.id, 0, 0, {reason: len(digests)})
-    now, key, shard = trio.current_time(), (engine.name, message.session), client.hello.shard
-    made = state.index.reserve(key, attachment.writer, shard, engine.namespace, message.parent, digests, now)
+    made = state.reserve(client, engine, attachment.writer, message.session, message.parent, digests)
     if not made.id:
         return Stored(message.id, 0, 0, dict(made.dropped))
-    state.clock.not_later_than(now + state.config.reservation_timeout)
     chosen = [block for slot in made.slots for block in blocks[slot.position * count : (slot.position + 1) * count]]
     offsets = [slot.offset for slot in made.slots]
     work = Work(message.id, made.id, offsets, chosen, message.event, dict(made.dropped))

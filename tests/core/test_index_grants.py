@@ -268,3 +268,87 @@ def test_leases_that_are_overdue_together_are_ended_in_pieces(world: Make, monke
         assert w.index.lease(("e", session), w.name, w.digests("abc"), 0.0) is not None
     due = [(w.index.expire(31.0), w.held["leases"]) for _ in range(3)]
     assert due == [(30.0, 3), (30.0, 1), (float("inf"), 0)]
+
+
+# --- write_share: what one engine may be writing at one time ----------------------------------------------------------
+
+
+def test_an_engine_that_never_commits_leaves_the_others_their_share(world: Make) -> None:
+    w = world(16, write_share=0.5)
+    for chain in ("abcdefghijkl", "mnop", "q"):
+        w.reserve(chain, engine="hangs")
+    assert w.dropped == {"share": 9}
+    assert (w.held["chunks_writing"], w.index.bytes_written_by("hangs")) == (8, 8 * 4096)
+    got = w.reserve("ABCD", engine="other", worker=2)
+    assert len(w.index.commit(got.id, 2)) == 4
+
+
+def test_engines_that_never_commit_leave_a_part_however_many_they_are(world: Make) -> None:
+    w = world(64, write_share=0.5)
+    slots = [len(w.reserve(engine * 60, engine=engine, worker=i).slots) for i, engine in enumerate("abcdfg")]
+    assert slots == [32, 16, 8, 4, 2, 1]
+    assert len(w.store("xyz").slots) == 1
+
+
+def test_what_may_be_written_to_yet_counts_until_its_copy_has_ended(world: Make) -> None:
+    w = world(8, write_share=0.5, reservation_timeout=60.0)
+    made = w.reserve("abcd")
+    w.index.expire(61.0)
+    assert w.index.overdue_writers() == [1]
+    assert w.index.overdue_writers() == []
+    assert w.reserve("x").dropped == {"share": 1}
+    w.index.abort(made.id, 1)
+    assert w.index.bytes_written_by("e") == 0
+    assert len(w.reserve("wxyz").slots) == 4
+
+
+def test_chunks_that_wait_for_a_shard_that_never_comes_count_until_they_are_given_up(world: Make) -> None:
+    w = world(16, shards=2, write_share=0.5, reservation_timeout=60.0)
+    for chain in ("ab", "cd", "ef"):
+        made = w.reserve(chain)
+        if made.id:
+            w.index.commit(made.id, 1)
+    assert w.dropped == {"share": 2}
+    w.index.expire(61.0)
+    assert len(w.reserve("ef").slots) == 2
+
+
+def test_workers_of_one_engine_are_charged_once_for_the_chunk_that_they_share(world: Make) -> None:
+    w = world(16, shards=4, write_share=0.5)
+    made = [w.reserve("ab", shard=shard, worker=shard) for shard in range(4)]
+    assert [len(reservation.slots) for reservation in made] == [2, 2, 2, 2]
+    assert w.index.bytes_written_by("e") == 2 * 4 * 4096
+    for worker, reservation in enumerate(made):
+        w.index.commit(reservation.id, worker)
+    assert w.index.bytes_written_by("e") == 0
+
+
+def test_one_engine_may_fill_all_of_the_arena_a_share_at_one_time(world: Make) -> None:
+    w = world(8, write_share=0.5)
+    w.store("abcd")
+    w.store("abcdefgh", known=4)
+    assert (w.hits("abcdefgh"), w.dropped, w.arena.free_bytes) == (8, {}, 0)
+
+
+def test_one_chunk_is_within_every_share_and_one_larger_than_the_arena_is_said_to_be_so(world: Make) -> None:
+    w = world(1, write_share=0.1)
+    assert w.store("ab").dropped == {"share": 1}
+    w.index.attach(b"L" * 32, [3 * 4096])
+    w.reserve("x")
+    assert w.index.reserve(("e", 1), 1, 0, b"L" * 32, b"", w.digests("a"), 0.0).dropped == {"too_large": 1}
+
+
+def test_what_the_server_loads_is_no_engines_writing(world: Make) -> None:
+    w = world(8, write_share=0.5)
+    for chain in ("a", "b", "c", "d", "e", "f"):
+        assert w.index.reserve_load(w.name, b"", w.digests(chain)[0], 0.0) is not None
+
+
+def test_a_reset_leaves_what_was_being_written_charged_until_its_copy_has_ended(world: Make) -> None:
+    w = world(8, write_share=0.5)
+    made = w.reserve("abcd")
+    w.index.reset(w.name)
+    assert w.reserve("x").dropped == {"share": 1}
+    with pytest.raises(Gone):
+        w.index.commit(made.id, 1)
+    assert w.reserve("x").slots

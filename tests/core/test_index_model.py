@@ -52,7 +52,7 @@ class IndexMachine(IndexModel):
         self.drop_gone(gone)
         assert len(slots) + sum(got.dropped.values()) == len(keys)
         assert bool(got.id) == bool(slots)
-        stopped, above, chunks = orphaned, parent, []
+        stopped, above, chunks, beyond_share = orphaned, parent, [], False
         for position, key in enumerate(keys):
             offset, chunk = slots.get(position), self.seen.get(key)
             if chunk is not None:
@@ -64,6 +64,7 @@ class IndexMachine(IndexModel):
                     assert offset == chunk.base + starts[shard]
             elif offset is not None:
                 assert not stopped
+                assert self.may_write(engine, extent)
                 chunk = Chunk(key, offset - starts[shard], extent, above)
                 chunk.engine, chunk.session = engine, (engine, number)
                 self.seen[key] = chunk
@@ -71,6 +72,7 @@ class IndexMachine(IndexModel):
             elif key not in gone:
                 if not stopped and idle_before and above is None and position == 0:
                     raise AssertionError(f"nothing was in use, yet no slot: {got.dropped}")
+                beyond_share = beyond_share or (not stopped and not self.may_write(engine, extent))
                 stopped = True
             if offset is not None and chunk is not None:
                 chunk.claimed.add(shard)
@@ -88,6 +90,8 @@ class IndexMachine(IndexModel):
                 "deadline": self.now + WRITE,
                 "namespace": namespace,
             }
+        assert "share" in got.dropped or not beyond_share
+        assert "share" not in got.dropped or beyond_share or gone
         for key in gone:
             old = before[key]
             assert not any(c.parent is old for c in self.seen.values()), "evicted before its children"

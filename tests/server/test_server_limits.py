@@ -146,7 +146,7 @@ async def test_a_layout_that_no_engine_uses_and_that_holds_nothing_is_forgotten(
 async def test_a_layout_with_chunks_is_kept_for_an_engine_that_comes_back_and_goes_with_its_last_chunk(
     rigs: Any, heap: Any, digests: Any
 ) -> None:
-    async with rigs(heap(size=(64 << 10) * 2 + 4096), lease_share=1.0) as rig:
+    async with rigs(heap(size=(64 << 10) * 2 + 4096), lease_share=1.0, write_share=1.0) as rig:
         scheduler, worker = await rig.engine()
         await rig.stored(scheduler, worker, 1, digests(2))
         await worker.register(fingerprint(1))

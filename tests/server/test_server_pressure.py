@@ -79,7 +79,7 @@ async def test_two_engines_that_store_one_prompt_at_once_wait_for_nobody_and_bot
 async def test_when_every_slot_is_leased_a_store_is_dropped_at_once_and_counted(
     rigs: Any, heap: Any, digests: Any
 ) -> None:
-    async with rigs(heap(size=(64 << 10) * 2 + 4096), lease_share=1.0) as rig:
+    async with rigs(heap(size=(64 << 10) * 2 + 4096), lease_share=1.0, write_share=1.0) as rig:
         scheduler, worker = await rig.engine()
         await rig.stored(scheduler, worker, 1, digests(2))
         assert (await scheduler.lookup(2, digests(2))).chunks == 2
@@ -106,7 +106,7 @@ async def test_a_client_that_dies_with_a_flood_of_requests_under_way_leaves_noth
 
 
 async def test_taken_leaves_the_lease_share(rigs: Any, heap: Any, digests: Any) -> None:
-    async with rigs(heap(size=(64 << 10) * 4 + 4096 * 5), lease_share=0.5) as rig:
+    async with rigs(heap(size=(64 << 10) * 4 + 4096 * 5), lease_share=0.5, write_share=1.0) as rig:
         scheduler, worker = await rig.engine()
         await rig.stored(scheduler, worker, 1, digests(4))
         first = await scheduler.lookup(2, digests(4))
@@ -131,7 +131,7 @@ async def test_clients_are_told_when_the_arena_grows(rigs: Any, heap: Any) -> No
 async def test_an_arena_smaller_than_one_prompt_stores_what_fits_and_counts_the_rest(
     rigs: Any, heap: Any, digests: Any
 ) -> None:
-    async with rigs(heap(size=(64 << 10) * 3 + 4096)) as rig:
+    async with rigs(heap(size=(64 << 10) * 3 + 4096), write_share=1.0) as rig:
         scheduler, worker = await rig.engine()
         await scheduler.lookup(1, digests(8))
         made = await worker.reserve(1, digests(8))

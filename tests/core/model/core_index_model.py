@@ -18,6 +18,7 @@ PATHS = ["abcd", "abce", "afg", "hij"]
 PAGES = 10
 LEASE, WRITE = 10, 17
 SHARE = 0.5
+WRITE_SHARE = 0.6
 
 
 def name(chain: str) -> bytes:
@@ -38,8 +39,9 @@ class Chunk:
 class IndexModel(RuleBasedStateMachine):
     """The model, and what must hold between any two rules."""
 
-    @initialize(shards=st.integers(1, 3), big=st.integers(1, 3))
-    def make(self, shards: int, big: int) -> None:
+    @initialize(shards=st.integers(1, 3), big=st.integers(1, 3), write_share=st.sampled_from([WRITE_SHARE, 1.0]))
+    def make(self, shards: int, big: int, write_share: float) -> None:
+        self.write_share = write_share
         ids = count(1)
         self.arena = Arena()
         self.arena.reserve_head(4096)
@@ -47,6 +49,7 @@ class IndexModel(RuleBasedStateMachine):
             self.arena,
             new_id=lambda: next(ids).to_bytes(16, "big"),
             lease_share=SHARE,
+            write_share=self.write_share,
             lease_timeout=LEASE,
             reservation_timeout=WRITE,
         )
@@ -64,6 +67,15 @@ class IndexModel(RuleBasedStateMachine):
         self.holds: list[tuple[Hold, Chunk]] = []
 
     # what the model says
+
+    def may_write(self, engine: str, length: int) -> bool:
+        mine, all_engines = 0, 0
+        for chunk in self.alive:
+            if chunk.state in ("writing", "doomed"):
+                all_engines += chunk.length
+                mine += chunk.length if chunk.engine == engine else 0
+        bound = self.write_share * (self.arena.taken - (all_engines - mine))
+        return self.write_share == 1 or mine == 0 or mine + length <= bound
 
     def settle(self, chunk: Chunk) -> None:
         if chunk.state in ("doomed", "stale") and not chunk.users:

@@ -345,6 +345,25 @@ async def test_a_reservation_that_timed_out_under_its_copy_publishes_nothing(
         assert rig.held["bytes_quarantined"] == 0
 
 
+async def test_a_worker_whose_copies_never_end_leaves_the_other_engines_room_and_is_named(
+    open_rig: Open, digests: Callable[..., Any], connect: Callable[..., Any], caplog: Any, autojump_clock: Any
+) -> None:
+    async with open_rig(reservation_timeout=10.0) as rig:
+        chain = digests(200)
+        await rig.scheduler.lookup(1, chain)
+        await rig.store(1, chain, [0, 1] * 200)
+        assert rig.counted["drops"]["share"] == 200 - 128
+        other = await connect(rig.server.address, Role.SCHEDULER, "other")
+        worker = await connect(rig.server.address, Role.WORKER, "other")
+        await worker.register(shard_bytes=SHARD_BYTES)
+        await other.lookup(1, digests(4, "more"))
+        assert await worker.commit((await worker.reserve(1, digests(4, "more"))).reservation) == 4
+        await trio.sleep(11)
+        for setting in ("write_share", "reservation_timeout"):
+            (line,) = [record.getMessage() for record in caplog.records if setting in record.getMessage()]
+            assert "engine 'engine'" in line
+
+
 async def test_who_lost_its_connection_is_told_when_its_blocks_are_let_go(
     open_rig: Open, digests: Callable[..., Any]
 ) -> None:
