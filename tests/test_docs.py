@@ -1,5 +1,6 @@
 """The documentation says what the code says: its tables are made from it, its links lead somewhere."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -50,6 +51,38 @@ def test_every_setting_of_the_server_and_of_each_built_in_backend_has_help_and_s
 def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
     assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+def test_each_file_and_name_that_answers_where_do_i_change_is_there() -> None:
+    text = (DOCS / "where.md").read_text()
+    answers = re.findall(r"^: `([^`]+)`: (.+)$", text, re.MULTILINE)
+    assert len(answers) == len(re.findall(r"^: ", text, re.MULTILINE))
+    assert len(re.findall(r"^\*\*.+\?\*\*\n: ", text, re.MULTILINE)) >= 20  # questions that have an answer
+    missing = []
+    for path, names in answers:
+        defined = names_in(DOCS.parent / path) if (DOCS.parent / path).is_file() else set()
+        wanted = re.findall(r"`([^`]+)`", names)
+        assert wanted
+        missing += [(path, name) for name in wanted if name not in defined]
+    assert missing == []
+
+
+def names_in(path: Path) -> set[str]:
+    """What *path* defines: functions, classes, constants, and `Class.member`."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        found |= defined_by(node)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{name}" for member in node.body for name in defined_by(member)}
+    return found
+
+
+def defined_by(node: ast.stmt) -> set[str]:
+    """The names that this one statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def test_every_command_and_each_of_its_flags_stands_in_the_reference() -> None:
