@@ -24,8 +24,15 @@ def test_a_background_thread_that_does_not_turn_gives_zero_by_the_hosts_own_boun
 ) -> None:
     side = sides(live_server.address, make_kv(1), lookup_timeout=0.2)
     side.store("r", TOKENS, list(range(16)))
+    entered: Handoff[bool] = Handoff()
     stuck: Handoff[bool] = Handoff()
-    side.scheduler._link.post(stuck.wait, 60)
+
+    def hang() -> None:
+        entered.set(True)
+        stuck.wait(60)
+
+    side.scheduler._link.post(hang)
+    assert entered.wait(60)  # an answer that the loop reads before it hangs would be a hit
     try:
         side.scheduler.maybe_submit_lookup_request("q", TOKENS)
         assert side.scheduler.check_lookup_result("q") == 0

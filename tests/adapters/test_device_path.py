@@ -119,7 +119,7 @@ async def test_what_a_living_server_says_nothing_of_is_waited_for_without_end_an
     async def nobody_can_be_asked(address: str) -> None:
         await trio.sleep_forever()
 
-    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_listening", nobody_can_be_asked)
+    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_server", nobody_can_be_asked)
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     path._pidfd = os.pidfd_open(process.pid)
     server: Any = Silent()
@@ -250,14 +250,14 @@ async def test_a_server_that_refuses_to_say_what_it_moves_is_asked_again_after_a
             raise error
         yield Asker()
 
-    async def wait_listening(address: str) -> None:
+    async def wait_server(address: str) -> None:
         await trio.lowlevel.checkpoint()
 
     async def wait_exit(done: trio.CancelScope) -> None:
         await trio.sleep_forever()
 
     monkeypatch.setattr("lmcache_trio.adapters.device_path.connect", connect)
-    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_listening", wait_listening)
+    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_server", wait_server)
     monkeypatch.setattr(path, "_wait_exit", wait_exit)
     server: Any = Server()
     with caplog.at_level(logging.WARNING, "lmcache_trio"), trio.fail_after(1000):
@@ -268,7 +268,7 @@ async def test_a_server_that_refuses_to_say_what_it_moves_is_asked_again_after_a
     assert sum(str(error) in record.message for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize("where", ["wait_listening", "connect"])
+@pytest.mark.parametrize("where", ["wait_server", "connect"])
 @pytest.mark.parametrize(
     "error", [OSError(24, "Too many open files"), ExceptionGroup("two", [ValueError(), OSError()])]
 )
@@ -290,12 +290,12 @@ async def test_what_nobody_thought_of_gives_no_blocks_back(
         fail("connect")
         yield Asker()
 
-    async def wait_listening(address: str) -> None:
+    async def wait_server(address: str) -> None:
         await trio.lowlevel.checkpoint()
-        fail("wait_listening")
+        fail("wait_server")
 
     monkeypatch.setattr("lmcache_trio.adapters.device_path.connect", connect)
-    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_listening", wait_listening)
+    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_server", wait_server)
     server: Any = Server()
     begun = trio.current_time()
     with trio.fail_after(1000):
