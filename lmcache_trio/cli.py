@@ -30,6 +30,14 @@ __all__ = ["app", "main"]
 
 _NAME = "lmcache-trio"
 _LEVELS = ("debug", "info", "warning", "error")
+_OTHER_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error"}
+"""Names that others have for them; nothing of ours is worse than an error."""
+_NO_OUTPUT = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EBADF, errno.EINVAL, errno.EAGAIN, errno.ECONNRESET),
+)
+"""What a write to standard output can fail with, beside a pipe that nobody reads: a disk, a limit (`ulimit -f`), a
+descriptor that takes no output (`1</dev/null`), one that does not block, a socket."""
 
 Sets = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative=())]
 ConfigFile = Annotated[Path | None, Parameter(name="--config")]
@@ -280,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has enough of it: end as any program would, without a word
         code = 128 + signal.SIGPIPE
     except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if exc.errno not in _NO_OUTPUT:
             raise
         code = _fail(f"{exc.filename or 'the output'} could not be written: {exc.strerror}", 1)
     else:
@@ -340,9 +348,16 @@ def _fail(message: str, code: int) -> int:
 def _settings(config: Path | None, sets: Sequence[str], address: str | None) -> "Config":
     from lmcache_trio.config import load_config
 
+    named_by = "--config"
     if config is None and os.environ.get("LMCACHE_TRIO_CONFIG"):
-        config = Path(os.environ["LMCACHE_TRIO_CONFIG"])
-    return load_config(config, sets if address is None else (*sets, f"address={address}"))
+        named_by = "LMCACHE_TRIO_CONFIG"
+        config = Path(os.environ[named_by])
+    try:
+        return load_config(config, sets if address is None else (*sets, f"address={address}"))
+    except ConfigError as exc:
+        if exc.key == "--config":
+            raise ConfigError(named_by, exc.problem) from exc
+        raise
 
 
 def _interrupt_by_exception() -> None:
@@ -354,6 +369,7 @@ def _interrupt_by_exception() -> None:
 def _log_to_stderr() -> None:
     given = os.environ.get("LMCACHE_TRIO_LOG") or "info"
     level = given.strip().lower()
+    level = _OTHER_LEVELS.get(level, level)
     if level not in _LEVELS:
         raise ConfigError("LMCACHE_TRIO_LOG", f"{given!r} is no level; give one of {', '.join(_LEVELS)}")
     logging.basicConfig(level=level.upper(), handlers=[GatheringHandler()])

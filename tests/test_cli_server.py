@@ -127,6 +127,21 @@ def test_status_says_in_one_line_that_the_disk_is_full(server: Server, arguments
     failed(done, "No space left on device")
 
 
+@pytest.mark.parametrize("arguments", [["--json"], []])
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ('cd "$DIR"; ulimit -f 0; "$@" > out', "File too large"),
+        ('"$@" 1< /dev/null', "Bad file descriptor"),
+    ],
+)
+def test_status_says_in_one_line_that_its_output_takes_nothing(
+    server: Server, arguments: list[str], command: str, words: str, tmp_path: Path
+) -> None:
+    done = to_where(f'DIR="{tmp_path}"; {command}', "status", "--address", server.address, *arguments)
+    failed(done, words)
+
+
 def test_status_into_the_first_lines_of_it_prints_them(server: Server) -> None:
     done = to_where('set -o pipefail; "$@" | head -1', "status", "--address", server.address, "--json")
     assert (done.stdout, done.stderr) == ("{\n", "")

@@ -115,12 +115,13 @@ def test_a_wrong_key_in_the_file_is_named_too(tmp_path: Path) -> None:
 
 
 def test_the_environment_names_the_file_and_is_named_itself(tmp_path: Path) -> None:
-    refused(run("serve", env={"LMCACHE_TRIO_CONFIG": str(tmp_path / "absent.toml")}), "absent.toml")
+    absent = str(tmp_path / "absent.toml")
+    refused(run("serve", env={"LMCACHE_TRIO_CONFIG": absent}), f"LMCACHE_TRIO_CONFIG: cannot read {absent!r}")
     refused(run("serve", env={"LMCACHE_TRIO_CHUNK_TOKENS": "many"}), "chunk_tokens", "LMCACHE_TRIO_CHUNK_TOKENS")
     refused(run("serve", "--address", f"ipc://{tmp_path}/s.ipc", env={"LMCACHE_TRIO_LOG": "loud"}), "LMCACHE_TRIO_LOG")
 
 
-@pytest.mark.parametrize("level", ["INFO", "Warning", "debug", ""])
+@pytest.mark.parametrize("level", ["INFO", "Warning", "debug", "", "WARN", "Critical"])
 def test_a_level_of_log_is_understood_in_either_case(level: str, tmp_path: Path) -> None:
     arguments = ["serve", "--address", f"ipc://{tmp_path}/s.ipc", "--set", "tiers.0.backend=nope"]
     refused(run(*arguments, env={"LMCACHE_TRIO_LOG": level}), "tiers.0.backend")  # the next thing that is wrong

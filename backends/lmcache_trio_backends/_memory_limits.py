@@ -74,9 +74,23 @@ def _cgroups(proc: Path) -> Iterator[tuple[_Version, Path]]:
                 continue
             root, mount = (_unescaped(text) for text in before.split()[3:5])
             own = PurePosixPath(paths[version])
-            inside = own.relative_to(root) if own.is_relative_to(root) and ".." not in own.parts else PurePosixPath()
+            inside = PurePosixPath()  # at least the top of what is mounted
+            if ".." in PurePosixPath(root).parts:
+                inside = _found(Path(mount), [*PurePosixPath(root).parts[1:], *own.parts[1:]])
+            elif own.is_relative_to(root) and ".." not in own.parts:
+                inside = own.relative_to(root)
             for part in (inside, *inside.parents):
                 yield version, Path(mount) / part
+
+
+def _found(mount: Path, way: list[str]) -> PurePosixPath:
+    """This process's cgroup below *mount*, which was mounted outside of our cgroup namespace: its root is `/../..`, and
+    how many levels we are below it is told, but no names. So it is searched for there, by our process id."""
+    for file in mount.glob("/".join(["*"] * len(way)) + "/cgroup.procs"):
+        with suppress(OSError):
+            if str(os.getpid()) in file.read_text().split():
+                return PurePosixPath(file.parent.relative_to(mount))
+    return PurePosixPath()
 
 
 def _own_paths(proc: Path) -> Iterator[tuple[_Version, str]]:

@@ -1,5 +1,6 @@
 """The memory that a process may have, read from trees that look like /proc and /sys/fs/cgroup of several systems."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,20 @@ def test_in_a_container_that_sees_its_path_on_the_host_too(system: System, own: 
     mount = system.mount(own, kind="v1", root="/docker/one")
     system.write(mount / "memory.limit_in_bytes", f"{2 * GIB}\n")
     system.write(mount / "inner/memory.limit_in_bytes", f"{UNLIMITED}\n")
+    assert system.memory().limit == 2 * GIB
+
+
+@pytest.mark.parametrize("own", ["/", "/inner"])
+@pytest.mark.parametrize(("kind", "limit"), [("v2", "memory.max"), ("v1", "memory.limit_in_bytes")])
+def test_with_the_hosts_cgroups_mounted_in_a_namespace_of_its_own_they_are_searched(
+    system: System, kind: str, limit: str, own: str
+) -> None:
+    mount = system.mount(own, kind=kind, root="/../..")
+    system.write(mount / "docker" / limit, f"{3 * GIB}\n")
+    for name, pids in (("one", "1\n2\n"), ("two", f"1\n{os.getpid()}\n"), ("three", "")):
+        inside = mount / "docker" / name / own.lstrip("/")
+        system.write(inside / limit, f"{2 * GIB if name == 'two' else GIB}\n")
+        system.write(inside / "cgroup.procs", pids)
     assert system.memory().limit == 2 * GIB
 
 
