@@ -25,7 +25,7 @@ import attrs
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio.errors import Misuse
 
-__all__ = ["Load", "LoadState", "Loads"]
+__all__ = ["LoadState", "Loads", "TierLoad"]
 
 
 class LoadState(Enum):
@@ -43,7 +43,7 @@ Wisher = Callable[[], None]
 
 
 @attrs.define(eq=False)
-class Load:
+class TierLoad:
     """One chunk on its way from a tier, *size* bytes in memory; *parent* is the digest before it (b"": it is first)."""
 
     key: ChunkKey
@@ -67,10 +67,10 @@ class Loads:
         self._most_bytes = most_bytes
         self._most = most
         self._numbers = 0
-        self._current: dict[ChunkKey, Load] = {}  # WANTED, LOADING, LANDED
-        self._ending: dict[ChunkKey, Load] = {}  # UNWANTED, its call has not returned
-        self._queue: list[tuple[float, int, Load]] = []  # a heap; some have another deadline or state by now
-        self._parked: dict[ChunkKey, list[Load]] = {}  # by the load that they wait for
+        self._current: dict[ChunkKey, TierLoad] = {}  # WANTED, LOADING, LANDED
+        self._ending: dict[ChunkKey, TierLoad] = {}  # UNWANTED, its call has not returned
+        self._queue: list[tuple[float, int, TierLoad]] = []  # a heap; some have another deadline or state by now
+        self._parked: dict[ChunkKey, list[TierLoad]] = {}  # by the load that they wait for
         self.in_flight = 0
         self.bytes_in_flight = 0
         self.bytes_landed = 0
@@ -79,17 +79,17 @@ class Loads:
     def __len__(self) -> int:
         return len(self._current) + len(self._ending)
 
-    def want(self, key: ChunkKey, parent: bytes, size: int, deadline: float, wisher: Wisher) -> Load:
+    def want(self, key: ChunkKey, parent: bytes, size: int, deadline: float, wisher: Wisher) -> TierLoad:
         """*wisher* wants *key* until *deadline*. The load may be another's, and LANDED already."""
         load = self._current.get(key)
         if load is None:
             self._numbers += 1
-            load = self._current[key] = Load(key, parent, size, self._numbers)
+            load = self._current[key] = TierLoad(key, parent, size, self._numbers)
         load.wishers[wisher] = min(deadline, load.wishers.get(wisher, deadline))
         self._set_deadline(load)
         return load
 
-    def unwant(self, load: Load, wisher: Wisher) -> bool:
+    def unwant(self, load: TierLoad, wisher: Wisher) -> bool:
         """*wisher* does not want it any more. True if nobody does, by this: a call that runs is then to be ended."""
         if load.wishers.pop(wisher, None) is None:
             return False
@@ -105,7 +105,7 @@ class Loads:
             self._give_up(load)
         return True
 
-    def next(self) -> Load | None:
+    def next(self) -> TierLoad | None:
         """The load whose call begins now; None: none is wanted, or those in flight must return first."""
         while self._queue:
             deadline, _, load = self._queue[0]
@@ -127,7 +127,7 @@ class Loads:
                 return load
         return None
 
-    def landed(self, load: Load) -> None:
+    def landed(self, load: TierLoad) -> None:
         """Its bytes are in memory, and its call has returned."""
         if load.state is not LoadState.LOADING:
             raise Misuse(f"a load that is {load.state.value} cannot land")
@@ -135,7 +135,7 @@ class Loads:
         load.state = LoadState.LANDED
         self.bytes_landed += load.size
 
-    def missed(self, load: Load) -> None:
+    def missed(self, load: TierLoad) -> None:
         """Its call has returned without; or, of an UNWANTED one, has returned."""
         if load.state is LoadState.LOADING:
             self._returned(load)
@@ -147,7 +147,7 @@ class Loads:
         else:
             raise Misuse(f"a load that is {load.state.value} cannot miss")
 
-    def give_up(self, namespace: bytes | None = None) -> list[Load]:
+    def give_up(self, namespace: bytes | None = None) -> list[TierLoad]:
         """Expect nothing more, of *namespace* or at all. Returns what its wishers waited for; running calls are to end.
 
         What has LANDED stays so.
@@ -164,13 +164,13 @@ class Loads:
                 self._give_up(load)
         return given_up
 
-    def _set_deadline(self, load: Load) -> None:
+    def _set_deadline(self, load: TierLoad) -> None:
         deadline = min(load.wishers.values())
         if load.state is LoadState.WANTED and (deadline != load.deadline or len(load.wishers) == 1):
             load.deadline = deadline
             heappush(self._queue, (deadline, load.number, load))
 
-    def _waits_for(self, load: Load) -> ChunkKey | None:
+    def _waits_for(self, load: TierLoad) -> ChunkKey | None:
         if load.key in self._ending:
             return load.key
         if load.parent:
@@ -180,17 +180,17 @@ class Loads:
                 return above
         return None
 
-    def _give_up(self, load: Load) -> None:
+    def _give_up(self, load: TierLoad) -> None:
         load.state = LoadState.UNWANTED
         del self._current[load.key]
         self._ending[load.key] = load
 
-    def _leave(self, load: Load, state: LoadState) -> None:
+    def _leave(self, load: TierLoad, state: LoadState) -> None:
         load.state = state
         del self._current[load.key]
         self._unpark(load.key)
 
-    def _returned(self, load: Load) -> None:
+    def _returned(self, load: TierLoad) -> None:
         self.in_flight -= 1
         self.bytes_in_flight -= load.size
 
@@ -199,6 +199,6 @@ class Loads:
             if load.state is LoadState.WANTED:
                 heappush(self._queue, (load.deadline, load.number, load))
 
-    def waiting(self) -> Iterator[Load]:
+    def waiting(self) -> Iterator[TierLoad]:
         """The loads that are WANTED, in no order: for statistics and tests."""
         return (load for load in self._current.values() if load.state is LoadState.WANTED)

@@ -18,7 +18,7 @@ from lmcache_trio._server.address import socket_path
 from lmcache_trio._server.handlers import error_reply, handle
 from lmcache_trio._server.rendezvous import dismiss
 from lmcache_trio._server.state import Client, LostWriter, State
-from lmcache_trio._server.tier import Branch
+from lmcache_trio._server.tasks import Branch
 from lmcache_trio._transport import Connection, PairListener
 from lmcache_trio._wire.codec import ECHO, decode, peek_id
 from lmcache_trio.errors import Gone, LMCacheTrioError, ProtocolError, Unavailable

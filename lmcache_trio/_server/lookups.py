@@ -13,7 +13,7 @@ import trio
 from lmcache_trio._core.keys import DIGEST_BYTES, split_digests
 from lmcache_trio._core.session import LookupState, Session
 from lmcache_trio._server.state import Client, Engine, State
-from lmcache_trio._server.tier_writes import Deletion
+from lmcache_trio._server.tiers.writer import Deletion
 from lmcache_trio._wire.messages import (
     Ack,
     Answer,

@@ -14,13 +14,13 @@ import trio
 
 from lmcache_trio._core.index import Hold
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.loads import Load, LoadState
+from lmcache_trio._core.loads import LoadState, TierLoad
 from lmcache_trio._core.plan import Plan
 from lmcache_trio._core.session import Session
 from lmcache_trio._server.lookups import answer_now, answer_of
 from lmcache_trio._server.state import Client, Engine, State
-from lmcache_trio._server.tier import Keeper
-from lmcache_trio._server.tier_questions import Question
+from lmcache_trio._server.tiers.contains import Question
+from lmcache_trio._server.tiers.runner import TierRunner
 from lmcache_trio._wire.messages import Lookup
 
 __all__ = ["Prefetches"]
@@ -81,7 +81,7 @@ class Prefetch:
         self.client = client
         self.session = session
         self._state = state
-        self._keepers = state.tiers.keepers
+        self._runners = state.tiers.runners
         self._engine = engine
         self._namespace = engine.namespace
         self._scope = trio.CancelScope()
@@ -89,8 +89,8 @@ class Prefetch:
         self._lease = b""
         self._holds: list[Hold] = []
         self._questions: dict[int, Question] = {}
-        self._coming: dict[int, tuple[Keeper, Load]] = {}
-        self._landed: list[tuple[Keeper, Load]] = []
+        self._coming: dict[int, tuple[TierRunner, TierLoad]] = {}
+        self._landed: list[tuple[TierRunner, TierLoad]] = []
         self._closed = False
 
     def wake(self) -> None:
@@ -102,9 +102,9 @@ class Prefetch:
         self._closed = True
         self._scope.cancel()
         for tier, question in self._questions.items():
-            self._keepers[tier].questions.withdraw(question)
-        for keeper, load in (*self._coming.values(), *self._landed):
-            keeper.loading.unwant(load, self.wake)
+            self._runners[tier].contains.withdraw(question)
+        for runner, load in (*self._coming.values(), *self._landed):
+            runner.loader.unwant(load, self.wake)
         for hold in self._holds:
             self._state.index.unhold(hold)
         if self._lease:
@@ -134,7 +134,7 @@ class Prefetch:
             self.answer(asked, wanted)
 
     async def _gather(self, wanted: Sequence[bytes], deadline: float) -> None:
-        plan = Plan(len(wanted), len(self._keepers))
+        plan = Plan(len(wanted), len(self._runners))
         if not self._lease_what_leads(plan, wanted):
             return  # no more could be leased than is here already
         await self._hold_the_rest(plan, wanted)
@@ -143,20 +143,20 @@ class Prefetch:
             self._changed = trio.Event()
             self._collect(plan)
             for position, tier in plan.to_want():
-                keeper = self._keepers[tier]
+                runner = self._runners[tier]
                 parent = wanted[position - 1] if position else b""
                 key = ChunkKey(self._namespace, wanted[position])
-                self._coming[position] = (keeper, keeper.loading.want(key, parent, deadline, self.wake))
+                self._coming[position] = (runner, runner.loader.want(key, parent, deadline, self.wake))
             if any(load.settled for _, load in self._coming.values()):
                 continue
             if plan.done:
                 return
             now = trio.current_time()
-            if asked < len(self._keepers) and (not self._questions or now >= ask_next):
+            if asked < len(self._runners) and (not self._questions or now >= ask_next):
                 self._ask(asked, plan, wanted)
                 asked, ask_next = asked + 1, now + NEXT_TIER * (deadline - now)
                 continue
-            with trio.move_on_at(ask_next if asked < len(self._keepers) else inf):
+            with trio.move_on_at(ask_next if asked < len(self._runners) else inf):
                 await self._changed.wait()
 
     def _lease_what_leads(self, plan: Plan, wanted: Sequence[bytes]) -> bool:
@@ -186,12 +186,12 @@ class Prefetch:
     def _ask(self, tier: int, plan: Plan, wanted: Sequence[bytes]) -> None:
         positions = plan.ask(tier)
         question = Question(self._namespace, [wanted[position] for position in positions], self.wake)
-        keeper = self._keepers[tier]
+        runner = self._runners[tier]
         self._questions[tier] = question
-        if not positions or keeper.writing.is_deleting(self._namespace):
+        if not positions or runner.writer.is_deleting(self._namespace):
             question.answer([False] * len(positions))
         else:
-            keeper.questions.ask(question)
+            runner.contains.ask(question)
 
     def _collect(self, plan: Plan) -> None:
         """Take note of what is known by now, and let go of what is not needed for it."""
@@ -199,15 +199,15 @@ class Prefetch:
             if question.found is not None:
                 del self._questions[tier]
                 plan.answered(tier, question.found)
-        for position, (keeper, load) in list(self._coming.items()):
+        for position, (runner, load) in list(self._coming.items()):
             if load.settled:
                 del self._coming[position]
                 if load.state is LoadState.LANDED:
                     plan.landed(position)
-                    self._landed.append((keeper, load))
+                    self._landed.append((runner, load))
                 else:
                     plan.missed(position)
-                    keeper.loading.unwant(load, self.wake)
+                    runner.loader.unwant(load, self.wake)
         for position in [position for position in self._coming if position >= plan.cut]:
-            keeper, load = self._coming.pop(position)
-            keeper.loading.unwant(load, self.wake)
+            runner, load = self._coming.pop(position)
+            runner.loader.unwant(load, self.wake)

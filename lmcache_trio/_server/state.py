@@ -8,7 +8,7 @@ import logging
 import os
 import select
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -18,9 +18,9 @@ from lmcache_trio._core.index import Index, Reservation
 from lmcache_trio._core.keys import namespace_of
 from lmcache_trio._core.session import Session, Sessions
 from lmcache_trio._server.clock import Clock
-from lmcache_trio._server.tier_loads import Start
-from lmcache_trio._server.tier_writes import Deletion
-from lmcache_trio._server.tiers import Tiers
+from lmcache_trio._server.tasks import Starter, Tasks
+from lmcache_trio._server.tiers.tiers import Tiers
+from lmcache_trio._server.tiers.writer import Deletion
 from lmcache_trio._transport import Connection, Unfinished
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import Hello, Lookup, Message, NamespaceKnown, Register, Role
@@ -42,7 +42,7 @@ COUNTERS = (
 )
 
 
-def _not_connected(fn: Callable[..., object], *args: object) -> None:
+def _not_connected(fn: Callable[..., Awaitable[object]], *args: object, name: object = None) -> None:
     raise Unavailable("the client has not taken up its connection")
 
 
@@ -66,7 +66,7 @@ class Client:
     resets: int = 0  # that have no reply yet
     limits_met: set[str] = attrs.field(factory=set)
     lost: bool = False
-    start: Start = _not_connected  # a task of its connection's, which ends with it
+    start: Starter = _not_connected  # a task of its connection's, which ends with it
 
     def __str__(self) -> str:
         what = f"shard {self.hello.shard} of {self.hello.shards}" if self.hello.role is Role.WORKER else "scheduler"
@@ -175,7 +175,7 @@ class State:
     memory: Memory
     watch_exit: Callable[[LostWriter], None]
     tiers: Tiers
-    tasks: int = 0  # that run, in all branches
+    tasks: Tasks = attrs.field(factory=Tasks)  # of all branches
     count_prefetches: Callable[[], int] = lambda: 0
     prefetch: Prefetch | None = None
     cancel_prefetch: Callable[[Engine, Session], None] | None = None

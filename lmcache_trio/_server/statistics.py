@@ -20,7 +20,7 @@ def statistics_of(state: State) -> dict[str, Any]:
         "welcomes": sum(client.transport is None for client in state.clients.values()),
         "engines": len(engines),
         "sessions": sum(len(engine.sessions) for engine in engines),
-        "tasks": state.tasks,
+        "tasks": state.tasks.running,
         "lost_writers": len(state.lost_writers),
         "prefetches": state.count_prefetches(),
         "queued_messages": sum(len(client.outbox) for client in state.clients.values()),

@@ -19,9 +19,8 @@ import os
 import resource
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import attrs
@@ -38,8 +37,8 @@ from lmcache_trio._server.plugins import make_device, make_memory
 from lmcache_trio._server.prefetch import Prefetches
 from lmcache_trio._server.state import LostWriter, State
 from lmcache_trio._server.statistics import statistics_of
-from lmcache_trio._server.tier_loads import Start
-from lmcache_trio._server.tiers import Tiers, make_tiers
+from lmcache_trio._server.tasks import Starter
+from lmcache_trio._server.tiers.tiers import Tiers, make_tiers
 from lmcache_trio._server.transfer import TransferWorker
 from lmcache_trio._transport import Rendezvous, listen, listen_pair
 from lmcache_trio._wire.codec import encode
@@ -114,14 +113,14 @@ async def open_server(
     try:
         async with memory.open(), trio.open_nursery() as upkeep:
             state = _make_state(config, memory, tiers, upkeep)
-            start_upkeep, branch = _starter(state, upkeep), partial(_branch, state)
+            start_upkeep, branch = state.tasks.starter(upkeep), state.tasks.branch
             async with branch() as start_tier:
                 state.tiers.open(start_tier, branch)
                 await upkeep.start(_grow, state, name="memory")
                 start_upkeep(state.clock.run, name="clock")
                 async with _transfer(state, device), trio.open_nursery() as connections:
                     await state.tiers.wait_opened()
-                    start_connection = _starter(state, connections)
+                    start_connection = state.tasks.starter(connections)
                     start_connection(_be_found, state, front, fronts, start_connection, name="rendezvous")
                     yield Server(front.address, state.boot, state)
                     state.stop()
@@ -161,10 +160,7 @@ def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: t
     )
 
     def watch_exit(writer: LostWriter) -> None:
-        _starter(state, upkeep)(wait_exit, state, writer, name=f"exit of client {writer.number}")
-
-    def load_reserved() -> None:
-        clock.not_later_than(trio.current_time() + config.reservation_timeout)
+        state.tasks.starter(upkeep)(wait_exit, state, writer, name=f"exit of client {writer.number}")
 
     def expire(now: float) -> float:
         due = index.expire(now)
@@ -172,7 +168,7 @@ def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: t
         return due
 
     clock = Clock(expire, index.sweep)
-    kept = Tiers(tiers, index, memory, config, load_reserved)
+    kept = Tiers(tiers, index, memory, clock, config)
     state = State(config, rendezvous.new_boot(), index, clock, memory, watch_exit, kept)
     if len(kept):
         prefetches = Prefetches(state)
@@ -188,14 +184,14 @@ async def _grow(state: State, *, task_status: trio.TaskStatus[None]) -> None:
 
     Started once the first is there: whoever is let in before would have what it stores refused as too large.
     """
-    state.tasks += 1
+    state.tasks.running += 1
     try:
         grew = await _take_piece(state)
         task_status.started()
         while grew:
             grew = await _take_piece(state)
     finally:
-        state.tasks -= 1
+        state.tasks.running -= 1
 
 
 async def _take_piece(state: State) -> bool:
@@ -212,7 +208,7 @@ async def _take_piece(state: State) -> bool:
     return True
 
 
-async def _be_found(state: State, front: Rendezvous, fronts: ExitStack, start: Start) -> None:
+async def _be_found(state: State, front: Rendezvous, fronts: ExitStack, start: Starter) -> None:
     """Answer at *front*; where its file was removed, at a new one of the same name, or the server ends.
 
     Clients that are connected notice nothing. *fronts* closes what it listens at.
@@ -234,7 +230,7 @@ async def _be_found(state: State, front: Rendezvous, fronts: ExitStack, start: S
         log.warning("the socket of %s was removed: it was made anew", config.address)
 
 
-async def _admit(state: State, front: Rendezvous, start: Start) -> None:
+async def _admit(state: State, front: Rendezvous, start: Starter) -> None:
     """Answer at the rendezvous, one client after the other; none of them waits for anything but its turn."""
     while True:
         try:
@@ -256,32 +252,7 @@ async def _admit(state: State, front: Rendezvous, start: Start) -> None:
             continue
         welcome = rendezvous.welcome(state, client, listener.address)
         introduction.reply(encode(welcome), [state.memory.descriptor] if welcome.arena_size else ())
-        start(serve_client, state, client, listener, partial(_branch, state), name=str(client))
-
-
-@asynccontextmanager
-async def _branch(state: State) -> AsyncIterator[Start]:
-    """A way to start tasks, which are cancelled at the block's end."""
-    async with trio.open_nursery() as nursery:
-        yield _starter(state, nursery)
-        nursery.cancel_scope.cancel()
-
-
-def _starter(state: State, nursery: trio.Nursery) -> Start:
-    """A way to start tasks in *nursery*, which are counted: to walk the tree of 2,000 clients takes 20 ms."""
-
-    def start(fn: Callable[..., Awaitable[object]], *args: object, name: object = None) -> None:
-        state.tasks += 1
-        nursery.start_soon(_counted, state, fn, args, name=name or fn)
-
-    return start
-
-
-async def _counted(state: State, fn: Callable[..., Awaitable[object]], args: tuple[object, ...]) -> None:
-    try:
-        await fn(*args)
-    finally:
-        state.tasks -= 1
+        start(serve_client, state, client, listener, state.tasks.branch, name=str(client))
 
 
 @asynccontextmanager
@@ -290,7 +261,7 @@ async def _transfer(state: State, device: Device | None) -> AsyncIterator[None]:
     if device is None:
         yield
         return
-    async with device.open(state.memory), _branch(state) as start:
+    async with device.open(state.memory), state.tasks.branch() as start:
         state.transfer = TransferWorker(state, device, start)
         start(state.transfer.run, name="transfer")
         yield

@@ -25,7 +25,8 @@ import trio
 
 from lmcache_trio._core.transfers import Batch, Direction, Transfer, Transfers
 from lmcache_trio._server.state import Client, State
-from lmcache_trio._server.transfer_attachments import Attachment, Attachments, Spawn, Work
+from lmcache_trio._server.tasks import Starter
+from lmcache_trio._server.transfer_attachments import Attachment, Attachments, Work
 from lmcache_trio._server.transfer_events import Events
 from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, LayersDone, Message, Retrieved, Stored
 from lmcache_trio.abc import ArenaDevice, Copy, Device, EventDevice, Ticket
@@ -39,7 +40,7 @@ log = logging.getLogger("lmcache_trio.server")
 class TransferWorker:
     """The one owner of the device's copies."""
 
-    def __init__(self, state: State, device: Device, spawn: Spawn, queue: Transfers | None = None) -> None:
+    def __init__(self, state: State, device: Device, spawn: Starter, queue: Transfers | None = None) -> None:
         self._state = state
         self._device = device
         self._spawn = spawn

@@ -19,15 +19,14 @@ import trio
 
 from lmcache_trio._core.transfers import Transfer
 from lmcache_trio._server.state import Client, State
+from lmcache_trio._server.tasks import Starter
 from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, Message
 from lmcache_trio.abc import Attached, Device, Export, SharedMemory
 from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
 
-__all__ = ["Attachment", "Attachments", "Spawn", "Work"]
+__all__ = ["Attachment", "Attachments", "Work"]
 
 log = logging.getLogger("lmcache_trio.server")
-
-Spawn = Callable[..., None]
 
 MAX_WORKS = 1024
 """Requests of one worker that may be under way: one of 32 MiB takes 5 ms, so the last has five seconds before it."""
@@ -68,10 +67,10 @@ class Attachment:
 class Attachments:
     """All of them. *over* is told of one that ends; `settle` lets go of it when nothing of it runs any more."""
 
-    def __init__(self, state: State, device: Device, spawn: Spawn, over: Callable[[Attachment], None]) -> None:
+    def __init__(self, state: State, device: Device, start: Starter, over: Callable[[Attachment], None]) -> None:
         self._state = state
         self._device = device
-        self._spawn = spawn
+        self._start = start
         self._over = over
         self._open: dict[int, Attachment] = {}  # by client
         self._opening: dict[int, trio.CancelScope] = {}  # by client: the latest Attach that has no reply yet
@@ -86,7 +85,7 @@ class Attachments:
         self.lose(client)
         self._opening[client.number] = scope = trio.CancelScope()
         self.unanswered[client.number] += 1
-        self._spawn(self._attach, client, number, export, chunk_blocks, scope, name="attach")
+        self._start(self._attach, client, number, export, chunk_blocks, scope, name="attach")
 
     async def _attach(
         self, client: Client, number: int, export: Export, chunk_blocks: int, scope: trio.CancelScope

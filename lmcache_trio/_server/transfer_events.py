@@ -1,7 +1,7 @@
 """Waits for what an engine's GPU has still to do, before the copies that must follow it are queued.
 
 An event that never happens keeps nobody waiting but those that it is for. Each has a task of its own, which ends when
-the last of them is over, whether it happened or not. This starts no task: `supervise` gives it `spawn`.
+the last of them is over, whether it happened or not. This starts no task: `supervise` gives it `start`.
 """
 
 import logging
@@ -12,7 +12,8 @@ import trio
 
 from lmcache_trio._core.transfers import Transfer
 from lmcache_trio._server.state import State
-from lmcache_trio._server.transfer_attachments import Attachment, Spawn
+from lmcache_trio._server.tasks import Starter
+from lmcache_trio._server.transfer_attachments import Attachment
 from lmcache_trio.abc import EventDevice
 from lmcache_trio.errors import LMCacheTrioError
 
@@ -37,13 +38,13 @@ class Events:
     def __init__(
         self,
         state: State,
-        spawn: Spawn,
+        start: Starter,
         *,
         happened: Callable[[Transfer, int], None],
         failed: Callable[[Transfer], None],
     ) -> None:
         self._state = state
-        self._spawn = spawn
+        self._start = start
         self._happened = happened
         self._failed = failed
         self._waits: dict[Transfer, list[_Wait]] = {}
@@ -55,7 +56,7 @@ class Events:
         wait = _Wait(event, list(transfers), units)
         for transfer in transfers:
             self._waits.setdefault(transfer, []).append(wait)
-        self._spawn(self._see, device, attachment, wait, name="event")
+        self._start(self._see, device, attachment, wait, name="event")
 
     def over(self, transfer: Transfer) -> None:
         """Nothing is waited for on behalf of *transfer* any more."""

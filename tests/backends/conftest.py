@@ -95,8 +95,8 @@ def live(tmp_path: Path) -> OpenLive:
         settings = {"grace": 2.0, "prefetch_budget": 30.0, **settings}  # that a busy machine is slow is no miss here
         config = Config(address=address, memory={"backend": "cpu", "size": 16 << 20}, **settings)
         async with open_server(config, tiers=tiers) as server:
-            for keeper in server._state.tiers.keepers:
-                await keeper.opened.wait()  # on a busy machine that may be later
+            for runner in server._state.tiers.runners:
+                await runner.opened.wait()  # on a busy machine that may be later
             async with open_client(address, role=Role.SCHEDULER, engine="e") as scheduler:
                 async with open_client(address, role=Role.WORKER, engine="e") as worker:
                     assert await worker.register(b"f" * 32, SHARD, 16)

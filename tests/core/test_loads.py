@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.loads import Load, Loads, LoadState
+from lmcache_trio._core.loads import Loads, LoadState, TierLoad
 from lmcache_trio.errors import Misuse
 
 NAMES = ["a", "ab", "abc", "ad", "x"]
@@ -34,7 +34,7 @@ class LoadsModel(RuleBasedStateMachine):
         self.loads = Loads(most_bytes=6, most=3)
         self.wishers = [lambda i=i: self.woken.append(i) for i in range(WISHERS)]
         self.woken: list[int] = []
-        self.made: list[tuple[Load, dict[str, Any]]] = []
+        self.made: list[tuple[TierLoad, dict[str, Any]]] = []
 
     def current(self, name: str) -> dict[str, Any] | None:
         wanted = ("wanted", "loading", "landed")

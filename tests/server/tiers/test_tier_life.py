@@ -9,7 +9,7 @@ import trio
 from lmcache_trio import Config, ConfigError, Unavailable, open_server
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio._server import supervise
-from lmcache_trio._server.tiers import FIRST_OPENING
+from lmcache_trio._server.tiers.tiers import FIRST_OPENING
 from lmcache_trio._wire.codec import decode
 from lmcache_trio._wire.messages import Ack, AnswerState, ErrorKind, ErrorReply, Reset
 from lmcache_trio.config import Limits

@@ -27,17 +27,17 @@ from lmcache_trio import load_config
 from lmcache_trio._server.supervise import serve
 from lmcache_trio.testing.faulty_tier import FaultyTier
 
-async def tell(keepers, count):
-    for keeper in keepers:
-        await keeper.opened.wait()  # on a busy machine that may be later
+async def tell(runners, count):
+    for runner in runners:
+        await runner.opened.wait()  # on a busy machine that may be later
     print("ready", flush=True)
-    for keeper in keepers:
-        if isinstance(keeper.tier, FaultyTier):
-            await keeper.tier.wait_hanging(count)
+    for runner in runners:
+        if isinstance(runner.tier, FaultyTier):
+            await runner.tier.wait_hanging(count)
             print("hanging", count, flush=True)
 
 def ready(server):
-    trio.lowlevel.spawn_system_task(tell, server._state.tiers.keepers, int(sys.argv[1]))
+    trio.lowlevel.spawn_system_task(tell, server._state.tiers.runners, int(sys.argv[1]))
 
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 serve(load_config(sets=sys.argv[2:], environ={}), ready)

@@ -1,6 +1,6 @@
-"""Asks one tier which chunks it has: one `contains` at a time, for all who asked meanwhile.
+"""Asks one tier which chunks it has: one `contains` at a time, which answers all questions that came meanwhile.
 
-So a tier that is slow is asked fewer and larger questions, and one that hangs holds up one call, however many wait.
+So a slow tier gets fewer and larger calls, and a tier that hangs holds up one call, however many lookups wait.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +9,11 @@ import attrs
 import trio
 
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._server.tier_calls import Calls
+from lmcache_trio._server.tiers.calls import GuardedCalls
 from lmcache_trio.abc import Tier
 from lmcache_trio.errors import Unavailable
 
-__all__ = ["Question", "Questions"]
+__all__ = ["ContainsBatcher", "Question"]
 
 MOST_KEYS = 16_384
 """Keys in one call, or those of one question if it has more."""
@@ -34,21 +34,22 @@ class Question:
             self.wake()
 
 
-class Questions:
-    """One tier's."""
+class ContainsBatcher:
+    """The questions to one tier, batched into its `contains`."""
 
-    def __init__(self, calls: Calls, tier: Tier) -> None:
+    def __init__(self, calls: GuardedCalls, tier: Tier) -> None:
         self._calls = calls
         self._tier = tier
         self._pending: dict[Question, None] = {}  # in order; dicts, because any may be withdrawn
         self._under_way: dict[Question, None] = {}
         self._asked = trio.Event()
+        calls.when_fenced.append(self.give_up)
 
     def __len__(self) -> int:
         return len(self._pending) + len(self._under_way)
 
     def ask(self, question: Question) -> None:
-        """Have it answered; at once, with no, when the tier may not be asked."""
+        """Queue *question* for the next call. A tier that is fenced answers it with no, at once."""
         if not self._calls.open:
             question.answer([False] * len(question.digests))
             return
@@ -56,19 +57,19 @@ class Questions:
         self._asked.set()
 
     def withdraw(self, question: Question) -> None:
-        """Nobody waits for it any more. Idempotent."""
+        """No lookup waits for *question* any more. Idempotent."""
         self._pending.pop(question, None)
         self._under_way.pop(question, None)
 
     def give_up(self, namespace: bytes | None = None) -> None:
-        """Answer all that wait with no: of *namespace*, or all of them."""
+        """Answer with no all questions of *namespace*, or all there are."""
         for question in [*self._pending, *self._under_way]:
             if namespace is None or question.namespace == namespace:
                 self.withdraw(question)
                 question.answer([False] * len(question.digests))
 
     async def run(self) -> None:
-        """Ask, until the tier is fenced."""
+        """Ask the tier, until it is fenced."""
         while True:
             await self._asked.wait()
             self._asked = trio.Event()

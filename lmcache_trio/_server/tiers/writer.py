@@ -1,12 +1,12 @@
-"""What is changed in one tier: chunks written back to it, and namespaces deleted. One call at a time, in this order.
+"""Writes to one tier: it writes chunks back and deletes namespaces, one call at a time, in this order.
 
-A deletion therefore comes after every write that began before it, and before every one that was offered after it. One
-that could not be done, because the tier is fenced, is remembered and done before the tier is opened again.
+A deletion therefore comes after every write that began before it, and before every chunk that was offered after it. A
+deletion that a fenced tier cannot carry out is remembered, and carried out before the tier is opened again.
 
-A chunk that was not written, because the tier refused it or there was no time, is offered again when it is used.
+A chunk that was not written, because the tier refused it or time was short, is offered again when it is used.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import attrs
 import trio
@@ -14,39 +14,42 @@ import trio
 from lmcache_trio._core.index import Hold, Index
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio._core.writeback import Writeback
-from lmcache_trio._server.tier_calls import Calls
+from lmcache_trio._server.tiers.calls import GuardedCalls
 from lmcache_trio.abc import Memory, Record, Tier
+from lmcache_trio.config import Config
 from lmcache_trio.errors import Unavailable
 
-__all__ = ["Deletion", "Writing"]
+__all__ = ["Deletion", "TierWriter"]
 
 BATCH_BYTES = 32 << 20
-"""Written by one call: 5 s of a disk that writes 6 MB/s, so that a slow one is not taken for one that hangs."""
+"""Bytes in one call: 5 s of a disk that writes 6 MB/s, so that a slow disk is not taken for one that hangs."""
+WRITEBACK_SHARE = 0.5
+"""Of the arena, at most, is queued for a tier: a small arena must keep room for the next stores."""
 MOST_UNWRITTEN = 50_000
-"""Chunks remembered as not written, by 8 bytes each; the oldest are forgotten, and then offered no more."""
+"""Chunks remembered as not written, at 8 bytes each; the oldest are forgotten, and not offered again."""
 DELETE_PATIENCE = 10
-"""A deletion may take so many times as long as another call: it may concern a million chunks."""
+"""A deletion may take this many times as long as another call: it may concern a million chunks."""
 
 
 @attrs.define(eq=False)
 class Deletion:
-    """*known* is set when it is *done*, or when the tier is fenced and it is only remembered."""
+    """*known* is set when the tier has deleted (*done*), or is fenced, so that the deletion is only remembered."""
 
     namespace: bytes
     done: bool = False
     known: trio.Event = attrs.field(factory=trio.Event)
 
 
-class Writing:
-    """One tier's. *limit* says how many bytes may be queued and being written."""
+class TierWriter:
+    """Writes to *tier*, and remembers what it still has to delete there."""
 
-    def __init__(self, calls: Calls, tier: Tier, index: Index, memory: Memory, patience: float) -> None:
+    def __init__(self, calls: GuardedCalls, tier: Tier, index: Index, memory: Memory, config: Config) -> None:
         self._calls = calls
         self._tier = tier
         self._index = index
         self._memory = memory
-        self._delete_patience = patience * DELETE_PATIENCE
-        self.limit: Callable[[], int] = lambda: 0
+        self._delete_patience = config.tier_timeout * DELETE_PATIENCE
+        self._most_bytes = config.writeback_bytes
         self.queue = Writeback()
         self.deletions: list[Deletion] = []
         self._unwritten: dict[int, None] = {}
@@ -56,23 +59,25 @@ class Writing:
         self.refused = 0
         self.dropped_fenced = 0
         self.bytes_stored = 0
+        calls.when_fenced.append(self.give_up)
 
     def offer(self, key: ChunkKey) -> None:
-        """Write the chunk back when its turn comes. Never waits; what is too much is dropped."""
+        """Queue the chunk *key* to be written back. Never waits: chunks beyond the limit are dropped."""
         if not self._calls.open:
             self.dropped_fenced += 1
             self._remember(key)
             return
         hold = self._index.hold(key)
         if hold is not None:
-            for dropped in self.queue.offer(hold, self.limit()):
+            most = min(self._most_bytes, int(self._index.bytes_taken * WRITEBACK_SHARE))
+            for dropped in self.queue.offer(hold, most):
                 self._index.unhold(dropped)
                 if dropped.key != key or not self.queue.has(key):
                     self._remember(dropped.key)
             self._stirred.set()
 
     def used(self, namespace: bytes, digests: Sequence[bytes]) -> None:
-        """Offer those of them again that were not written. Costs nothing where all were."""
+        """Offer again those of *digests* that were not written. Costs nothing where all were."""
         if self._unwritten and self._calls.open:
             for digest in digests:
                 mark = hash((namespace, digest))
@@ -96,7 +101,7 @@ class Writing:
         return any(deletion.namespace == namespace for deletion in self.deletions)
 
     def give_up(self) -> None:
-        """The tier takes nothing now: let go of what is queued; deletions are remembered."""
+        """The tier is fenced: release the queued chunks, and remember the deletions."""
         for hold in self.queue.clear():
             self._index.unhold(hold)
             self._remember(hold.key)
@@ -105,7 +110,7 @@ class Writing:
         self._idle.set()
 
     async def wait_idle(self) -> None:
-        """Until all is written that was offered, or the tier is fenced."""
+        """Wait until every chunk that was offered is written, or the tier is fenced."""
         while self._calls.open and not (self.queue.idle and not self.deletions):
             self._idle = trio.Event()
             await self._idle.wait()
@@ -127,7 +132,7 @@ class Writing:
             return
 
     async def delete_one(self) -> None:
-        """Carry out the oldest deletion, and those of the same namespace that were asked for before it began."""
+        """Carry out the oldest deletion, with those of its namespace that were asked for before it began."""
         namespace = self.deletions[0].namespace
         mine = [deletion for deletion in self.deletions if deletion.namespace == namespace]
         await self._tier.delete(namespace)
@@ -152,7 +157,7 @@ class Writing:
                 self._index.unhold(hold)
 
     def _record(self, hold: Hold) -> Record:
-        """A parent that is not known any more is written as none: it is a hint for the order of eviction alone."""
+        """A parent that the index has forgotten is written as none: it is only a hint for the order of eviction."""
         places = zip(hold.offsets, hold.lengths, strict=True)
         return Record(hold.key, hold.parent or b"", [self._memory.view(*place) for place in places])
 

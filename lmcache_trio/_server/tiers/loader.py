@@ -1,59 +1,68 @@
-"""Loads from one tier into memory: each is a task of the tier's, whoever wants it.
+"""Loads from one tier into memory: each load is one task in the tier's branch, however many lookups want its chunk.
 
-What comes next, and what is not wanted any more, is decided by `_core.loads`. A slot belongs to its load until the
-tier's call has returned, which for a thread that hangs may be never; only then is it committed or aborted.
+`_core.loads` decides which load begins next and which is not wanted any more. A slot belongs to its load until the
+tier's call has returned, which a thread that hangs may never do; only then is the slot committed or aborted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import trio
 
 from lmcache_trio._core.index import SERVER, Hold, Index, Reservation
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.loads import Load, Loads, LoadState, Wisher
-from lmcache_trio._server.tier_calls import Calls
-from lmcache_trio.abc import Load as Wanted
-from lmcache_trio.abc import Memory, Tier
+from lmcache_trio._core.loads import Loads, LoadState, TierLoad, Wisher
+from lmcache_trio._server.clock import Clock
+from lmcache_trio._server.tasks import Starter
+from lmcache_trio._server.tiers.calls import GuardedCalls
+from lmcache_trio._server.tiers.writer import TierWriter
+from lmcache_trio.abc import Load, Memory, Tier
+from lmcache_trio.config import Config
 from lmcache_trio.errors import Gone, Unavailable
 
-__all__ = ["Loading", "Start"]
-
-Start = Callable[..., None]
-"""`start(fn, *args)`: run it as a task. Given by `supervise`."""
+__all__ = ["MOST", "TierLoader"]
 
 MOST = 64
 """Loads in flight, however small: tasks and threads of a tier that is stalled."""
 
 
-class Loading:
-    """One tier's loads. *room* says how many bytes may still be loaded; *loaded* is told what has arrived."""
+class TierLoader:
+    """Carries out *loads*, one tier's. A chunk that was loaded is offered to the *others*: the other tiers' writers.
 
-    def __init__(
+    *every* has the loads of all tiers, these included: they share the room that leases leave.
+    """
+
+    def __init__(  # noqa: PLR0913 each is a part that it works with
         self,
-        calls: Calls,
+        calls: GuardedCalls,
         tier: Tier,
         index: Index,
         memory: Memory,
-        most_bytes: int,
+        clock: Clock,
+        config: Config,
+        loads: Loads,
+        every: Sequence[Loads],
+        others: Sequence[TierWriter],
     ) -> None:
         self._calls = calls
         self._tier = tier
         self._index = index
         self._memory = memory
-        self.room: Callable[[], int] = lambda: 0
-        self.loaded: Callable[[Sequence[ChunkKey]], None] = lambda keys: None
-        self.reserved: Callable[[], None] = lambda: None
-        self.loads = Loads(most_bytes=most_bytes, most=MOST)
+        self._clock = clock
+        self._timeout = config.reservation_timeout
+        self._every = every
+        self._others = others
+        self.loads = loads
         self._stirred = trio.Event()
-        self._scopes: dict[Load, trio.CancelScope] = {}
-        self._holds: dict[Load, Hold] = {}
+        self._scopes: dict[TierLoad, trio.CancelScope] = {}
+        self._holds: dict[TierLoad, Hold] = {}
         self.landed = 0
         self.missed = 0
         self.no_room = 0
         self.bytes_loaded = 0
+        calls.when_fenced.append(self.give_up)
 
-    def want(self, key: ChunkKey, parent: bytes, deadline: float, wisher: Wisher) -> Load:
+    def want(self, key: ChunkKey, parent: bytes, deadline: float, wisher: Wisher) -> TierLoad:
         """See `Loads.want`; a LANDED chunk is held for as long as it is wanted."""
         wanted = self.loads.want(key, parent, sum(self._index.shard_bytes(key.namespace)), deadline, wisher)
         if not self._calls.open:
@@ -61,19 +70,19 @@ class Loading:
         self._stirred.set()
         return wanted
 
-    def unwant(self, load: Load, wisher: Wisher) -> None:
-        """*wisher* does not want it any more. Idempotent."""
+    def unwant(self, load: TierLoad, wisher: Wisher) -> None:
+        """*wisher* does not want *load* any more. Idempotent."""
         if self.loads.unwant(load, wisher):
             self._end(load)
             self._stirred.set()
 
     def give_up(self, namespace: bytes | None = None) -> None:
-        """Whoever waits for a load (of *namespace*, or any) is told that it missed, and the calls are ended."""
+        """Every load (of *namespace*, or of all) has missed: its wishers are told, and its call is cancelled."""
         for load in self.loads.give_up(namespace):
             self._end(load)
             self._tell(load)
 
-    async def run(self, start: Start) -> None:
+    async def run(self, start: Starter) -> None:
         """Begin loads as there is room for them, until cancelled."""
         while True:
             await self._stirred.wait()
@@ -86,22 +95,23 @@ class Loading:
                     scope = self._scopes[load] = trio.CancelScope()
                     start(self._load, load, reservation, scope)
 
-    async def _load(self, load: Load, reservation: Reservation, scope: trio.CancelScope) -> None:
+    async def _load(self, load: TierLoad, reservation: Reservation, scope: trio.CancelScope) -> None:
         filled = False
         try:
             with scope:
                 filled = await self._fill(load, reservation)
         except Unavailable:
-            pass  # the tier is fenced by it, and all are told
+            pass  # it fenced the tier, and all wishers are told
         finally:
             self._settle(load, reservation, filled)
 
-    def _reserve(self, load: Load) -> Reservation | None:
+    def _reserve(self, load: TierLoad) -> Reservation | None:
         if self._index.match(load.key.namespace, (load.key.digest,)):
             return None  # an engine stored it meanwhile
         if not self._index.shard_bytes(load.key.namespace):
             return None  # no engine has its namespace any more
-        if self.room() < 0:  # beyond it no lease could offer it
+        coming = sum(loads.bytes_landed + loads.bytes_in_flight for loads in self._every)
+        if coming > self._index.room_to_offer:  # loads that wait for their lookup count as leases: none could offer it
             self.no_room += 1
             return None
         now = trio.current_time()
@@ -109,17 +119,17 @@ class Loading:
         if reservation is None:
             self.no_room += 1
         else:
-            self.reserved()
+            self._clock.not_later_than(now + self._timeout)
         return reservation
 
-    async def _fill(self, load: Load, reservation: Reservation) -> bool:
+    async def _fill(self, load: TierLoad, reservation: Reservation) -> bool:
         lengths = self._index.shard_bytes(load.key.namespace)
         views = [self._memory.view(slot.offset, lengths[slot.position]) for slot in reservation.slots]
-        (hit,) = await self._calls.make(self._tier.load, [Wanted(load.key, views)])
+        (hit,) = await self._calls.make(self._tier.load, [Load(load.key, views)])
         return bool(hit)
 
-    def _settle(self, load: Load, reservation: Reservation | None, filled: bool) -> None:
-        """The call has returned. Synchronous: nothing comes between."""
+    def _settle(self, load: TierLoad, reservation: Reservation | None, filled: bool) -> None:
+        """The call of *load* has returned. Synchronous: no other task runs in between."""
         self._scopes.pop(load, None)
         if reservation is not None and not filled:
             self._index.abort(reservation.id, SERVER)
@@ -127,7 +137,9 @@ class Loading:
             with suppress(Gone):  # a reset came between, or its time was up
                 keys = self._index.commit(reservation.id, SERVER)
                 self.bytes_loaded += load.size
-                self.loaded(keys)
+                for writer in self._others:
+                    for key in keys:
+                        writer.offer(key)
         hold = self._index.hold(load.key) if load.state is LoadState.LOADING else None
         if hold is not None:
             self._holds[load] = hold
@@ -139,7 +151,7 @@ class Loading:
         self._tell(load)
         self._stirred.set()
 
-    def _end(self, load: Load) -> None:
+    def _end(self, load: TierLoad) -> None:
         scope = self._scopes.get(load)
         if scope is not None:
             scope.cancel()
@@ -148,6 +160,6 @@ class Loading:
             self._index.unhold(hold)
 
     @staticmethod
-    def _tell(load: Load) -> None:
+    def _tell(load: TierLoad) -> None:
         for wake in load.wishers:
             wake()

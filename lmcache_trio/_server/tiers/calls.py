@@ -1,7 +1,7 @@
 """The calls into one tier, all of them: each is watched, and a failure, a bug or a hang fences the tier.
 
-What the fence decides stands in `_core.fence`; here is its clock. Nothing here starts a task, and nobody who must be
-answered in time waits for a call: they wait for what a task of the tier's will tell them.
+The fence's decisions stand in `_core.fence`; here is its clock. Nothing here starts a task. A request with a deadline
+never waits for a call into a tier: it waits for an event, which a task of the tier sets.
 """
 
 import logging
@@ -14,21 +14,22 @@ import trio
 from lmcache_trio._core.fence import Fence, FenceState
 from lmcache_trio.errors import Unavailable
 
-__all__ = ["Calls"]
+__all__ = ["GuardedCalls"]
 
 log = logging.getLogger("lmcache_trio.server")
 
 T = TypeVar("T")
 
 
-class Calls:
-    """*on_fenced* is called at once when the tier is fenced, and must not wait."""
+class GuardedCalls:
+    """The calls into the tier *name*, which end in an open or a fenced tier."""
 
-    def __init__(self, name: str, fence: Fence, on_fenced: Callable[[], None]) -> None:
+    def __init__(self, name: str, fence: Fence) -> None:
         self.name = name
         self.fence = fence
         self.bugs = 0
-        self._on_fenced = on_fenced
+        self.when_fenced: list[Callable[[], None]] = []
+        """Called at once when the tier is fenced; none may wait. Each part that uses these calls adds its own."""
         self._stirred = trio.Event()
         self._next = inf
         self._fenced_since: float | None = None
@@ -65,7 +66,7 @@ class Calls:
         self._fenced_since, self._told = None, ""
 
     def failed(self, exc: Exception) -> Unavailable:
-        """A call into the tier raised *exc*: fence it. Returns what to tell who waits for the call."""
+        """A call into the tier raised *exc*: fence it. Returns the error for the task that waits for the call."""
         if isinstance(exc, Unavailable):
             reason = str(exc)
         else:
@@ -95,4 +96,5 @@ class Calls:
             wait = self.fence.until - now
             log.warning("the tier %s is fenced: %s (tried again in %.1f s)", self.name, self.fence.reason, wait)
         self._stirred.set()
-        self._on_fenced()
+        for give_up in self.when_fenced:
+            give_up()

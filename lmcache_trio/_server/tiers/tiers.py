@@ -1,0 +1,105 @@
+"""All tiers of a server, nearest first, and the questions that concern them together."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+
+from lmcache_trio._core.fence import Fence
+from lmcache_trio._core.index import Index
+from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._core.loads import Loads
+from lmcache_trio._server.clock import Clock
+from lmcache_trio._server.plugins import make_backend
+from lmcache_trio._server.tasks import Branch, Starter
+from lmcache_trio._server.tiers.calls import GuardedCalls
+from lmcache_trio._server.tiers.loader import MOST, TierLoader
+from lmcache_trio._server.tiers.runner import TierRunner
+from lmcache_trio._server.tiers.writer import Deletion, TierWriter
+from lmcache_trio.abc import Memory, Tier
+from lmcache_trio.config import Config
+from lmcache_trio.errors import ConfigError
+
+__all__ = ["FIRST_OPENING", "Tiers", "make_tiers"]
+
+FIRST_OPENING = 0.3
+"""Seconds that a start gives its tiers to open, beside its other work: most do, and a wrong setting is then told at
+once. A slower tier opens in the background; a server is ready in under a second, whatever its tiers."""
+
+
+def make_tiers(config: Config) -> list[Tier]:
+    """The tiers that `[[tiers]]` names, each made with the rest of its table."""
+    return [make_backend("tiers", f"tiers.{i}", table, Tier) for i, table in enumerate(config.tiers)]  # type: ignore[type-abstract]
+
+
+class Tiers:
+    """The runners of all tiers. Made without a task; `open` starts one task per tier."""
+
+    def __init__(self, tiers: Sequence[Tier], index: Index, memory: Memory, clock: Clock, config: Config) -> None:
+        self._opened_by = -math.inf
+        names = [str(table["backend"]) for table in config.tiers] or [type(tier).__name__ for tier in tiers]
+        guarded = [GuardedCalls(f"{i}:{name}", Fence(patience=config.tier_timeout)) for i, name in enumerate(names)]
+        writers = [TierWriter(calls, tier, index, memory, config) for calls, tier in zip(guarded, tiers, strict=True)]
+        every = [Loads(most_bytes=config.prefetch_bytes, most=MOST) for _ in tiers]
+        self.runners: list[TierRunner] = []
+        for calls, tier, loads, writer in zip(guarded, tiers, every, writers, strict=True):
+            others = [other for other in writers if other is not writer]
+            loader = TierLoader(calls, tier, index, memory, clock, config, loads, every, others)
+            self.runners.append(TierRunner(tier, calls, loader, writer))
+
+    def __len__(self) -> int:
+        return len(self.runners)
+
+    @property
+    def any_open(self) -> bool:
+        """Whether at least one tier may be asked."""
+        return any(runner.open for runner in self.runners)
+
+    @property
+    def refusal(self) -> ConfigError | None:
+        """The setting for which a tier could not be opened, if there is one."""
+        return next((runner.refusal for runner in self.runners if runner.refusal is not None), None)
+
+    def open(self, start: Starter, branch: Branch) -> None:
+        """Start all runners, which open their tiers."""
+        self._opened_by = trio.current_time() + FIRST_OPENING
+        for runner in self.runners:
+            start(runner.run, branch)
+
+    async def wait_opened(self) -> None:
+        """Wait until each tier is open or has failed to open, or `FIRST_OPENING` is over. ConfigError: see `refusal`."""
+        with trio.move_on_at(self._opened_by):
+            for runner in self.runners:
+                await runner.opened.wait()
+        if self.refusal is not None:  # its task ends the server too, but this one may run on before that
+            raise self.refusal
+
+    def stored(self, keys: Sequence[ChunkKey]) -> None:
+        """*keys* became READY by a store: write them back, in the background."""
+        for runner in self.runners:
+            for key in keys:
+                runner.writer.offer(key)
+
+    def used(self, namespace: bytes, digests: Sequence[bytes]) -> None:
+        """An engine got a lease on *digests*: each tier is offered again those that it has not taken."""
+        for runner in self.runners:
+            runner.writer.used(namespace, digests)
+
+    def forget(self, namespace: bytes) -> list[Deletion]:
+        """Serve nothing of *namespace* any more. Returns the deletions, which the runners carry out."""
+        return [runner.forget(namespace) for runner in self.runners]
+
+    async def wait_idle(self) -> None:
+        """Wait until every tier has written what it was offered, or is fenced."""
+        for runner in self.runners:
+            await runner.writer.wait_idle()
+
+    @property
+    def bytes_queued(self) -> int:
+        """Bytes that are still to be written to tiers."""
+        return sum(runner.writer.queue.bytes_queued + runner.writer.queue.bytes_writing for runner in self.runners)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """One table a tier."""
+        return [runner.statistics() for runner in self.runners]
