@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 
 from lmcache_trio import _config_sources
-from lmcache_trio.config import check_ids, structure
+from lmcache_trio._config_structure import check_ids, structure
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["ClientConfig", "check_interval", "client_config_of", "load_client_config"]

@@ -68,7 +68,7 @@ class Tiers:
             start(runner.run, branch)
 
     async def wait_opened(self) -> None:
-        """Wait until each tier is open or has failed to open, or `FIRST_OPENING` is over. ConfigError: see `refusal`."""
+        """Wait until each tier is open or has failed to open, or `FIRST_OPENING` is over. Raises `refusal`."""
         with trio.move_on_at(self._opened_by):
             for runner in self.runners:
                 await runner.opened.wait()
