@@ -194,6 +194,14 @@ class Limits:
     request, 2,048,000 digests (62 MiB) together. The reference says what each default costs at most.
     """
 
+    clients: int = attrs.field(
+        default=0,
+        validator=_between(0, 1 << 40),
+        metadata={
+            "help": "Clients that may be connected; 0: a quarter of the file descriptors that the server may have"
+            " (ulimit -n), less 64."
+        },
+    )
     sessions: int = _limit(65_536, "Requests of one engine that may be open.")
     digests: int = _limit(
         3 << 20, "Chunks that the open requests of one engine may name together, or the reads of one worker."

@@ -6,6 +6,7 @@ HELLO --in order--> WELCOME, and a place in the state that others see as taken
 
 import logging
 import os
+import resource
 import secrets
 from collections.abc import Iterator
 
@@ -21,6 +22,13 @@ from lmcache_trio.errors import Misuse, ProtocolError, Unavailable
 __all__ = ["Admission", "dismiss", "new_boot", "receive_hello", "welcome"]
 
 log = logging.getLogger("lmcache_trio.server")
+
+CLIENT_DESCRIPTORS = 4
+"""File descriptors that a client takes while it is let in; 3 later."""
+OTHER_DESCRIPTORS = 64
+"""Kept for all else: a server has 17 with a disk tier that is empty, and one more for each of its slabs."""
+LEAST_CLIENTS = 9
+"""With how few descriptors ever: a scheduler and 8 workers, for which a server is not started with fewer than 64."""
 
 NO_ARENA = (
     "the server cannot watch this client's process, so it could not tell when a dead client's copies have ended: its "
@@ -53,6 +61,7 @@ def receive_hello(state: State, introduction: Introduction) -> Admission:
         _check_carried(introduction, hello)
         _check(state, hello)
         replaced = tuple(_replaced_by(state, hello, peer_pid, pidfd))
+        _check_room(state, len(set(replaced)))
     except (ProtocolError, Misuse, Unavailable) as exc:
         state.counted["refused"] += 1
         log.warning("a client (pid %s) was refused: %s", peer_pid, exc)
@@ -99,6 +108,20 @@ def _check(state: State, hello: Hello) -> None:
             f"engine {hello.engine!r} has {engine.shards} shards for the clients that are here, but {hello.shards} for "
             "this one; all must agree, and two engines must not share an engine id"
         )
+
+
+def _check_room(state: State, replaced: int) -> None:
+    """Unavailable if there are as many clients as there may be, when *replaced* of them have gone."""
+    config = state.config
+    most, way = config.limits.clients, "the server's configuration can raise it"
+    if not most and not config.address.startswith("memory://"):
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft >= 0:  # RLIM_INFINITY is -1
+            most = max(LEAST_CLIENTS, (soft - OTHER_DESCRIPTORS) // CLIENT_DESCRIPTORS)
+            way = f"not set, it follows from the server's {soft} file descriptors (ulimit -n, LimitNOFILE=)"
+    if most and len(state.clients) - replaced >= most:
+        state.limits_hit["clients"] += 1
+        raise Unavailable(f"{most} clients are connected, and no more are let in: that is limits.clients; {way}")
 
 
 def _others(engine: Engine, hello: Hello) -> bool:

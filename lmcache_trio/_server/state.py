@@ -36,7 +36,7 @@ __all__ = ["Client", "Engine", "LostWriter", "State"]
 log = logging.getLogger("lmcache_trio.server")
 
 COUNTERS = (
-    *("lookups", "hits", "misses", "resets", "refused", "withdrawn", "exits_seen", "rebound"),
+    *("lookups", "hits", "misses", "resets", "refused", "withdrawn", "turned_away", "exits_seen", "rebound"),
     *("protocol_errors", "handler_bugs", "connection_bugs", "device_bugs"),
     *("attaches_refused", "layouts_too_large"),
 )

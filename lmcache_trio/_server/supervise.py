@@ -232,6 +232,7 @@ async def _be_found(state: State, front: Rendezvous, fronts: ExitStack, start: S
 
 async def _admit(state: State, front: Rendezvous, start: Starter) -> None:
     """Answer at the rendezvous, one client after the other; none of them waits for anything but its turn."""
+    front.counted = state.counted
     while True:
         try:
             introduction = await front.accept()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -153,9 +154,10 @@ class Introduction(ABC):
 
 
 class Rendezvous(ABC):
-    """The server's well-known address."""
+    """The server's well-known address. *counted* counts, as `turned_away`, who was let go before it said HELLO."""
 
     address: str
+    counted: Counter[str]
 
     @abstractmethod
     async def accept(self) -> Introduction:

@@ -12,6 +12,7 @@ import math
 import os
 import select
 import socket
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import trio
@@ -103,6 +104,7 @@ class _Introduction(Introduction):
 
 class _Rendezvous(Rendezvous):
     def __init__(self, address: str, access: Access) -> None:
+        self.counted = Counter()
         self._access = access
         wanted = _ours(addresses.parse_rendezvous(address))
         self.address = str(wanted)
@@ -173,10 +175,14 @@ class _Rendezvous(Rendezvous):
             if came is not None:
                 self._expect(UnixLink(came, _MAX_HELLO))
         except Unavailable as exc:  # no descriptor is left, and it had to go
-            log.warning(_TURNED_AWAY, exc)
+            self._tell_turned_away(str(exc))
         except OSError as exc:
-            log.warning(_TURNED_AWAY, exc.strerror)
+            self._tell_turned_away(exc.strerror)
             self._refuse()
+
+    def _tell_turned_away(self, why: str | None) -> None:
+        self.counted["turned_away"] += 1
+        log.warning(_TURNED_AWAY, why)
 
     def _refuse(self) -> None:
         """No descriptor is left: turn the next client away with the spare one, or it would wait, and we not sleep."""
@@ -203,6 +209,7 @@ class _Rendezvous(Rendezvous):
         self._silent[fd] = link
         self._arrivals.register(fd, select.EPOLLIN)
         if len(self._silent) > _MOST_SILENT:
+            self.counted["turned_away"] += 1
             self._part(next(iter(self._silent))).close()
 
     def _hear(self, fd: int) -> _Introduction | None:

@@ -65,6 +65,39 @@ async def test_sessions_beyond_the_limit_are_refused_by_name_until_one_ends(
         ]
 
 
+async def test_clients_beyond_the_limit_are_refused_by_name_until_one_leaves(
+    rigs: Any, refusal: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with rigs(limits=Limits(clients=2)) as rig:
+        scheduler, _ = await rig.engine()
+        for _ in range(2):
+            with pytest.raises(refusal, match=r"limits\.clients"):
+                await rig.observer()
+        again = await rig.scheduler(token=scheduler.token)  # in its own place
+        again.connection.close()
+        await rig.until(connections=1, welcomes=0)
+        await rig.observer()
+        assert limits_hit(rig) == {"clients": 2}
+        assert rig.counted()["refused"] == 2
+        assert sum("limits.clients" in line for line in caplog.messages) == 2
+
+
+async def test_without_a_limit_of_its_own_clients_are_as_many_as_file_descriptors_allow(
+    rigs: Any, refusal: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda what: (64 + 4 * 11, 4096))
+    async with rigs(address=f"unix://{tmp_path}/s.sock") as rig:
+        observers = [await rig.observer() for _ in range(11)]
+        with pytest.raises(refusal, match=r"limits\.clients; not set, it follows from the server's 108 file"):
+            await rig.observer()
+        observers.pop().connection.close()
+        await rig.until(connections=10, welcomes=0)
+        observers.append(await rig.observer())
+        for observer in observers:
+            observer.connection.close()
+        await rig.until(connections=0)
+
+
 async def test_digests_beyond_the_limit_are_refused_and_the_session_keeps_what_it_has(
     rigs: Any, digests: Any, error_of: Any
 ) -> None:

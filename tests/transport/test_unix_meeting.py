@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from lmcache_trio._transport import addresses, over_nng, over_unix, watching
+from lmcache_trio._transport import Rendezvous, addresses, over_nng, over_unix, watching
 from lmcache_trio._transport.unix import PACKET
 from lmcache_trio._transport.unix_sockets import open_socket
 from lmcache_trio.errors import ConfigError, Unavailable
@@ -35,12 +35,12 @@ async def answer_all(rendezvous: Any) -> None:
 
 
 @asynccontextmanager
-async def answering(near: str) -> AsyncIterator[None]:
+async def answering(near: str) -> AsyncIterator[Rendezvous]:
     rendezvous = over_unix.listen(near)
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answer_all, rendezvous)
-            yield
+            yield rendezvous
             nursery.cancel_scope.cancel()
     rendezvous.close()
 
@@ -60,11 +60,12 @@ async def answer_to(caller: socket.socket) -> bytes:
 
 
 async def test_clients_that_say_nothing_hold_nobody_up_and_the_oldest_are_turned_away(near: str) -> None:
-    async with answering(near):
+    async with answering(near) as rendezvous:
         with contextlib.ExitStack() as callers:
             silent = [callers.enter_context(call(near)) for _ in range(over_unix._MOST_SILENT + 3)]
             assert await over_unix.introduce(near, b"me") == b"re: me"
             assert [await answer_to(caller) for caller in silent[:3]] == [b""] * 3
+            assert rendezvous.counted["turned_away"] >= 3
             silent[-1].send(WHOLE + b"at last")
             assert await answer_to(silent[-1]) == WHOLE + b"re: at last"
         assert await over_unix.introduce(near, b"me") == b"re: me"
@@ -132,7 +133,7 @@ async def test_without_descriptors_a_client_is_turned_away_and_the_loop_sleeps(
     near: str, no_descriptors: Callable[[int], None], left: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    async with answering(near):
+    async with answering(near) as rendezvous:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
             await wait_all_tasks_blocked()
             no_descriptors(left)
@@ -145,6 +146,7 @@ async def test_without_descriptors_a_client_is_turned_away_and_the_loop_sleeps(
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         (told,) = {record.getMessage() for record in caplog.records}
         assert told.startswith("a client was turned away: ")
+        assert rendezvous.counted["turned_away"] >= 1
         assert "ulimit -n" in told
         assert await over_unix.introduce(near, b"me") == b"re: me"
 
