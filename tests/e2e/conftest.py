@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 collect_ignore: list[str] = []
 if find_spec("vllm") is None:
-    collect_ignore += ["test_vllm_connector.py", "test_vllm_table.py", "test_vllm_times.py", "test_vllm_trust.py"]
+    collect_ignore += ["test_vllm_connector.py", "test_vllm_data_parallel.py", "test_vllm_table.py"]
+    collect_ignore += ["test_vllm_times.py", "test_vllm_trust.py"]
 else:
     from e2e_bench import Bench
     from e2e_expected import Expected, ask_mid, ask_tiny, ask_two_ranks

@@ -79,7 +79,7 @@ KINDS: Mapping[str, Kind] = {
     "two ranks, no connector": Kind(None, TWO_RANKS, {"tensor_parallel_size": 2}),
     "two ranks": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, connector="FaultyConnector"),
     "two ranks, sync": Kind({"load": "sync"}, TWO_RANKS, {"tensor_parallel_size": 2}, connector="FaultyConnector"),
-    "two processes": Kind({}, DEFAULT_PROCESSES),
+    "two processes": Kind({}, {**DEFAULT_PROCESSES, "LMCACHE_TRIO_E2E_FORK": "1"}),
     "behind a failing connector": Kind({}, before="FailingConnector"),
     "mid, no connector": Kind(None, model="mid"),
     "mid": Kind({}, model="mid"),

@@ -59,7 +59,7 @@ def ask_tiny(engine: Engine) -> Expected:
 
 
 def ask_two_ranks(engine: Engine) -> Expected:
-    return {f"long {i}": prompt for i, prompt in enumerate(_stable(engine, lambda seed: tokens_of(seed, 1000), 2))}
+    return {f"long {i}": prompt for i, prompt in enumerate(_stable(engine, lambda seed: tokens_of(seed, 1000), 3))}
 
 
 def ask_mid(engine: Engine) -> Expected:

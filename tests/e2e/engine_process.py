@@ -1,6 +1,7 @@
 """A vLLM engine in a process of its own, told what to do in JSON lines over a socket that it inherits.
 
-usage: engine_process.py FD. Run by `e2e_engine.Engine`; vLLM's own output goes to the standard streams, a log.
+usage: engine_process.py FD. The first line holds the arguments of `vllm.LLM`, or {"serve": the flags of vLLM's HTTP
+server}. Run by `e2e_engine.Engine`; vLLM's own output goes to the standard streams, a log.
 """
 
 import json
@@ -16,6 +17,9 @@ def main(told: int) -> None:
     channel = socket.socket(fileno=told).makefile("rw")
     started: dict[str, Any] = json.loads(channel.readline())
     begun = time.monotonic()
+    if "serve" in started:
+        serve(channel, started["serve"])
+        return
     from vllm import LLM
 
     engine = LLM(**started)
@@ -35,6 +39,23 @@ def main(told: int) -> None:
 def reply(channel: Any, **values: Any) -> None:
     channel.write(json.dumps(values) + "\n")
     channel.flush()
+
+
+def serve(channel: Any, flags: list[str]) -> None:
+    """vLLM's HTTP server with *flags* instead of an engine of our own; the channel says when it takes connections."""
+    import uvicorn
+    from vllm.entrypoints.launchers.api_server.entry import main as serve_http
+
+    begun = time.monotonic()
+    startup = uvicorn.Server.startup
+
+    async def told_startup(self: uvicorn.Server, *args: Any) -> None:
+        await startup(self, *args)
+        reply(channel, ready=time.monotonic() - begun)
+
+    uvicorn.Server.startup = told_startup
+    sys.argv[1:] = flags
+    serve_http()
 
 
 def generate(engine: Any, prompts: list[list[int]], tokens: int, batch: bool) -> dict[str, Any]:

@@ -83,8 +83,8 @@ TABLE = [
     *(Row("faults, sync", each) for each in FAULTS),
     Row("two ranks", rows.cold, "two_ranks"),
     Row("two ranks", rows.hit_after_reset_prefix_cache, "two_ranks"),
-    Row("two ranks", one_rank_ends_in_the_middle_of_a_store("two ranks, sync"), "two_ranks"),
-    Row("two ranks, sync", one_rank_ends_in_the_middle_of_a_store("two ranks, sync"), "two_ranks"),
+    Row("two ranks", one_rank_ends_in_the_middle_of_a_store("long 1", "two ranks, sync"), "two_ranks"),
+    Row("two ranks, sync", one_rank_ends_in_the_middle_of_a_store("long 2", "two ranks, sync"), "two_ranks"),
 ]
 
 
