@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmcache_trio._config_structure import expand
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["gather", "gather_client"]
@@ -65,6 +66,10 @@ def gather_client(known: Sequence[str], environ: Mapping[str, str]) -> tuple[Any
 
 
 def _read(path: Path, named_by: str) -> dict[str, Any]:
+    try:
+        path = Path(expand(str(path)))
+    except ValueError as exc:
+        raise ConfigError(named_by, str(exc)) from exc
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:

@@ -23,7 +23,7 @@ from cattrs.gen import make_dict_structure_fn
 
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["Table", "check_ids", "parse_path", "parse_size", "structure"]
+__all__ = ["Table", "check_ids", "expand", "parse_path", "parse_size", "structure"]
 
 Table = dict[str, Any]
 """A backend's own settings, not yet structured."""
@@ -48,14 +48,19 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
 
 
+def expand(text: str) -> str:
+    """*text* with `~` and `$NAME` expanded, as a shell does. ValueError: it names a variable that is not set."""
+    if unset := [name for name in re.findall(r"\$\{?(\w+)", text) if name not in os.environ]:
+        raise ValueError(f"{text!r} names the variable {unset[0]}, which is not set; write the absolute path")
+    return os.path.expanduser(os.path.expandvars(text))
+
+
 def parse_path(text: str) -> str:
     """The absolute path that *text* is, with `~` and `$NAME` expanded, as a shell does. ValueError says what is wrong.
 
     A relative one is refused: a server that is started elsewhere would not find what it kept. An empty one stays empty.
     """
-    if unset := [name for name in re.findall(r"\$\{?(\w+)", text) if name not in os.environ]:
-        raise ValueError(f"{text!r} names the variable {unset[0]}, which is not set; write the absolute path")
-    path = os.path.expanduser(os.path.expandvars(text))
+    path = expand(text)
     if "\0" in path:
         raise ValueError(f"{text!r} has a zero byte in it; write the absolute path")
     if path and not path.startswith("/"):

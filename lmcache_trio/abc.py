@@ -34,6 +34,7 @@ __all__ = [
     "EventDevice",
     "Export",
     "Load",
+    "LocalTier",
     "Memory",
     "Piece",
     "Record",
@@ -135,6 +136,14 @@ class Tier(ABC):
     @abstractmethod
     def statistics(self) -> dict[str, int | str]:
         """What is held and counted: at least `chunks`, `bytes_used` and `bytes_capacity`."""
+
+
+class LocalTier(Tier):
+    """A tier whose `open` waits for this machine alone, and does not read there what takes long.
+
+    A server is not ready before it was opened once, or could not be, however long that takes: so a `ConfigError` of
+    its `open` always ends the start.
+    """
 
 
 class Attached:

@@ -108,6 +108,13 @@ def test_a_wrong_setting_ends_in_one_line_that_names_the_key_and_the_fix(
     refused(run("serve", *address, "--set", setting), key, fix)
 
 
+@pytest.mark.parametrize("how", [["--config", "~/server.toml"], ["--config=$HOME/server.toml"], []])
+def test_the_file_is_named_as_a_path_is_in_a_shell(how: list[str], tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text("grace = -1\n")
+    env = {"HOME": str(tmp_path)} | ({} if how else {"LMCACHE_TRIO_CONFIG": "~/server.toml"})
+    refused(run("serve", "--address", f"ipc://{tmp_path}/s.ipc", *how, env=env), "grace", "out of range")
+
+
 def test_a_wrong_key_in_the_file_is_named_too(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text("[memory]\nbackend = 'cpu'\nsise = '1GiB'\n")

@@ -26,6 +26,16 @@ def test_defaults_lose_to_the_file_and_the_file_to_the_environment(file: str) ->
     assert load_client_config(environ) == ClientConfig(3.0, 0.5)
 
 
+def test_the_file_is_named_as_a_path_is_in_a_shell(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, name = file.rsplit("/", 1)
+    monkeypatch.setenv("HOME", folder)
+    for path in (f"~/{name}", f"$HOME/{name}", f"${{HOME}}/{name}"):
+        assert load_client_config({"LMCACHE_TRIO_CONFIG": path}) == ClientConfig(2.0, 0.5)
+    with pytest.raises(ConfigError, match="NOWHERE, which is not set") as caught:
+        load_client_config({"LMCACHE_TRIO_CONFIG": f"$NOWHERE/{name}"})
+    assert caught.value.key == "LMCACHE_TRIO_CONFIG"
+
+
 def test_what_an_adapter_is_given_wins_over_all_of_them(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_TRIO_CONFIG", file)
     monkeypatch.setenv("LMCACHE_TRIO_CLIENT__POLL_INTERVAL", "0.25")

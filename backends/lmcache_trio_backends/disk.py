@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import attrs
 import trio
 
-from lmcache_trio.abc import ChunkKey, Load, Record, Tier
+from lmcache_trio.abc import ChunkKey, Load, LocalTier, Record
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.threads import offload
 from lmcache_trio_backends._disk_config import Budget, DiskConfig, failure_of, usable_size
@@ -35,7 +35,7 @@ def _as_it_is(io: ByteIO) -> ByteIO:
     return io
 
 
-class DiskTier(Tier):
+class DiskTier(LocalTier):
     """Chunks on one disk. Every call but `statistics` is made inside `open()`."""
 
     Config = DiskConfig

@@ -1,5 +1,6 @@
 """A live server whose disk fails, hangs, or is taken away: fenced, as if it were not there, and used when it works."""
 
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from lmcache_trio_backends._disk_home import Home
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
+from lmcache_trio._server.tiers.tiers import FIRST_OPENING
+from lmcache_trio.errors import ConfigError
 from lmcache_trio.testing.faulty_tier import Fault
 
 MIB = 1 << 20
@@ -25,6 +29,34 @@ async def on_disk(live: Any, tier: Any, *chains: list[bytes]) -> None:
             assert await server.store(chain) == len(chain)
         await server.written_back()
         assert server.tier()["backend"]["chunks"] == sum(map(len, chains))
+
+
+async def test_a_directory_that_may_not_be_used_ends_the_start_however_slow_the_machine_is(
+    live: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "index").write_text("the user's")
+    slow, go_on, ready, refusals = Home.open, queue.SimpleQueue[None](), trio.Event(), []
+
+    def late(home: Home, *, flush: bool) -> None:
+        go_on.get(timeout=60)
+        slow(home, flush=flush)
+
+    async def serve() -> None:
+        try:
+            async with live(disk(tmp_path)):
+                ready.set()
+        except ConfigError as exc:
+            refusals.append(exc)
+
+    monkeypatch.setattr(Home, "open", late)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        with trio.move_on_after(FIRST_OPENING + 2):  # by then a server is ready that does not wait for its disk
+            await ready.wait()
+        go_on.put(None)
+    assert [exc.key for exc in refusals] == ["tiers.0.path"]
+    assert "files that are not a disk tier's" in refusals[0].problem
+    assert not ready.is_set()
 
 
 @pytest.mark.parametrize("kind", ["error", "no_space"])

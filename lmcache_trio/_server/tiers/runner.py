@@ -32,7 +32,7 @@ ABSENT = ChunkKey(bytes(DIGEST_BYTES), bytes(DIGEST_BYTES))
 
 
 class TierRunner:
-    """Runs one tier. `opened` is set when its first opening has succeeded or failed."""
+    """Runs one tier. `opened`: it has served for the first time, or failed to; `settled`: its `open` has."""
 
     def __init__(self, tier: Tier, calls: GuardedCalls, loader: TierLoader, writer: TierWriter) -> None:
         self.name = calls.name
@@ -42,6 +42,7 @@ class TierRunner:
         self.loader = loader
         self.writer = writer
         self.opened = trio.Event()
+        self.settled = trio.Event()
         self.refusal: ConfigError | None = None
         """The setting for which the tier cannot be opened at all."""
 
@@ -62,12 +63,14 @@ class TierRunner:
                         number = self.name.partition(":")[0]
                         refusal = ConfigError(f"tiers.{number}.{refusal.key}", refusal.problem)
                     self.refusal = refusal
+                    self.settled.set()
                     self.opened.set()
                     raise refusal from exc
                 self.calls.failed(exc if refusal is None else Unavailable(str(refusal)))
             fence = self.calls.fence
             if fence.state is not FenceState.FENCED:
                 self.calls.failed(Unavailable("it closed by itself"))
+            self.settled.set()
             self.opened.set()
             await trio.sleep_until(fence.until)
             fence.probe(trio.current_time())
@@ -75,6 +78,7 @@ class TierRunner:
     async def _live(self, branch: Branch) -> None:
         """Serve from one opening to the next fence."""
         async with self.tier.open():
+            self.settled.set()
             await self.tier.contains([ABSENT])
             while self.writer.deletions:
                 await self.writer.delete_one()

@@ -1,5 +1,6 @@
 """All tiers of a server, nearest first, and the questions that concern them together."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,15 +18,18 @@ from lmcache_trio._server.tiers.calls import GuardedCalls
 from lmcache_trio._server.tiers.loader import MOST, TierLoader
 from lmcache_trio._server.tiers.runner import TierRunner
 from lmcache_trio._server.tiers.writer import Deletion, TierWriter
-from lmcache_trio.abc import Memory, Tier
+from lmcache_trio.abc import LocalTier, Memory, Tier
 from lmcache_trio.config import Config
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["FIRST_OPENING", "Tiers", "make_tiers"]
 
+log = logging.getLogger("lmcache_trio.server")
+
 FIRST_OPENING = 0.3
 """Seconds that a start gives its tiers to open, beside its other work: most do, and a wrong setting is then told at
-once. A slower tier opens in the background; a server is ready in under a second, whatever its tiers."""
+once. A slower tier opens in the background; a server is ready in under a second, whatever its tiers. A `LocalTier` is
+waited for without a limit: there, a setting that is wrong must be told before, on any machine."""
 
 
 def make_tiers(config: Config) -> list[Tier]:
@@ -38,6 +42,7 @@ class Tiers:
 
     def __init__(self, tiers: Sequence[Tier], index: Index, memory: Memory, clock: Clock, config: Config) -> None:
         self._opened_by = -math.inf
+        self._patience = config.tier_timeout
         names = [str(table["backend"]) for table in config.tiers] or [type(tier).__name__ for tier in tiers]
         guarded = [GuardedCalls(f"{i}:{name}", Fence(patience=config.tier_timeout)) for i, name in enumerate(names)]
         writers = [TierWriter(calls, tier, index, memory, config) for calls, tier in zip(guarded, tiers, strict=True)]
@@ -68,10 +73,19 @@ class Tiers:
             start(runner.run, branch)
 
     async def wait_opened(self) -> None:
-        """Wait until each tier is open or has failed to open, or `FIRST_OPENING` is over. Raises `refusal`."""
+        """Wait until each tier is open or has failed to open, or `FIRST_OPENING` is over, and in any case until each
+        `LocalTier` was opened or could not be. Raises `refusal`.
+        """
         with trio.move_on_at(self._opened_by):
             for runner in self.runners:
                 await runner.opened.wait()
+        for runner in self.runners:
+            if isinstance(runner.tier, LocalTier):
+                with trio.move_on_after(self._patience) as patience:
+                    await runner.settled.wait()
+                if patience.cancelled_caught:
+                    log.warning("the start waits for the tier %s, which is not open yet: it may hang", runner.name)
+                    await runner.settled.wait()
         if self.refusal is not None:  # its task ends the server too, but this one may run on before that
             raise self.refusal
 

@@ -12,6 +12,7 @@ from lmcache_trio._server import supervise
 from lmcache_trio._server.tiers.tiers import FIRST_OPENING
 from lmcache_trio._wire.codec import decode
 from lmcache_trio._wire.messages import Ack, AnswerState, ErrorKind, ErrorReply, Reset
+from lmcache_trio.abc import LocalTier
 from lmcache_trio.config import Limits
 
 SHARD = 64 << 10
@@ -238,6 +239,37 @@ async def test_a_server_whose_tier_is_refused_in_the_time_that_a_start_gives_it_
             async with rigs(heap(), tiers=[tier]):
                 ready = True
     assert not ready
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_local_tier_has_been_opened_before_a_server_is_ready_however_long_that_takes(
+    worlds: Any, tiers: Any, refused: bool, autojump_clock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class LocalLoopTier(tiers, LocalTier):  # type: ignore[misc]
+        pass
+
+    tier: Any = LocalLoopTier()  # type: ignore[call-arg]
+    tier.stall("open")
+    if refused:
+        tier.failing["open"] = ConfigError("path", "holds files of the user's")
+    ready, refusals = trio.Event(), []
+
+    async def serve() -> None:
+        try:
+            async with worlds(tier):
+                ready.set()
+        except ConfigError as exc:
+            refusals.append(exc.key)
+
+    with trio.fail_after(100):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            await trio.sleep(50)
+            assert not ready.is_set()
+            assert sum("the start waits for the tier 0:" in line for line in caplog.messages) == 1
+            tier.go_on()
+    assert ready.is_set() is not refused
+    assert refusals == ["tiers.0.path"] * refused
 
 
 # --- writeback ------------------------------------------------------------------------------------------------------
