@@ -18,5 +18,5 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def _patient_openings() -> Iterator[None]:
     """What a test stores is not dropped because a busy machine took more than 0.1 s to open its session."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmcache_trio.adapters.scheduler._OPENING", 10.0)
+        patch.setattr("lmcache_trio.adapters.scheduler.lookup_table._OPENING", 10.0)
         yield

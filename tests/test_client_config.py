@@ -48,7 +48,7 @@ def test_what_an_adapter_is_given_wins_over_all_of_them(file: str, monkeypatch: 
         connect_timeout=0.01,
     )
     try:
-        assert (adapter._lookup_timeout, adapter._poll_interval) == (1.0, 0.25)
+        assert (adapter.lookup_timeout, adapter.poll_interval) == (1.0, 0.25)
     finally:
         adapter.shutdown()
 

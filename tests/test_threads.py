@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from lmcache_trio.errors import Misuse, Unavailable
-from lmcache_trio.threads import DedicatedThread, Handoff, Latch, Portal, offload, offload_owned
+from lmcache_trio.threads import DedicatedThread, Handoff, Lock, Portal, offload, offload_owned
 
 
 async def until(event: threading.Event) -> None:
@@ -203,13 +203,13 @@ def test_a_handoff_gives_its_one_value_to_everyone_as_often_as_they_ask() -> Non
     assert handoff.wait(0) == handoff.wait(float("inf")) == handoff.wait(-1) == 7
 
 
-def test_a_latch_lets_one_thread_in_at_a_time() -> None:
-    latch, inside, most = Latch(), 0, 0
+def test_a_lock_lets_one_thread_in_at_a_time() -> None:
+    lock, inside, most = Lock(), 0, 0
 
     def work() -> None:
         nonlocal inside, most
         for _ in range(200):
-            with latch:
+            with lock:
                 inside += 1
                 most = max(most, inside)
                 inside -= 1

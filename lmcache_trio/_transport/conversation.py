@@ -22,7 +22,7 @@ from lmcache_trio._wire.codec import ECHO, decode, encode
 from lmcache_trio._wire.messages import Answer, ErrorReply, Message
 from lmcache_trio._wire.protocol import PUSHES, REPLIES, error_of
 from lmcache_trio.errors import Gone, LMCacheTrioError, ProtocolError, Unavailable
-from lmcache_trio.threads import Latch
+from lmcache_trio.threads import Lock
 
 __all__ = ["Conversation", "Reply", "expect"]
 
@@ -58,7 +58,7 @@ class Conversation:
         self._due: dict[int, type[Message]] = {}  # by request, from its sending to its reply: also if nobody waits
         self._waiters: dict[int, Callable[[Reply], None]] = {}
         self._answers: dict[int, Callable[[Reply], None]] = {}
-        self._latch = Latch()
+        self._lock = Lock()
         self._outbox: deque[bytes] = deque()
         self._outbox_filled = trio.Event()
         self._loop = trio.lowlevel.current_trio_token()
@@ -210,12 +210,12 @@ class Conversation:
                     await self._connection.send(self._outbox[0])
                 except Gone:
                     return
-                with self._latch:
+                with self._lock:
                     self._outbox.popleft()
 
     def _post(self, frame: bytes, *, refusable: bool) -> None:
         """Send, in order with everything sent before; what the socket has no room for waits in the outbox."""
-        with self._latch:
+        with self._lock:
             if self._lost is not None:
                 raise Unavailable("the connection to the server is lost")
             if not self._outbox:
@@ -264,7 +264,7 @@ class Conversation:
         self.said(message)
 
     def _lose(self, cause: BaseException | None) -> None:
-        with self._latch:
+        with self._lock:
             self._lost = Unavailable("the connection to the server is lost")
             self._outbox.clear()
         self._due.clear()

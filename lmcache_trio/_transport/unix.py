@@ -28,7 +28,7 @@ import trio
 from lmcache_trio._transport import MAX_DESCRIPTORS, MAX_MESSAGE, Connection
 from lmcache_trio._transport.unix_sockets import inherited, open_epoll
 from lmcache_trio.errors import Gone, Misuse
-from lmcache_trio.threads import Latch
+from lmcache_trio.threads import Lock
 
 __all__ = ["PACKET", "UnixLink"]
 
@@ -72,7 +72,7 @@ class UnixLink(Connection):
         self._closed = False
         self._empty = False  # when we last looked
         self._parts: list[bytes] | None = None
-        self._latch = Latch()  # else a send could meet a descriptor that was closed, and is another's by now
+        self._lock = Lock()  # else a send could meet a descriptor that was closed, and is another's by now
         self._sending = trio.Lock()
         self._watching = trio.Lock()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
@@ -175,11 +175,11 @@ class UnixLink(Connection):
             trio.lowlevel.notify_closing(self._end.fileno())
         with contextlib.suppress(OSError):  # also where a child has the socket that was forked without our knowing
             self._socket.shutdown(socket.SHUT_RDWR)
-        with self._latch:
+        with self._lock:
             self._close_descriptors()
 
     def forget(self) -> None:
-        self._latch = Latch()  # a thread that is not there may have held the other
+        self._lock = Lock()  # a thread that is not there may have held the other
         self._close_descriptors()
 
     def _close_descriptors(self) -> None:
@@ -195,7 +195,7 @@ class UnixLink(Connection):
             raise Misuse(f"a message of {size} bytes is larger than {self._limit}: split it")
 
     def _put(self, packet: bytes, descriptors: Sequence[int] = ()) -> None:
-        with self._latch:
+        with self._lock:
             if self._closed:
                 raise Gone("the connection was closed")
             try:

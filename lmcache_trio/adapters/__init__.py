@@ -3,8 +3,7 @@
 Engine-neutral and synchronous. Importing this imports no torch: only a worker that registers its tensors does.
 """
 
-from lmcache_trio.adapters.polling import PollingSchedulerAdapter
-from lmcache_trio.adapters.scheduler import SchedulerAdapter
+from lmcache_trio.adapters.scheduler import PollingSchedulerAdapter, SchedulerAdapter
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.adapters.worker import WorkerAdapter
 

@@ -15,7 +15,7 @@ from lmcache_trio._transport.addresses import NotToBeUsed
 from lmcache_trio._wire.messages import Hello
 from lmcache_trio.client import Client, connect, places_of, wait_server
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError
-from lmcache_trio.threads import Handoff, Latch, Portal
+from lmcache_trio.threads import Handoff, Lock, Portal
 
 __all__ = ["Link", "logger"]
 
@@ -50,7 +50,7 @@ class Link:
         """The connection's."""
         self._homeless: trio.Nursery | None = None
         """For jobs that come while there is no connection."""
-        self._latch = Latch()
+        self._lock = Lock()
         self._first: Handoff[LMCacheTrioError | bool] = Handoff()
         self._told = self._why = ""
 
@@ -174,7 +174,7 @@ class Link:
             raise failure
 
     def _settle_first(self, value: LMCacheTrioError | bool) -> bool:
-        with self._latch:
+        with self._lock:
             return self._first.set(value)
 
     def _tell(self, what: str, level: int = logging.WARNING) -> None:

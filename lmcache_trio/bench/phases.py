@@ -166,7 +166,7 @@ def end_session(host: Host, n: int) -> Timed:
 def hot_digests(host: Host) -> list[bytes]:
     """Of the hot prompt, as the adapter hashes it."""
     scheduler = host.site.scheduler
-    return chain_digests(scheduler._seed, host.hot, scheduler.chunk_tokens)
+    return chain_digests(scheduler._prompts.seed, host.hot, scheduler.chunk_tokens)
 
 
 def _opened(host: Host, digests: list[bytes], n: int) -> list[int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import trio
 
-from lmcache_trio.threads import Latch
+from lmcache_trio.threads import Lock
 
 __all__ = ["Gate"]
 
@@ -85,7 +85,7 @@ class _Hold:
     def __init__(self, fifo: Path | None) -> None:
         self._fifo = fifo
         self._ends = list(os.pipe()) if fifo is None else []
-        self._guard = Latch()
+        self._guard = Lock()
         self._released = False
         self._inside = 0
 

@@ -10,6 +10,6 @@ from lmcache_trio.threads._calls import offload, offload_owned
 from lmcache_trio.threads._dedicated import DedicatedThread
 from lmcache_trio.threads._portal import Portal
 from lmcache_trio.threads._tier import BlockingTier
-from lmcache_trio.threads._values import Handoff, Latch
+from lmcache_trio.threads._values import Handoff, Latch, Lock
 
-__all__ = ["BlockingTier", "DedicatedThread", "Handoff", "Latch", "Portal", "offload", "offload_owned"]
+__all__ = ["BlockingTier", "DedicatedThread", "Handoff", "Latch", "Lock", "Portal", "offload", "offload_owned"]

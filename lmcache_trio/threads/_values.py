@@ -3,24 +3,14 @@
 import threading
 from typing import Generic, TypeVar
 
-__all__ = ["Handoff", "Latch", "bounded"]
+__all__ = ["Handoff", "Latch", "Lock", "bounded"]
 
 T = TypeVar("T")
 
 
-class Latch:
-    """A mutex for state that host threads share. Not reentrant; hold it for a few lines and never wait under it."""
-
-    __slots__ = ("_lock",)
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
+Lock = threading.Lock
+"""A mutex for state that threads share. Not reentrant; hold it for a few lines and never wait under it."""
+Latch = Lock
 
 
 class Handoff(Generic[T]):

@@ -63,7 +63,7 @@ def test_a_prompt_of_more_chunks_than_a_lookup_can_name_is_a_shorter_hit(server:
         one.maybe_submit_lookup_request("q", tokens)
         hit = one.check_lookup_result("q")
         assert 0 < hit <= stored
-        assert one._requests["q"].sent == MAX_DIGESTS
+        assert one._lookups.requests["q"].lookup.sent == MAX_DIGESTS
         one.free_lookup_locks("q")
         one.maybe_submit_lookup_request("q", tokens)  # digests beyond are not sent later either
         assert one.check_lookup_result("q") == hit

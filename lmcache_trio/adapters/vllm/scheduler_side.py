@@ -57,8 +57,8 @@ class EngineRequest(Protocol):
 class Cache(Protocol):
     """The part of `SchedulerAdapter` that is used here."""
 
-    chunk_tokens: int
-
+    @property
+    def chunk_tokens(self) -> int: ...
     def maybe_submit_lookup_request(
         self,
         request_id: str,

@@ -19,10 +19,12 @@ from pathlib import Path
 import attrs
 import pytest
 
-from lmcache_trio._core.lookup import LookupState
-from lmcache_trio._wire.messages import AnswerState
-from lmcache_trio.adapters import SchedulerAdapter, scheduler
-from lmcache_trio.adapters import polling as polling_module
+from lmcache_trio._transport.conversation import Reply
+from lmcache_trio._wire.messages import AnswerState, Lookup, Message
+from lmcache_trio.adapters import SchedulerAdapter
+from lmcache_trio.adapters.scheduler import lookup_table
+from lmcache_trio.adapters.scheduler import polling as polling_module
+from lmcache_trio.adapters.scheduler.lookup_machine import LookupState
 from lmcache_trio.adapters.specs import LoadSpec
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
 
@@ -84,12 +86,6 @@ def held(server: ServerProcess) -> dict[str, object]:
     }
 
 
-@pytest.fixture
-def scheme() -> str:
-    """Of the server's address; tests of what hangs on the transport set it."""
-    return "unix"
-
-
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A disk that has TOKENS, of a server that has ended."""
@@ -109,8 +105,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stalled(tmp_path: Path, scheme: str, stored: Path, sides: MakeSide) -> Iterator[Stalled]:
-    address, disk, fifo = f"{scheme}://{tmp_path}/s.sock", f"{tmp_path}/disk", tmp_path / "fifo"
+def stalled(tmp_path: Path, stored: Path, sides: MakeSide) -> Iterator[Stalled]:
+    address, disk, fifo = f"unix://{tmp_path}/s.sock", f"{tmp_path}/disk", tmp_path / "fifo"
     shutil.copytree(stored, disk)
     inner = ("backend=disk", f"path={disk}", "size=16MiB")
     server = ServerProcess(
@@ -180,14 +176,21 @@ def test_asked_again_while_answered_it_is_the_same_count(stalled: Stalled, sides
 
 
 @pytest.mark.parametrize("lost", ["the push", "the reply", "the reply and the push"])
-def test_a_lost_message_does_not_lose_the_answer(stalled: Stalled, sides: MakeSide, lost: str) -> None:
+def test_a_lost_message_does_not_lose_the_answer(
+    stalled: Stalled, sides: MakeSide, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
     one = polling(sides, stalled)
     client = one.scheduler._link.client
     assert client is not None
     if "push" in lost:
         client.on_push = lambda message: None
     if "reply" in lost:
-        one.scheduler._on_reply = lambda pending, reply: None  # type: ignore[method-assign]
+        ask = client.request_nowait
+
+        def unheard(message: Message, on_reply: Callable[[Reply], None]) -> None:
+            ask(message, (lambda reply: None) if isinstance(message, Lookup) else on_reply)
+
+        monkeypatch.setattr(client, "request_nowait", unheard)
     stalled.submitted(one, "r")
     stalled.stuck()
     stalled.let_go()
@@ -214,10 +217,10 @@ def test_an_unknown_or_ended_request_is_told_apart_from_a_pending_one(stalled: S
 def test_a_timed_out_lookup_leaves_nothing_in_the_adapter_and_nothing_on_the_server(
     stalled: Stalled, sides: MakeSide, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(scheduler, "_BUDGET_SHARE", 100)  # else the server would answer in time
+    monkeypatch.setattr(lookup_table, "_BUDGET_SHARE", 100)  # else the server would answer in time
     one = polling(sides, stalled, lookup_timeout=0.3)
-    stalled.submitted(one, "r")
     began = time.monotonic()
+    stalled.submitted(one, "r")
     assert one.scheduler.check_lookup_result("r") == 0
     assert time.monotonic() - began > 0.29
     assert "not answered within 0.3 s" in caplog.text  # it did not wait for the server to give up
@@ -225,13 +228,12 @@ def test_a_timed_out_lookup_leaves_nothing_in_the_adapter_and_nothing_on_the_ser
     assert client is not None
     wait_until(lambda: not client._waiters)
     one.scheduler.end_session("r")
-    assert not one.scheduler._requests
+    assert not one.scheduler._lookups.requests
     wait_until(lambda: stalled.held()["prefetches"] == 0)
     stalled.let_go()  # the reads that hang keep their slots until they have returned
     wait_until(lambda: stalled.held() == stalled.before)
 
 
-@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 def test_a_server_that_dies_during_the_wait_gives_0_by_notification(stalled: Stalled, sides: MakeSide) -> None:
     one = polling(sides, stalled, lookup_timeout=600.0)  # longer than any test may take
     stalled.submitted(one, "r")
@@ -304,7 +306,7 @@ def test_timing_is_monotonic_whatever_the_wall_clock_does(
     stalled: Stalled, sides: MakeSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = polling(sides, stalled)
-    assert one.scheduler._clock is time.monotonic
+    assert one.scheduler._lookups.clock is time.monotonic
     monkeypatch.setattr(time, "time", lambda: 0.0)
     stalled.submitted(one, "r")
     stalled.stuck()
@@ -395,7 +397,6 @@ side.scheduler.check_lookup_result("r")
 """
 
 
-@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 def test_when_the_first_asker_is_killed_the_second_gets_its_hit_from_the_same_loads(
     stalled: Stalled, sides: MakeSide
 ) -> None:
@@ -424,10 +425,10 @@ def test_when_the_first_asker_is_killed_the_second_gets_its_hit_from_the_same_lo
 def test_a_slow_disk_gives_a_smaller_hit_and_not_a_timeout(
     stalled: Stalled, sides: MakeSide, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert 0 < scheduler._BUDGET_SHARE < 1  # what tiers may take ends before the lookup does, and here long before
-    monkeypatch.setattr(scheduler, "_BUDGET_SHARE", 0.005)
+    assert 0 < lookup_table._BUDGET_SHARE < 1  # what tiers may take ends before the lookup does, and here long before
+    monkeypatch.setattr(lookup_table, "_BUDGET_SHARE", 0.005)
     stalled.side.store("begun", TOKENS[:CHUNK], AT[:4])
     one = polling(sides, stalled, lookup_timeout=60.0)
     assert one.lookup("r", TOKENS) == CHUNK  # the first chunk is in memory, and the disk hangs on
-    assert one.scheduler._requests["r"].machine.state is LookupState.ANSWERED
+    assert one.scheduler._lookups.requests["r"].lookup.state is LookupState.ANSWERED
     assert not any("not answered within" in line for line in caplog.messages)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from lmcache_trio._core.keys import chain_digests
-from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, StoreSpec, prompts
+from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, StoreSpec
+from lmcache_trio.adapters.scheduler import prompts
+from lmcache_trio.adapters.scheduler.lookup_machine import LookupState
 from lmcache_trio.errors import Misuse
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
 
@@ -88,13 +90,13 @@ def test_an_answer_is_not_given_for_another_prompt(
 def test_a_lookup_that_is_awaited_is_let_go_for_another_prompt(one: Side, live_server: ServerProcess) -> None:
     live_server.pause()
     one.scheduler.maybe_submit_lookup_request("r", A)
-    first = one.scheduler._requests["r"].pending
-    assert first is not None
+    first = one.scheduler._lookups.requests["r"]
+    assert not first.lookup.may_ask(4)
     one.scheduler.maybe_submit_lookup_request("r", B)
-    second = one.scheduler._requests["r"].pending
-    assert second is not None
+    second = one.scheduler._lookups.requests["r"]
     assert second is not first
-    assert first.answered.done
+    assert second.lookup.state is LookupState.PENDING
+    assert first.lookup.state is LookupState.IDLE
     live_server.go_on()
     wait_until(lambda: one.scheduler.check_lookup_result("r") == 0)
     wait_until(lambda: held_sessions(live_server)["sessions"] == 1)

@@ -10,6 +10,7 @@ import pytest
 from lmcache_trio._transport.conversation import Reply
 from lmcache_trio._wire.messages import Lookup
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter
+from lmcache_trio.adapters.scheduler.lookup_machine import LookupState
 from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, wait_until
 
@@ -125,7 +126,7 @@ def test_a_lease_that_a_load_holds_stays_its_own_when_the_next_lookup_could_not_
 def test_after_an_error_of_the_servers_a_request_is_told_anew(one: Side) -> None:
     assert one.lookup("r", TOKENS[:CHUNK]) == CHUNK
     one.scheduler.free_lookup_locks("r")
-    one.scheduler._requests["r"].sent = 3  # the server has one chunk: it answers Misuse
+    one.scheduler._lookups.requests["r"].lookup.sent = 3  # the server has one chunk: it answers Misuse
     assert one.lookup("r", TOKENS) == 0
     assert one.lookup("r", TOKENS) == 4 * CHUNK
 
@@ -183,8 +184,8 @@ def test_extra_identity_makes_another_chunk_and_all_behind_it_another(one: Side)
 
 def test_an_answer_is_not_offered_past_its_lease(one: Side, live_server: ServerProcess) -> None:
     assert one.lookup("r", TOKENS) == 4 * CHUNK
-    clock = one.scheduler._clock
-    one.scheduler._clock = lambda: clock() + 29.0
+    clock = one.scheduler._lookups.clock
+    one.scheduler._lookups.clock = lambda: clock() + 29.0
     assert one.scheduler.check_lookup_result("r") == 0
     spec = one.scheduler.update_after_alloc("r", CHUNK, block_ids=BLOCKS[:4])
     assert spec is not None
@@ -201,13 +202,14 @@ def test_a_silent_server_gives_zero_in_time_and_nothing_is_left_behind(
     assert other.lookup("r", TOKENS) == 0  # it would say nothing for ever
     assert not other.scheduler.is_healthy()
     other.scheduler.maybe_submit_lookup_request("next", TOKENS)
-    assert other.scheduler._requests["next"].pending is None  # not asked, so not waited for: not a word since
+    following = other.scheduler._lookups.requests["next"].lookup
+    assert following.state is LookupState.IDLE  # not asked, so not waited for: not a word since
     assert other.scheduler.check_lookup_result("next") == 0
-    wait_until(lambda: any("not answered within" in line for line in caplog.messages))  # said by the loop's thread
+    wait_until(lambda: any("not answered within" in line for line in caplog.messages))
     live_server.go_on()
     wait_until(lambda: other.scheduler.is_healthy())
     assert sum("not answered within" in line for line in caplog.messages) == 1
-    other.scheduler._lookup_timeout = 60.0  # a server that answers may be as slow as this machine is
+    other.scheduler._lookups.lookup_timeout = 60.0  # a server that answers may be as slow as this machine is
     assert other.lookup("then", TOKENS) == 4 * CHUNK
     for request in ("r", "next", "then"):
         other.scheduler.end_session(request)
@@ -251,7 +253,7 @@ def test_a_thousand_lookups_aborted_at_random_points_leave_nothing(live_server: 
         scheduler.end_session(f"r{i}")
     wait_until(lambda: scheduler._link.client is not None)
     wait_until(lambda: settled(live_server) == before)
-    assert not scheduler._requests
+    assert not scheduler._lookups.requests
     client = scheduler._link.client
     assert client is not None
     wait_until(lambda: not client._due)
