@@ -262,6 +262,8 @@ async def _store_anew(scheduler: Client, worker: Client) -> None:
     assert beside in (0, 2)
     if (behind, beside) != (3, 0):
         await scheduler.reset()
+        scheduler.end(9)  # what began before a reset stores nothing any more
+        await scheduler.lookup(9, [])
         async with worker.storing(9, b"", STORED):
             pass
     scheduler.end(9)

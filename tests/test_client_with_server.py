@@ -48,7 +48,7 @@ async def test_what_is_stored_is_retrieved_byte_for_byte(tmp_path: Path) -> None
 
 async def test_a_store_of_more_than_a_message_asks_for_is_asked_for_in_lots_that_make_one_chain(tmp_path: Path) -> None:
     digests = [number.to_bytes(32, "big") for number in range(2 * MAX_RESERVED + 10)]
-    size = SHARD * (MAX_RESERVED + MAX_RESERVED // 2)
+    size = 2 * SHARD * (MAX_RESERVED + MAX_RESERVED // 2)  # of which one engine may be writing half at a time
     async with engine(tmp_path, size=size) as (server, scheduler, worker):
         await scheduler.lookup(1, digests)
         with pytest.raises(Misuse, match=f"{len(digests)} digests: reserve {MAX_RESERVED} at a time"):
@@ -65,7 +65,7 @@ async def test_a_store_of_more_than_a_message_asks_for_is_asked_for_in_lots_that
             assert sum(storing.dropped.values()) == len(digests) - room
             for position, slot in storing.slots.items():
                 slot[:] = position.to_bytes(2, "big") * (SHARD // 2)
-        answer = await scheduler.lookup(2, digests[: room // 2])  # what leases may hold
+        answer = await scheduler.lookup(2, digests[: room // 2])
         async with worker.retrieving(answer.lease, 0, answer.chunks) as chunks:
             assert [int.from_bytes(chunk[:2], "big") for chunk in chunks] == list(range(room // 2))
 
