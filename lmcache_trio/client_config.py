@@ -43,12 +43,12 @@ class ClientConfig:
     poll_interval: float = attrs.field(
         default=0.005,
         validator=_seconds,
-        metadata={"help": "Seconds of silence after which a waiting lookup asks for its status, and again."},
+        metadata={"help": "Seconds of silence after which a waiting lookup asks for its status, repeatedly."},
     )
     server_uids: tuple[int, ...] = attrs.field(
         default=(),
         validator=check_ids,
-        metadata={"help": "Uids whose server is believed, beside this process' own and root."},
+        metadata={"help": "Uids whose server an engine trusts, beside its own uid and root."},
     )
 
     def __attrs_post_init__(self) -> None:

@@ -155,7 +155,7 @@ class Access:
     group: int | str = attrs.field(
         default="",
         validator=_group,
-        metadata={"help": "A group whose members may connect, by name or number; a server not of root must be in it."},
+        metadata={"help": "A group, by name or number, whose members may connect; a server not root's must be in it."},
     )
 
     @property
@@ -207,22 +207,22 @@ class Limits:
         3 << 20, "Chunks that the open requests of one engine may name together, or the reads of one worker."
     )
     pins: int = _limit(4096, "Reads that one worker may have under way.")
-    attaches: int = _limit(2, "Times that one worker may have its memory being opened by the device, without a reply.")
+    attaches: int = _limit(2, "Attach requests of one worker that may wait while the device opens its memory.")
     resets: int = _limit(16, "Resets of one scheduler that may wait for the tiers' deletions.")
     pushes: int = _limit(
-        16_384, "Messages that may wait for a client that does not read; with one more, its connection is ended."
+        16_384, "Messages that may wait for a client that does not read; one more ends its connection."
     )
     unfinished_bytes: int = attrs.field(
         default=64 << 20,
         validator=_between(4 << 20, 1 << 40),
         metadata={
             "unit": "bytes",
-            "help": "Of messages of all clients together whose end has not come; with more, the client that began first"
-            " is ended. A message has 4 MiB at most.",
+            "help": "Bytes of messages that all clients together have begun and not ended; with more, the client that"
+            " began first is ended. A message has 4 MiB at most.",
         },
     )
     namespaces: int = _limit(
-        256, "Layouts that no engine uses any more and that still hold chunks; the one left longest ago goes first."
+        256, "Layouts that no engine uses and that still hold chunks; the one left longest ago goes first."
     )
 
 
@@ -244,7 +244,7 @@ class Config:
     chunk_tokens: int = attrs.field(
         default=256,
         validator=_between(1, 65_536),
-        metadata={"help": "Tokens a chunk, the unit of caching; a multiple of every engine's block size."},
+        metadata={"help": "Tokens per chunk, the unit of caching; a multiple of every engine's block size."},
     )
     lease_timeout: float = attrs.field(
         default=30.0,
@@ -254,14 +254,14 @@ class Config:
     lease_share: float = attrs.field(
         default=0.5,
         validator=_between(0.0, 1.0, above=True),
-        metadata={"help": "Share of the arena that requests not yet allocated may hold; beyond it, hits are shorter."},
+        metadata={"help": "Share of the arena for leases without allocated blocks; beyond it, hits are shorter."},
     )
     write_share: float = attrs.field(
         default=0.5,
         validator=_between(0.0, 1.0, above=True),
         metadata={
-            "help": "Share of the arena, less what other engines are writing, that one engine may be writing at one"
-            " time, its copies that have not ended included; stores beyond it are dropped."
+            "help": "Share of the arena, less the bytes that other engines are writing, that one engine may be writing"
+            " at one time, copies that have not ended included; stores beyond it are dropped."
         },
     )
     reservation_timeout: float = attrs.field(
@@ -290,14 +290,14 @@ class Config:
     tier_timeout: float = attrs.field(
         default=5.0,
         validator=_between(0.0, 3600.0, above=True),
-        metadata={"help": "Seconds after which a call into a tier hangs: the tier is then not used until it is back."},
+        metadata={"help": "Seconds after which a call into a tier counts as hung; the tier is then fenced."},
     )
     prefetch_budget: float = attrs.field(
         default=2.0,
         validator=_between(0.0, 3600.0),
         metadata={
-            "help": "Seconds that a lookup may wait for tiers, if it does not ask for less; then what is in memory by"
-            " then is the answer. 0: never. The default is about what computing 20,000 tokens takes."
+            "help": "Seconds that a lookup may wait for tiers, if it does not ask for less; the answer is then what"
+            " memory has. 0: never. The default is about what computing 20,000 tokens takes."
         },
     )
     prefetch_bytes: int = attrs.field(
@@ -311,18 +311,16 @@ class Config:
         metadata={
             "unit": "bytes",
             "help": "Bytes that may wait to be written to one tier, at most half of the arena; beyond it, the oldest"
-            " chunks that no other extends are dropped.",
+            " chunks that no queued chunk extends are dropped.",
         },
     )
     device: Mapping[str, Any] = attrs.field(
         factory=lambda: MappingProxyType({"backend": "auto"}),
         validator=_has_backend,
-        metadata={
-            "help": "Who moves an engine's KV for the server: `backend` (auto, host, cuda, none) and its settings."
-        },
+        metadata={"help": "The device that moves an engine's KV: `backend` (auto, host, cuda, none) and its settings."},
     )
     limits: Limits = attrs.field(
-        factory=Limits, metadata={"help": "What a client may have at one time: a table of its own, below."}
+        factory=Limits, metadata={"help": "What a client may have at one time: a table of its own, `[limits]`."}
     )
 
     def __attrs_post_init__(self) -> None:

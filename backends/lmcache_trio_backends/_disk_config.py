@@ -53,8 +53,8 @@ class DiskConfig:
         validator=_is_given,
         metadata={
             "unit": "path",
-            "help": "A directory for this server alone, as in `/var/cache/kv` or `~/kv`: empty, or made when it is not"
-            " there.",
+            "help": "A directory for this server alone, as in `/var/cache/kv` or `~/kv`: empty, or made if it does not"
+            " exist.",
         },
     )
     size: int = attrs.field(
@@ -72,10 +72,10 @@ class DiskConfig:
     admission: str = attrs.field(
         default="all",
         validator=_one_of(ADMISSIONS),
-        metadata={"help": "Which chunks are taken: `all`, or `second_hit`, those offered for the second time."},
+        metadata={"help": "Chunks to take: `all`, or `second_hit`, each when it is offered for the second time."},
     )
     direct: bool = attrs.field(
-        default=False, metadata={"help": "Read and write past the page cache (O_DIRECT); refused where it can't be."}
+        default=False, metadata={"help": "Read and write past the page cache (O_DIRECT); refused if that cannot be."}
     )
     slab_size: int = attrs.field(
         default=1 << 30,

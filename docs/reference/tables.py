@@ -1,12 +1,14 @@
-"""Writes the tables of the reference from the code; `tests/test_docs.py` fails while a page differs from it.
+"""Writes the lists and tables of the reference from the code; `tests/test_docs.py` fails while a page differs from it.
 
     python docs/reference/tables.py        # after a setting or a sentence of the protocol has changed
 
-A page asks for a table with `<!-- table: settings MODULE:CLASS -->` or `<!-- table: sentences -->`; what stands from
-there to `<!-- end -->` is replaced.
+A page asks for a list of settings with `<!-- table: settings MODULE:CLASS -->`, and for the table of the protocol with
+`<!-- table: sentences -->`; the text from there to `<!-- end -->` is replaced. Settings are a list, because a line of a
+page has at most 100 columns and a cell of a table cannot be broken.
 """
 
 import re
+import textwrap
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -29,28 +31,31 @@ def render(page: str) -> str:
 
 
 def _table(kind: str, *args: str) -> str:
-    rows = _settings(*args) if kind == "settings" else _sentences()
-    head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-    if not body:
-        return "It has no settings.\n"
+    if kind == "settings":
+        return "\n".join(_settings(*args)) or "It has no settings.\n"
+    head, *body = ([cell.replace("|", "\\|") for cell in row] for row in _sentences())
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body))
 
 
-def _settings(where: str) -> Iterator[list[str]]:
+def _settings(where: str) -> Iterator[str]:
     module, _, name = where.partition(":")
-    yield ["Name", "Default", "What it does"]
     for field in attrs.fields(getattr(import_module(module), name)):
-        yield [f"`{field.name}`", _default(field.default), str(field.metadata.get("help", ""))]
+        text = textwrap.fill(str(field.metadata.get("help", "")), 99, initial_indent=": ", subsequent_indent="  ")
+        yield f"`{field.name}` ({_default(field.default)})\n{text}\n"
 
 
 def _default(value: Any) -> str:
     if value is attrs.NOTHING:
         return "must be given"
+    return f"default: {_default_value(value)}"
+
+
+def _default_value(value: Any) -> str:
     if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
         made = value.factory()
         if attrs.has(type(made)):
-            return "each has its own"
-        return "one a user" if isinstance(made, str) else _toml(dict(made))
+            return "those of its table"
+        return "one per user" if isinstance(made, str) else _toml(dict(made))
     return "none" if value is None else _toml(value)
 
 
