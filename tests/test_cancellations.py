@@ -17,7 +17,7 @@ import trio
 import trio.testing
 
 from lmcache_trio import Client, Config, Role, Server, open_client, open_server
-from lmcache_trio._server.handlers import answer_of
+from lmcache_trio._server.answers import answer_of
 from lmcache_trio._transport import dial_pair, introduce, wait_listening
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, AnswerState, Hello, Welcome
@@ -137,12 +137,10 @@ async def _lookup_in_a_tier(rig: Rig) -> None:
         client.start(answer)
         return True
 
-    rig.server._state.prefetch = prefetch
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rig.server._parts.prefetches, "begin", prefetch)
         answer = await rig.scheduler.lookup(3, NEW)
         assert (answer.state, answer.chunks) == (AnswerState.ANSWERED, 0)
-    finally:
-        rig.server._state.prefetch = None
 
 
 async def _status(rig: Rig) -> None:

@@ -12,10 +12,10 @@ PIECE = 256
 
 
 class Clock:
-    """Sleeps until the next deadline. Whoever makes an earlier one says so with `not_later_than`.
+    """Sleeps until the next deadline. A part that makes an earlier one says so with `not_later_than`.
 
-    *expire* is given the time, and returns when it is to be called again. *sweep* is told how much to do, and returns
-    whether there is more: that is due at once.
+    *expire* is given the time, and returns when to call it again. *sweep* is told how much to do, and returns whether
+    more is left: that is due at once.
     """
 
     def __init__(self, expire: Callable[[float], float], sweep: Callable[[int], bool]) -> None:
@@ -30,10 +30,12 @@ class Clock:
             self._next = when
             self._earlier.set()
 
-    async def run(self) -> None:
+    async def run(self, expired: Callable[[], None]) -> None:
+        """Run until cancelled; *expired* is called after each `expire`."""
         while True:
             now = trio.current_time()
             self._next = self._expire(now)
+            expired()
             if self._sweep(PIECE):
                 self._next = now
             self._earlier = trio.Event()

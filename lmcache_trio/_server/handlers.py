@@ -1,6 +1,6 @@
-"""One plain function a sentence: `(state, client, message) -> reply | None`, called inline by the connection's reader.
+"""One plain function per sentence: `(parts, peer, message) -> reply | None`, called inline by the peer's reader.
 
-Nothing here waits. Who may say what is `_wire.protocol`'s to know. A request that fails raises an error of
+Nothing here waits. `_wire.protocol` decides which role may say what. A request that fails raises an error of
 `lmcache_trio.errors`, which becomes an ErrorReply of its kind; `ProtocolError` ends the connection too. Any other
 exception is a bug in one handler: it is logged, counted and answered, and ends nothing else.
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 from lmcache_trio._core.keys import split_digests
 from lmcache_trio._server.lookups import HANDLERS as SCHEDULER_HANDLERS
-from lmcache_trio._server.lookups import answer_of, engine_of
-from lmcache_trio._server.state import Client, State
+from lmcache_trio._server.parts import Parts
+from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.statistics import statistics_of
 from lmcache_trio._server.transfer_requests import HANDLERS as TRANSFER_HANDLERS
 from lmcache_trio._wire.codec import pack_offsets, pack_positions
@@ -41,42 +41,42 @@ from lmcache_trio._wire.messages import (
 from lmcache_trio._wire.protocol import FROM_CLIENT, kind_of, speakers
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
-__all__ = ["HANDLERS", "answer_of", "error_reply", "handle"]
+__all__ = ["HANDLERS", "error_reply", "handle"]
 
 log = logging.getLogger("lmcache_trio.server")
 
 
-def handle(state: State, client: Client, message: Message) -> Message | None:
+def handle(parts: Parts, peer: Peer, message: Message) -> Message | None:
     """Carry out *message* and return the reply, an ErrorReply included; ProtocolError when it was out of place."""
     kind = type(message)
-    if kind not in FROM_CLIENT[client.hello.role]:
-        return _out_of_place(client, message)
+    if kind not in FROM_CLIENT[peer.hello.role]:
+        return _out_of_place(peer, message)
     try:
-        return HANDLERS[kind](state, client, message)
+        return HANDLERS[kind](parts, peer, message)
     except ProtocolError:
         raise
     except LMCacheTrioError as exc:
         if kind is Register:
-            log.warning("%s cannot be cached: %s", client, exc)
+            log.warning("%s cannot be cached: %s", peer, exc)
         return error_reply(message, exc)
-    except Exception as exc:  # a bug of ours: contained here, and told to everyone whom it may concern
-        state.counted["handler_bugs"] += 1
-        log.exception("bug in the handler of %s for %s", kind.__name__, client)
+    except Exception as exc:  # a bug of ours: contained here, logged, and told to the sender
+        parts.counts.events["handler_bugs"] += 1
+        log.exception("bug in the handler of %s for %s", kind.__name__, peer)
         return error_reply(message, Unavailable(f"internal error of the server: {exc!r}; see its log"))
 
 
-def _out_of_place(client: Client, message: Message) -> Message | None:
-    """What a client of another role may say costs its sender the request; what none may say, the connection."""
+def _out_of_place(peer: Peer, message: Message) -> Message | None:
+    """A message for another role fails the request; a message that no client may send ends the connection."""
     kind = type(message)
     roles = speakers(kind)
     if not roles:
         raise ProtocolError(f"{kind.__name__} is not for a client to say here")
     names = " or ".join(_NAMES[role] for role in roles)
-    return error_reply(message, Misuse(f"{kind.__name__} is for {names} to say, not for {client}"))
+    return error_reply(message, Misuse(f"{kind.__name__} is for {names} to say, not for {peer}"))
 
 
 def error_reply(message: Message | int, error: LMCacheTrioError) -> ErrorReply | None:
-    """What to say of *error*; None for a notice, which gets no reply (the error is logged)."""
+    """The reply that tells of *error*; None for a notice, which gets no reply (the error is logged)."""
     number = message if isinstance(message, int) else getattr(message, "id", None)
     if number is None:
         log.debug("notice %s: %s", type(message).__name__, error)
@@ -87,117 +87,117 @@ def error_reply(message: Message | int, error: LMCacheTrioError) -> ErrorReply |
 _NAMES = {Role.OBSERVER: "an observer", Role.SCHEDULER: "a scheduler", Role.WORKER: "a worker"}
 
 
-def _ping(state: State, client: Client, message: Ping) -> Message:
-    return Pong(message.id, state.boot)
+def _ping(parts: Parts, peer: Peer, message: Ping) -> Message:
+    return Pong(message.id, parts.boot)
 
 
-def _statistics(state: State, client: Client, message: Statistics) -> Message:
-    return StatisticsReply(message.id, json.dumps(statistics_of(state)).encode())
+def _statistics(parts: Parts, peer: Peer, message: Statistics) -> Message:
+    return StatisticsReply(message.id, json.dumps(statistics_of(parts)).encode())
 
 
 # --- a worker's -------------------------------------------------------------------------------------------------------
 
 
-def _register(state: State, client: Client, message: Register) -> Message:
-    engine = engine_of(state, client)
-    if client.pidfd is None:
-        raise Misuse(f"{client} got no arena, so it can neither store nor retrieve; the welcome's arena_note says why")
-    chunk_tokens = state.config.chunk_tokens
+def _register(parts: Parts, peer: Peer, message: Register) -> Message:
+    engine = parts.engines.of(peer)
+    if peer.pidfd is None:
+        raise Misuse(f"{peer} got no arena, so it can neither store nor retrieve; the welcome's arena_note says why")
+    chunk_tokens = parts.config.chunk_tokens
     if chunk_tokens % message.block_tokens:
         raise Misuse(
             f"the server's chunk_tokens ({chunk_tokens}) is no multiple of the engine's block size "
             f"({message.block_tokens} tokens); set chunk_tokens to a multiple of {message.block_tokens}"
         )
-    shard = client.hello.shard
+    shard = peer.hello.shard
     former = engine.layouts.pop(shard, None)
-    if state.transfer is not None:
-        state.transfer.lose(client)  # what it attached had the former layout
+    if parts.transfer is not None:
+        parts.transfer.lose(peer)  # what it attached had the former layout
     engine.attaching.pop(shard, None)
     if message.attaching:
         engine.attaching[shard] = message
     else:
         engine.layouts[shard] = message
     try:
-        state.settle_namespace(engine)
+        parts.engines.settle_namespace(engine)
     except Misuse:
         del engine.layouts[shard]
         if former is not None:
             engine.layouts[shard] = former
         raise
-    return state.namespace_known(engine, message.id)
+    return parts.engines.namespace_known(engine, message.id)
 
 
-def _retrieve(state: State, client: Client, message: Retrieve) -> Message:
-    if client.pidfd is None:
-        raise Misuse(f"{client} got no arena to read from")
-    if state.stopping:
+def _retrieve(parts: Parts, peer: Peer, message: Retrieve) -> Message:
+    if peer.pidfd is None:
+        raise Misuse(f"{peer} got no arena to read from")
+    if parts.drain.stopping:
         raise Unavailable("the server is stopping")
-    engine, limits = engine_of(state, client), state.config.limits
-    if len(client.pins) >= limits.pins:
-        raise state.over_limit(client, "pins", f"{limits.pins} reads under way and asks for one more")
-    if sum(client.pins.values()) + message.count > limits.digests:
-        raise state.over_limit(client, "digests", f"reads of {sum(client.pins.values())} chunks under way")
-    shard = client.hello.shard
-    pin = state.index.pin(
-        message.lease, engine.name, engine.namespace, client.number, shard, message.start, message.count
+    engine, limits = parts.engines.of(peer), parts.config.limits
+    if len(peer.pins) >= limits.pins:
+        raise parts.counts.over_limit(peer, "pins", f"{limits.pins} reads under way and asks for one more")
+    if sum(peer.pins.values()) + message.count > limits.digests:
+        raise parts.counts.over_limit(peer, "digests", f"reads of {sum(peer.pins.values())} chunks under way")
+    shard = peer.hello.shard
+    pin = parts.index.pin(
+        message.lease, engine.name, engine.namespace, peer.number, shard, message.start, message.count
     )
-    client.pins[pin.id] = message.count
+    peer.pins[pin.id] = message.count
     return Pinned(message.id, pin.id, pack_offsets(pin.offsets), pin.slot_bytes)
 
 
-def _done(state: State, client: Client, message: Done) -> Message:
-    valid = state.index.unpin(message.pin, client.number)
-    client.pins.pop(message.pin, None)
-    state.note_progress()
+def _done(parts: Parts, peer: Peer, message: Done) -> Message:
+    valid = parts.index.unpin(message.pin, peer.number)
+    peer.pins.pop(message.pin, None)
+    parts.drain.note_progress()
     return Finished(message.id, valid)
 
 
-def _reserve(state: State, client: Client, message: Reserve) -> Message:
-    engine = engine_of(state, client)
+def _reserve(parts: Parts, peer: Peer, message: Reserve) -> Message:
+    engine = parts.engines.of(peer)
     digests = split_digests(message.digests)
-    made = state.reserve(client, engine, client.number, message.session, message.parent, digests)
+    made = parts.engines.reserve(peer, engine, peer.number, message.session, message.parent, digests)
     if not made.id:
         return Reserved(message.id, b"", b"", b"", dict(made.dropped))
-    client.copies.add(made.id)
+    peer.copies.add(made.id)
     positions = pack_positions([slot.position for slot in made.slots])
     offsets = pack_offsets([slot.offset for slot in made.slots])
-    slot_bytes = state.index.shard_bytes(engine.namespace)[client.hello.shard]
+    slot_bytes = parts.index.shard_bytes(engine.namespace)[peer.hello.shard]
     return Reserved(message.id, made.id, positions, offsets, dict(made.dropped), slot_bytes)
 
 
-def _commit(state: State, client: Client, message: Commit) -> Message:
-    ours = message.reservation in client.copies
-    client.copies.discard(message.reservation)  # whatever the index says of it: the copy has ended
-    kept = state.index.would_keep(message.reservation)
+def _commit(parts: Parts, peer: Peer, message: Commit) -> Message:
+    ours = message.reservation in peer.copies
+    peer.copies.discard(message.reservation)  # whatever the index says of it: the copy has ended
+    kept = parts.index.would_keep(message.reservation)
     try:
-        keys = state.index.commit(message.reservation, client.number)
+        keys = parts.index.commit(message.reservation, peer.number)
         published = len(keys)
-        state.tiers.stored(keys)
+        parts.tiers.stored(keys)
     except Gone:
         if not ours:
             raise
         published = 0  # given to this client and aborted meanwhile: refused, as it had to expect
     finally:
-        state.note_progress()
+        parts.drain.note_progress()
     return Committed(message.id, published, kept)
 
 
-def _abort(state: State, client: Client, message: Abort) -> Message:
-    client.copies.discard(message.reservation)
-    state.index.abort(message.reservation, client.number)
-    state.note_progress()
+def _abort(parts: Parts, peer: Peer, message: Abort) -> Message:
+    peer.copies.discard(message.reservation)
+    parts.index.abort(message.reservation, peer.number)
+    parts.drain.note_progress()
     return Ack(message.id)
 
 
-def _copies_ended(state: State, client: Client, message: CopiesEnded) -> Message:
-    if message.token != client.hello.token:
+def _copies_ended(parts: Parts, peer: Peer, message: CopiesEnded) -> Message:
+    if message.token != peer.hello.token:
         raise Misuse("CopiesEnded speaks for another client: it must carry this client's own token")
-    for writer in [w for w in state.lost_writers if w.token == message.token]:
-        state.copies_ended(writer)
+    for writer in [w for w in parts.peers.lost_writers if w.token == message.token]:
+        parts.peers.copies_ended(writer)
     return Ack(message.id)
 
 
-HANDLERS: dict[type[Message], Callable[[State, Client, Any], Message | None]] = {
+HANDLERS: dict[type[Message], Callable[[Parts, Peer, Any], Message | None]] = {
     Ping: _ping,
     Statistics: _statistics,
     Register: _register,

@@ -12,15 +12,19 @@ from math import inf
 
 import trio
 
-from lmcache_trio._core.index import Hold
+from lmcache_trio._core.index import Hold, Index
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio._core.loads import LoadState, TierLoad
 from lmcache_trio._core.plan import Plan
 from lmcache_trio._core.session import Session
-from lmcache_trio._server.lookups import answer_now, answer_of
-from lmcache_trio._server.state import Client, Engine, State
+from lmcache_trio._server.answers import Answers, answer_of
+from lmcache_trio._server.clock import Clock
+from lmcache_trio._server.counts import Counts
+from lmcache_trio._server.engine import Engine
+from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.tiers.contains import Question
 from lmcache_trio._server.tiers.runner import TierRunner
+from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._wire.messages import Lookup
 
 __all__ = ["Prefetches"]
@@ -34,28 +38,37 @@ HELD_AT_ONCE = 512
 
 
 class Prefetches:
-    """All prefetches that run, by session. Its two verbs are what `State` asks for."""
+    """All prefetches that run, by session. Without tiers none ever begins."""
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(
+        self, index: Index, clock: Clock, tiers: Tiers, answers: Answers, budget: float, counts: Counts
+    ) -> None:
+        self.index = index
+        self.clock = clock
+        self.tiers = tiers
+        self.answers = answers
+        self._budget = budget
+        self._counts = counts
         self._running: dict[Session, Prefetch] = {}
 
     def __len__(self) -> int:
         return len(self._running)
 
-    def begin(self, client: Client, engine: Engine, session: Session, message: Lookup, wanted: list[bytes]) -> bool:
-        """Take the lookup on, if a tier may be asked and there is time for it."""
-        budget = self._state.config.prefetch_budget
+    def begin(self, peer: Peer, engine: Engine, session: Session, message: Lookup, wanted: list[bytes]) -> bool:
+        """Take on a lookup that memory does not cover, if a tier may be asked and there is time for it."""
+        if not self.tiers.runners or self.index.match(engine.namespace, wanted) == len(wanted):
+            return False
+        budget = self._budget
         if message.budget_ms >= 0:
             budget = min(budget, message.budget_ms / 1000)
-        if not budget or not self._state.tiers.any_open:
+        if not budget or not self.tiers.any_open:
             return False
-        made = Prefetch(self._state, client, engine, session)
+        made = Prefetch(self, peer, engine, session)
         self._running[session] = made
-        client.start(self._run, made, message.id, wanted, trio.current_time() + budget)
+        peer.start(self._run, made, message.id, wanted, trio.current_time() + budget)
         return True
 
-    def cancel(self, engine: Engine, session: Session) -> None:
+    def cancel(self, session: Session) -> None:
         """The session's lookup is not wanted any more. Idempotent."""
         running = self._running.pop(session, None)
         if running is not None:
@@ -65,8 +78,8 @@ class Prefetches:
         try:
             await prefetch.run(asked, wanted, deadline)
         except Exception:  # a bug of ours: it costs this one lookup, which is answered
-            self._state.counted["handler_bugs"] += 1
-            log.exception("bug in a prefetch for %s", prefetch.client)
+            self._counts.events["handler_bugs"] += 1
+            log.exception("bug in a prefetch for %s", prefetch.peer)
             prefetch.answer(asked, wanted)
         finally:
             prefetch.close()
@@ -77,11 +90,13 @@ class Prefetches:
 class Prefetch:
     """One of them. `close` may come at any time, and is the end of all that it holds."""
 
-    def __init__(self, state: State, client: Client, engine: Engine, session: Session) -> None:
-        self.client = client
+    def __init__(self, prefetches: Prefetches, peer: Peer, engine: Engine, session: Session) -> None:
+        self.peer = peer
         self.session = session
-        self._state = state
-        self._runners = state.tiers.runners
+        self._index = prefetches.index
+        self._clock = prefetches.clock
+        self._answers = prefetches.answers
+        self._runners = prefetches.tiers.runners
         self._engine = engine
         self._namespace = engine.namespace
         self._scope = trio.CancelScope()
@@ -106,9 +121,9 @@ class Prefetch:
         for runner, load in (*self._coming.values(), *self._landed):
             runner.loader.unwant(load, self.wake)
         for hold in self._holds:
-            self._state.index.unhold(hold)
+            self._index.unhold(hold)
         if self._lease:
-            self._state.index.release(self._lease)
+            self._index.release(self._lease)
         self._questions.clear()
         self._coming.clear()
         self._landed.clear()
@@ -119,10 +134,10 @@ class Prefetch:
         """Lease what is there by now, and push it."""
         if not self._closed:
             usable = self._engine.namespace if self._engine.namespace == self._namespace else b""
-            answer_now(self._state, self._engine, self.session, asked, wanted, usable)
+            self._answers.give(self._engine.name, self.session, asked, wanted, usable)
             self._lease = b""  # the session's new lease took its place
             self.close()
-            self.client.send(answer_of(self.session, 0))
+            self.peer.send(answer_of(self.session, 0))
 
     async def run(self, asked: int, wanted: Sequence[bytes], deadline: float) -> None:
         """Gather until it is known or *deadline* has come; then answer."""
@@ -161,14 +176,14 @@ class Prefetch:
 
     def _lease_what_leads(self, plan: Plan, wanted: Sequence[bytes]) -> bool:
         """Keep the leading run in place, by the lease that the answer will replace. False: lease_share is used up."""
-        index = self._state.index
+        index = self._index
         run = index.match(self._namespace, wanted)
         lease = index.lease(
             (self._engine.name, self.session.number), self._namespace, wanted[:run], trio.current_time()
         )
         leased = 0
         if lease is not None:
-            self._state.clock.not_later_than(lease.expires)
+            self._clock.not_later_than(lease.expires)
             self._lease, leased = lease.id, lease.chunks
         for position in range(leased):
             plan.here(position)
@@ -176,7 +191,7 @@ class Prefetch:
 
     async def _hold_the_rest(self, plan: Plan, wanted: Sequence[bytes]) -> None:
         for position in range(plan.run, len(wanted)):
-            hold = self._state.index.hold(ChunkKey(self._namespace, wanted[position]))
+            hold = self._index.hold(ChunkKey(self._namespace, wanted[position]))
             if hold is not None:
                 self._holds.append(hold)
                 plan.here(position)

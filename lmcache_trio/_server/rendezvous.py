@@ -1,6 +1,6 @@
 """The front door: who may come in, as what, and what they are told. It decides; `supervise` starts what follows.
 
-HELLO --in order--> WELCOME, and a place in the state that others see as taken
+HELLO --in order--> WELCOME, and a place in the parts that others see as taken
       `-otherwise-> REFUSED, with one sentence of why and what to do
 """
 
@@ -12,14 +12,16 @@ from collections.abc import Iterator
 
 import attrs
 
-from lmcache_trio._server.state import Client, Engine, State
+from lmcache_trio._server.engine import Engine
+from lmcache_trio._server.parts import Parts
+from lmcache_trio._server.peer import Peer
 from lmcache_trio._transport import Introduction
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Refused, Role, Welcome
 from lmcache_trio._wire.protocol import check_hello, kind_of
 from lmcache_trio.errors import Misuse, ProtocolError, Unavailable
 
-__all__ = ["Admission", "dismiss", "new_boot", "receive_hello", "welcome"]
+__all__ = ["Admission", "new_boot", "receive_hello", "welcome"]
 
 log = logging.getLogger("lmcache_trio.server")
 
@@ -41,9 +43,9 @@ NO_ARENA = (
 class Admission:
     """The outcome of a HELLO: a client that was let in, or the frame that refuses it; and whom the client replaces."""
 
-    client: Client | None
+    peer: Peer | None
     refusal: bytes = b""
-    replaced: tuple[Client, ...] = ()
+    replaced: tuple[Peer, ...] = ()
 
 
 def new_boot() -> bytes:
@@ -51,7 +53,7 @@ def new_boot() -> bytes:
     return secrets.token_bytes(16)
 
 
-def receive_hello(state: State, introduction: Introduction) -> Admission:
+def receive_hello(parts: Parts, introduction: Introduction) -> Admission:
     """Decide on what a process said. A client that is let in has its place when this returns."""
     pidfd, peer_pid = introduction.open_pidfd(), introduction.peer_pid
     try:
@@ -59,35 +61,28 @@ def receive_hello(state: State, introduction: Introduction) -> Admission:
             raise Unavailable(introduction.refusal)
         hello = check_hello(introduction.hello)
         _check_carried(introduction, hello)
-        _check(state, hello)
-        replaced = tuple(_replaced_by(state, hello, peer_pid, pidfd))
-        _check_room(state, len(set(replaced)))
+        _check(parts, hello)
+        replaced = tuple(_replaced_by(parts, hello, peer_pid, pidfd))
+        _check_room(parts, len(set(replaced)))
     except (ProtocolError, Misuse, Unavailable) as exc:
-        state.counted["refused"] += 1
+        parts.counts.events["refused"] += 1
         log.warning("a client (pid %s) was refused: %s", peer_pid, exc)
         if pidfd is not None:
             os.close(pidfd)
         return Admission(None, encode(Refused(kind_of(exc), str(exc)[:4000])))
     for former in replaced:
-        dismiss(state, former)
-    return Admission(state.admit(hello, peer_pid, pidfd), replaced=replaced)
+        parts.peers.dismiss(former)
+    return Admission(parts.peers.admit(hello, peer_pid, pidfd), replaced=replaced)
 
 
-def dismiss(state: State, client: Client) -> None:
-    """End *client* and all that it owned, now; its connection's task finds its scope cancelled."""
-    if state.lose(client) and client.pidfd is not None:
-        os.close(client.pidfd)
-        client.pidfd = None
-
-
-def welcome(state: State, client: Client, address: str) -> Welcome:
-    """What *client* is told; its own address is *address*."""
-    common = Welcome(PROTOCOL_VERSION, address, state.boot, state.config.chunk_tokens)
-    if client.hello.role is not Role.WORKER:
+def welcome(parts: Parts, peer: Peer, address: str) -> Welcome:
+    """What *peer* is told; its own address is *address*."""
+    common = Welcome(PROTOCOL_VERSION, address, parts.boot, parts.config.chunk_tokens)
+    if peer.hello.role is not Role.WORKER:
         return attrs.evolve(common, arena_note="only a client with role=Role.WORKER gets the arena")
-    if client.pidfd is None:
+    if peer.pidfd is None:
         return attrs.evolve(common, arena_note=NO_ARENA)
-    return attrs.evolve(common, arena_size=state.memory.size, taken=state.taken)
+    return attrs.evolve(common, arena_size=parts.memory.size, taken=parts.index.bytes_taken)
 
 
 def _check_carried(introduction: Introduction, hello: Hello) -> None:
@@ -98,11 +93,11 @@ def _check_carried(introduction: Introduction, hello: Hello) -> None:
         )
 
 
-def _check(state: State, hello: Hello) -> None:
+def _check(parts: Parts, hello: Hello) -> None:
     """Misuse if it does not fit to the clients that are here, Unavailable while nobody is let in."""
-    if state.stopping:
+    if parts.drain.stopping:
         raise Unavailable("the server is stopping; connect again when it is back")
-    engine = state.engines.get(hello.engine) if hello.role is not Role.OBSERVER else None
+    engine = parts.engines.find(hello)
     if engine is not None and engine.shards != hello.shards and _others(engine, hello):
         raise Misuse(
             f"engine {hello.engine!r} has {engine.shards} shards for the clients that are here, but {hello.shards} for "
@@ -110,33 +105,33 @@ def _check(state: State, hello: Hello) -> None:
         )
 
 
-def _check_room(state: State, replaced: int) -> None:
+def _check_room(parts: Parts, replaced: int) -> None:
     """Unavailable if there are as many clients as there may be, when *replaced* of them have gone."""
-    config = state.config
+    config = parts.config
     most, way = config.limits.clients, "the server's configuration can raise it"
     if not most and not config.address.startswith("memory://"):
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft >= 0:  # RLIM_INFINITY is -1
             most = max(LEAST_CLIENTS, (soft - OTHER_DESCRIPTORS) // CLIENT_DESCRIPTORS)
             way = f"not set, it follows from the server's {soft} file descriptors (ulimit -n, LimitNOFILE=)"
-    if most and len(state.clients) - replaced >= most:
-        state.limits_hit["clients"] += 1
+    if most and len(parts.peers) - replaced >= most:
+        parts.counts.limits["clients"] += 1
         raise Unavailable(f"{most} clients are connected, and no more are let in: that is limits.clients; {way}")
 
 
 def _others(engine: Engine, hello: Hello) -> bool:
     """Clients that live: one whose process was killed may be here a moment longer than its successor needs."""
-    return any(client.hello.token != hello.token and not client.has_exited() for client in engine.clients())
+    return any(peer.hello.token != hello.token and not peer.has_exited() for peer in engine.peers())
 
 
-def _replaced_by(state: State, hello: Hello, peer_pid: int | None, pidfd: int | None) -> Iterator[Client]:
+def _replaced_by(parts: Parts, hello: Hello, peer_pid: int | None, pidfd: int | None) -> Iterator[Peer]:
     """The clients whose place *hello* takes: its own old connection, and dead ones. Misuse if a live one holds it."""
-    for client in state.clients.values():
-        if client.hello.token == hello.token:
-            if not client.is_process(peer_pid, pidfd):
+    for peer in parts.peers:
+        if peer.hello.token == hello.token:
+            if not peer.is_process(peer_pid, pidfd):
                 raise Misuse("another process is connected with this client's token; each client must draw its own")
-            yield client
-    engine = state.engines.get(hello.engine) if hello.role is not Role.OBSERVER else None
+            yield peer
+    engine = parts.engines.find(hello)
     if engine is None:
         return
     holder = engine.scheduler if hello.role is Role.SCHEDULER else engine.workers.get(hello.shard)
@@ -149,4 +144,4 @@ def _replaced_by(state: State, hello: Hello, peer_pid: int | None, pidfd: int | 
             )
         yield holder
     if engine.shards != hello.shards:
-        yield from engine.clients()  # all of them dead, or `_check` had refused
+        yield from engine.peers()  # all of them dead, or `_check` had refused

@@ -1,18 +1,20 @@
-"""The nursery tree of a server, and the only place that starts tasks.
+"""The wiring and the nursery tree of a server; `open_server` has both in one sight.
 
     serve
     |- memory        grows the arena, pushes ArenaGrown
-    |- tiers         one task a tier: its questions, its loads (a task each), its writes
-    |- exits         one task a process that may still be copying after its connection was lost
+    |- exits         one task per process that may still be copying after its connection was lost
     |- clock         sleeps until something in the index falls due; sweeps after a reset
-    |- transfer      the device transfer worker, and one task a copy that waits for its end
-    `- connections   the front door, and one nursery a client: reader, writer, prefetches; dies first
+    |- tiers         one task per tier: its questions, its loads (a task each), its writes
+    |- transfer      the device transfer worker, and one task per copy, which waits for its end
+    `- connections   the front door, and one nursery per client: reader, writer, prefetches; dies first
 
-Shutdown order is nesting order. Leaving `open_server` drains: nothing more is given out, copies under way have `grace`
-seconds to end, then connections end; what is left of the grace, tiers have to write what is queued; then the rest ends.
+Parts are made in order of need, each whole, so that no part is completed from outside. Shutdown order is nesting order.
+Leaving `open_server` drains: nothing more is given out, and copies under way have `grace` seconds to end; then
+connections end; tiers have the rest of the grace to write their queues; then everything else ends.
 """
 
 import gc
+import itertools
 import logging
 import math
 import os
@@ -31,16 +33,22 @@ from lmcache_trio._core.arena import Arena
 from lmcache_trio._core.index import Index
 from lmcache_trio._server import rendezvous
 from lmcache_trio._server.address import prepare_directory, socket_path
+from lmcache_trio._server.answers import Answers
 from lmcache_trio._server.clock import Clock
-from lmcache_trio._server.connection import serve_client, wait_exit
+from lmcache_trio._server.connection import serve_peer
+from lmcache_trio._server.counts import Counts
+from lmcache_trio._server.drain import Drain
+from lmcache_trio._server.engines import Engines
+from lmcache_trio._server.parts import Parts
+from lmcache_trio._server.peers import Peers
 from lmcache_trio._server.plugins import make_device, make_memory
 from lmcache_trio._server.prefetch import Prefetches
-from lmcache_trio._server.state import LostWriter, State
 from lmcache_trio._server.statistics import statistics_of
-from lmcache_trio._server.tasks import Starter
+from lmcache_trio._server.tasks import Starter, Tasks
 from lmcache_trio._server.tiers.tiers import Tiers, make_tiers
-from lmcache_trio._server.transfer import TransferWorker
-from lmcache_trio._transport import Rendezvous, listen, listen_pair
+from lmcache_trio._server.transfer.worker import TransferWorker
+from lmcache_trio._server.turns import Turns
+from lmcache_trio._transport import Rendezvous, Unfinished, listen, listen_pair
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused, Role
 from lmcache_trio.abc import Device, Memory, Tier
@@ -72,26 +80,26 @@ class Server:
 
     address: str
     boot: bytes
-    _state: State
+    _parts: Parts
 
     @property
     def grace(self) -> float:
         """Seconds that copies under way have to end when the server is left."""
-        return self._state.config.grace
+        return self._parts.config.grace
 
     def statistics(self) -> dict[str, Any]:
         """`held` and `counted`, as `lmcache-trio status` prints them."""
-        return statistics_of(self._state)
+        return statistics_of(self._parts)
 
     def remove_files(self) -> None:
         """Unlink what other processes can see of this server. For an end in a hurry; sync, safe to call twice."""
-        for path in self._state.sockets:
+        for path in self._parts.sockets:
             with suppress(OSError):
                 os.unlink(path)
 
 
 @asynccontextmanager
-async def open_server(
+async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, in one sight
     config: Config | None = None,
     *,
     memory: Memory | None = None,
@@ -106,37 +114,98 @@ async def open_server(
     memory = make_memory(config.memory) if memory is None else memory
     tiers = make_tiers(config) if tiers is None else tiers
     device = make_device(config.device) if device is None else device
+    tasks, counts, drain, turns = Tasks(), Counts(), Drain(), Turns(Unfinished(config.limits.unfinished_bytes))
+    index = _make_index(config)
+    clock = Clock(index.expire, index.sweep)
+    all_tiers = Tiers(tiers, index, memory, clock, config)
+    answers = Answers(index, clock, all_tiers, drain, counts)
+    prefetches = Prefetches(index, clock, all_tiers, answers, config.prefetch_budget, counts)
+    numbers = itertools.count(1)  # the names of peers, readers and writers in the index
     prepare_directory(config.address, config.access)
+    path = socket_path(config.address)
+    sockets = set() if path is None else {str(path)}
     fronts = ExitStack()
     front = fronts.enter_context(closing(listen(config.address, config.access)))
-    state: State | None = None
     try:
         async with memory.open(), trio.open_nursery() as upkeep:
-            state = _make_state(config, memory, tiers, upkeep)
-            start_upkeep, branch = state.tasks.starter(upkeep), state.tasks.branch
-            async with branch() as start_tier:
-                state.tiers.open(start_tier, branch)
-                await upkeep.start(_grow, state, name="memory")
-                start_upkeep(state.clock.run, name="clock")
-                async with _transfer(state, device), trio.open_nursery() as connections:
-                    await state.tiers.wait_opened()
-                    start_connection = state.tasks.starter(connections)
-                    start_connection(_be_found, state, front, fronts, start_connection, name="rendezvous")
-                    yield Server(front.address, state.boot, state)
-                    state.stop()
-                    end = trio.current_time() + config.grace
-                    with _grace_until(end, lambda: "copies of clients were cut off"):
-                        await state.idle.wait()
-                    connections.cancel_scope.cancel()
-                with _grace_until(end, lambda: f"{format_size(state.tiers.bytes_queued)} were not written to tiers"):
-                    await state.tiers.wait_idle()
+            start_upkeep = tasks.starter(upkeep)
+            async with tasks.branch() as start_tier:
+                all_tiers.open(start_tier, tasks.branch)
+                async with _transfer(device, memory, index, all_tiers, numbers, drain, counts, tasks) as transfer:
+                    engines = Engines(config, index, clock, all_tiers, prefetches, transfer, drain, counts)
+                    peers = Peers(config, index, engines, transfer, numbers, drain, counts, start_upkeep)
+                    parts = Parts(
+                        config=config,
+                        boot=rendezvous.new_boot(),
+                        memory=memory,
+                        tasks=tasks,
+                        counts=counts,
+                        drain=drain,
+                        turns=turns,
+                        sockets=sockets,
+                        index=index,
+                        clock=clock,
+                        tiers=all_tiers,
+                        answers=answers,
+                        prefetches=prefetches,
+                        transfer=transfer,
+                        engines=engines,
+                        peers=peers,
+                    )
+                    await upkeep.start(_grow, parts, name="memory")
+                    start_upkeep(clock.run, peers.tell_overdue, name="clock")
+                    async with trio.open_nursery() as connections:
+                        await all_tiers.wait_opened()
+                        start_connection = tasks.starter(connections)
+                        start_connection(_be_found, parts, front, fronts, start_connection, name="rendezvous")
+                        yield Server(front.address, parts.boot, parts)
+                        drain.begin()
+                        end = trio.current_time() + config.grace
+                        with _grace_until(end, lambda: "copies of clients were cut off"):
+                            await drain.wait_until(lambda: peers.idle)
+                        connections.cancel_scope.cancel()
+                with _grace_until(end, lambda: f"{format_size(all_tiers.bytes_queued)} were not written to tiers"):
+                    await all_tiers.wait_idle()
             upkeep.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        if state is not None and state.tiers.refusal is not None:
-            raise state.tiers.refusal from group
+        if all_tiers.refusal is not None:
+            raise all_tiers.refusal from group
         raise
     finally:
         fronts.close()
+
+
+def _make_index(config: Config) -> Index:
+    return Index(
+        Arena(),
+        new_id=lambda: secrets.token_bytes(16),
+        lease_share=config.lease_share,
+        write_share=config.write_share,
+        lease_timeout=config.lease_timeout,
+        reservation_timeout=config.reservation_timeout,
+        most_unused=config.limits.namespaces,
+    )
+
+
+@asynccontextmanager
+async def _transfer(  # noqa: PLR0913 the device's branch, and all that its worker is made of
+    device: Device | None,
+    memory: Memory,
+    index: Index,
+    tiers: Tiers,
+    numbers: "itertools.count[int]",
+    drain: Drain,
+    counts: Counts,
+    tasks: Tasks,
+) -> AsyncIterator[TransferWorker | None]:
+    """The device's branch. It ends when no copy runs any more: a copy's wait is shielded."""
+    if device is None:
+        yield None
+        return
+    async with device.open(memory), tasks.branch() as start:
+        worker = TransferWorker(device, index, tiers, numbers, drain, counts, start)
+        start(worker.run, name="transfer")
+        yield worker
 
 
 @contextmanager
@@ -148,75 +217,43 @@ def _grace_until(end: float, lost: Callable[[], str]) -> Iterator[None]:
         log.warning("the grace is over: %s", lost())
 
 
-def _make_state(config: Config, memory: Memory, tiers: Sequence[Tier], upkeep: trio.Nursery) -> State:
-    index = Index(
-        Arena(),
-        new_id=lambda: secrets.token_bytes(16),
-        lease_share=config.lease_share,
-        write_share=config.write_share,
-        lease_timeout=config.lease_timeout,
-        reservation_timeout=config.reservation_timeout,
-        most_unused=config.limits.namespaces,
-    )
-
-    def watch_exit(writer: LostWriter) -> None:
-        state.tasks.starter(upkeep)(wait_exit, state, writer, name=f"exit of client {writer.number}")
-
-    def expire(now: float) -> float:
-        due = index.expire(now)
-        state.tell_overdue()
-        return due
-
-    clock = Clock(expire, index.sweep)
-    kept = Tiers(tiers, index, memory, clock, config)
-    state = State(config, rendezvous.new_boot(), index, clock, memory, watch_exit, kept)
-    if len(kept):
-        prefetches = Prefetches(state)
-        state.prefetch, state.cancel_prefetch = prefetches.begin, prefetches.cancel
-        state.count_prefetches = lambda: len(prefetches)
-    if (path := socket_path(config.address)) is not None:
-        state.sockets.add(str(path))
-    return state
-
-
-async def _grow(state: State, *, task_status: trio.TaskStatus[None]) -> None:
+async def _grow(parts: Parts, *, task_status: trio.TaskStatus[None]) -> None:
     """Take the arena piece by piece, until it is whole or the file system has no more.
 
-    Started once the first is there: whoever is let in before would have what it stores refused as too large.
+    Started once the first piece is there: the server would refuse stores of clients that came earlier as too large.
     """
-    state.tasks.running += 1
+    parts.tasks.running += 1
     try:
-        grew = await _take_piece(state)
+        grew = await _take_piece(parts)
         task_status.started()
         while grew:
-            grew = await _take_piece(state)
+            grew = await _take_piece(parts)
     finally:
-        state.tasks.running -= 1
+        parts.tasks.running -= 1
 
 
-async def _take_piece(state: State) -> bool:
-    taken = await state.memory.grow()
-    if taken == state.taken:
+async def _take_piece(parts: Parts) -> bool:
+    taken = await parts.memory.grow()
+    if taken == parts.index.bytes_taken:
         return False
-    state.taken = taken
-    state.index.grow(taken)
-    if state.transfer is not None:
-        state.transfer.arena_grew()
-    for client in state.clients.values():
-        if client.hello.role is Role.WORKER:
-            client.send(ArenaGrown(taken))
+    parts.index.grow(taken)
+    if parts.transfer is not None:
+        parts.transfer.arena_grew()
+    for peer in parts.peers:
+        if peer.hello.role is Role.WORKER:
+            peer.send(ArenaGrown(taken))
     return True
 
 
-async def _be_found(state: State, front: Rendezvous, fronts: ExitStack, start: Starter) -> None:
+async def _be_found(parts: Parts, front: Rendezvous, fronts: ExitStack, start: Starter) -> None:
     """Answer at *front*; where its file was removed, at a new one of the same name, or the server ends.
 
     Clients that are connected notice nothing. *fronts* closes what it listens at.
     """
-    config = state.config
+    config = parts.config
     while True:
         async with trio.open_nursery() as answering:
-            answering.start_soon(_admit, state, front, start, name="answers")
+            answering.start_soon(_admit, parts, front, start, name="answers")
             await front.wait_lost()
             answering.cancel_scope.cancel()
         front.close()
@@ -226,46 +263,34 @@ async def _be_found(state: State, front: Rendezvous, fronts: ExitStack, start: S
         except LMCacheTrioError as exc:
             why = f"the socket was removed while the server ran, and cannot be made anew, so the server ends: {exc}"
             raise ConfigError("address", why) from exc
-        state.counted["rebound"] += 1
+        parts.counts.events["rebound"] += 1
         log.warning("the socket of %s was removed: it was made anew", config.address)
 
 
-async def _admit(state: State, front: Rendezvous, start: Starter) -> None:
+async def _admit(parts: Parts, front: Rendezvous, start: Starter) -> None:
     """Answer at the rendezvous, one client after the other; none of them waits for anything but its turn."""
-    front.counted = state.counted
+    front.counted = parts.counts.events
     while True:
         try:
             introduction = await front.accept()
         except Gone as exc:  # it is closed behind this task: a server that nobody can reach would only hold memory
             raise Unavailable(f"nobody can connect to {front.address} any more, so the server ends: {exc}") from exc
-        admission = rendezvous.receive_hello(state, introduction)
-        client = admission.client
-        if client is None:
+        admission = rendezvous.receive_hello(parts, introduction)
+        peer = admission.peer
+        if peer is None:
             introduction.reply(admission.refusal)
             continue
         try:
-            listener = listen_pair(front.address, state.config.access)
+            listener = listen_pair(front.address, parts.config.access)
         except (LMCacheTrioError, OSError) as exc:  # out of file descriptors, say: this client's loss alone
-            rendezvous.dismiss(state, client)
-            state.counted["refused"] += 1
-            log.warning("%s was refused: no connection could be made: %s", client, exc)
+            parts.peers.dismiss(peer)
+            parts.counts.events["refused"] += 1
+            log.warning("%s was refused: no connection could be made: %s", peer, exc)
             introduction.reply(encode(Refused(ErrorKind.UNAVAILABLE, f"no connection could be made: {exc}")))
             continue
-        welcome = rendezvous.welcome(state, client, listener.address)
-        introduction.reply(encode(welcome), [state.memory.descriptor] if welcome.arena_size else ())
-        start(serve_client, state, client, listener, state.tasks.branch, name=str(client))
-
-
-@asynccontextmanager
-async def _transfer(state: State, device: Device | None) -> AsyncIterator[None]:
-    """The device's branch. It ends when no copy runs any more: a copy's wait is shielded."""
-    if device is None:
-        yield
-        return
-    async with device.open(state.memory), state.tasks.branch() as start:
-        state.transfer = TransferWorker(state, device, start)
-        start(state.transfer.run, name="transfer")
-        yield
+        welcome = rendezvous.welcome(parts, peer, listener.address)
+        introduction.reply(encode(welcome), [parts.memory.descriptor] if welcome.arena_size else ())
+        start(serve_peer, parts, peer, listener, parts.tasks.branch, name=str(peer))
 
 
 def serve(config: Config | None = None, on_ready: Callable[[Server], None] | None = None) -> None:

@@ -75,7 +75,7 @@ class Live:
         return answer.chunks
 
     async def written_back(self) -> None:
-        await self.server._state.tiers.wait_idle()
+        await self.server._parts.tiers.wait_idle()
 
     def tier(self, number: int = 0) -> dict[str, Any]:
         found: dict[str, Any] = self.server.statistics()["tiers"][number]
@@ -95,7 +95,7 @@ def live(tmp_path: Path) -> OpenLive:
         settings = {"grace": 2.0, "prefetch_budget": 30.0, **settings}  # that a busy machine is slow is no miss here
         config = Config(address=address, memory={"backend": "cpu", "size": 16 << 20}, **settings)
         async with open_server(config, tiers=tiers) as server:
-            for runner in server._state.tiers.runners:
+            for runner in server._parts.tiers.runners:
                 await runner.opened.wait()  # on a busy machine that may be later
             async with open_client(address, role=Role.SCHEDULER, engine="e") as scheduler:
                 async with open_client(address, role=Role.WORKER, engine="e") as worker:

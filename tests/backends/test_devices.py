@@ -298,7 +298,7 @@ async def main():
     view = TensorView(0, 0, DType.uint8, (4, 4096), (4096, 1))
     config = Config(address=f"unix://{sys.argv[1]}/s.ipc", memory={"backend": "cpu", "size": 1 << 20})
     async with open_server(config) as server:
-        device = server._state.transfer._device
+        device = server._parts.transfer._device
         print(type(device).__name__)
         attached = await device.attach(Export((region.memory(),), (view,), 4))
         await device.wait_ended(device.start(Copy(attached, Direction.STORE, [4096], [0, 1], 2, (0, 1))))

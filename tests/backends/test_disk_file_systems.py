@@ -382,7 +382,7 @@ async def wait_probed(server: Any) -> None:
     failures = server.tier()["failures"]
     with trio.fail_after(60):
         while server.tier()["failures"] == failures:
-            await trio.sleep_until(server.server._state.tiers.runners[0].calls.fence.until)
+            await trio.sleep_until(server.server._parts.tiers.runners[0].calls.fence.until)
             await trio.testing.wait_all_tasks_blocked(0.05)
 
 

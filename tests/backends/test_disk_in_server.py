@@ -110,7 +110,7 @@ async def test_a_disk_that_hangs_in_a_thread_is_fenced_and_used_again_when_the_c
                 await tier.wait_hanging(1)
                 mock_clock.jump(100)  # the patience of whoever asks, and the server's with the tier
         with trio.fail_after(60):
-            await server.server._state.tiers.runners[0].calls.watch()  # until it is fenced
+            await server.server._parts.tiers.runners[0].calls.watch()  # until it is fenced
         assert "not returned" in server.tier()["reason"]
         assert await server.hits(chain("memory", 2)) == 2
         assert await server.hits(chain("one", 2)) == 0
@@ -157,7 +157,7 @@ async def test_a_directory_that_cannot_be_made_again_is_named_until_it_can(
         place.write_bytes(b"in the way")
         assert await server.hits(chain("one", 2)) == 0
         assert server.tier()["fenced"]
-        runner = server.server._state.tiers.runners[0]
+        runner = server.server._parts.tiers.runners[0]
         with trio.fail_after(60):
             while "can't be used" not in runner.calls.fence.reason:
                 await trio.sleep_until(runner.calls.fence.until)

@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from lmcache_trio import Unavailable, open_client
-from lmcache_trio._server.handlers import answer_of
+from lmcache_trio._server.answers import answer_of
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import (
     PROTOCOL_VERSION,
@@ -67,7 +67,7 @@ async def test_a_bug_in_one_handler_is_answered_counted_and_logged_and_ends_noth
     def broken(*args: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(type(rig.server._state.index), "unpin", broken)
+    monkeypatch.setattr(type(rig.server._parts.index), "unpin", broken)
     error = error_of(await worker.ask(Done, b"p"))
     assert error.kind is ErrorKind.UNAVAILABLE
     assert "a bug" in error.message
@@ -150,17 +150,18 @@ async def test_ended_for_a_session_that_is_not_there_is_let_pass(rig: Any) -> No
 
 
 async def test_a_lookup_that_a_tier_takes_on_is_pending_until_it_is_pushed_and_cancelled_when_it_is_not_wanted(
-    rig: Any, digests: Any
+    rig: Any, digests: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler, _ = await rig.engine()
-    state, sessions, cancelled = rig.server._state, [], []
+    prefetches, sessions, cancelled = rig.server._parts.prefetches, [], []
 
     def prefetch(client: Any, engine: Any, session: Any, message: Any, wanted: list[bytes]) -> bool:
         assert wanted == digests(2)
         sessions.append((client, session))
         return True
 
-    state.prefetch, state.cancel_prefetch = prefetch, lambda engine, session: cancelled.append(session.number)
+    monkeypatch.setattr(prefetches, "begin", prefetch)
+    monkeypatch.setattr(prefetches, "cancel", lambda session: cancelled.append(session.number))
     asked = await scheduler.lookup(1, digests(2))
     assert asked.state is AnswerState.PENDING
     assert (await scheduler.get(Answer, LookupStatus, 1)).state is AnswerState.PENDING

@@ -232,7 +232,7 @@ async def test_a_layout_that_is_dropped_while_it_is_read_and_written_ends_both(r
 async def test_a_load_for_a_layout_that_no_engine_uses_any_more_gets_no_slot(rig: Any, digests: Any) -> None:
     scheduler, worker = await rig.engine()
     namespace = worker.pushes[0].namespace if worker.pushes else await worker.register()
-    index = rig.server._state.index
+    index = rig.server._parts.index
     await rig.stored(scheduler, worker, 1, digests(1))
     assert index.reserve_load(namespace, digests(1)[0], digests(2)[1], 0.0) is not None
     worker.connection.close()

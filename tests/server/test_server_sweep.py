@@ -39,7 +39,7 @@ async def test_a_sweep_goes_piece_by_piece_and_lets_others_have_their_turns(
 
     with trio.move_on_after(5):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(clock.run)
+            nursery.start_soon(clock.run, lambda: None)
             await trio.testing.wait_all_tasks_blocked()
             assert turns.count("sweep") == 3
             turns.clear()

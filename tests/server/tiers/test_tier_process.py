@@ -37,7 +37,7 @@ async def tell(runners, count):
             print("hanging", count, flush=True)
 
 def ready(server):
-    trio.lowlevel.spawn_system_task(tell, server._state.tiers.runners, int(sys.argv[1]))
+    trio.lowlevel.spawn_system_task(tell, server._parts.tiers.runners, int(sys.argv[1]))
 
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 serve(load_config(sets=sys.argv[2:], environ={}), ready)

@@ -224,7 +224,7 @@ async def test_what_waits_behind_a_lost_copy_is_given_back_and_what_runs_beside_
 
 
 async def test_no_client_queues_more_than_some(open_rig: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_trio._server.transfer_attachments.MAX_WORKS", 3)
+    monkeypatch.setattr("lmcache_trio._server.transfer.attachments.MAX_WORKS", 3)
     async with open_rig() as rig:
         chains = [[bytes([i]) * 32] for i in range(5)]
         for session, chain in enumerate(chains, 1):
@@ -358,7 +358,7 @@ async def test_an_event_is_one_and_memory_of_the_host_knows_none(
 
 async def test_memory_of_a_gpu_is_not_opened_by_a_device_that_could_not_wait_for_it(open_rig: Open) -> None:
     async with open_rig(gpu=True) as rig:
-        transfer = rig.server._state.transfer
+        transfer = rig.server._parts.transfer
         assert transfer is not None
         transfer.takes_events = False  # as with a device that is no EventDevice
         reply = await rig.attach(rig.export)
@@ -391,7 +391,7 @@ async def test_a_device_is_told_that_the_arena_grew_while_something_is_attached(
 ) -> None:
     device = ArenaFake()
     async with open_rig(device) as rig:
-        transfer = rig.server._state.transfer
+        transfer = rig.server._parts.transfer
         assert transfer is not None
         for _ in range(3):
             transfer.arena_grew()

@@ -104,7 +104,7 @@ class Rig:
 
     def room(self, in_flight: int) -> None:
         """Bytes that may be with the device from now on."""
-        transfer = self.server._state.transfer
+        transfer = self.server._parts.transfer
         assert transfer is not None
         transfer._queue._in_flight = in_flight
 

@@ -9,16 +9,20 @@ it is when the client is lost, so that it keeps no other's waiting. What is fenc
 still run there.
 """
 
+import itertools
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import attrs
 import trio
 
+from lmcache_trio._core.index import Index
 from lmcache_trio._core.transfers import Transfer
-from lmcache_trio._server.state import Client, State
+from lmcache_trio._server.counts import Counts
+from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.tasks import Starter
 from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, Message
 from lmcache_trio.abc import Attached, Device, Export, SharedMemory
@@ -30,6 +34,16 @@ log = logging.getLogger("lmcache_trio.server")
 
 MAX_WORKS = 1024
 """Requests of one worker that may be under way: one of 32 MiB takes 5 ms, so the last has five seconds before it."""
+
+
+class Registry(Protocol):
+    """The registered layouts: told what becomes of the memory behind one."""
+
+    def attached(self, peer: Peer) -> None:
+        """The memory of *peer* is open. Misuse: its layout cannot count."""
+
+    def fenced(self, peer: Peer) -> None:
+        """Nothing more is moved for *peer*."""
 
 
 @attrs.define(eq=False)
@@ -53,11 +67,12 @@ class Work:
 class Attachment:
     """One worker's KV, open in the device. *writer* and *reader* are its names in the index."""
 
-    client: Client
+    peer: Peer
     attached: Attached
     chunk_blocks: int
     writer: int
     reader: int
+    registry: Registry
     works: dict[int, Transfer] = attrs.field(factory=dict)
     """What is under way, by the number of its request."""
     fenced: str = ""
@@ -67,8 +82,18 @@ class Attachment:
 class Attachments:
     """All of them. *over* is told of one that ends; `settle` lets go of it when nothing of it runs any more."""
 
-    def __init__(self, state: State, device: Device, start: Starter, over: Callable[[Attachment], None]) -> None:
-        self._state = state
+    def __init__(
+        self,
+        device: Device,
+        index: Index,
+        numbers: "itertools.count[int]",
+        start: Starter,
+        counts: Counts,
+        over: Callable[[Attachment], None],
+    ) -> None:
+        self._index = index
+        self._numbers = numbers
+        self._counts = counts
         self._device = device
         self._start = start
         self._over = over
@@ -80,88 +105,94 @@ class Attachments:
     def __len__(self) -> int:
         return len(self._open) + len(self._ending)
 
-    def attach(self, client: Client, number: int, export: Export, chunk_blocks: int) -> None:
+    def attach(self, peer: Peer, number: int, export: Export, chunk_blocks: int, registry: Registry) -> None:
         """Open *export*, which takes its time; when that is known, the reply is sent and its descriptors are closed."""
-        self.lose(client)
-        self._opening[client.number] = scope = trio.CancelScope()
-        self.unanswered[client.number] += 1
-        self._start(self._attach, client, number, export, chunk_blocks, scope, name="attach")
+        self.lose(peer)
+        self._opening[peer.number] = scope = trio.CancelScope()
+        self.unanswered[peer.number] += 1
+        self._start(self._attach, peer, number, export, chunk_blocks, registry, scope, name="attach")
 
     async def _attach(
-        self, client: Client, number: int, export: Export, chunk_blocks: int, scope: trio.CancelScope
+        self,
+        peer: Peer,
+        number: int,
+        export: Export,
+        chunk_blocks: int,
+        registry: Registry,
+        scope: trio.CancelScope,
     ) -> None:
         why = "the layout was registered, or the memory attached, anew while this was being opened"
         attached: Attached | None = None
         reply: Message = ErrorReply(number, ErrorKind.UNAVAILABLE, why)
         try:
             with scope:
-                attached, reply = await self._opened(client, number, export)
+                attached, reply = await self._opened(peer, number, export)
         finally:
             for memory in export.memory:
                 if isinstance(memory, SharedMemory):
                     os.close(memory.descriptor)
-            self.unanswered[client.number] -= 1
-            if not self.unanswered[client.number]:
-                del self.unanswered[client.number]
-        latest = self._opening.get(client.number) is scope
+            self.unanswered[peer.number] -= 1
+            if not self.unanswered[peer.number]:
+                del self.unanswered[peer.number]
+        latest = self._opening.get(peer.number) is scope
         if latest:
-            del self._opening[client.number]
+            del self._opening[peer.number]
         if attached is not None and latest:
-            new = self._state.new_number
-            self._open[client.number] = Attachment(client, attached, chunk_blocks, new(), new())
+            writer, reader = next(self._numbers), next(self._numbers)
+            self._open[peer.number] = Attachment(peer, attached, chunk_blocks, writer, reader, registry)
         elif attached is not None:
             self._detach(attached)
             reply = ErrorReply(number, ErrorKind.UNAVAILABLE, why)
-        client.send(reply)
-        if client.number in self._open and latest:
+        peer.send(reply)
+        if peer.number in self._open and latest:
             try:
-                self._state.attached(client)  # behind the reply, so that nothing is offered before the worker is ready
+                registry.attached(peer)  # behind the reply, so that nothing is offered before the worker is ready
             except Misuse as exc:
-                log.warning("the layout of %s does not count: %s", client, exc)
-                self.lose(client)
+                log.warning("the layout of %s does not count: %s", peer, exc)
+                self.lose(peer)
 
-    async def _opened(self, client: Client, number: int, export: Export) -> tuple[Attached | None, Ack | ErrorReply]:
+    async def _opened(self, peer: Peer, number: int, export: Export) -> tuple[Attached | None, Ack | ErrorReply]:
         try:
             return await self._device.attach(export), Ack(number)
         except LMCacheTrioError as exc:
-            self._state.counted["attaches_refused"] += 1
-            log.info("the memory of %s cannot be opened: %s", client, exc)
+            self._counts.events["attaches_refused"] += 1
+            log.info("the memory of %s cannot be opened: %s", peer, exc)
             kind = ErrorKind.MISUSE if isinstance(exc, Misuse) else ErrorKind.UNAVAILABLE
             return None, ErrorReply(number, kind, str(exc)[:4000])
         except Exception as exc:  # a bug of the device's: told to everyone whom it may concern, and contained
-            self._state.counted["device_bugs"] += 1
-            log.exception("bug in the device: the memory of %s was not opened", client)
+            self._counts.events["device_bugs"] += 1
+            log.exception("bug in the device: the memory of %s was not opened", peer)
             why = f"internal error of the device: {exc!r}"
             return None, ErrorReply(number, ErrorKind.UNAVAILABLE, why[:4000])
 
-    def of(self, client: Client) -> Attachment:
-        """The attachment of *client*, which may be asked to move one thing more."""
-        found = self._open.get(client.number)
-        if found is None or client.lost:
-            raise Misuse(f"{client} has no memory attached: say Attach, and wait for its reply")
+    def of(self, peer: Peer) -> Attachment:
+        """The attachment of *peer*, which may be asked to move one thing more."""
+        found = self._open.get(peer.number)
+        if found is None or peer.lost:
+            raise Misuse(f"{peer} has no memory attached: say Attach, and wait for its reply")
         if found.fenced:
             raise Unavailable(found.fenced)
         if len(found.works) >= MAX_WORKS:
-            raise Unavailable(f"{MAX_WORKS} requests of {client} are under way: wait for some of them")
+            raise Unavailable(f"{MAX_WORKS} requests of {peer} are under way: wait for some of them")
         return found
 
-    def find(self, client: Client) -> Attachment | None:
-        """The attachment of *client*, if there is one."""
-        return self._open.get(client.number)
+    def find(self, peer: Peer) -> Attachment | None:
+        """The attachment of *peer*, if there is one."""
+        return self._open.get(peer.number)
 
-    def client_of(self, writer: int) -> Client | None:
-        """The client whose attachment is *writer* in the index, if there is one."""
-        return next((found.client for found in self._open.values() if found.writer == writer), None)
+    def peer_of(self, writer: int) -> Peer | None:
+        """The peer whose attachment is *writer* in the index, if there is one."""
+        return next((found.peer for found in self._open.values() if found.writer == writer), None)
 
-    def lose(self, client: Client) -> None:
+    def lose(self, peer: Peer) -> None:
         """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
-        opening = self._opening.pop(client.number, None)
+        opening = self._opening.pop(peer.number, None)
         if opening is not None:
             opening.cancel()
-        attachment = self._open.pop(client.number, None)
+        attachment = self._open.pop(peer.number, None)
         if attachment is not None:
             self._ending.add(attachment)
-            self._state.index.lose_worker(attachment.writer)  # nothing is published; the slots stay quarantined
+            self._index.lose_worker(attachment.writer)  # nothing is published; the slots stay quarantined
             self._over(attachment)
             self.settle(attachment)
 
@@ -175,5 +206,5 @@ class Attachments:
         try:
             self._device.detach(attached)
         except Exception:  # an engine's memory stays open, and nothing else comes of it
-            self._state.counted["device_bugs"] += 1
+            self._counts.events["device_bugs"] += 1
             log.exception("bug in the device: it did not let go of an engine's memory")

@@ -11,23 +11,28 @@ meanwhile. What has not begun by then is not begun. The reply is what gives the 
 A layered store goes through the middle once for each LayersWritten. What its engine has not written yet, like what is
 waited for, stands in no queue: an engine that is stopped in the middle of a pass keeps no other from the device.
 
-Which copies run when is decided in `_core.transfers`, whose memory is open in `transfer_attachments`, what is waited
-for in `transfer_events`. A bug in the device ends neither this nor the server: a copy whose end nobody can tell keeps
+`_core.transfers` decides which copies run when; `attachments` has the memory that is open, `events` the waits for a
+GPU. A bug in the device ends neither this worker nor the server: where the end of a copy cannot be told, the copy keeps
 its slots, its blocks and its engine's memory for good, and no reply says otherwise. This starts no task: `supervise`
-gives it `spawn`.
+gives it `start`.
 """
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
 
 import trio
 
+from lmcache_trio._core.index import Index
 from lmcache_trio._core.transfers import Batch, Direction, Transfer, Transfers
-from lmcache_trio._server.state import Client, State
+from lmcache_trio._server.counts import Counts
+from lmcache_trio._server.drain import Drain
+from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.tasks import Starter
-from lmcache_trio._server.transfer_attachments import Attachment, Attachments, Work
-from lmcache_trio._server.transfer_events import Events
+from lmcache_trio._server.tiers.tiers import Tiers
+from lmcache_trio._server.transfer.attachments import Attachment, Attachments, Work
+from lmcache_trio._server.transfer.events import Events
 from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, LayersDone, Message, Retrieved, Stored
 from lmcache_trio.abc import ArenaDevice, Copy, Device, EventDevice, Ticket
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
@@ -40,16 +45,28 @@ log = logging.getLogger("lmcache_trio.server")
 class TransferWorker:
     """The one owner of the device's copies."""
 
-    def __init__(self, state: State, device: Device, spawn: Starter, queue: Transfers | None = None) -> None:
-        self._state = state
+    def __init__(  # noqa: PLR0913 each is a part that it works with
+        self,
+        device: Device,
+        index: Index,
+        tiers: Tiers,
+        numbers: "itertools.count[int]",
+        drain: Drain,
+        counts: Counts,
+        start: Starter,
+    ) -> None:
+        self._index = index
+        self._tiers = tiers
+        self._drain = drain
+        self._counts = counts
         self._device = device
-        self._spawn = spawn
-        self._queue = Transfers() if queue is None else queue
-        self.attachments = Attachments(state, device, spawn, self._abort_all)
+        self._start_task = start
+        self._queue = Transfers()
+        self.attachments = Attachments(device, index, numbers, start, counts, self._abort_all)
         self._work: dict[Transfer, tuple[Attachment, Work]] = {}
-        self._events = Events(state, spawn, happened=self._allow, failed=self._abort)
+        self._events = Events(start, counts, happened=self._allow, failed=self._abort)
         self._moving: Counter[bytes] = Counter()  # works by their client's token
-        self._asking: list[tuple[bytes, Client, int]] = []  # LetGo questions
+        self._asking: list[tuple[bytes, Peer, int]] = []  # LetGo questions
         self._wake = trio.Event()
         self._growing = False
         self._grew = False
@@ -75,7 +92,7 @@ class TransferWorker:
                 self._abort(transfer)
 
     def _is_pointless(self, transfer: Transfer) -> bool:
-        grant, index = self._work[transfer][1].grant, self._state.index
+        grant, index = self._work[transfer][1].grant, self._index
         return not (index.is_valid(grant) if transfer.direction is Direction.LOAD else index.may_publish(grant))
 
     def _start(self, batch: Batch) -> None:
@@ -85,11 +102,11 @@ class TransferWorker:
             log.warning("the device took no copy: %s", exc)
             self._ended(batch, failed=True)
         except Exception:  # by its contract nothing was begun
-            self._state.counted["device_bugs"] += 1
+            self._counts.events["device_bugs"] += 1
             log.exception("bug in the device: it took no copy")
             self._ended(batch, failed=True)
         else:
-            self._spawn(self._see_end, batch, ticket, name="copy")
+            self._start_task(self._see_end, batch, ticket, name="copy")
 
     async def _see_end(self, batch: Batch, ticket: Ticket) -> None:
         """Shielded: what a copy owns is not given back before it has ended, whoever gives up waiting."""
@@ -101,7 +118,7 @@ class TransferWorker:
                 failed = True
                 log.warning("%s", exc)
             except Exception:  # nobody knows whether the copy has ended
-                self._state.counted["device_bugs"] += 1
+                self._counts.events["device_bugs"] += 1
                 log.exception("bug in the device: a copy's slots, and its engine's memory, are not used again")
                 self._lost(batch)
                 return
@@ -129,7 +146,7 @@ class TransferWorker:
             self._grew = True
             if not self._growing:
                 self._growing = True
-                self._spawn(self._tell_growth, self._device, name="arena of the device")
+                self._start_task(self._tell_growth, self._device, name="arena of the device")
 
     async def _tell_growth(self, device: ArenaDevice) -> None:
         try:
@@ -139,7 +156,7 @@ class TransferWorker:
         except LMCacheTrioError as exc:
             log.warning("the device does not make use of all of the arena: %s", exc)
         except Exception:
-            self._state.counted["device_bugs"] += 1
+            self._counts.events["device_bugs"] += 1
             log.exception("bug in the device: it did not take note of the arena's growth")
         finally:
             self._growing = False
@@ -166,7 +183,7 @@ class TransferWorker:
         transfer = Transfer(direction, attachment, units, layered, allowed=0 if later else len(units))
         attachment.works[work.number] = transfer
         self._work[transfer] = (attachment, work)
-        self._moving[attachment.client.hello.token] += 1
+        self._moving[attachment.peer.hello.token] += 1
         self._queue.submit(transfer)
         self._wake.set()
         if waits:
@@ -199,25 +216,25 @@ class TransferWorker:
         self._queue.allow(transfer, units)
         self._wake.set()
 
-    def lose(self, client: Client) -> None:
+    def lose(self, peer: Peer) -> None:
         """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
-        self.attachments.lose(client)
+        self.attachments.lose(peer)
         self._asking = [asked for asked in self._asking if not asked[1].lost]
 
-    def end_grants(self, client: Client) -> None:
+    def end_grants(self, peer: Peer) -> None:
         """The layout of the client's engine is another: nothing that was asked under the former begins any more."""
-        attachment = self.attachments.find(client)
+        attachment = self.attachments.find(peer)
         if attachment is not None:
-            self._state.index.lose_worker(attachment.writer)
+            self._index.lose_worker(attachment.writer)
             self._abort_all(attachment)
 
-    def withdraw(self, client: Client, number: int) -> None:
+    def withdraw(self, peer: Peer, number: int) -> None:
         """Request *number* is not wanted any more; one that is not there has been answered already."""
-        attachment = self.attachments.find(client)
+        attachment = self.attachments.find(peer)
         if attachment is not None and number in attachment.works:
             self._abort(attachment.works[number])
 
-    def let_go(self, asker: Client, number: int, token: bytes) -> Message | None:
+    def let_go(self, asker: Peer, number: int, token: bytes) -> Message | None:
         """Ack now, or later, once no copy for the client with *token* runs."""
         if self._moving[token]:
             self._asking.append((token, asker, number))
@@ -249,7 +266,7 @@ class TransferWorker:
         attachment.fenced = "the device lost sight of a copy of this memory: nothing more is moved for this worker"
         self._queue.lost(batch)
         self._abort_all(attachment)
-        self._state.fenced(attachment.client)
+        attachment.registry.fenced(attachment.peer)
 
     def _layers_ended(self, attachment: Attachment, work: Work, layers: range) -> None:
         work.layers_ended.update(layers)
@@ -257,7 +274,7 @@ class TransferWorker:
         while work.layers_told in work.layers_ended:
             work.layers_told += 1
         if work.layers_told > told:
-            attachment.client.send(LayersDone(work.number, work.layers_told))
+            attachment.peer.send(LayersDone(work.number, work.layers_told))
 
     def _finish(self, transfer: Transfer) -> None:
         """No copy of it runs: give back what it owned, and say what came of it."""
@@ -266,19 +283,19 @@ class TransferWorker:
         self._events.over(transfer)
         reply: Message
         if transfer.direction is Direction.LOAD:
-            valid = self._state.index.unpin(work.grant, attachment.reader)
+            valid = self._index.unpin(work.grant, attachment.reader)
             reply = Retrieved(work.number, valid and transfer.succeeded)
         else:
             reply = self._stored(attachment, work, succeeded=transfer.succeeded)
         if attachment.fenced and not transfer.succeeded:
             reply = ErrorReply(work.number, ErrorKind.UNAVAILABLE, attachment.fenced)
-        attachment.client.send(reply)
+        attachment.peer.send(reply)
         self.attachments.settle(attachment)
-        self._answer_asking(attachment.client.hello.token)
-        self._state.note_progress()
+        self._answer_asking(attachment.peer.hello.token)
+        self._drain.note_progress()
 
     def _stored(self, attachment: Attachment, work: Work, *, succeeded: bool) -> Stored:
-        index, count = self._state.index, len(work.slots)
+        index, count = self._index, len(work.slots)
         kept = index.would_keep(work.grant)  # not what was aborted, whatever becomes of its copy
         if not succeeded or not kept:
             index.abort(work.grant, attachment.writer)
@@ -287,7 +304,7 @@ class TransferWorker:
         keys = index.commit(work.grant, attachment.writer)
         if kept < count:
             work.dropped["aborted"] = count - kept
-        self._state.tiers.stored(keys)
+        self._tiers.stored(keys)
         return Stored(work.number, kept, len(keys), work.dropped)
 
     def _answer_asking(self, token: bytes) -> None:

@@ -11,9 +11,9 @@ import attrs
 import trio
 
 from lmcache_trio._core.transfers import Transfer
-from lmcache_trio._server.state import State
+from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.tasks import Starter
-from lmcache_trio._server.transfer_attachments import Attachment
+from lmcache_trio._server.transfer.attachments import Attachment
 from lmcache_trio.abc import EventDevice
 from lmcache_trio.errors import LMCacheTrioError
 
@@ -37,13 +37,13 @@ class Events:
 
     def __init__(
         self,
-        state: State,
         start: Starter,
+        counts: Counts,
         *,
         happened: Callable[[Transfer, int], None],
         failed: Callable[[Transfer], None],
     ) -> None:
-        self._state = state
+        self._counts = counts
         self._start = start
         self._happened = happened
         self._failed = failed
@@ -72,11 +72,11 @@ class Events:
             try:
                 await device.wait_event(attachment.attached, wait.event)
             except LMCacheTrioError as exc:
-                log.warning("the event of a request of %s: %s", attachment.client, exc)
+                log.warning("the event of a request of %s: %s", attachment.peer, exc)
                 self._end(wait, self._failed)
             except Exception:  # no copy was begun
-                self._state.counted["device_bugs"] += 1
-                log.exception("bug in the device: the event of a request of %s", attachment.client)
+                self._counts.events["device_bugs"] += 1
+                log.exception("bug in the device: the event of a request of %s", attachment.peer)
                 self._end(wait, self._failed)
             else:
                 self._end(wait, lambda transfer: self._happened(transfer, wait.units))

@@ -1,0 +1,39 @@
+"""What a server counts beside its index: events by name, dropped chunks by reason, and limits that were met."""
+
+import logging
+from collections import Counter
+
+import attrs
+
+from lmcache_trio._server.peer import Peer
+from lmcache_trio.config import Limits
+from lmcache_trio.errors import Misuse
+
+__all__ = ["Counts"]
+
+log = logging.getLogger("lmcache_trio.server")
+
+_EVENTS = (
+    *("lookups", "hits", "misses", "resets", "refused", "withdrawn", "turned_away", "exits_seen", "rebound"),
+    *("protocol_errors", "handler_bugs", "connection_bugs", "device_bugs"),
+    *("attaches_refused", "layouts_too_large"),
+)
+
+
+@attrs.define(eq=False)
+class Counts:
+    """Monotonic since the start. The index counts its own events."""
+
+    events: Counter[str] = attrs.field(factory=lambda: Counter(dict.fromkeys(_EVENTS, 0)))
+    dropped: Counter[str] = attrs.field(factory=Counter)
+    """Chunks of stores that got no slots, by the server's reason."""
+    limits: Counter[str] = attrs.field(factory=lambda: Counter({f.name: 0 for f in attrs.fields(Limits)}))
+
+    def over_limit(self, peer: Peer, name: str, what: str) -> Misuse:
+        """*peer* would exceed the limit *name* with *what*: counts it, logs it once per peer, returns the error."""
+        self.limits[name] += 1
+        error = Misuse(f"{peer} has {what}: that is limits.{name}; the server's configuration can raise it")
+        if name not in peer.limits_met:
+            peer.limits_met.add(name)
+            log.warning("%s", error)
+        return error

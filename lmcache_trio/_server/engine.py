@@ -1,0 +1,45 @@
+"""An engine, as a server knows it."""
+
+from collections.abc import Iterator
+
+import attrs
+
+from lmcache_trio._core.keys import namespace_of
+from lmcache_trio._core.session import Sessions
+from lmcache_trio._server.peer import Peer
+from lmcache_trio._wire.messages import Register
+
+__all__ = ["Engine"]
+
+
+@attrs.define(eq=False)
+class Engine:
+    """One scheduler and its workers, and the namespace that their layouts make."""
+
+    name: str
+    shards: int
+    scheduler: Peer | None = None
+    workers: dict[int, Peer] = attrs.field(factory=dict)
+    layouts: dict[int, Register] = attrs.field(factory=dict)
+    attaching: dict[int, Register] = attrs.field(factory=dict)
+    """Layouts that count once the memory of their worker is attached: it moves nothing before."""
+    identity: bytes = b""
+    """What its scheduler said last of its model."""
+    namespace: bytes = b""
+    last_layout: tuple[bytes, ...] = ()
+    """The latest fingerprints that were known of all shards: what was granted is of these."""
+    sessions: Sessions = attrs.field(factory=Sessions)
+    digests: int = 0  # of all sessions
+    resets_due: set[bytes] = attrs.field(factory=set)
+    """Identities whose chunks are to be dropped as soon as the layout is known."""
+
+    def namespace_under(self, identity: bytes) -> bytes:
+        """The namespace of its layout under *identity*; b"" while a shard's layout is missing."""
+        if len(self.layouts) < self.shards:
+            return b""
+        return namespace_of([self.layouts[shard].fingerprint for shard in range(self.shards)], identity)
+
+    def peers(self) -> Iterator[Peer]:
+        if self.scheduler is not None:
+            yield self.scheduler
+        yield from self.workers.values()

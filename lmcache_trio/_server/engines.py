@@ -1,0 +1,256 @@
+"""Engines: which peers form one, the namespace that their layouts make, their sessions, and what ends those.
+
+Everything here is synchronous and called from the Trio loop, so that each step is whole.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import trio
+
+from lmcache_trio._core.index import Index, Reservation
+from lmcache_trio._core.keys import namespace_of
+from lmcache_trio._server.clock import Clock
+from lmcache_trio._server.counts import Counts
+from lmcache_trio._server.drain import Drain
+from lmcache_trio._server.engine import Engine
+from lmcache_trio._server.peer import Peer
+from lmcache_trio._server.prefetch import Prefetches
+from lmcache_trio._server.tiers.tiers import Tiers
+from lmcache_trio._server.tiers.writer import Deletion
+from lmcache_trio._server.transfer.worker import TransferWorker
+from lmcache_trio._wire.messages import Hello, NamespaceKnown, Role
+from lmcache_trio.config import Config, format_size
+from lmcache_trio.errors import Gone, Misuse
+
+__all__ = ["Engines"]
+
+log = logging.getLogger("lmcache_trio.server")
+
+
+class Engines:
+    """All engines, by name. An engine is there from the HELLO of its first peer until its last peer has left."""
+
+    def __init__(  # noqa: PLR0913 each is a part that it works with
+        self,
+        config: Config,
+        index: Index,
+        clock: Clock,
+        tiers: Tiers,
+        prefetches: Prefetches,
+        transfer: TransferWorker | None,
+        drain: Drain,
+        counts: Counts,
+    ) -> None:
+        self._config = config
+        self._index = index
+        self._clock = clock
+        self._tiers = tiers
+        self._prefetches = prefetches
+        self._transfer = transfer
+        self._drain = drain
+        self._counts = counts
+        self._engines: dict[str, Engine] = {}
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(self._engines.values())
+
+    def of(self, peer: Peer) -> Engine:
+        """The engine that *peer*, a scheduler or a worker, belongs to. Gone: it is not there any more."""
+        engine = self._engines.get(peer.hello.engine)
+        if engine is None or peer.lost:
+            raise Gone(f"the engine of {peer} is not there any more")
+        return engine
+
+    def find(self, hello: Hello) -> Engine | None:
+        """The engine of the client that says *hello*, if it is there; an observer has none."""
+        return self._engines.get(hello.engine) if hello.role is not Role.OBSERVER else None
+
+    # --- peers --------------------------------------------------------------------------------------------------------
+
+    def join(self, peer: Peer) -> None:
+        """*peer* takes its place in its engine, which it founds if it is the first."""
+        hello = peer.hello
+        if hello.role is Role.OBSERVER:
+            return
+        engine = self._engines.setdefault(hello.engine, Engine(hello.engine, hello.shards))
+        if hello.role is Role.SCHEDULER:
+            engine.scheduler = peer
+            self.identify(engine, hello.identity)
+        else:
+            engine.workers[hello.shard] = peer
+        if engine.namespace:
+            peer.send(self.namespace_known(engine))  # waits in the outbox until the client is there
+
+    def leave(self, peer: Peer) -> None:
+        """*peer* is lost: its sessions end, its layout counts no more, and an engine without peers is forgotten."""
+        engine, shard = self.find(peer.hello), peer.hello.shard
+        if engine is None:
+            return
+        if engine.scheduler is peer:
+            engine.scheduler = None
+            for session in list(engine.sessions):
+                self.end_session(engine, session.number)
+        elif engine.workers.get(shard) is peer:
+            del engine.workers[shard]
+            engine.attaching.pop(shard, None)
+            engine.layouts.pop(shard, None)
+            self.settle_namespace(engine)
+        if engine.scheduler is None and not engine.workers:
+            del self._engines[engine.name]
+            log.info("engine %r left", engine.name)
+
+    # --- namespaces ---------------------------------------------------------------------------------------------------
+
+    def settle_namespace(self, engine: Engine) -> None:
+        """Work out the engine's namespace from its layouts; when it changed, tell all its peers.
+
+        Resets that are due come first, so that no chunk of before them is served in it.
+        """
+        former, namespace = engine.namespace, engine.namespace_under(engine.identity)
+        if namespace:
+            layouts = [engine.layouts[shard] for shard in range(engine.shards)]
+            self._index.attach(namespace, [layout.shard_bytes for layout in layouts])
+            self._see_layout(engine, tuple(layout.fingerprint for layout in layouts))
+            for identity in engine.resets_due:
+                self.reset(engine.namespace_under(identity))
+            engine.resets_due.clear()
+        engine.namespace = namespace
+        if former:
+            self._index.detach(former)
+            self._clock.not_later_than(trio.current_time())  # it may have something to sweep
+        if namespace != former:
+            self._tell_layout(engine)
+            for peer in engine.peers():
+                peer.send(self.namespace_known(engine))
+
+    def namespace_known(self, engine: Engine, reply_to: int = 0) -> NamespaceKnown:
+        """The engine's namespace, as its peers are told; *reply_to* is 0 in a push."""
+        return NamespaceKnown(
+            reply_to, engine.namespace, self._index.chunk_bytes(engine.namespace), self._index.arena_bytes
+        )
+
+    def attached(self, peer: Peer) -> None:
+        """The memory of *peer* is open: its layout, which waited for that, counts from now on. `Misuse`: it cannot."""
+        engine, shard = self.find(peer.hello), peer.hello.shard
+        if engine is not None and engine.workers.get(shard) is peer and shard in engine.attaching:
+            engine.layouts[shard] = engine.attaching.pop(shard)
+            try:
+                self.settle_namespace(engine)
+            except Misuse:
+                del engine.layouts[shard]
+                raise
+
+    def fenced(self, peer: Peer) -> None:
+        """Nothing more is moved for *peer*: its engine is offered nothing, until it registers again."""
+        engine, shard = self.find(peer.hello), peer.hello.shard
+        if engine is not None and engine.workers.get(shard) is peer and shard in engine.layouts:
+            del engine.layouts[shard]
+            self.settle_namespace(engine)
+
+    def _tell_layout(self, engine: Engine) -> None:
+        """Log what can be cached for *engine*, or why nothing can."""
+        if not engine.namespace:
+            missing = sorted(set(range(engine.shards)) - set(engine.layouts))
+            log.info("engine %r has no cache until its shards %s are registered", engine.name, missing)
+            return
+        tokens, size = self._config.chunk_tokens, self._index.arena_bytes
+        chunk = self._index.chunk_bytes(engine.namespace)
+        if chunk > size:
+            self._counts.events["layouts_too_large"] += 1
+            words = (
+                "engine %r cannot be cached: a chunk of %d tokens takes %s, and the memory holds %s: raise memory.size,"
+                " or set a smaller chunk_tokens"
+            )
+            log.warning(words, engine.name, tokens, format_size(chunk), format_size(size))
+            return
+        words = "engine %r joins: model %s, layout %s in %d shard(s), %s a token; the memory holds %d tokens"
+        layout = namespace_of([engine.layouts[shard].fingerprint for shard in range(engine.shards)], b"").hex()[:12]
+        model, a_token = engine.identity.hex()[:12] or "not named", format_size(chunk // tokens)
+        log.info(words, engine.name, model, layout, engine.shards, a_token, size // chunk * tokens)
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    def identify(self, engine: Engine, identity: bytes) -> None:
+        """The scheduler of *engine* says what its model is. Another one than before ends what was answered before."""
+        if identity != engine.identity:
+            engine.identity = identity
+            engine.sessions.bar()
+            self._end_answers(engine)
+            self.settle_namespace(engine)
+
+    def reset(self, namespace: bytes) -> list[Deletion]:
+        """Drop every chunk of *namespace*, for all its engines. Returns the tiers' deletions, which go on by now.
+
+        Nothing of it is served from now on, nor stored or loaded by what began before.
+        """
+        self._index.reset(namespace)
+        self._counts.events["resets"] += 1
+        self._clock.not_later_than(trio.current_time())  # it sweeps, piece by piece
+        for engine in self:
+            if engine.namespace == namespace:
+                engine.sessions.bar()
+                self._end_answers(engine)
+        return self._tiers.forget(namespace)
+
+    def _end_answers(self, engine: Engine) -> None:
+        for session in engine.sessions:
+            if session.lease:
+                self._index.release(session.lease)  # what it kept is stale after a reset: the extents come free
+                session.lose_lease()
+
+    def _see_layout(self, engine: Engine, layout: tuple[bytes, ...]) -> None:
+        """If the layout of *engine* is another, what was granted under the former is neither published nor valid.
+
+        Copies that are under way end by themselves; the slots of the writers among them stay quarantined until then.
+        """
+        if layout == engine.last_layout:
+            return
+        engine.last_layout = layout
+        self._end_answers(engine)
+        for peer in engine.workers.values():
+            self._index.lose_worker(peer.number)
+            if self._transfer is not None:
+                self._transfer.end_grants(peer)
+
+    def end_session(self, engine: Engine, number: int) -> None:
+        """The session goes, with everything that it owned; one that is not there is no error."""
+        session = engine.sessions.end(number)
+        if session is not None:
+            engine.digests -= session.known
+            self._prefetches.cancel(session)
+            self._index.end_session((engine.name, number))
+
+    def reserve(
+        self, peer: Peer, engine: Engine, worker: int, session: int, parent: bytes, digests: Sequence[bytes]
+    ) -> Reservation:
+        """Slots for a store of *peer*, which the index knows as *worker*; chunks without one are counted, by reason."""
+        reason = self._why_no_slots(peer, engine, session)
+        if reason:
+            self._counts.dropped[reason] += len(digests)
+            return Reservation(b"", (), {reason: len(digests)} if digests else {})
+        now, key, shard = trio.current_time(), (engine.name, session), peer.hello.shard
+        made = self._index.reserve(key, worker, shard, engine.namespace, parent, digests, now)
+        if made.id:
+            self._clock.not_later_than(now + self._config.reservation_timeout)
+        if "share" in made.dropped and "write_share" not in peer.limits_met:
+            peer.limits_met.add("write_share")
+            words = (
+                "%s is writing %s with its engine, and gets no more at one time: that is write_share (%g of the memory"
+                " that no other engine is writing); what it stores beyond is dropped until copies of it end"
+            )
+            log.warning(words, peer, format_size(self._index.bytes_written_by(engine.name)), self._config.write_share)
+        return made
+
+    def _why_no_slots(self, peer: Peer, engine: Engine, session: int) -> str:
+        """Why a store of *peer* gets no slots, whatever room there is; "" when there is no such reason."""
+        if self._drain.stopping:
+            return "stopping"
+        if peer.pidfd is None:
+            return "no_arena"
+        if not engine.namespace:
+            return "no_namespace"
+        return engine.sessions.why_no_store(session)

@@ -1,0 +1,99 @@
+"""A peer: the server's end of one client, from its HELLO to the end of its connection."""
+
+import os
+import select
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import attrs
+import trio
+
+from lmcache_trio._server.tasks import Starter
+from lmcache_trio._transport import Connection
+from lmcache_trio._wire.codec import encode
+from lmcache_trio._wire.messages import Hello, Message, Role
+from lmcache_trio.errors import Gone, Unavailable
+
+__all__ = ["LostWriter", "Peer"]
+
+
+def _not_connected(fn: Callable[..., Awaitable[object]], *args: object, name: object = None) -> None:
+    raise Unavailable("the client has not taken up its connection")
+
+
+@attrs.define(eq=False)
+class Peer:
+    """One connection, from its HELLO on. `number` is its name in the index; nothing else ever has the same."""
+
+    number: int
+    hello: Hello
+    peer_pid: int | None
+    pidfd: int | None  # owned; None for a client that cannot be seen, which therefore gets no arena
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    transport: Connection | None = None  # None until the client has taken up its own address
+    copies: set[bytes] = attrs.field(factory=set)  # reservations whose copy was not yet said to have ended
+    pins: dict[bytes, int] = attrs.field(factory=dict)  # and how many chunks each reads
+    outbox: deque[bytes] = attrs.field(factory=deque)  # what the transport had no room for, in order
+    queued: trio.Event = attrs.field(factory=trio.Event)
+    drained: trio.Event = attrs.field(factory=trio.Event)
+    most_unread: int = 1
+    deaf: bool = False  # it is ended because it did not read
+    resets: int = 0  # that have no reply yet
+    limits_met: set[str] = attrs.field(factory=set)
+    lost: bool = False
+    start: Starter = _not_connected  # a task of its connection's, which ends with it
+
+    def __str__(self) -> str:
+        what = f"shard {self.hello.shard} of {self.hello.shards}" if self.hello.role is Role.WORKER else "scheduler"
+        where = f" of engine {self.hello.engine!r} ({what})" if self.hello.engine else ""
+        return f"client {self.hello.client!r}{where}"
+
+    def send(self, message: Message) -> None:
+        """Send *message* now, or queue it behind what is queued, for the writer to send when there is room."""
+        if not self.lost:
+            self.send_frame(encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """As `send`, what is a frame already."""
+        if self.lost:
+            return
+        if self.transport is not None and not self.outbox:
+            try:
+                return self.transport.send_nowait(frame)
+            except trio.WouldBlock:
+                pass
+            except Gone:
+                return  # its reader finds out by itself
+        if len(self.outbox) >= self.most_unread:
+            self.deaf = True
+            self.scope.cancel()
+            return
+        self.outbox.append(frame)
+        self.queued.set()
+
+    def is_process(self, pid: int | None, pidfd: int | None) -> bool:
+        """Is this client's process the one of *pid* and *pidfd*, as far as can be told?
+
+        Since Linux 6.9 each process has an inode of its own behind its pidfds; before, all pidfds have one.
+        """
+        if self.pidfd is not None and pidfd is not None and os.fstat(self.pidfd).st_ino != os.fstat(pidfd).st_ino:
+            return False
+        return self.peer_pid == pid
+
+    def has_exited(self) -> bool:
+        """Whether the process is known to be dead, though its connection may not have been seen to close yet."""
+        if self.pidfd is None:
+            return False
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+
+@attrs.define(eq=False)
+class LostWriter:
+    """A client whose connection is gone while it may still be copying: its slots wait for its word or for its exit."""
+
+    number: int
+    token: bytes
+    pidfd: int
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)

@@ -1,0 +1,1 @@
+"""The device transfer worker: `worker` owns the copies, `attachments` the engines' memory, `events` the waits."""
