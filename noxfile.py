@@ -4,6 +4,7 @@ What is tested is the built wheel, never the checkout. torch alone is shared: it
 .ci/constraints.txt pins, and each environment is pointed at it.
 """
 
+import argparse
 import json
 import shutil
 import sys
@@ -49,7 +50,7 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests on the installed wheel; warnings are errors and a hang is a failure."""
     _install_wheel(session, *_group("test"))
-    _pytest(session, "--ignore=tests/e2e", "--ignore=tests/crash", *session.posargs)
+    _pytest(session, "--ignore=tests/e2e", "--ignore=tests/crash", "--ignore=tests/soak", *session.posargs)
 
 
 @nox.session
@@ -62,7 +63,8 @@ def minimums(session: nox.Session) -> None:
     oldest.write_text("".join(f"{line}\n" for line in _oldest()))
     _install_wheel(session, "-c", str(oldest), *_group("test"))
     session.run("python", "-m", "pip", "freeze")
-    _pytest(session, "--hypothesis-profile=few", "--ignore=tests/e2e", "--ignore=tests/crash", *session.posargs)
+    others = ("--ignore=tests/e2e", "--ignore=tests/crash", "--ignore=tests/soak")
+    _pytest(session, "--hypothesis-profile=few", *others, *session.posargs)
 
 
 @nox.session
@@ -112,9 +114,31 @@ def e2e(session: nox.Session) -> None:
 
 @nox.session
 def crash(session: nox.Session) -> None:
-    """Kill the server at random points, restart it on the same directory, check every hit byte by byte."""
+    """Kill the server at random points, restart it on the same directory, check every hit; then a short soak."""
     _install_wheel(session, *_group("test"))
     _pytest(session, "tests/crash", *session.posargs)
+    _pytest(session, "tests/soak", "-o", "faulthandler_timeout=600", *session.posargs)  # a soak is longer than a hang
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Engines and servers under all that happens to them, ten minutes long: `-- --seconds N --seed N --out FOLDER`.
+
+    With a folder, the figures are written to its soak.json, and drawn if it is docs/plots.
+    """
+    options = argparse.ArgumentParser("nox -s soak --", description=soak.__doc__)
+    options.add_argument("--seconds", type=int, default=600)
+    options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--out", type=Path)
+    asked = options.parse_args(session.posargs)
+    _install_wheel(session, *_group("test"), *PROJECT["project"]["optional-dependencies"]["plots"])
+    given = {"SOAK_SECONDS": str(asked.seconds), "SOAK_SEED": str(asked.seed), "PYTHONSAFEPATH": "1"}
+    if asked.out is not None:
+        given["SOAK_OUT"] = str(asked.out.resolve())
+    which = ("tests/soak", "-k", "whatever_happens", "-o", "faulthandler_timeout=0")
+    session.run("python", "-m", "pytest", *which, env=given)
+    if asked.out is not None and asked.out.resolve() == ROOT / "docs" / "plots":
+        session.run("python", "docs/plots/soak.py")
 
 
 @nox.session
