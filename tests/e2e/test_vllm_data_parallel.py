@@ -7,6 +7,8 @@ those of engines without a connector: a test cannot know how busy a machine is.
 
 import json
 import math
+import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,9 @@ ROUNDS = 3
 """How often the chats are held, each time with nothing in vLLM's own caches: the last two find all in ours."""
 ROUND_SECONDS = 300.0
 """24 answers of 16 tokens: 15 s where two cores were shared by ten."""
+LOOKUP_SECONDS = 10.0
+"""Twice the default: a server's process may have to wait where two cores run thirty."""
+NOT_ANSWERED = "a lookup was not answered within"
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines share the cores
     "VLLM_SERVER_DEV_MODE": "1",  # POST /reset_prefix_cache
@@ -59,9 +64,13 @@ def test_each_lookup_of_data_parallel_engines_is_answered(
         with engines(bench, "ours", {"kv_transfer_config": transfer(server)}) as address:
             ours = trio.run(hold_all, address, chats)
             counted = server.status()["counted"]
+            assert NOT_ANSWERED not in log_of(bench, "ours").read_text(errors="replace")
+            os.kill(server.pid, signal.SIGSTOP)
+            trio.run(complete, address, chats[0].tokens, 1)
+            assert NOT_ANSWERED in log_of(bench, "ours").read_text(errors="replace"), "the log tells of no lookup"
     finally:
+        os.kill(server.pid, signal.SIGCONT)
         server.stop()
-    assert "not answered within" not in log_of(bench, "ours").read_text(errors="replace")
     assert all(answer.cached >= CHUNK for answers in ours[1:] for answer in answers)
     assert counted["hits"] >= (ROUNDS - 1) * len(CHATS) * len(TURNS)
     with capsys.disabled():
@@ -84,7 +93,7 @@ def transfer(server: Server) -> dict[str, Any]:
         "kv_connector_module_path": "lmcache_trio.adapters.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"address": server.address},
+        "kv_connector_extra_config": {"address": server.address, "lookup_timeout": LOOKUP_SECONDS},
     }
 
 
