@@ -72,7 +72,7 @@ def _plain(value: Any) -> str:
 
 
 def _sentences() -> Iterator[list[str]]:
-    yield ["Opcode", "Sentence", "Said by", "Answered by", "Fields"]
+    yield ["Opcode", "Message", "Sent by", "Answered by", "Fields"]
     named = (getattr(messages, name) for name in messages.__all__)
     sentences = [cls for cls in named if attrs.has(cls) and issubclass(cls, Message)]
     for cls in sorted(sentences, key=lambda cls: cls.opcode):
