@@ -155,7 +155,9 @@ class Access:
     group: int | str = attrs.field(
         default="",
         validator=_group,
-        metadata={"help": "A group, by name or number, whose members may connect; a server not root's must be in it."},
+        metadata={
+            "help": "A group, by name or number, whose members may connect; a server that is not root's must be in it."
+        },
     )
 
     @property
