@@ -30,7 +30,8 @@ class Arena:
         if alignment < 1 or alignment & (alignment - 1):
             raise Misuse(f"alignment is {alignment}: it must be a power of two")
         self._mask = alignment - 1
-        self._taken = 0
+        self.taken = 0
+        """Bytes that are backed by memory so far."""
         self._head = 0
         self._used = 0
         self._free = 0
@@ -39,11 +40,6 @@ class Arena:
         self._ends: dict[int, int] = {}  # byte after the last -> first byte
         self._buckets: dict[int, dict[int, None]] = {}  # length -> first bytes, last freed last
         self._lengths: list[int] = []  # keys of _buckets, sorted
-
-    @property
-    def taken(self) -> int:
-        """Bytes that are backed by memory so far."""
-        return self._taken
 
     @property
     def used(self) -> int:
@@ -71,11 +67,11 @@ class Arena:
 
     def grow(self, taken: int) -> None:
         """Make the bytes from the old `taken` to *taken* free. Misuse when it would fall."""
-        if taken < self._taken:
-            raise Misuse(f"taken would fall from {self._taken} to {taken}: an arena only grows")
-        start = max(self._taken & ~self._mask, self._head)
+        if taken < self.taken:
+            raise Misuse(f"taken would fall from {self.taken} to {taken}: an arena only grows")
+        start = max(self.taken & ~self._mask, self._head)
         end = taken & ~self._mask  # what stands behind the last boundary waits for the next growth
-        self._taken = taken
+        self.taken = taken
         if end > start:
             self._release(start, end - start)
 

@@ -62,7 +62,9 @@ class Readers:
     def lease(
         self, session: SessionKey, namespace: Namespace | None, digests: Sequence[bytes], limit: int, now: float
     ) -> Lease | None:
-        self.end_session(session)
+        former = self._lease_of.get(session)
+        if former is not None:
+            self.release(former)
         run = self._chunks.offer(namespace, digests, limit) if namespace is not None else []
         self._counted["chunks_hit"] += len(run)
         self._counted["chunks_missed"] += len(digests) - len(run)

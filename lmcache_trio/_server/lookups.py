@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from lmcache_trio._core.keys import DIGEST_BYTES, split_digests
+from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio._core.session import Session
 from lmcache_trio._server.answers import answer_of
 from lmcache_trio._server.parts import Parts
@@ -49,7 +49,7 @@ def _lookup(parts: Parts, peer: Peer, message: Lookup) -> Message:
     if engine.digests + more > limits.digests and more > 0:
         raise parts.counts.over_limit(peer, "digests", f"sessions of {engine.digests} chunks and sends {more} more")
     former = session.lease
-    wanted = session.lookup(message.start, split_digests(message.digests), message.upto, message.id)
+    wanted = session.lookup(message.start, message.digests, message.upto, message.id)
     engine.sessions.open(session)
     engine.digests += more
     if former:
