@@ -128,7 +128,7 @@ async def _lookup_miss(rig: Rig) -> None:
 async def _lookup_in_a_tier(rig: Rig) -> None:
     """The answer is pushed, some turns after the reply."""
 
-    def prefetch(client: Any, engine: Any, session: Any, message: Any, wanted: list[bytes]) -> bool:
+    def prefetch(client: Any, engine: Any, session: Any, message: Any, wanted: list[bytes], lease: Any) -> bool:
         async def answer() -> None:
             await trio.lowlevel.checkpoint()
             if session.answer(message.id, 0):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import trio
 
-from lmcache_trio._core.index import Index
+from lmcache_trio._core.index import Index, Lease
 from lmcache_trio._core.session import LookupState, Session
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
@@ -35,17 +35,22 @@ class Answers:
         self._drain = drain
         self._events = counts.events
 
-    def give(self, engine: str, session: Session, asked: int, wanted: Sequence[bytes], namespace: bytes) -> None:
-        """Lease what memory has of *wanted* in *namespace* (b"": nothing), and make that the answer to *asked*."""
-        lease = None
-        if wanted and namespace and not self._drain.stopping:
-            lease = self._index.lease((engine, session.number), namespace, wanted, trio.current_time())
+    def lease(self, engine: str, session: Session, wanted: Sequence[bytes], namespace: bytes) -> Lease | None:
+        """Lease what memory has of *wanted* in *namespace* (b"": nothing), in place of the session's former lease."""
+        if not wanted or not namespace or self._drain.stopping:
+            return None
+        lease = self._index.lease((engine, session.number), namespace, wanted, trio.current_time())
+        if lease is not None:
+            self._clock.not_later_than(lease.expires)
+        return lease
+
+    def give(self, session: Session, asked: int, wanted: Sequence[bytes], lease: Lease | None) -> None:
+        """Make *lease* the answer to *asked*, which wanted to know of *wanted*."""
         if lease is None:
             session.answer(asked, 0)
         else:
             session.answer(asked, lease.chunks, lease.id, lease.expires)
-            self._tiers.used(namespace, wanted[: lease.chunks])
-            self._clock.not_later_than(lease.expires)
+            self._tiers.used(lease.namespace, wanted[: lease.chunks])
         self._events["lookups"] += bool(wanted)
         self._events["hits"] += session.chunks
         self._events["misses"] += len(wanted) - session.chunks

@@ -21,7 +21,7 @@ class Clock:
     def __init__(self, expire: Callable[[float], float], sweep: Callable[[int], bool]) -> None:
         self._expire = expire
         self._sweep = sweep
-        self._next = math.inf
+        self._next = -math.inf  # the first time, at once
         self._earlier = trio.Event()
 
     def not_later_than(self, when: float) -> None:
@@ -33,11 +33,13 @@ class Clock:
     async def run(self, expired: Callable[[], None]) -> None:
         """Run until cancelled; *expired* is called after each `expire`."""
         while True:
+            self._earlier = trio.Event()
+            with trio.move_on_at(self._next):
+                await self._earlier.wait()
             now = trio.current_time()
+            if now < self._next:
+                continue  # an earlier deadline was made, and nothing is due yet
             self._next = self._expire(now)
             expired()
             if self._sweep(PIECE):
                 self._next = now
-            self._earlier = trio.Event()
-            with trio.move_on_at(self._next):
-                await self._earlier.wait()

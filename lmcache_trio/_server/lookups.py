@@ -1,7 +1,7 @@
 """A scheduler's sentences: its lookups, what becomes of them, and a reset. As in `handlers`, nothing here waits.
 
-A lookup that memory covers is answered at once. One that memory does not cover may become a prefetch, which answers it
-when the tiers have.
+A lookup leases what memory has. If that is all that it wants, it is answered at once; if not, it may become a prefetch,
+which answers it when the tiers have.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from lmcache_trio._core.keys import DIGEST_BYTES
-from lmcache_trio._core.session import Session
+from lmcache_trio._core.session import LookupState, Session
 from lmcache_trio._server.answers import answer_of
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
@@ -48,16 +48,19 @@ def _lookup(parts: Parts, peer: Peer, message: Lookup) -> Message:
     more = message.start + len(message.digests) // DIGEST_BYTES - session.known
     if engine.digests + more > limits.digests and more > 0:
         raise parts.counts.over_limit(peer, "digests", f"sessions of {engine.digests} chunks and sends {more} more")
-    former = session.lease
+    former, was_pending = session.lease, session.state is LookupState.PENDING
     wanted = session.lookup(message.start, message.digests, message.upto, message.id)
     engine.sessions.open(session)
     engine.digests += more
     if former:
         parts.index.release(former)
-    parts.prefetches.cancel(session)
-    askable = wanted and engine.namespace and not parts.drain.stopping
-    if not (askable and parts.prefetches.begin(peer, engine, session, message, wanted)):
-        parts.answers.give(engine.name, session, message.id, wanted, engine.namespace)
+    if was_pending:
+        parts.prefetches.cancel(session)
+    lease = parts.answers.lease(engine.name, session, wanted, engine.namespace)
+    is_short = len(wanted) > (0 if lease is None else lease.chunks)
+    askable = is_short and engine.namespace and not parts.drain.stopping
+    if not (askable and parts.prefetches.begin(peer, engine, session, message, wanted, lease)):
+        parts.answers.give(session, message.id, wanted, lease)
     return answer_of(session, message.id)
 
 

@@ -12,13 +12,12 @@ from math import inf
 
 import trio
 
-from lmcache_trio._core.index import Hold, Index
+from lmcache_trio._core.index import Hold, Index, Lease
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio._core.loads import LoadState, TierLoad
 from lmcache_trio._core.plan import Plan
 from lmcache_trio._core.session import Session
 from lmcache_trio._server.answers import Answers, answer_of
-from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.engine import Engine
 from lmcache_trio._server.peer import Peer
@@ -40,11 +39,8 @@ HELD_AT_ONCE = 512
 class Prefetches:
     """All prefetches that run, by session. Without tiers none ever begins."""
 
-    def __init__(
-        self, index: Index, clock: Clock, tiers: Tiers, answers: Answers, budget: float, counts: Counts
-    ) -> None:
+    def __init__(self, index: Index, tiers: Tiers, answers: Answers, budget: float, counts: Counts) -> None:
         self.index = index
-        self.clock = clock
         self.tiers = tiers
         self.answers = answers
         self._budget = budget
@@ -54,16 +50,22 @@ class Prefetches:
     def __len__(self) -> int:
         return len(self._running)
 
-    def begin(self, peer: Peer, engine: Engine, session: Session, message: Lookup, wanted: list[bytes]) -> bool:
-        """Take on a lookup that memory does not cover, if a tier may be asked and there is time for it."""
-        if not self.tiers.runners or self.index.match(engine.namespace, wanted) == len(wanted):
+    def begin(
+        self, peer: Peer, engine: Engine, session: Session, message: Lookup, wanted: list[bytes], lease: Lease | None
+    ) -> bool:
+        """Take on a lookup of which memory has no more than *lease*, if a tier may be asked and there is time for it.
+
+        A chunk that is there and was not leased means that lease_share is used up: no more can be offered then.
+        """
+        leased = 0 if lease is None else lease.chunks
+        if not self.tiers.runners or self.index.match(engine.namespace, wanted[leased : leased + 1]):
             return False
         budget = self._budget
         if message.budget_ms >= 0:
             budget = min(budget, message.budget_ms / 1000)
         if not budget or not self.tiers.any_open:
             return False
-        made = Prefetch(self, peer, engine, session)
+        made = Prefetch(self, peer, engine, session, lease)
         self._running[session] = made
         peer.start(self._run, made, message.id, wanted, trio.current_time() + budget)
         return True
@@ -90,18 +92,19 @@ class Prefetches:
 class Prefetch:
     """One of them. `close` may come at any time, and is the end of all that it holds."""
 
-    def __init__(self, prefetches: Prefetches, peer: Peer, engine: Engine, session: Session) -> None:
+    def __init__(
+        self, prefetches: Prefetches, peer: Peer, engine: Engine, session: Session, lease: Lease | None
+    ) -> None:
         self.peer = peer
         self.session = session
         self._index = prefetches.index
-        self._clock = prefetches.clock
         self._answers = prefetches.answers
         self._runners = prefetches.tiers.runners
         self._engine = engine
         self._namespace = engine.namespace
         self._scope = trio.CancelScope()
         self._changed = trio.Event()
-        self._lease = b""
+        self._lease, self._leased = (b"", 0) if lease is None else (lease.id, lease.chunks)
         self._holds: list[Hold] = []
         self._questions: dict[int, Question] = {}
         self._coming: dict[int, tuple[TierRunner, TierLoad]] = {}
@@ -134,8 +137,10 @@ class Prefetch:
         """Lease what is there by now, and push it."""
         if not self._closed:
             usable = self._engine.namespace if self._engine.namespace == self._namespace else b""
-            self._answers.give(self._engine.name, self.session, asked, wanted, usable)
-            self._lease = b""  # the session's new lease took its place
+            lease = self._answers.lease(self._engine.name, self.session, wanted, usable)
+            if lease is not None:
+                self._lease = b""  # the session's new lease took its place
+            self._answers.give(self.session, asked, wanted, lease)
             self.close()
             self.peer.send(answer_of(self.session, 0))
 
@@ -150,8 +155,8 @@ class Prefetch:
 
     async def _gather(self, wanted: Sequence[bytes], deadline: float) -> None:
         plan = Plan(len(wanted), len(self._runners))
-        if not self._lease_what_leads(plan, wanted):
-            return  # no more could be leased than is here already
+        for position in range(self._leased):
+            plan.here(position)
         await self._hold_the_rest(plan, wanted)
         asked, ask_next = 0, -inf
         while True:
@@ -173,21 +178,6 @@ class Prefetch:
                 continue
             with trio.move_on_at(ask_next if asked < len(self._runners) else inf):
                 await self._changed.wait()
-
-    def _lease_what_leads(self, plan: Plan, wanted: Sequence[bytes]) -> bool:
-        """Keep the leading run in place, by the lease that the answer will replace. False: lease_share is used up."""
-        index = self._index
-        run = index.match(self._namespace, wanted)
-        lease = index.lease(
-            (self._engine.name, self.session.number), self._namespace, wanted[:run], trio.current_time()
-        )
-        leased = 0
-        if lease is not None:
-            self._clock.not_later_than(lease.expires)
-            self._lease, leased = lease.id, lease.chunks
-        for position in range(leased):
-            plan.here(position)
-        return leased == run
 
     async def _hold_the_rest(self, plan: Plan, wanted: Sequence[bytes]) -> None:
         for position in range(plan.run, len(wanted)):

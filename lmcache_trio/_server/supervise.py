@@ -119,7 +119,7 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
     clock = Clock(index.expire, index.sweep)
     all_tiers = Tiers(tiers, index, memory, clock, config)
     answers = Answers(index, clock, all_tiers, drain, counts)
-    prefetches = Prefetches(index, clock, all_tiers, answers, config.prefetch_budget, counts)
+    prefetches = Prefetches(index, all_tiers, answers, config.prefetch_budget, counts)
     numbers = itertools.count(1)  # the names of peers, readers and writers in the index
     prepare_directory(config.address, config.access)
     path = socket_path(config.address)

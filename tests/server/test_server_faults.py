@@ -155,7 +155,7 @@ async def test_a_lookup_that_a_tier_takes_on_is_pending_until_it_is_pushed_and_c
     scheduler, _ = await rig.engine()
     prefetches, sessions, cancelled = rig.server._parts.prefetches, [], []
 
-    def prefetch(client: Any, engine: Any, session: Any, message: Any, wanted: list[bytes]) -> bool:
+    def prefetch(client: Any, engine: Any, session: Any, message: Any, wanted: list[bytes], lease: Any) -> bool:
         assert wanted == digests(2)
         sessions.append((client, session))
         return True
@@ -171,6 +171,7 @@ async def test_a_lookup_that_a_tier_takes_on_is_pending_until_it_is_pushed_and_c
     pushed = await scheduler.pushed(Answer)
     assert (pushed.id, pushed.asked, pushed.state) == (0, asked.id, AnswerState.ANSWERED)
     cancelled.clear()
+    await scheduler.lookup(2, digests(2))
     await scheduler.lookup(2, digests(2))
     await scheduler.tell(Release(2))
     await scheduler.end(1)
