@@ -16,11 +16,10 @@ make the engine load what may be gone.
 
 import enum
 import math
-from collections.abc import Iterator
 
 import attrs
 
-from lmcache_trio._core.keys import DIGEST_BYTES, split_digests
+from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio.errors import Misuse
 
 __all__ = ["LookupState", "Session", "Sessions", "Status"]
@@ -83,7 +82,8 @@ class Session:
         self.known = known
         self._forget(LookupState.PENDING)
         self.asked = asked
-        return split_digests(self.chain[: upto * DIGEST_BYTES])
+        chain, width = self.chain, DIGEST_BYTES
+        return [chain[i : i + width] for i in range(0, upto * width, width)]
 
     def answer(self, asked: int, chunks: int, lease: bytes = b"", expires: float = -math.inf) -> bool:
         """The lookup *asked* found *chunks* leading chunks. False, changing nothing, if it is not pending any more."""
@@ -122,30 +122,21 @@ class Sessions:
     """
 
     def __init__(self) -> None:
-        self._live: dict[int, Session] = {}
+        self.live: dict[int, Session] = {}
+        """By number. Only `open` and `end` change it."""
         self._ended: dict[int, int] = {}  # by number: its generation
         self._generation = 0
 
-    def __len__(self) -> int:
-        return len(self._live)
-
-    def __iter__(self) -> Iterator[Session]:
-        return iter(self._live.values())
-
-    def get(self, number: int) -> Session | None:
-        """The session *number*, if it lives."""
-        return self._live.get(number)
-
     def open(self, session: Session) -> None:
         """*session* lives from now on. One that does already stays as it is."""
-        if self._live.get(session.number) is not session:
+        if self.live.get(session.number) is not session:
             session.generation = self._generation
-            self._live[session.number] = session
+            self.live[session.number] = session
             self._ended.pop(session.number, None)
 
     def end(self, number: int) -> Session | None:
         """The session *number* goes; returns it if it was there."""
-        session = self._live.pop(number, None)
+        session = self.live.pop(number, None)
         if session is not None:
             self._ended[number] = session.generation
             if len(self._ended) > MOST_ENDED:
@@ -158,7 +149,7 @@ class Sessions:
 
     def why_no_store(self, number: int) -> str:
         """Why a store under the session *number* gets no slots; "" when there is no such reason."""
-        session = self._live.get(number)
+        session = self.live.get(number)
         generation = self._ended.get(number) if session is None else session.generation
         if generation is None:
             return "no_session"

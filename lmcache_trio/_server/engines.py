@@ -92,8 +92,8 @@ class Engines:
             return
         if engine.scheduler is peer:
             engine.scheduler = None
-            for session in list(engine.sessions):
-                self.end_session(engine, session.number)
+            for number in list(engine.sessions.live):
+                self.end_session(engine, number)
         elif engine.workers.get(shard) is peer:
             del engine.workers[shard]
             engine.attaching.pop(shard, None)
@@ -197,7 +197,7 @@ class Engines:
         return self._tiers.forget(namespace)
 
     def _end_answers(self, engine: Engine) -> None:
-        for session in engine.sessions:
+        for session in engine.sessions.live.values():
             if session.lease:
                 self._index.release(session.lease)  # what it kept is stale after a reset: the extents come free
                 session.lose_lease()

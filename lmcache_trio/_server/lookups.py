@@ -40,9 +40,9 @@ MOST_RESETS_DUE = 64
 
 def _lookup(parts: Parts, peer: Peer, message: Lookup) -> Message:
     engine = parts.engines.of(peer)
-    limits, session = parts.config.limits, engine.sessions.get(message.session)
+    limits, session = parts.config.limits, engine.sessions.live.get(message.session)
     if session is None:
-        if len(engine.sessions) >= limits.sessions:
+        if len(engine.sessions.live) >= limits.sessions:
             raise parts.counts.over_limit(peer, "sessions", f"{limits.sessions} open sessions and asks for one more")
         session = Session(message.session)
     more = message.start + len(message.digests) // DIGEST_BYTES - session.known
@@ -65,21 +65,21 @@ def _lookup(parts: Parts, peer: Peer, message: Lookup) -> Message:
 
 
 def _lookup_status(parts: Parts, peer: Peer, message: LookupStatus) -> Message:
-    session = parts.engines.of(peer).sessions.get(message.session)
+    session = parts.engines.of(peer).sessions.live.get(message.session)
     if session is None:
         return Answer(message.id, message.session, 0, AnswerState.UNKNOWN)
     return answer_of(session, message.id)
 
 
 def _taken(parts: Parts, peer: Peer, message: Taken) -> None:
-    session = parts.engines.of(peer).sessions.get(message.session)
+    session = parts.engines.of(peer).sessions.live.get(message.session)
     if session is not None and message.lease and session.lease == message.lease:
         parts.index.take(message.lease)
 
 
 def _release(parts: Parts, peer: Peer, message: Release) -> None:
     engine = parts.engines.of(peer)
-    session = engine.sessions.get(message.session)
+    session = engine.sessions.live.get(message.session)
     if session is not None:
         parts.prefetches.cancel(session)
         lease = session.release()

@@ -102,10 +102,10 @@ class Peers:
     def end_some(self, peer: Peer, until: float) -> bool:
         """End sessions and reads of *peer*, at least one, *until* that time. Are there more?"""
         engine = self._engines.find(peer.hello)
-        sessions = engine.sessions if engine is not None and engine.scheduler is peer else ()
+        sessions = engine.sessions.live if engine is not None and engine.scheduler is peer else {}
         while True:
             if engine is not None and sessions:
-                self._engines.end_session(engine, next(iter(sessions)).number)
+                self._engines.end_session(engine, next(iter(sessions)))
             elif peer.pins:
                 self._index.unpin(peer.pins.popitem()[0], peer.number)
             else:

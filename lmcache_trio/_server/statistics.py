@@ -18,7 +18,7 @@ def statistics_of(parts: Parts) -> dict[str, Any]:
         "connections": sum(peer.transport is not None for peer in parts.peers),
         "welcomes": sum(peer.transport is None for peer in parts.peers),
         "engines": len(parts.engines),
-        "sessions": sum(len(engine.sessions) for engine in parts.engines),
+        "sessions": sum(len(engine.sessions.live) for engine in parts.engines),
         "tasks": parts.tasks.running,
         "lost_writers": len(parts.peers.lost_writers),
         "prefetches": len(parts.prefetches),

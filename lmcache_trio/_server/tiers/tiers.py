@@ -98,7 +98,8 @@ class Tiers:
     def used(self, namespace: bytes, digests: Sequence[bytes]) -> None:
         """An engine got a lease on *digests*: each tier is offered again those that it has not taken."""
         for runner in self.runners:
-            runner.writer.used(namespace, digests)
+            if runner.writer.unwritten:
+                runner.writer.used(namespace, digests)
 
     def forget(self, namespace: bytes) -> list[Deletion]:
         """Serve nothing of *namespace* any more. Returns the deletions, which the runners carry out."""

@@ -52,7 +52,8 @@ class TierWriter:
         self._most_bytes = config.writeback_bytes
         self.queue = Writeback()
         self.deletions: list[Deletion] = []
-        self._unwritten: dict[int, None] = {}
+        self.unwritten: dict[int, None] = {}
+        """Chunks that were offered and not written, by the hash of their names."""
         self._stirred = trio.Event()
         self._idle = trio.Event()
         self.stored = 0
@@ -77,12 +78,12 @@ class TierWriter:
             self._stirred.set()
 
     def used(self, namespace: bytes, digests: Sequence[bytes]) -> None:
-        """Offer again those of *digests* that were not written. Costs nothing where all were."""
-        if self._unwritten and self._calls.open:
+        """Offer again those of *digests* that are `unwritten`."""
+        if self._calls.open:
             for digest in digests:
                 mark = hash((namespace, digest))
-                if mark in self._unwritten:
-                    del self._unwritten[mark]
+                if mark in self.unwritten:
+                    del self.unwritten[mark]
                     self.offer(ChunkKey(namespace, digest))
 
     def forget(self, namespace: bytes) -> Deletion:
@@ -162,6 +163,6 @@ class TierWriter:
         return Record(hold.key, hold.parent or b"", [self._memory.view(*place) for place in places])
 
     def _remember(self, key: ChunkKey) -> None:
-        self._unwritten[hash((key.namespace, key.digest))] = None
-        if len(self._unwritten) > MOST_UNWRITTEN:
-            del self._unwritten[next(iter(self._unwritten))]
+        self.unwritten[hash((key.namespace, key.digest))] = None
+        if len(self.unwritten) > MOST_UNWRITTEN:
+            del self.unwritten[next(iter(self.unwritten))]
