@@ -37,7 +37,7 @@ class _Leased:
 
 
 @attrs.define(eq=False)
-class _Pinned:
+class _PinRecord:
     worker: int
     namespace: Namespace
     rows: "array[int]"
@@ -52,7 +52,7 @@ class Readers:
         self._timeout = timeout
         self._counted = counted
         self._leases: OrderedDict[bytes, _Leased] = OrderedDict()
-        self._pins: dict[bytes, _Pinned] = {}
+        self._pins: dict[bytes, _PinRecord] = {}
         self._holds: dict[int, int] = {}
         self._holds_made = 0
         self._lease_of: dict[SessionKey, bytes] = {}
@@ -105,7 +105,7 @@ class Readers:
         rows = leased.rows[start : start + count]
         self._chunks.retain(rows)
         pin_id = self._new_id()
-        self._pins[pin_id] = _Pinned(worker, leased.namespace, rows)
+        self._pins[pin_id] = _PinRecord(worker, leased.namespace, rows)
         self._pins_of.setdefault(worker, set()).add(pin_id)
         first, offset = leased.namespace.starts[shard], self._chunks.rows.offset
         return Pin(pin_id, tuple([offset[row] + first for row in rows]), leased.namespace.lengths[shard])

@@ -26,7 +26,7 @@ __all__ = ["Writers"]
 
 
 @attrs.define(eq=False)
-class _Reserved:
+class _ReservationRecord:
     """A copy in progress into *shards* shards of each of *rows*."""
 
     id: bytes
@@ -47,8 +47,8 @@ class Writers:
         self._counted = counted
         self.dropped: Counter[str] = Counter()
         self._overdue: dict[int, None] = {}  # workers
-        self._live: OrderedDict[bytes, _Reserved] = OrderedDict()
-        self._ending: dict[bytes, _Reserved] = {}
+        self._live: OrderedDict[bytes, _ReservationRecord] = OrderedDict()
+        self._ending: dict[bytes, _ReservationRecord] = {}
         self._reservations_of: dict[int, set[bytes]] = {}  # live and ending, by worker
 
     def ask(self, session: SessionKey, shard: int, namespace: Namespace, parent: bytes, now: float) -> Asking:
@@ -62,7 +62,7 @@ class Writers:
         self.dropped.update(asking.dropped)
         if not asking.rows:
             return b""
-        made = _Reserved(self._new_id(), worker, asking.namespace, asking.rows, shards, asking.deadline)
+        made = _ReservationRecord(self._new_id(), worker, asking.namespace, asking.rows, shards, asking.deadline)
         self._live[made.id] = made
         self._reservations_of.setdefault(worker, set()).add(made.id)
         return made.id
@@ -140,7 +140,7 @@ class Writers:
 
     # --- within -----------------------------------------------------------------------------------------------------
 
-    def _abort(self, reserved: _Reserved) -> None:
+    def _abort(self, reserved: _ReservationRecord) -> None:
         """LIVE to ENDING: nothing of it will be published, in any shard; its slots wait for the copy's end."""
         del self._live[reserved.id]
         self._ending[reserved.id] = reserved
@@ -163,7 +163,7 @@ class Writers:
             self._chunks.doom(row)
             self._counted["aborted_chunks"] += 1
 
-    def _leave_worker(self, reserved: _Reserved) -> None:
+    def _leave_worker(self, reserved: _ReservationRecord) -> None:
         mine = self._reservations_of[reserved.worker]
         mine.remove(reserved.id)
         if not mine:

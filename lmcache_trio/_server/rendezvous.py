@@ -1,6 +1,6 @@
-"""The front door: who may come in, as what, and what they are told. It decides; `supervise` starts what follows.
+"""The front door: which client is let in, in which role, and what it is told. `supervise` starts what follows.
 
-HELLO --in order--> WELCOME, and a place in the parts that others see as taken
+HELLO --in order--> WELCOME, and a place among the peers that others see as taken
       `-otherwise-> REFUSED, with one sentence of why and what to do
 """
 
@@ -16,12 +16,11 @@ from lmcache_trio._server.engine import Engine
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._transport import Introduction
-from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Refused, Role, Welcome
 from lmcache_trio._wire.protocol import check_hello, kind_of
 from lmcache_trio.errors import Misuse, ProtocolError, Unavailable
 
-__all__ = ["Admission", "new_boot", "receive_hello", "welcome"]
+__all__ = ["new_boot", "receive_hello", "welcome"]
 
 log = logging.getLogger("lmcache_trio.server")
 
@@ -39,22 +38,13 @@ NO_ARENA = (
 )
 
 
-@attrs.frozen
-class Admission:
-    """The outcome of a HELLO: a client that was let in, or the frame that refuses it; and whom the client replaces."""
-
-    peer: Peer | None
-    refusal: bytes = b""
-    replaced: tuple[Peer, ...] = ()
-
-
 def new_boot() -> bytes:
     """16 random bytes that tell this run of the server from every other."""
     return secrets.token_bytes(16)
 
 
-def receive_hello(parts: Parts, introduction: Introduction) -> Admission:
-    """Decide on what a process said. A client that is let in has its place when this returns."""
+def receive_hello(parts: Parts, introduction: Introduction) -> Peer | Refused:
+    """Decide on the HELLO of a process. A peer that is let in has its place when this returns."""
     pidfd, peer_pid = introduction.open_pidfd(), introduction.peer_pid
     try:
         if introduction.refusal:
@@ -69,14 +59,14 @@ def receive_hello(parts: Parts, introduction: Introduction) -> Admission:
         log.warning("a client (pid %s) was refused: %s", peer_pid, exc)
         if pidfd is not None:
             os.close(pidfd)
-        return Admission(None, encode(Refused(kind_of(exc), str(exc)[:4000])))
+        return Refused(kind_of(exc), str(exc)[:4000])
     for former in replaced:
         parts.peers.dismiss(former)
-    return Admission(parts.peers.admit(hello, peer_pid, pidfd), replaced=replaced)
+    return parts.peers.admit(hello, peer_pid, pidfd)
 
 
 def welcome(parts: Parts, peer: Peer, address: str) -> Welcome:
-    """What *peer* is told; its own address is *address*."""
+    """The sentence that lets *peer* in; its own address is *address*."""
     common = Welcome(PROTOCOL_VERSION, address, parts.boot, parts.config.chunk_tokens)
     if peer.hello.role is not Role.WORKER:
         return attrs.evolve(common, arena_note="only a client with role=Role.WORKER gets the arena")

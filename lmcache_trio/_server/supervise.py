@@ -275,10 +275,9 @@ async def _admit(parts: Parts, front: Rendezvous, start: Starter) -> None:
             introduction = await front.accept()
         except Gone as exc:  # it is closed behind this task: a server that nobody can reach would only hold memory
             raise Unavailable(f"nobody can connect to {front.address} any more, so the server ends: {exc}") from exc
-        admission = rendezvous.receive_hello(parts, introduction)
-        peer = admission.peer
-        if peer is None:
-            introduction.reply(admission.refusal)
+        peer = rendezvous.receive_hello(parts, introduction)
+        if isinstance(peer, Refused):
+            introduction.reply(encode(peer))
             continue
         try:
             listener = listen_pair(front.address, parts.config.access)
