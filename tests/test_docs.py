@@ -85,6 +85,16 @@ def defined_by(node: ast.stmt) -> set[str]:
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
+@pytest.mark.parametrize(
+    "page",
+    [DOCS.parent / "README.md", *(page for page in PAGES if page.parent.name != "newsfragments")],
+    ids=lambda page: str(page.relative_to(DOCS.parent)),
+)
+def test_no_line_of_a_page_but_a_row_of_a_table_is_wider_than_a_hundred_columns(page: Path) -> None:
+    lines = enumerate(page.read_text().splitlines(), start=1)
+    assert [number for number, line in lines if len(line) > 100 and not line.startswith("|")] == []
+
+
 def test_every_command_and_each_of_its_flags_stands_in_the_reference() -> None:
     commands = set(re.findall(r"^│ ([a-z]+) ", usage(), re.MULTILINE))
     assert {"serve", "status", "demo"} <= commands
