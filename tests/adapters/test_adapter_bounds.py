@@ -71,7 +71,7 @@ def test_a_reset_is_true_when_the_server_confirmed_it_or_is_gone(live_server: Se
     live_server.pause()
     assert side.scheduler.reset_cache() is False
     live_server.go_on()
-    side.scheduler._lookup_timeout = 60.0
+    side.scheduler._lookups.lookup_timeout = 60.0
     assert side.scheduler.reset_cache() is True
     live_server.kill()
     wait_until(lambda: side.scheduler._link.client is None)

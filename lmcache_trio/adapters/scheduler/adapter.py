@@ -16,7 +16,7 @@ from lmcache_trio._core.keys import join_digests
 from lmcache_trio._transport.conversation import Reply
 from lmcache_trio._wire.messages import MAX_DIGESTS, PROTOCOL_VERSION, Ack, Hello, Identify, Reset, Role
 from lmcache_trio.adapters.link import Link, logger
-from lmcache_trio.adapters.scheduler.lookup_machine import LookupState
+from lmcache_trio.adapters.scheduler.lookup_machine import LookupStage
 from lmcache_trio.adapters.scheduler.lookup_table import LookupTable, Request
 from lmcache_trio.adapters.scheduler.prompts import Extras, Prompt, Prompts
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
@@ -133,7 +133,7 @@ class SchedulerAdapter:
         if former.outdated or len(token_ids) < len(former.prompt.tokens):
             self.end_session(request_id)  # begun anew; or what was found for a longer prompt is no answer for this one
         request = self._request_of(request_id, token_ids, extras)
-        if self._lookups.check(request) is None or request.lookup.state is LookupState.ANSWERED:
+        if self._lookups.check(request) is None or request.lookup.state is LookupStage.ANSWERED:
             return
         self._prompts.extend(request.prompt, token_ids, extras)
         tokens = len(token_ids) if max_tokens is None else max_tokens

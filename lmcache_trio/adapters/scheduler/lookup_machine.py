@@ -25,10 +25,10 @@ from enum import Enum
 
 from lmcache_trio.errors import Misuse
 
-__all__ = ["LookupMachine", "LookupState"]
+__all__ = ["LookupMachine", "LookupStage"]
 
 
-class LookupState(Enum):
+class LookupStage(Enum):
     """Where a lookup stands. The lease is the machine's while ANSWERED, and the load's once TAKEN."""
 
     IDLE = "idle"
@@ -44,7 +44,7 @@ class LookupMachine:
     __slots__ = ("asked", "cap", "chunks", "connection", "deadline", "expires", "lease", "sent", "state", "upto")
 
     def __init__(self) -> None:
-        self.state = LookupState.IDLE
+        self.state = LookupStage.IDLE
         self.asked = 0
         """The id of the latest Lookup."""
         self.upto = 0
@@ -70,9 +70,9 @@ class LookupMachine:
 
     def may_ask(self, upto: int) -> bool:
         """May a lookup of *upto* chunks be submitted now? A late one is not repeated: each would wait as long again."""
-        if self.state in (LookupState.PENDING, LookupState.ANSWERED):
+        if self.state in (LookupStage.PENDING, LookupStage.ANSWERED):
             return False
-        return upto > 0 and not (self.state is LookupState.LATE and upto == self.upto)
+        return upto > 0 and not (self.state is LookupStage.LATE and upto == self.upto)
 
     def known_at(self, connection: object) -> int | None:
         """How many leading digests the server behind *connection* has; None: it does not know the session for sure."""
@@ -93,67 +93,67 @@ class LookupMachine:
         """A Lookup with the id *asked*, of *upto* chunks, was sent on the connection last `told`."""
         if not self.may_ask(upto):
             raise Misuse(f"a lookup that is {self.state.value} cannot be submitted for {upto} chunks")
-        self._become(LookupState.PENDING)
+        self._become(LookupStage.PENDING)
         self.asked, self.upto, self.deadline = asked, upto, deadline
 
     def answer(self, connection: object, asked: int, chunks: int, lease: bytes, expires: float) -> bool:
         """The server says that *chunks* may be read under *lease* until *expires*. False: not the awaited answer."""
-        if self.state is not LookupState.PENDING or self.asked != asked or self.connection is not connection:
+        if self.state is not LookupStage.PENDING or self.asked != asked or self.connection is not connection:
             return False
-        self.state = LookupState.ANSWERED
+        self.state = LookupStage.ANSWERED
         self.chunks = chunks if self.cap is None else min(chunks, self.cap)
         self.lease, self.expires = lease, expires
         return True
 
     def refuse(self, connection: object, asked: int) -> bool:
         """The server can't answer the lookup *asked*. False: that one is not awaited."""
-        if self.state is not LookupState.PENDING or self.asked != asked or self.connection is not connection:
+        if self.state is not LookupStage.PENDING or self.asked != asked or self.connection is not connection:
             return False
-        self._become(LookupState.IDLE)
+        self._become(LookupStage.IDLE)
         return True
 
     def late(self, now: float) -> bool:
         """Has the deadline passed by *now* without an answer? Then a Release is owed."""
-        if self.state is not LookupState.PENDING or now < self.deadline:
+        if self.state is not LookupStage.PENDING or now < self.deadline:
             return False
-        self._become(LookupState.LATE)
+        self._become(LookupStage.LATE)
         return True
 
     def expire(self, now: float) -> bool:
         """Has the answer's lease run out by *now*? Then a Release is owed."""
-        if self.state is not LookupState.ANSWERED or now < self.expires:
+        if self.state is not LookupStage.ANSWERED or now < self.expires:
             return False
-        self._become(LookupState.IDLE)
+        self._become(LookupStage.IDLE)
         return True
 
     def lose(self) -> None:
         """The server is gone. The chunks whose load failed stay failed."""
-        self._become(LookupState.IDLE)
+        self._become(LookupStage.IDLE)
         self.connection = self.sent = None
 
     # --- what the engine does ---------------------------------------------------------------------------------------
 
     def take(self) -> bytes:
         """The engine allocated blocks for the answer. Returns its lease, which belongs to the load from now on."""
-        if self.state is not LookupState.ANSWERED:
+        if self.state is not LookupStage.ANSWERED:
             raise Misuse(f"a lookup that is {self.state.value} has no lease to take")
         lease = self.lease
-        self._become(LookupState.TAKEN)
+        self._become(LookupStage.TAKEN)
         return lease
 
     def release(self) -> bool:
         """The lookup is not wanted any more, or its load has ended. True: a Release is owed."""
-        if self.state in (LookupState.IDLE, LookupState.LATE):
+        if self.state in (LookupStage.IDLE, LookupStage.LATE):
             return False
-        self._become(LookupState.IDLE)
+        self._become(LookupStage.IDLE)
         return True
 
     def forget(self) -> bool:
         """The answer is not wanted; the next submit asks anew. A lease that is TAKEN stays. True: a Release is owed."""
-        if self.state in (LookupState.IDLE, LookupState.TAKEN):
+        if self.state in (LookupStage.IDLE, LookupStage.TAKEN):
             return False
-        owed = self.state is not LookupState.LATE
-        self._become(LookupState.IDLE)
+        owed = self.state is not LookupStage.LATE
+        self._become(LookupStage.IDLE)
         return owed
 
     def fail(self, chunk: int) -> None:
@@ -163,7 +163,7 @@ class LookupMachine:
         self.cap = self.limit(chunk)
         self.chunks = min(self.chunks, self.cap)
 
-    def _become(self, state: LookupState) -> None:
+    def _become(self, state: LookupStage) -> None:
         """Enter *state*, in which no lease is the machine's."""
         self.state = state
         self.chunks, self.lease, self.expires = 0, b"", 0.0

@@ -23,7 +23,7 @@ from lmcache_trio._wire.messages import (
     Taken,
 )
 from lmcache_trio.adapters.link import Link, logger
-from lmcache_trio.adapters.scheduler.lookup_machine import LookupMachine, LookupState
+from lmcache_trio.adapters.scheduler.lookup_machine import LookupMachine, LookupStage
 from lmcache_trio.adapters.scheduler.prompts import Prompt
 from lmcache_trio.client import Client
 from lmcache_trio.errors import Misuse, Unavailable
@@ -172,7 +172,7 @@ class LookupTable:
                         self._silent = (client, client.heard)
                         client.request_unheard(Ping(client.new_id()))  # whose answer ends the silence
                 warn, self._warned = not self._warned, True
-            elif lookup.state is LookupState.PENDING:
+            elif lookup.state is LookupStage.PENDING:
                 if client is not None and now >= request.heard_again:  # what was on its way to us has come by now
                     request.heard, request.heard_again = client.heard, math.inf
                 return None
@@ -188,7 +188,7 @@ class LookupTable:
         with self._lock:
             for request_id in request_ids:
                 request = self.requests.get(request_id)
-                if request is None or request.lookup.state is not LookupState.PENDING:
+                if request is None or request.lookup.state is not LookupStage.PENDING:
                     return
                 request.waiter = waiter
                 until = min(until, request.lookup.deadline)
@@ -197,7 +197,7 @@ class LookupTable:
     def ask_status(self, request: Request) -> None:
         """Ask the server what became of a pending lookup, in case its answer was lost: one question at a time."""
         client, lookup, asked = self._link.client, request.lookup, request.lookup.asked
-        if client is None or lookup.state is not LookupState.PENDING or request.status_asked:
+        if client is None or lookup.state is not LookupStage.PENDING or request.status_asked:
             return
 
         def on_reply(reply: Reply) -> None:
@@ -216,7 +216,7 @@ class LookupTable:
         lookup = request.lookup
         self.check(request)
         with self._lock:
-            if lookup.state is LookupState.ANSWERED and chunks <= lookup.chunks:
+            if lookup.state is LookupStage.ANSWERED and chunks <= lookup.chunks:
                 lease = lookup.take()
                 self._notify(request, Taken(request.session, lease))
                 return lease

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lmcache_trio.adapters.scheduler.lookup_machine import LookupMachine, LookupState
+from lmcache_trio.adapters.scheduler.lookup_machine import LookupMachine, LookupStage
 from lmcache_trio.errors import Misuse
 
 SERVERS = ("a connection", "another connection")
@@ -141,7 +141,7 @@ class LookupModel(RuleBasedStateMachine):
 
     @invariant()
     def it_stands_where_the_table_says(self) -> None:
-        assert self.machine.state is LookupState(self.state)
+        assert self.machine.state is LookupStage(self.state)
 
     @invariant()
     def it_offers_an_answer_only_and_nothing_from_a_failed_chunk_on(self) -> None:

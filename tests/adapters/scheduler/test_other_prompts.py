@@ -8,7 +8,7 @@ import pytest
 from lmcache_trio._core.keys import chain_digests
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, StoreSpec
 from lmcache_trio.adapters.scheduler import prompts
-from lmcache_trio.adapters.scheduler.lookup_machine import LookupState
+from lmcache_trio.adapters.scheduler.lookup_machine import LookupStage
 from lmcache_trio.errors import Misuse
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
 
@@ -95,8 +95,8 @@ def test_a_lookup_that_is_awaited_is_let_go_for_another_prompt(one: Side, live_s
     one.scheduler.maybe_submit_lookup_request("r", B)
     second = one.scheduler._lookups.requests["r"]
     assert second is not first
-    assert second.lookup.state is LookupState.PENDING
-    assert first.lookup.state is LookupState.IDLE
+    assert second.lookup.state is LookupStage.PENDING
+    assert first.lookup.state is LookupStage.IDLE
     live_server.go_on()
     wait_until(lambda: one.scheduler.check_lookup_result("r") == 0)
     wait_until(lambda: held_sessions(live_server)["sessions"] == 1)

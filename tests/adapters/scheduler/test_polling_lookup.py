@@ -24,7 +24,7 @@ from lmcache_trio._wire.messages import AnswerState, Lookup, Message
 from lmcache_trio.adapters import SchedulerAdapter
 from lmcache_trio.adapters.scheduler import lookup_table
 from lmcache_trio.adapters.scheduler import polling as polling_module
-from lmcache_trio.adapters.scheduler.lookup_machine import LookupState
+from lmcache_trio.adapters.scheduler.lookup_machine import LookupStage
 from lmcache_trio.adapters.specs import LoadSpec
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
 
@@ -430,5 +430,5 @@ def test_a_slow_disk_gives_a_smaller_hit_and_not_a_timeout(
     stalled.side.store("begun", TOKENS[:CHUNK], AT[:4])
     one = polling(sides, stalled, lookup_timeout=60.0)
     assert one.lookup("r", TOKENS) == CHUNK  # the first chunk is in memory, and the disk hangs on
-    assert one.scheduler._lookups.requests["r"].lookup.state is LookupState.ANSWERED
+    assert one.scheduler._lookups.requests["r"].lookup.state is LookupStage.ANSWERED
     assert not any("not answered within" in line for line in caplog.messages)

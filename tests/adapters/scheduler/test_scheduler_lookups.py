@@ -10,7 +10,7 @@ import pytest
 from lmcache_trio._transport.conversation import Reply
 from lmcache_trio._wire.messages import Lookup
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter
-from lmcache_trio.adapters.scheduler.lookup_machine import LookupState
+from lmcache_trio.adapters.scheduler.lookup_machine import LookupStage
 from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, wait_until
 
@@ -203,7 +203,7 @@ def test_a_silent_server_gives_zero_in_time_and_nothing_is_left_behind(
     assert not other.scheduler.is_healthy()
     other.scheduler.maybe_submit_lookup_request("next", TOKENS)
     following = other.scheduler._lookups.requests["next"].lookup
-    assert following.state is LookupState.IDLE  # not asked, so not waited for: not a word since
+    assert following.state is LookupStage.IDLE  # not asked, so not waited for: not a word since
     assert other.scheduler.check_lookup_result("next") == 0
     wait_until(lambda: any("not answered within" in line for line in caplog.messages))
     live_server.go_on()
