@@ -38,7 +38,7 @@ from lmcache_trio._wire.messages import (
     Role,
     Taken,
 )
-from lmcache_trio.adapters.paged import PagedKV
+from lmcache_trio.adapters.worker.paged import PagedKV
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv
 
 TOKENS = list(range(3 * CHUNK))

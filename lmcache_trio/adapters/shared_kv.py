@@ -90,7 +90,7 @@ def _memory_of(name: str, tensor: "torch.Tensor") -> tuple[SharedMemory | CudaMe
     """The allocation that *tensor* lies in, and its address."""
     address = tensor.data_ptr()
     if tensor.device.type == "cuda":
-        from lmcache_trio.adapters.cuda_kv import cuda_memory_of
+        from lmcache_trio.adapters.worker.cuda_kv import cuda_memory_of
 
         return cuda_memory_of(tensor)
     for region in _regions:

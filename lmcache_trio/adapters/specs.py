@@ -19,7 +19,7 @@ from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio._wire.messages import MAX_NUMBER
 from lmcache_trio.errors import Misuse
 
-__all__ = ["LoadSpec", "Place", "StoreSpec"]
+__all__ = ["ChunkTarget", "LoadSpec", "StoreSpec"]
 
 
 MOST = 2**32 - 1
@@ -164,20 +164,20 @@ class LoadSpec:
             at, skip = end, 0
         return made
 
-    def places(self, slots: Sequence[memoryview]) -> Iterator["Place"]:
-        """Where each chunk's bytes go. *slots*: one a chunk. `Misuse` if the blocks do not lie within them."""
+    def targets(self, slots: Sequence[memoryview]) -> Iterator["ChunkTarget"]:
+        """Where each chunk's bytes go. *slots*: one per chunk. `Misuse` if the blocks do not lie within them."""
         chunk_blocks = self.chunk_blocks
         if len(slots) != self.count or len(self.block_ids) > self.count * chunk_blocks - self.skip_blocks:
             raise Misuse(f"{len(self.block_ids)} blocks do not lie within {len(slots)} chunks of {chunk_blocks} blocks")
         at, skip = 0, self.skip_blocks
         for slot in slots:
             end = at + chunk_blocks - skip
-            yield Place(slot, skip, self.block_ids[at:end])
+            yield ChunkTarget(slot, skip, self.block_ids[at:end])
             at, skip = end, 0
 
 
 @attrs.frozen
-class Place:
+class ChunkTarget:
     """One chunk of a load: its slot, how many of its leading blocks are left out, and where the next ones go."""
 
     slot: memoryview

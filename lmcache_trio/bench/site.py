@@ -10,9 +10,9 @@ import xxhash
 
 from lmcache_trio._wire.messages import Message
 from lmcache_trio.adapters import PollingSchedulerAdapter, WorkerAdapter
-from lmcache_trio.adapters.device_path import Path
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.adapters.worker.dispatcher import Path
 from lmcache_trio.bench.settings import ROTATION, BenchSettings
 from lmcache_trio.client import Client
 from lmcache_trio.errors import Unavailable
@@ -22,15 +22,6 @@ __all__ = ["Site", "private_kv", "shared_kv"]
 
 _ARENA_SECONDS = 120.0
 """For a server to take its arena: 4 GB/s where memory is free."""
-
-
-class TimedWorker(WorkerAdapter):
-    """Notes when the last copy ended, before its commit: the moment from which a writeback counts."""
-
-    copied_at = 0.0
-
-    def _before_commit(self, spec: StoreSpec) -> None:
-        self.copied_at = time.perf_counter()
 
 
 class Site:
@@ -45,6 +36,8 @@ class Site:
         """What the last store left in memory, for a retrieve."""
         self.stored_hash = 0
         """Of the bytes of the last of them."""
+        self.copied_at = 0.0
+        """When the last copy ended, before its commit: the moment from which a writeback counts."""
         self.scheduler = PollingSchedulerAdapter(
             address,
             engine_id=engine,
@@ -53,18 +46,23 @@ class Site:
             chunk_tokens=settings.kv.chunk_tokens,
             lookup_timeout=30.0,
         )
-        self.worker = TimedWorker(
+        self.worker = WorkerAdapter(
             address,
             engine_id=engine,
             block_tokens=settings.kv.block_tokens,
             chunk_tokens=settings.kv.chunk_tokens,
             path=path,
+            probe=self._note_copied,
         )
         try:
             self._set_up(address, path)
         except Unavailable:
             self.close()
             raise
+
+    def _note_copied(self, point: str, spec: StoreSpec | LoadSpec) -> None:
+        if point == "before commit":
+            self.copied_at = time.perf_counter()
 
     def _set_up(self, address: str, path: Path) -> None:
         if self.scheduler._link.client is None or self.worker._link.client is None:

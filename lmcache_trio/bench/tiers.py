@@ -40,7 +40,7 @@ def writeback(host: Host, n: int) -> Timed:
             before = _written(site)
             site.worker.store_now([spec])
             _wait_written(site, before + spec.chunks)
-            times.append(time.perf_counter() - site.worker.copied_at)
+            times.append(time.perf_counter() - site.copied_at)
         return times
 
     def finish() -> None:

@@ -10,8 +10,8 @@ import attrs
 import torch
 
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
-from lmcache_trio.adapters.device_path import Path
 from lmcache_trio.adapters.shared_kv import shared_tensor
+from lmcache_trio.adapters.worker.dispatcher import Path
 from lmcache_trio.demo.engine import EngineConfig, SmallEngine
 
 __all__ = ["ConnectedEngine", "connect"]

@@ -15,6 +15,7 @@ import torch
 import trio
 
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
+from lmcache_trio.adapters.worker.mover import Probe
 from lmcache_trio.client import open_client
 from lmcache_trio.threads import Handoff
 
@@ -104,6 +105,7 @@ class Side:
         *,
         scheduler: type[SchedulerAdapter] = PollingSchedulerAdapter,
         worker: type[WorkerAdapter] = WorkerAdapter,
+        probe: Probe | None = None,
         identity: Sequence[str | bytes] = ("a model",),
         **settings: Any,
     ) -> None:
@@ -112,7 +114,9 @@ class Side:
         self.scheduler = scheduler(
             address, engine_id=engine, identity=identity, block_tokens=BLOCK, connect_timeout=30.0, **settings
         )
-        self.worker = worker(address, engine_id=engine, block_tokens=BLOCK, connect_timeout=30.0, reply_timeout=30.0)
+        self.worker = worker(
+            address, engine_id=engine, block_tokens=BLOCK, connect_timeout=30.0, reply_timeout=30.0, probe=probe
+        )
         self.worker.register_kv_caches(kv)
 
     def store(self, request_id: str, tokens: list[int], blocks: list[int]) -> None:

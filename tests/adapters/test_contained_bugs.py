@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Role
-from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
+from lmcache_trio.adapters import LoadSpec, StoreSpec
 from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.client import Client, connect
@@ -27,36 +27,21 @@ INTO = [11, 40, 12, 50, 13, 51, 14, 52, 20, 21, 22, 23]
 NAMES = [f"layer {i}" for i in range(LAYERS)]
 
 
-class Buggy(WorkerAdapter):
-    """Has a bug at one point, as often as *bugs* says."""
+class Bug:
+    """A probe with a bug at one point of a copy, as often as *bugs* says."""
 
-    point, bugs = "", 0
+    def __init__(self) -> None:
+        self.point, self.bugs = "", 0
 
-    def _meet(self, point: str) -> None:
+    def __call__(self, point: str, spec: StoreSpec | LoadSpec) -> None:
         if point == self.point and self.bugs:
             self.bugs -= 1
             raise ValueError("nobody thought of this")
 
-    def _slots_known(self, spec: StoreSpec | LoadSpec) -> None:
-        self._meet("slots known")
 
-    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
-        self._meet("half copied")
-
-    def _before_commit(self, spec: StoreSpec) -> None:
-        self._meet("before commit")
-
-    def _before_valid(self, spec: LoadSpec) -> None:
-        self._meet("before valid")
-
-    def _layer_copied(self, spec: StoreSpec | LoadSpec, layer: int) -> None:
-        self._meet(f"layer {layer}")
-
-
-def buggy(sides: MakeSide, server: ServerProcess) -> tuple[Side, Buggy]:
-    one = sides(server.address, make_kv(1), worker=Buggy)
-    assert isinstance(one.worker, Buggy)
-    return one, one.worker
+def buggy(sides: MakeSide, server: ServerProcess) -> tuple[Side, Bug]:
+    bug = Bug()
+    return sides(server.address, make_kv(1), probe=bug), bug
 
 
 def works(one: Side, request: str = "after") -> None:
@@ -76,8 +61,9 @@ def told(caplog: pytest.LogCaptureFixture) -> int:
 def test_a_bug_in_a_stores_copy_drops_that_store_and_no_more(
     live_server: ServerProcess, sides: MakeSide, caplog: pytest.LogCaptureFixture, point: str
 ) -> None:
-    one, worker = buggy(sides, live_server)
-    worker.point, worker.bugs = point, 1
+    one, bug = buggy(sides, live_server)
+    worker = one.worker
+    bug.point, bug.bugs = point, 1
     one.store("r", TOKENS, FROM)
     assert worker.statistics() == {"running": 0, "dropped_unavailable": 3, "copy_bugs": 1}
     assert told(caplog) == 1
@@ -90,10 +76,11 @@ def test_a_bug_in_a_stores_copy_drops_that_store_and_no_more(
 def test_a_bug_in_a_retrieves_copy_fails_its_blocks_and_no_more(
     live_server: ServerProcess, sides: MakeSide, caplog: pytest.LogCaptureFixture, point: str
 ) -> None:
-    one, worker = buggy(sides, live_server)
+    one, bug = buggy(sides, live_server)
+    worker = one.worker
     one.store("r", TOKENS, FROM)
     assert one.lookup("q", TOKENS) == 3 * CHUNK
-    worker.point, worker.bugs = point, 1
+    bug.point, bug.bugs = point, 1
     assert one.load("q", 3 * CHUNK, INTO) == set(INTO)
     assert worker.statistics()["copy_bugs"] == told(caplog) == 1
     wait_until(lambda: live_server.held["pins"] == 0)
@@ -103,8 +90,9 @@ def test_a_bug_in_a_retrieves_copy_fails_its_blocks_and_no_more(
 def test_a_bug_in_a_store_by_layers_drops_that_step_and_no_more(
     live_server: ServerProcess, sides: MakeSide, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one, worker = buggy(sides, live_server)
-    worker.point, worker.bugs = NAMES[1], 1
+    one, bug = buggy(sides, live_server)
+    worker = one.worker
+    bug.point, bug.bugs = NAMES[1], 1
     one.scheduler.extend("r", TOKENS)
     worker.layered.start_stores([one.scheduler.store_spec("r", 0, FROM)])
     for name in NAMES:
@@ -121,12 +109,13 @@ def test_a_bug_in_a_store_by_layers_drops_that_step_and_no_more(
 def test_a_bug_in_a_retrieve_by_layers_fails_its_blocks_and_keeps_no_layer_waiting(
     live_server: ServerProcess, sides: MakeSide, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one, worker = buggy(sides, live_server)
+    one, bug = buggy(sides, live_server)
+    worker = one.worker
     one.store("r", TOKENS, FROM)
     assert one.lookup("q", TOKENS) == 3 * CHUNK
     spec = one.scheduler.update_after_alloc("q", 3 * CHUNK, block_ids=INTO)
     assert spec is not None
-    worker.point, worker.bugs = NAMES[1], 1
+    bug.point, bug.bugs = NAMES[1], 1
     worker.layered.start_retrieves([spec])
     for name in NAMES:
         worker.layered.wait_layer(name)

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lmcache_trio.adapters.jobs import Job, Jobs
 from lmcache_trio.adapters.specs import LoadSpec
+from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob
 from lmcache_trio.threads import Handoff
 
 
@@ -27,13 +27,13 @@ class Meanwhile(Handoff[bool]):
         return super().wait(timeout)
 
 
-def load(jobs: Jobs, request_id: str) -> Job:
-    return jobs.begin(LoadSpec(request_id, 1, b"a lease", 0, 1, 0, (0, 1)), reported=True, fence=None, kv=None)
+def load(jobs: Jobs, request_id: str) -> LoadJob:
+    return jobs.begin_load(LoadSpec(request_id, 1, b"a lease", 0, 1, 0, (0, 1)), reported=True, fence=None, kv=None)
 
 
 @pytest.fixture
 def handoffs(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Any]], None]:
-    return lambda kind: monkeypatch.setattr("lmcache_trio.adapters.jobs.Handoff", kind)
+    return lambda kind: monkeypatch.setattr("lmcache_trio.adapters.worker.jobs.Handoff", kind)
 
 
 def test_a_retrieve_that_ended_and_is_not_reported_yet_keeps_nobody_waiting(
@@ -42,7 +42,7 @@ def test_a_retrieve_that_ended_and_is_not_reported_yet_keeps_nobody_waiting(
     handoffs(NeverWaited)
     jobs = Jobs()
     a, _ = load(jobs, "a"), load(jobs, "b")
-    jobs.end(a, failed=False)
+    jobs.loaded(a)
     jobs.wait_retrieve(60)
     assert jobs.take_finished() == (set(), {"a"})
 
@@ -55,7 +55,7 @@ def test_whichever_retrieve_ends_first_ends_the_wait_each_time(
     jobs = Jobs()
     under_way = [load(jobs, name) for name in "abc"]
     for number in (which, (which + 1) % 3):
-        Meanwhile.happens.append(partial(jobs.end, under_way[number], failed=False))
+        Meanwhile.happens.append(partial(jobs.loaded, under_way[number]))
         jobs.wait_retrieve(60)
         assert jobs.take_finished() == (set(), {"abc"[number]})
 

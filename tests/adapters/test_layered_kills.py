@@ -15,15 +15,14 @@ INTO = [11, 40, 12, 50, 13, 51, 14, 52, 20, 21, 22, 23]
 
 ENGINE = f"""
 import sys
-from lmcache_trio.adapters import WorkerAdapter
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.testing import sides
 from lmcache_trio.threads import Handoff
 
 copied = Handoff()
 
-class Telling(WorkerAdapter):
-    def _layer_copied(self, spec, layer):
+def tell(point, spec):
+    if point.startswith("layer"):
         copied.set(True)
 
 sides.engine_ids = iter(["an engine process"])
@@ -33,7 +32,7 @@ if path == "device":
     private, kv = kv, {{n: shared_tensor(t.nbytes).view(t.dtype).view(t.shape) for n, t in kv.items()}}
     for name, tensor in private.items():
         kv[name].copy_(tensor)
-side = sides.Side(address, kv, worker=Telling)
+side = sides.Side(address, kv, probe=tell)
 assert side.worker.path == path, side.worker.path_reason
 side.store("a", {TOKENS}, {FROM})
 side.scheduler.extend("b", {OTHERS})

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from lmcache_trio.adapters import LoadSpec, SchedulerAdapter, StoreSpec, WorkerAdapter
-from lmcache_trio.adapters.paged import make_paged_kv
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.adapters.vllm.scheduler_side import SchedulerSide
+from lmcache_trio.adapters.worker.cuda_kv import make_paged_kv
 from lmcache_trio.client import Client
 from lmcache_trio.errors import Misuse
 from lmcache_trio.testing.sides import BLOCK, CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
@@ -314,44 +315,34 @@ def test_an_answer_that_was_given_before_other_kv_was_registered_comes_back_as_f
         one.worker.register_kv_caches(kv(2))
         assert one.lookup("back", TOKENS) == 3 * CHUNK
         assert one.load("back", 3 * CHUNK, INTO) == set()
-        assert same_blocks(writer.kv, FROM, one.worker._registered().tensors, INTO)
+        assert same_blocks(writer.kv, FROM, one.worker._dispatcher.kv.tensors, INTO)
         one.scheduler.end_session("back")
 
 
-class AtPoint(WorkerAdapter):
-    """Does what the test wants at one point of a move, once, in the copying thread."""
+class AtPoint:
+    """A probe that does what the test wants at one point of a copy, once, in the copying thread."""
 
-    point = ""
-    act: Callable[[], None] = staticmethod(lambda: None)
+    def __init__(self) -> None:
+        self.point = ""
+        self.act: Callable[[], None] = lambda: None
 
-    def _meet(self, point: str) -> None:
+    def __call__(self, point: str, spec: StoreSpec | LoadSpec) -> None:
         if point == self.point:
             self.point = ""
             self.act()
-
-    def _slots_known(self, spec: StoreSpec | LoadSpec) -> None:
-        self._meet("slots known")
-
-    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
-        self._meet("half copied")
-
-    def _before_commit(self, spec: StoreSpec) -> None:
-        self._meet("before commit")
-
-    def _before_valid(self, spec: LoadSpec) -> None:
-        self._meet("before valid")
 
 
 @other_layouts
 def test_a_reservation_of_the_former_layout_is_not_published(
     live_server: ServerProcess, sides: MakeSide, anew: Callable[..., KV]
 ) -> None:
-    one, reader = sides(live_server.address, make_kv(1), worker=AtPoint), sides(live_server.address, make_kv())
+    at = AtPoint()
+    one, reader = sides(live_server.address, make_kv(1), probe=at), sides(live_server.address, make_kv())
     for number, point in enumerate(("slots known", "half copied", "before commit")):
         tokens = [number, *TOKENS[1:]]
         one.worker.register_kv_caches(one.kv)
-        one.worker.act = lambda: one.worker.register_kv_caches(anew(2, make_kv))  # type: ignore[attr-defined]
-        one.worker.point = point  # type: ignore[attr-defined]
+        at.act = lambda: one.worker.register_kv_caches(anew(2, make_kv))
+        at.point = point
         one.store(f"r{number}", tokens, FROM)
         assert one.worker.statistics()["dropped_aborted"] == 3 * (number + 1)
         assert one.lookup(f"q{number}", tokens) == 0
@@ -366,14 +357,15 @@ def test_a_load_into_kv_that_was_replaced_meanwhile_is_not_called_valid(
     live_server: ServerProcess, sides: MakeSide, anew: Callable[..., KV]
 ) -> None:
     """Its blocks are those of the KV that was registered when it was submitted."""
-    writer, one = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv(), worker=AtPoint)
+    at = AtPoint()
+    writer, one = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv(), probe=at)
     writer.store("r", TOKENS, FROM)
     for point in ("slots known", "half copied", "before valid"):
         one.worker.register_kv_caches(one.kv)
         assert one.lookup(point, TOKENS) == 3 * CHUNK
         caches = anew(None, make_kv)
-        one.worker.act = lambda caches=caches: one.worker.register_kv_caches(caches)  # type: ignore[attr-defined]
-        one.worker.point = point  # type: ignore[attr-defined]
+        at.act = partial(one.worker.register_kv_caches, caches)
+        at.point = point
         assert one.load(point, 3 * CHUNK, INTO) == set(INTO)
         assert not any(tensor.any() for tensor in caches.values())
     wait_until(lambda: live_server.held["pins"] == 0)
@@ -438,23 +430,23 @@ def test_a_registration_that_comes_while_another_is_answered_is_not_forgotten(
         latest: KV | None = None
 
         async def _register(self, client: Client, seconds: float) -> None:
-            if self._kv is not None and self.latest is not None:
+            if self._registered.latest is not None and self.latest is not None:
                 latest, self.latest = self.latest, None
                 ask = client.register
 
                 async def register(*args: Any, **kwargs: Any) -> bytes:
                     client.register = ask  # type: ignore[method-assign]
-                    self._kv = make_paged_kv(latest)  # as the host's thread does
+                    self._registered.latest = make_paged_kv(latest)  # as the host's thread does
                     return await ask(*args, **kwargs)
 
-                client.register = register  # type: ignore[assignment,method-assign]
+                client.register = register  # type: ignore[method-assign]
             await super()._register(client, seconds)
 
     worker = adapters(Anew, live_server.address, block_tokens=BLOCK)
     first, second = kv(1), other_dtype(2, kv)
     worker.latest = second
     worker.register_kv_caches(first)
-    assert worker._known is worker._kv
-    assert worker._kv.tensors == second
+    assert worker._registered.known is worker._registered.latest
+    assert worker._registered.latest.tensors == second
     assert live_server.held["namespaces"] == 1  # the first one is of no use to anyone
     assert worker.path == ("device" if kv is shared else "shm")

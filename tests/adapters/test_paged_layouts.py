@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_trio.adapters.paged import PagedKV
+from lmcache_trio.adapters.worker.paged import PagedKV
 from lmcache_trio.errors import Misuse
 
 BLOCKS, LAYERS = 11, 4
@@ -190,8 +190,8 @@ def test_a_slot_of_another_length_than_the_chunk_is_neither_written_nor_read(mak
         moves: list[Callable[[], None]] = [
             partial(kv.gather, blocks, slot),
             partial(kv.scatter, slot, 4, 1, blocks[:2]),
-            *(partial(kv.gather_layer, i, blocks, slot) for i in range(len(caches))),
-            *(partial(kv.scatter_layer, i, slot, 4, 1, blocks[:2]) for i in range(len(caches))),
+            *(partial(kv.gather, blocks, slot, layer=i) for i in range(len(caches))),
+            *(partial(kv.scatter, slot, 4, 1, blocks[:2], layer=i) for i in range(len(caches))),
         ]
         for move in moves:
             with pytest.raises(Misuse, match=f"slot has {size} bytes"):

@@ -1,11 +1,10 @@
 """A store that was submitted is finished, whatever becomes of its session; and its end can be waited for."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from lmcache_trio.adapters import StoreSpec, WorkerAdapter
+from lmcache_trio.adapters import LoadSpec, StoreSpec
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv
 from lmcache_trio.threads import Handoff
 
@@ -14,15 +13,15 @@ TOKENS = list(range(4 * CHUNK))
 AT = list(range(16))
 
 
-class Gated(WorkerAdapter):
-    """Its copies have ended, and nothing is committed until it is let go on."""
+class Gate:
+    """A probe: the copies have ended, and nothing is committed until it is let go on."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self) -> None:
         self.gate: Handoff[bool] = Handoff()
-        super().__init__(*args, **kwargs)
 
-    def _before_commit(self, spec: StoreSpec) -> None:
-        self.gate.wait(60)
+    def __call__(self, point: str, spec: StoreSpec | LoadSpec) -> None:
+        if point == "before commit":
+            self.gate.wait(60)
 
 
 def submit(side: Side, request: str) -> None:
@@ -71,23 +70,23 @@ def test_a_store_that_has_no_slots_yet_is_published_though_its_session_ended(
 def test_wait_published_returns_when_what_was_submitted_can_be_loaded(
     live_server: ServerProcess, sides: MakeSide, requests: list[str] | None
 ) -> None:
-    one, other = sides(live_server.address, make_kv(1), worker=Gated), sides(live_server.address, make_kv())
-    assert isinstance(one.worker, Gated)
+    probe = Gate()
+    one, other = sides(live_server.address, make_kv(1), probe=probe), sides(live_server.address, make_kv())
     submit(one, "r")
     one.worker.wait_published(["of another request"])
     assert other.lookup("before", TOKENS) == 0
-    one.worker.gate.set(True)
+    probe.gate.set(True)
     one.worker.wait_published(requests)
     assert one.worker.take_finished() == ({"r"}, set())
     assert other.lookup("after", TOKENS) == 4 * CHUNK
 
 
 def test_wait_published_returns_when_the_server_is_gone(live_server: ServerProcess, sides: MakeSide) -> None:
-    one = sides(live_server.address, make_kv(1), worker=Gated)
-    assert isinstance(one.worker, Gated)
+    probe = Gate()
+    one = sides(live_server.address, make_kv(1), probe=probe)
     submit(one, "r")
     live_server.kill()
-    one.worker.gate.set(True)
+    probe.gate.set(True)
     one.worker.wait_published()
     assert one.worker.take_finished() == ({"r"}, set())
     assert one.worker.statistics().get("stored_chunks", 0) == 0

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
+from lmcache_trio.adapters import LoadSpec, StoreSpec
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
 
 TOKENS = list(range(3 * CHUNK))
@@ -56,28 +56,35 @@ def test_background_jobs_are_reported_once_when_they_are_over(live_server: Serve
     assert one.lookup("again", TOKENS) == 3 * CHUNK
 
 
-class Interrupted(WorkerAdapter):
-    """Something happens between a copy and its commit."""
+class Fault:
+    """A probe that does what the test wants at one named point of a copy, once."""
 
-    interrupt: Callable[[], None] = staticmethod(lambda: None)
+    def __init__(self) -> None:
+        self.point = ""
+        self.fault: Callable[[], None] = lambda: None
 
-    def _before_commit(self, spec: StoreSpec) -> None:
-        self.interrupt()
+    def at(self, point: str, fault: Callable[[], None]) -> None:
+        self.point, self.fault = point, fault
+
+    def __call__(self, point: str, spec: StoreSpec | LoadSpec) -> None:
+        if point == self.point:
+            self.point = ""
+            self.fault()
 
 
 def test_a_store_whose_commit_is_refused_counts_as_dropped_and_not_as_stored(
     live_server: ServerProcess, sides: MakeSide
 ) -> None:
-    one = sides(live_server.address, make_kv(1), worker=Interrupted)
+    probe = Fault()
+    one = sides(live_server.address, make_kv(1), probe=probe)
 
     def end_the_session() -> None:
         one.scheduler.end_session("r")
         wait_until(lambda: not live_server.held["reservations"])
 
-    one.worker.interrupt = end_the_session  # type: ignore[attr-defined]
+    probe.at("before commit", end_the_session)
     one.store("r", TOKENS, FROM)
     assert one.worker.statistics() == {"running": 0, "dropped_aborted": 3}
-    del one.worker.interrupt  # type: ignore[attr-defined]
     one.store("again", TOKENS, FROM)
     assert one.worker.statistics() == {"running": 0, "dropped_aborted": 3, "stored_chunks": 3}
 
@@ -90,40 +97,13 @@ def test_a_used_up_lease_comes_back_as_failed_blocks(live_server: ServerProcess,
     assert one.worker.take_failed_blocks() == {5, 6, 7, 8}
 
 
-class FaultyWorker(WorkerAdapter):
-    """Stops at one named point and does there what the test wants, once."""
-
-    point = ""
-    fault: Callable[[], None] | None = None
-
-    def at(self, point: str, fault: Callable[[], None]) -> None:
-        self.point, self.fault = point, fault
-
-    def _meet(self, point: str) -> None:
-        if point == self.point and self.fault is not None:
-            fault, self.fault = self.fault, None
-            fault()
-
-    def _slots_known(self, spec: StoreSpec | LoadSpec) -> None:
-        self._meet("slots known")
-
-    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
-        self._meet("half copied")
-
-    def _before_commit(self, spec: StoreSpec) -> None:
-        self._meet("before commit")
-
-    def _before_valid(self, spec: LoadSpec) -> None:
-        self._meet("before valid")
-
-
 @pytest.mark.parametrize("point", ["slots known", "half copied", "before commit"])
 def test_a_server_killed_in_a_store_drops_it_and_is_used_again_when_it_is_back(
     live_server: ServerProcess, sides: MakeSide, point: str
 ) -> None:
-    one = sides(live_server.address, make_kv(1), worker=FaultyWorker)
-    assert isinstance(one.worker, FaultyWorker)
-    one.worker.at(point, live_server.kill)
+    probe = Fault()
+    one = sides(live_server.address, make_kv(1), probe=probe)
+    probe.at(point, live_server.kill)
     one.store("r", TOKENS, FROM)
     assert one.worker.statistics() == {"running": 0, "dropped_unavailable": 3}
     assert one.lookup("q", TOKENS) == 0
@@ -140,8 +120,8 @@ def test_a_server_killed_in_a_store_drops_it_and_is_used_again_when_it_is_back(
 def test_a_server_killed_in_a_retrieve_gives_failed_blocks(
     live_server: ServerProcess, sides: MakeSide, point: str, back: bool
 ) -> None:
-    one = sides(live_server.address, make_kv(1), worker=FaultyWorker)
-    assert isinstance(one.worker, FaultyWorker)
+    probe = Fault()
+    one = sides(live_server.address, make_kv(1), probe=probe)
     one.store("r", TOKENS, FROM)
     assert one.lookup("q", TOKENS) == 3 * CHUNK
 
@@ -150,17 +130,17 @@ def test_a_server_killed_in_a_retrieve_gives_failed_blocks(
         if back:
             live_server.start()
 
-    one.worker.at(point, fault)
+    probe.at(point, fault)
     assert one.load("q", 3 * CHUNK, INTO) == set(INTO)
 
 
 def test_a_store_whose_engine_reset_the_cache_meanwhile_is_never_served(
     live_server: ServerProcess, sides: MakeSide
 ) -> None:
-    one = sides(live_server.address, make_kv(1), worker=FaultyWorker)
-    assert isinstance(one.worker, FaultyWorker)
+    probe = Fault()
+    one = sides(live_server.address, make_kv(1), probe=probe)
     confirmed: list[bool] = []
-    one.worker.at("half copied", lambda: confirmed.append(one.scheduler.reset_cache()))
+    probe.at("half copied", lambda: confirmed.append(one.scheduler.reset_cache()))
     one.store("r", TOKENS, FROM)
     assert confirmed == [True]
     assert one.lookup("q", TOKENS) == 0
@@ -173,7 +153,7 @@ def test_a_server_that_falls_silent_bounds_a_store_and_a_retrieve(live_server: S
     spec = one.scheduler.update_after_alloc("q", 3 * CHUNK, block_ids=INTO)
     assert spec is not None
     live_server.pause()
-    one.worker._reply_timeout = 0.1
+    one.worker._shm._reply_timeout = 0.1
     one.worker.retrieve_now([spec])
     assert one.worker.take_failed_blocks() == set(INTO)
     one.worker.store_now([one.scheduler.store_spec("r", 0, FROM)])

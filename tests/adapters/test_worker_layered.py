@@ -108,33 +108,29 @@ def test_a_retrieve_whose_end_is_not_acknowledged_keeps_no_other_pinned(
     wait_until(lambda: live_server.held["pins"] == 0)
 
 
-class Stepwise(WorkerAdapter):
-    """Stops after a layer until it is told to go on."""
+class Stepwise:
+    """A probe that stops behind layer 0 until it is told to go on."""
 
-    stop_after = -1
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self) -> None:
         self.stopped: Handoff[bool] = Handoff()
         self.go: Handoff[bool] = Handoff()
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
-    def _layer_copied(self, spec: StoreSpec | LoadSpec, layer: int) -> None:
-        if layer == self.stop_after:
+    def __call__(self, point: str, spec: StoreSpec | LoadSpec) -> None:
+        if point == "layer 0":
             self.stopped.set(True)
             assert self.go.wait(20)
 
 
 def test_a_layer_may_be_used_before_the_last_has_come(live_server: ServerProcess, sides: MakeSide) -> None:
-    one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv(), worker=Stepwise)
+    stepwise = Stepwise()
+    one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv(), probe=stepwise)
     one.store("r", TOKENS, FROM)
-    assert isinstance(other.worker, Stepwise)
-    other.worker.stop_after = 0
     other.worker.layered.start_retrieves([load_spec(other, "q")])
     other.worker.layered.wait_layer(NAMES[0])
     assert torch.equal(one.kv[NAMES[0]][:, FROM], other.kv[NAMES[0]][:, INTO])
-    assert other.worker.stopped.wait(20)
+    assert stepwise.stopped.wait(20)
     assert not other.kv[NAMES[2]].any()
-    other.worker.go.set(True)
+    stepwise.go.set(True)
     other.worker.layered.wait_retrieves()
     assert same_blocks(one.kv, FROM, other.kv, INTO)
 
@@ -196,15 +192,14 @@ def test_a_store_that_went_by_layers_is_what_was_there(
 
 
 def test_a_layer_is_copied_as_soon_as_it_is_written(live_server: ServerProcess, sides: MakeSide) -> None:
-    one, other = sides(live_server.address, make_kv(1), worker=Stepwise), sides(live_server.address, make_kv())
+    stepwise = Stepwise()
+    one, other = sides(live_server.address, make_kv(1), probe=stepwise), sides(live_server.address, make_kv())
     before = {name: tensor.clone() for name, tensor in one.kv.items()}
-    assert isinstance(one.worker, Stepwise)
-    one.worker.stop_after = 0
     one.worker.layered.start_stores([store_spec(one, "r", TOKENS)])
     one.worker.layered.layer_written(NAMES[0])
-    assert one.worker.stopped.wait(20)
+    assert stepwise.stopped.wait(20)
     one.kv[NAMES[0]].zero_()  # it was copied: nothing looks at it again
-    one.worker.go.set(True)
+    stepwise.go.set(True)
     for name in NAMES[1:]:
         one.worker.layered.layer_written(name)
     one.worker.layered.finish_stores()
@@ -332,54 +327,53 @@ class Fence:
         self._said.append(f"fence {self._number}")
 
 
-class Fenced(WorkerAdapter):
-    """As if its KV were on a GPU: each fence has a number."""
+class Fenced:
+    """A probe of a worker whose KV is as if it were on a GPU: each fence has a number."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self) -> None:
         self.said: list[str] = []
         self.made = 0
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
-    def make_fence(self) -> Fence:
+    def fence(self) -> Fence:
         self.made += 1
         return Fence(self.said, self.made)
 
-    def _layer_copied(self, spec: StoreSpec | LoadSpec, layer: int) -> None:
-        self.said.append(f"layer {layer}")
+    def __call__(self, point: str, spec: StoreSpec | LoadSpec) -> None:
+        if point == "slots known":
+            self.said.append("copy")
+        elif point.startswith("layer"):
+            self.said.append(point)
 
-    def _slots_known(self, spec: StoreSpec | LoadSpec) -> None:
-        self.said.append("copy")
-
-
-def fenced(side: Side) -> Fenced:
-    assert isinstance(side.worker, Fenced)
-    assert side.worker._kv is not None
-    side.worker._kv.fence = side.worker.make_fence  # type: ignore[method-assign]
-    return side.worker
+    def at(self, side: Side) -> WorkerAdapter:
+        assert side.worker._registered.latest is not None
+        side.worker._registered.latest.fence = self.fence  # type: ignore[method-assign]
+        return side.worker
 
 
 def test_a_layer_is_stored_behind_what_writes_it(live_server: ServerProcess, sides: MakeSide) -> None:
-    worker = fenced(one := sides(live_server.address, make_kv(1), worker=Fenced))
+    fenced = Fenced()
+    worker = fenced.at(one := sides(live_server.address, make_kv(1), probe=fenced))
     worker.layered.start_stores([store_spec(one, "r", TOKENS)])
-    begun = worker.made
+    begun = fenced.made
     for number, name in enumerate(NAMES, 1):
         worker.layered.layer_written(name)
-        assert worker.made == begun + number, "it is taken while the host says so, and no later"
+        assert fenced.made == begun + number, "it is taken while the host says so, and no later"
     worker.layered.finish_stores()
     worker.wait_stores()
-    assert worker.said == [word for i in range(LAYERS) for word in (f"fence {begun + 1 + i}", f"layer {i}")]
+    assert fenced.said == [word for i in range(LAYERS) for word in (f"fence {begun + 1 + i}", f"layer {i}")]
 
 
 def test_a_load_writes_behind_what_still_reads_its_blocks(live_server: ServerProcess, sides: MakeSide) -> None:
-    one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv(), worker=Fenced)
+    fenced = Fenced()
+    one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv(), probe=fenced)
     one.store("r", TOKENS, FROM)
-    worker = fenced(other)
+    worker = fenced.at(other)
     worker.retrieve_now([load_spec(other, "q")])
-    assert worker.said == ["fence 1", "copy"]
-    worker.said.clear()
+    assert fenced.said == ["fence 1", "copy"]
+    fenced.said.clear()
     worker.layered.start_retrieves([load_spec(other, "p")])
     worker.layered.wait_retrieves()
-    assert worker.said == ["fence 2", *(f"layer {i}" for i in range(LAYERS))]
+    assert fenced.said == ["fence 2", *(f"layer {i}" for i in range(LAYERS))]
     assert same_blocks(one.kv, FROM, other.kv, INTO)
 
 

@@ -1,6 +1,6 @@
 """Our connector, with a gate at each named point of a copy. Loaded into vLLM's workers by `kv_connector_module_path`.
 
-The points are those of `WorkerAdapter`; at each, the copying thread reports where it is and waits for an answer.
+The points are those of a `Probe`; at each, the copying thread reports where it is and waits for an answer.
 """
 
 import json
@@ -20,26 +20,16 @@ class FaultyWorkerAdapter(WorkerAdapter):
     """Stops at the gate that the environment names."""
 
     def __init__(self, *args: Any, shard: int = 0, **settings: Any) -> None:
-        self._shard = shard
-        super().__init__(*args, shard=shard, **settings)
-
-    def _slots_known(self, spec: StoreSpec | LoadSpec) -> None:
-        self._stop("slots known", spec)
-
-    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
-        self._stop("half copied", spec)
-
-    def _before_commit(self, spec: StoreSpec) -> None:
-        self._stop("before commit", spec)
-
-    def _before_valid(self, spec: LoadSpec) -> None:
-        self._stop("before valid", spec)
+        self._rank = shard
+        super().__init__(*args, shard=shard, probe=self._stop, **settings)
 
     def _stop(self, point: str, spec: StoreSpec | LoadSpec) -> None:
+        if point.startswith("layer"):
+            return
         where = {
             "point": point,
             "copy": "store" if isinstance(spec, StoreSpec) else "load",
-            "rank": self._shard,
+            "rank": self._rank,
             "pid": os.getpid(),
         }
         with socket.socket(socket.AF_UNIX) as gate:

@@ -15,12 +15,15 @@ from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
 from lmcache_trio.errors import Unavailable
 
 
-class Rank(WorkerAdapter):
-    """Stops half-way through a copy if told so."""
+class Fault:
+    """A probe that stops half-way through a copy if it is told to."""
 
-    fault = ""
+    def __init__(self) -> None:
+        self.fault = ""
 
-    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
+    def __call__(self, point: str, spec: StoreSpec | LoadSpec) -> None:
+        if point != "half copied":
+            return
         if self.fault == "fail":
             raise Unavailable("this rank's copy fails")
         if self.fault == "stop":
@@ -37,13 +40,16 @@ def main(address: str, engine: str, shard: int, shards: int, seed: int, heads: i
     shape = (2, 64, 16, heads, 8)
     generator = torch.Generator().manual_seed(seed)
     kv = {f"layer {i}": torch.randn(shape, generator=generator) if seed else torch.zeros(shape) for i in range(2)}
-    rank = Rank(address, engine_id=engine, block_tokens=16, shard=shard, shards=shards, connect_timeout=60.0)
+    probe = Fault()
+    rank = WorkerAdapter(
+        address, engine_id=engine, block_tokens=16, shard=shard, shards=shards, connect_timeout=60.0, probe=probe
+    )
     rank.register_kv_caches(kv)
     say("ready")
     for line in sys.stdin:
         verb, *words = json.loads(line)
         if verb == "fault":
-            (rank.fault,) = words
+            (probe.fault,) = words
             say("as you wish")
         elif verb == "store":
             request, session, parent, digests, blocks = words

@@ -34,18 +34,19 @@ def lose_connection(adapter: WorkerAdapter) -> Client:
     return client
 
 
-class HeldUp(WorkerAdapter):
-    """Its next copy stops half-way until it is let go."""
+class HeldUp:
+    """A probe: the next copy stops half-way until it is let go."""
+
+    def __init__(self) -> None:
+        self.holding = False
 
     def hold(self) -> None:
         self.arrived: Handoff[bool] = Handoff()
         self.let_go: Handoff[bool] = Handoff()
         self.holding = True
 
-    holding = False
-
-    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
-        if self.holding:
+    def __call__(self, point: str, spec: StoreSpec | LoadSpec) -> None:
+        if point == "half copied" and self.holding:
             self.holding = False
             self.arrived.set(True)
             assert self.let_go.wait(60)
@@ -54,14 +55,14 @@ class HeldUp(WorkerAdapter):
 def test_a_worker_that_lost_its_connection_says_when_its_copies_ended_and_registers_again_by_itself(
     server: ServerProcess,
 ) -> None:
-    one = Side(server.address, make_kv(1), worker=HeldUp, lookup_timeout=60.0)
+    held_up = HeldUp()
+    one = Side(server.address, make_kv(1), probe=held_up, lookup_timeout=60.0)
     try:
-        assert isinstance(one.worker, HeldUp)
         wait_until(one.scheduler.is_healthy)
-        one.worker.hold()
+        held_up.hold()
         one.scheduler.extend("r", TOKENS)
         one.worker.submit_store(one.scheduler.store_spec("r", 0, FROM))
-        assert one.worker.arrived.wait(60)
+        assert held_up.arrived.wait(60)
         assert server.held["slots_writing"] == 3
         former = lose_connection(one.worker)
         wait_until(lambda: server.held["lost_writers"] == 1)
@@ -69,7 +70,7 @@ def test_a_worker_that_lost_its_connection_says_when_its_copies_ended_and_regist
         assert (held["slots_quarantined"], held["slots_writing"], held["reservations"]) == (3, 0, 0)
         wait_until(lambda: not one.scheduler.is_healthy())
         assert one.lookup("meanwhile", TOKENS) == 0
-        one.worker.let_go.set(True)
+        held_up.let_go.set(True)
         wait_until(lambda: one.worker._link.client not in (None, former))
         wait_until(lambda: server.held["slots_quarantined"] == server.held["lost_writers"] == 0)
         wait_until(one.scheduler.is_healthy)
@@ -84,21 +85,21 @@ def test_a_worker_that_lost_its_connection_says_when_its_copies_ended_and_regist
 
 
 def test_a_retrieve_whose_connection_is_lost_gives_failed_blocks_and_its_pin_ends(server: ServerProcess) -> None:
-    one = Side(server.address, make_kv(1), worker=HeldUp, lookup_timeout=60.0)
+    held_up = HeldUp()
+    one = Side(server.address, make_kv(1), probe=held_up, lookup_timeout=60.0)
     try:
-        assert isinstance(one.worker, HeldUp)
         one.store("r", TOKENS, FROM)
         assert one.lookup("q", TOKENS) == 3 * CHUNK
         spec = one.scheduler.update_after_alloc("q", 3 * CHUNK, block_ids=INTO)
         assert spec is not None
-        one.worker.hold()
+        held_up.hold()
         one.worker.submit_retrieve(spec)
-        assert one.worker.arrived.wait(60)
+        assert held_up.arrived.wait(60)
         assert server.held["pins"] == 1
         lose_connection(one.worker)
         wait_until(lambda: server.held["pins"] == 0)
         assert one.worker.take_finished() == (set(), set())  # not before its copy ended: the blocks are still written
-        one.worker.let_go.set(True)
+        held_up.let_go.set(True)
         wait_until(lambda: one.worker.take_finished()[1] == {"q"})
         assert one.worker.take_failed_blocks() == set(INTO)
         wait_until(one.scheduler.is_healthy)

@@ -19,35 +19,32 @@ def say(words: str) -> None:
     print(words, flush=True)
 
 
-class Stopping(WorkerAdapter):
-    """Its engine gives the blocks of a store to another request in the middle of the copy."""
-
-    stops = False
+def main(address: str, engine: str) -> None:
     kv = torch.zeros(2, 64, BLOCK, 1, 8)
 
-    def _half_copied(self, spec: StoreSpec | LoadSpec) -> None:
-        if self.stops and isinstance(spec, StoreSpec):
+    def stop(point: str, spec: StoreSpec | LoadSpec) -> None:
+        """The engine gives the blocks of a store to another request in the middle of the copy."""
+        if point == "half copied" and engine == "doomed" and isinstance(spec, StoreSpec):
             say("half")
             sys.stdin.readline()
-            self.kv.fill_(8)
+            kv.fill_(8)
 
-
-def main(address: str, engine: str) -> None:
-    worker = Stopping(address, engine_id=engine, block_tokens=BLOCK, connect_timeout=60.0, reply_timeout=60.0)
-    worker.stops = engine == "doomed"
-    worker.register_kv_caches({"layer": worker.kv})
+    worker = WorkerAdapter(
+        address, engine_id=engine, block_tokens=BLOCK, connect_timeout=60.0, reply_timeout=60.0, probe=stop
+    )
+    worker.register_kv_caches({"layer": kv})
     say("here")
     for line in sys.stdin:
         what, *words = line.split()
         if what == "store":
-            worker.kv.fill_(float(words[1]))
+            kv.fill_(float(words[1]))
             worker.store_now([StoreSpec("r", int(words[0]), b"", bytes.fromhex(words[2]), AT)])
             say("over")
         elif what == "load":
-            worker.kv.zero_()
+            kv.zero_()
             worker.retrieve_now([LoadSpec("r", 1, bytes.fromhex(words[0]), 0, 3, 0, AT)])
             failed = sorted(worker.take_failed_blocks())
-            say(f"failed {failed}" if failed else f"full of {sorted(set(worker.kv[:, : len(AT)].flatten().tolist()))}")
+            say(f"failed {failed}" if failed else f"full of {sorted(set(kv[:, : len(AT)].flatten().tolist()))}")
     worker.shutdown()
 
 

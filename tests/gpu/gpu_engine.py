@@ -18,7 +18,7 @@ BLOCK, BLOCKS = 32 << 10, 64
 
 def engine(link: Connection, size: int) -> None:
     """In the child: holds *size* bytes of GPU memory; writes to it behind a long computation when it is told to."""
-    from lmcache_trio.adapters.cuda_kv import cuda_memory_of
+    from lmcache_trio.adapters.worker.cuda_kv import cuda_memory_of
     from lmcache_trio.threads import Portal
 
     tensor = torch.zeros(size, dtype=torch.uint8, device="cuda")

@@ -116,7 +116,7 @@ async def test_attaching_again_and_again_keeps_nothing(child: ChildMemory) -> No
 
 
 async def test_memory_of_this_very_process_is_refused() -> None:
-    from lmcache_trio.adapters.cuda_kv import cuda_memory_of
+    from lmcache_trio.adapters.worker.cuda_kv import cuda_memory_of
 
     tensor = torch.zeros(BLOCKS * BLOCK, dtype=torch.uint8, device="cuda")
     memory, base = cuda_memory_of(tensor)
@@ -128,7 +128,7 @@ async def test_memory_of_this_very_process_is_refused() -> None:
 
 EXPANDABLE = """
 import torch
-from lmcache_trio.adapters.cuda_kv import cuda_memory_of
+from lmcache_trio.adapters.worker.cuda_kv import cuda_memory_of
 from lmcache_trio.errors import Unavailable
 tensor = torch.zeros(1 << 20, dtype=torch.uint8, device="cuda")
 try:
@@ -148,7 +148,7 @@ def test_expandable_segments_are_not_exported() -> None:
 
 def test_plain_copies_of_kv_on_a_gpu_are_those_of_kv_on_the_host() -> None:
     """What takes shm because it cannot be exported: every layout, by whole chunks and by layers."""
-    from lmcache_trio.adapters.paged import make_paged_kv
+    from lmcache_trio.adapters.worker.cuda_kv import make_paged_kv
 
     made = torch.Generator().manual_seed(1)
     for shape in ((2, BLOCKS, 16, 2, 8), (BLOCKS, 2, 16, 2, 8)):
@@ -162,7 +162,7 @@ def test_plain_copies_of_kv_on_a_gpu_are_those_of_kv_on_the_host() -> None:
         fence.synchronize()
         other.gather(blocks, slots[1])
         for layer in range(3):
-            other.gather_layer(layer, blocks, slots[2])
+            other.gather(blocks, slots[2], layer=layer)
         assert (slots[0] == slots[1]).all()
         assert (slots[0] == slots[2]).all()
         into = one.check([40, 2, 7])
@@ -170,6 +170,6 @@ def test_plain_copies_of_kv_on_a_gpu_are_those_of_kv_on_the_host() -> None:
         other.scatter(slots[0], 4, 1, into)
         assert all(torch.equal(host[name], gpu[name].cpu()) for name in host)
         for layer in range(3):
-            other.scatter_layer(layer, slots[0], 4, 0, one.check([50, 51, 52, 53]))
+            other.scatter(slots[0], 4, 0, one.check([50, 51, 52, 53]), layer=layer)
         one.scatter(slots[0], 4, 0, one.check([50, 51, 52, 53]))
         assert all(torch.equal(host[name], gpu[name].cpu()) for name in host)

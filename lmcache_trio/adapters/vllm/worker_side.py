@@ -29,7 +29,7 @@ import attrs
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.adapters.vllm.metadata import IDLE_SECONDS, StepPlan
 
-__all__ = ["LayeredMover", "Mover", "Report", "WorkerSide"]
+__all__ = ["LayeredMover", "Report", "WorkerSide", "WorkerVerbs"]
 
 
 class LayeredMover(Protocol):
@@ -52,7 +52,7 @@ class Weights(Protocol):
     def changed(self) -> bool: ...
 
 
-class Mover(Protocol):
+class WorkerVerbs(Protocol):
     """The part of `WorkerAdapter` that is used here."""
 
     def submit_store(self, spec: StoreSpec) -> None: ...
@@ -80,7 +80,7 @@ class WorkerSide:
 
     def __init__(
         self,
-        mover: Mover,
+        mover: WorkerVerbs,
         *,
         asynchronous: bool,
         layered: LayeredMover | None = None,

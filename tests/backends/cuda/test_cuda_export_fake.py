@@ -12,9 +12,13 @@ from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
 
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Role
 from lmcache_trio.abc import Copy, CudaMemory, Direction
-from lmcache_trio.adapters.cuda_kv import cuda_memory_of
-from lmcache_trio.adapters.device_path import DevicePath
 from lmcache_trio.adapters.shared_kv import export_of
+from lmcache_trio.adapters.worker.cuda_kv import cuda_memory_of
+from lmcache_trio.adapters.worker.device_mover import DeviceMover
+from lmcache_trio.adapters.worker.dispatcher import Dispatcher
+from lmcache_trio.adapters.worker.jobs import Jobs
+from lmcache_trio.adapters.worker.mover import RegisteredKV
+from lmcache_trio.adapters.worker.shm_mover import ShmMover
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.threads import offload
 
@@ -58,11 +62,16 @@ async def test_memory_that_cannot_be_exported_takes_shm_by_itself(cuda: FakeDriv
         cuda.fails["cuDeviceGet"] = RuntimeError("Failed to dlopen libcuda.so.1")
     with pytest.raises(Unavailable, match="driver"):
         export_of(layers(allocation), BLOCKS)
-    path = DevicePath("auto", "unix:///nowhere", Hello(PROTOCOL_VERSION, "w", b"t" * 16, Role.WORKER, "e", 0, 1), 5.0)
-    nobody: Any = SimpleNamespace(lost=False)  # it is not asked
-    await path.settle(nobody, layers(allocation), BLOCKS)
-    assert path.taken == "shm"
-    assert "driver" in path.reason
+    hello = Hello(PROTOCOL_VERSION, "w", b"t" * 16, Role.WORKER, "e", 0, 1)
+    jobs, registered = Jobs(), RegisteredKV()
+    device = DeviceMover("unix:///nowhere", hello, jobs, registered, 5.0)
+    not_asked: Any = SimpleNamespace(lost=False)
+    shm = ShmMover(jobs, registered, not_asked, 5.0)
+    dispatcher = Dispatcher("auto", not_asked, jobs, registered, 16, shm, device)
+    kv: Any = SimpleNamespace(tensors=layers(allocation), num_blocks=BLOCKS)
+    await dispatcher.choose(not_asked, kv)
+    assert (dispatcher.path, dispatcher.mover) == ("shm", shm)
+    assert "driver" in dispatcher.reason
     assert cuda.leaked == {}
 
 

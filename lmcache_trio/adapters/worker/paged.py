@@ -27,15 +27,15 @@ import torch
 from lmcache_trio._core.exports import read_blocks
 from lmcache_trio.errors import Misuse
 
-__all__ = ["PagedKV", "make_paged_kv"]
+__all__ = ["BlockIndex", "Bytes", "PagedKV", "PieceGroup", "StoredPiece"]
 
-_Bytes = npt.NDArray[np.uint8]
-_Index = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+BlockIndex = npt.NDArray[np.int64]
 
 
 @attrs.frozen
-class _Piece:
-    """Where one piece's blocks lie, in bytes of a storage."""
+class StoredPiece:
+    """Where the blocks of one piece lie, in bytes of a storage."""
 
     storage: torch.UntypedStorage = attrs.field(eq=False)
     address: int
@@ -44,22 +44,22 @@ class _Piece:
     length: int
 
 
-class Group(Protocol):
-    """Pieces moved by one call, wherever they lie."""
+class PieceGroup(Protocol):
+    """Pieces moved by one call, in CPU memory or on a GPU."""
 
     @property
     def pieces(self) -> int: ...
     @property
     def length(self) -> int: ...
-    def gather(self, block_ids: _Index, slot: _Bytes) -> None: ...
-    def scatter(self, slot: _Bytes, chunk_blocks: int, skip: int, block_ids: _Index) -> None: ...
+    def gather(self, block_ids: BlockIndex, slot: Bytes) -> None: ...
+    def scatter(self, slot: Bytes, chunk_blocks: int, skip: int, block_ids: BlockIndex) -> None: ...
 
 
 @attrs.frozen(eq=False)
-class _Group:
-    """Pieces moved by one call, three views of the same memory."""
+class _CpuPieces:
+    """Pieces in CPU memory, moved by one call: two views of the same memory."""
 
-    rows: _Bytes
+    rows: Bytes
     """[pieces, blocks, bytes of a block]."""
     dense: bool
     """Do a piece's blocks lie one after the other?"""
@@ -68,7 +68,7 @@ class _Group:
     pieces: int
     length: int
 
-    def gather(self, block_ids: _Index, slot: _Bytes) -> None:
+    def gather(self, block_ids: BlockIndex, slot: Bytes) -> None:
         """Blocks *block_ids* of every piece into *slot*, which has just their length."""
         out = slot.reshape(self.pieces, len(block_ids), self.length)
         if self.dense:
@@ -78,20 +78,11 @@ class _Group:
             for i, block in enumerate(block_ids):
                 np.copyto(out[:, i], self.rows[:, block])
 
-    def scatter(self, slot: _Bytes, chunk_blocks: int, skip: int, block_ids: _Index) -> None:
+    def scatter(self, slot: Bytes, chunk_blocks: int, skip: int, block_ids: BlockIndex) -> None:
         """*slot*'s blocks from number *skip* on into the blocks *block_ids* of every piece."""
         source = slot.view(f"V{self.length}").reshape(self.pieces, chunk_blocks)
         for piece, items in enumerate(self.items):
             items[block_ids] = source[piece, skip : skip + len(block_ids)]
-
-
-def make_paged_kv(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> "PagedKV":
-    """The one for where the tensors are."""
-    if any(tensor.device.type == "cuda" for tensor in kv_caches.values()):
-        from lmcache_trio.adapters.cuda_kv import CudaPagedKV
-
-        return CudaPagedKV(kv_caches, num_blocks=num_blocks)
-    return PagedKV(kv_caches, num_blocks=num_blocks)
 
 
 class PagedKV:
@@ -102,12 +93,12 @@ class PagedKV:
             raise Misuse("kv_caches is empty: register one tensor a layer")
         self.tensors = dict(kv_caches)
         self.num_blocks = num_blocks or _guess_blocks(kv_caches)
-        pieces: list[_Piece] = []
-        self._layers: list[tuple[int, list[Group]]] = []  # bytes of a block before it, and the layer's own
+        pieces: list[StoredPiece] = []
+        self._layers: list[tuple[int, list[PieceGroup]]] = []  # bytes of a block before it, and the layer's own
         layout = hashlib.sha256()
         for name, tensor in kv_caches.items():
             found, description = _read_layer(name, tensor, self.num_blocks, self._memory)
-            groups: list[Group] = [self._group(run) for run in _runs(found)]
+            groups: list[PieceGroup] = [self._group(run) for run in _runs(found)]
             self._layers.append((sum(piece.length for piece in pieces), groups))
             pieces += found
             layout.update(f"{name!r}: {description}".encode())
@@ -117,77 +108,69 @@ class PagedKV:
         """
         self.block_bytes = sum(piece.length for piece in pieces)
         """Bytes of one block, over all layers and pieces."""
-        self._groups: list[Group] = [self._group(run) for run in _runs(pieces)]
+        self._groups: list[PieceGroup] = [self._group(run) for run in _runs(pieces)]
 
     _memory = "cpu"
 
-    def _group(self, run: "list[_Piece]") -> Group:
+    def _group(self, run: list[StoredPiece]) -> PieceGroup:
         return _group(run, self.num_blocks)
 
     def fence(self) -> Any:
         """Called in the engine's thread: what a copy that is submitted now must wait for."""
         return None
 
-    def check(self, block_ids: Sequence[int]) -> _Index:
+    def check(self, block_ids: Sequence[int]) -> BlockIndex:
         """*block_ids* as an index; `Misuse` if one is none of ours."""
         index = np.asarray(block_ids, dtype=np.int64)
         if index.size and (index.min() < 0 or index.max() >= self.num_blocks):
             raise Misuse(f"block_ids run from {index.min()} to {index.max()}: there are {self.num_blocks} blocks")
         return index
 
-    def _check_slot(self, slot: _Bytes, blocks: int) -> None:
+    def _check_slot(self, slot: Bytes, blocks: int) -> None:
         """A slot that is longer than a chunk would be published half empty, a shorter one read and written over."""
         if slot.size != blocks * self.block_bytes:
             raise Misuse(
                 f"the slot has {slot.size} bytes, which {blocks} blocks of {self.block_bytes} bytes do not fill exactly"
             )
 
-    def gather(self, block_ids: _Index, slot: _Bytes, half: Callable[[], None] | None = None) -> None:
-        """Copy one chunk's blocks into *slot*, a writable array of their bytes. *half* is called in the middle.
+    def gather(
+        self, block_ids: BlockIndex, slot: Bytes, *, layer: int | None = None, half: Callable[[], None] | None = None
+    ) -> None:
+        """Copy the blocks of one chunk into *slot*, a writable array of their bytes; of one *layer*, or of all.
 
-        `Misuse`, and nothing is copied, unless *slot* is just that long; so for the others.
+        *half* is called in the middle. `Misuse`, and nothing is copied, unless *slot* is as long as a chunk.
         """
-        self._check_slot(slot, len(block_ids))
-        at = 0
-        for i, group in enumerate(self._groups):
-            if half is not None and i == len(self._groups) // 2:
+        count = len(block_ids)
+        self._check_slot(slot, count)
+        before, groups = (0, self._groups) if layer is None else self._layers[layer]
+        at = before * count
+        for i, group in enumerate(groups):
+            if half is not None and i == len(groups) // 2:
                 half()
-            size = group.pieces * len(block_ids) * group.length
-            group.gather(block_ids, slot[at : at + size])
-            at += size
-
-    def gather_layer(self, layer: int, block_ids: _Index, slot: _Bytes) -> None:
-        """`gather` for one layer alone; *slot* is the whole slot."""
-        self._check_slot(slot, len(block_ids))
-        before, groups = self._layers[layer]
-        at = before * len(block_ids)
-        for group in groups:
-            size = group.pieces * len(block_ids) * group.length
+            size = group.pieces * count * group.length
             group.gather(block_ids, slot[at : at + size])
             at += size
 
     def scatter(
-        self, slot: _Bytes, chunk_blocks: int, skip: int, block_ids: _Index, half: Callable[[], None] | None = None
+        self,
+        slot: Bytes,
+        chunk_blocks: int,
+        skip: int,
+        block_ids: BlockIndex,
+        *,
+        layer: int | None = None,
+        half: Callable[[], None] | None = None,
     ) -> None:
         """Copy the chunk's blocks from number *skip* on into the blocks *block_ids*, and into no other.
 
-        *slot* holds *chunk_blocks* blocks; what lies behind the last of *block_ids* stays unread.
+        *slot* holds *chunk_blocks* blocks; those behind the last of *block_ids* stay unread. Else as `gather`.
         """
         self._check_slot(slot, chunk_blocks)
-        at = 0
-        for i, group in enumerate(self._groups):
-            if half is not None and i == len(self._groups) // 2:
-                half()
-            size = group.pieces * chunk_blocks * group.length
-            group.scatter(slot[at : at + size], chunk_blocks, skip, block_ids)
-            at += size
-
-    def scatter_layer(self, layer: int, slot: _Bytes, chunk_blocks: int, skip: int, block_ids: _Index) -> None:
-        """`scatter` for one layer alone; *slot* is the whole slot."""
-        self._check_slot(slot, chunk_blocks)
-        before, groups = self._layers[layer]
+        before, groups = (0, self._groups) if layer is None else self._layers[layer]
         at = before * chunk_blocks
-        for group in groups:
+        for i, group in enumerate(groups):
+            if half is not None and i == len(groups) // 2:
+                half()
             size = group.pieces * chunk_blocks * group.length
             group.scatter(slot[at : at + size], chunk_blocks, skip, block_ids)
             at += size
@@ -203,21 +186,21 @@ def _guess_blocks(kv_caches: Mapping[str, torch.Tensor]) -> int:
     return int(found.pop())
 
 
-def _read_layer(name: str, tensor: torch.Tensor, num_blocks: int, memory: str) -> tuple[list[_Piece], str]:
+def _read_layer(name: str, tensor: torch.Tensor, num_blocks: int, memory: str) -> tuple[list[StoredPiece], str]:
     where = f"layer {name!r} (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
     if tensor.device.type != memory:
         raise Misuse(f"{where} is on {tensor.device}: KV must lie in CPU memory, or all of it on one GPU")
     shape, stride, item = tuple(tensor.shape), tensor.stride(), tensor.element_size()
     blocks = read_blocks(where, shape, stride, item, num_blocks)
     storage, base = tensor.untyped_storage(), int(tensor.storage_offset()) * item
-    pieces = [_Piece(storage, storage.data_ptr(), base + start, step, length) for start, step, length in blocks]
+    pieces = [StoredPiece(storage, storage.data_ptr(), base + start, step, length) for start, step, length in blocks]
     inner = len(pieces)  # dimensions before a block's own
     return pieces, f"{tensor.dtype}{inner}{shape[inner:]}{stride[inner:]};"
 
 
-def _runs(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+def _runs(pieces: Sequence[StoredPiece]) -> list[list[StoredPiece]]:
     """Consecutive pieces of one storage at a constant stride, together."""
-    runs: list[list[_Piece]] = []
+    runs: list[list[StoredPiece]] = []
     for piece in pieces:
         run = runs[-1] if runs else []
         alike = bool(run) and (run[0].address, run[0].stride, run[0].length) == (
@@ -233,10 +216,10 @@ def _runs(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
     return runs
 
 
-def _group(run: list[_Piece], num_blocks: int) -> _Group:
+def _group(run: list[StoredPiece], num_blocks: int) -> _CpuPieces:
     head = run[0]
     flat = torch.empty(0, dtype=torch.uint8).set_(head.storage)
     step = run[1].offset - head.offset if len(run) > 1 else 0
     rows = flat.as_strided((len(run), num_blocks, head.length), (step, head.stride, 1), head.offset).numpy()
     items = [piece.view(f"V{head.length}")[:, 0] for piece in rows]
-    return _Group(rows, head.stride == head.length, items, len(run), head.length)
+    return _CpuPieces(rows, head.stride == head.length, items, len(run), head.length)

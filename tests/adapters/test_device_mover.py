@@ -28,10 +28,11 @@ from lmcache_trio._wire.messages import (
     Stored,
     Withdraw,
 )
-from lmcache_trio.adapters.device_path import DevicePath
-from lmcache_trio.adapters.jobs import Job
-from lmcache_trio.adapters.layered_steps import StepStores
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.adapters.worker.device_mover import DeviceMover
+from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, StoreJob
+from lmcache_trio.adapters.worker.mover import RegisteredKV
+from lmcache_trio.adapters.worker.store_step import StoreStep
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 TIMEOUT = 5.0
@@ -43,6 +44,7 @@ class Server:
 
     boot = b"b" * 16
     lost = False
+    chunk_tokens = 64
 
     def __init__(self) -> None:
         self.asked: dict[int, Callable[[Reply], None]] = {}
@@ -68,40 +70,54 @@ class Fence:
         return b"e" * 64
 
 
-def store(fence: Any = None) -> Job:
-    return Job(StoreSpec("r", 1, b"", b"d" * 32, (0, 1)), reported=True, fence=fence, kv=None)
+KV: Any = object()
 
 
-def load(fence: Any = None) -> Job:
-    return Job(LoadSpec("r", 1, b"a lease", 0, 1, 0, (0, 1)), reported=True, fence=fence, kv=None)
+class World:
+    """A mover with the jobs that it was given."""
+
+    def __init__(self) -> None:
+        hello = Hello(PROTOCOL_VERSION, "worker", b"t" * 16, Role.WORKER, "engine", 0, 1)
+        self.jobs = Jobs()
+        registered = RegisteredKV(latest=KV, known=KV, chunk_tokens=64)
+        self.mover = DeviceMover("memory://nowhere", hello, self.jobs, registered, TIMEOUT)
+
+    def store(self, fence: Any = None) -> StoreJob:
+        spec = StoreSpec("r", 1, b"", b"d" * 32, (0, 1), chunk_tokens=64)
+        return self.jobs.begin_store(spec, reported=True, fence=fence, kv=KV)
+
+    def load(self, fence: Any = None) -> LoadJob:
+        spec = LoadSpec("r", 1, b"a lease", 0, 1, 0, (0, 1), chunk_tokens=64)
+        return self.jobs.begin_load(spec, reported=True, fence=fence, kv=KV)
 
 
 @pytest.fixture
-def path() -> DevicePath:
-    hello = Hello(PROTOCOL_VERSION, "worker", b"t" * 16, Role.WORKER, "engine", 0, 1)
-    return DevicePath("auto", "memory://nowhere", hello, TIMEOUT)
+def world() -> World:
+    return World()
 
 
 async def test_a_request_is_late_when_nothing_comes_of_any_not_when_it_waits_behind_others(
-    path: DevicePath, autojump_clock: trio.testing.MockClock
+    world: World, autojump_clock: trio.testing.MockClock
 ) -> None:
     server: Any = Server()
     copied: list[int] = []
 
-    async def one() -> None:
-        copied.append((await path.store(server, store())).copied)
+    async def one(job: StoreJob) -> None:
+        await world.mover.store(server, [job])
+        copied.append(world.jobs.statistics()["stored_chunks"])  # by then, over all of them
 
     async with trio.open_nursery() as nursery:
-        for _ in range(3):
-            nursery.start_soon(one)
+        for job in [world.store() for _ in range(3)]:
+            nursery.start_soon(one, job)
         for number in (1, 2):
             await trio.sleep(0.8 * TIMEOUT)
             server.asked.pop(number)(Stored(number, 1, 1, {}))
         await trio.sleep(0.8 * TIMEOUT)
         assert server.noticed == [], "the third waited for 2.4 times as long as nothing may come"
-        path._said(LayersDone(99, 1))  # another request's layer counts, too
+        world.mover._said(LayersDone(99, 1))  # another request's layer counts, too
         began = trio.current_time()
-    assert copied == [1, 1, 0]
+    assert copied == [1, 2, 2]
+    assert world.jobs.statistics() == {"running": 0, "stored_chunks": 2, "dropped_failed": 1}
     assert server.noticed == [(began + TIMEOUT, Withdraw(3))]
 
 
@@ -114,23 +130,28 @@ class Silent(Server):
 
 @pytest.mark.parametrize("what", ["store", "retrieve"])
 async def test_what_a_living_server_says_nothing_of_is_waited_for_without_end_and_ends_with_its_process(
-    path: DevicePath, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, what: str
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    autojump_clock: trio.testing.MockClock,
+    what: str,
 ) -> None:
+    caplog.set_level(logging.INFO, "lmcache_trio")
+
     async def nobody_can_be_asked(address: str) -> None:
         await trio.sleep_forever()
 
-    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_server", nobody_can_be_asked)
+    monkeypatch.setattr("lmcache_trio.adapters.worker.device_mover.wait_server", nobody_can_be_asked)
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    path._pidfd = os.pidfd_open(process.pid)
+    world.mover._pidfd = os.pidfd_open(process.pid)
     server: Any = Silent()
-    ended: list[LMCacheTrioError] = []
     over = trio.Event()
 
     async def move() -> None:
-        try:
-            await (path.store(server, store()) if what == "store" else path.retrieve(server, load()))
-        except Unavailable as exc:
-            ended.append(exc)
+        if what == "store":
+            await world.mover.store(server, [world.store()])
+        else:
+            await world.mover.load(server, [world.load()])
         over.set()
 
     try:
@@ -148,19 +169,22 @@ async def test_what_a_living_server_says_nothing_of_is_waited_for_without_end_an
     finally:
         process.kill()
         process.communicate()
-        path.close()
-    assert [str(error) for error in ended] == ["the connection to the server is lost"]
+        world.mover.close()
+    failed = [message for message in caplog.messages if "failed" in message]
+    assert len(failed) == 1
+    assert "the connection to the server is lost" in failed[0]
+    assert world.jobs.take_failed_blocks() == (set() if what == "store" else {0, 1})
+    assert world.jobs.statistics() == {"running": 0, "dropped_unavailable" if what == "store" else "failed_chunks": 1}
 
 
 async def test_a_store_by_layers_is_not_late_while_its_engine_computes(
-    path: DevicePath, autojump_clock: trio.testing.MockClock
+    world: World, autojump_clock: trio.testing.MockClock
 ) -> None:
     server: Any = Server()
-    job = store(Fence())
-    step = StepStores([job], 2)
-    step.say = server.notice_nowait
+    job = world.store(Fence())
+    step = StoreStep(2)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(path.store, server, job, step)
+        nursery.start_soon(world.mover.store, server, [job], step)
         await trio.sleep(10 * TIMEOUT)
         (asked,) = server.said
         assert (asked.layered, asked.event) == (True, b""), "it is each layer that follows an event"
@@ -175,14 +199,13 @@ async def test_a_store_by_layers_is_not_late_while_its_engine_computes(
     ]
 
 
-async def test_a_store_that_is_answered_in_the_middle_of_its_step_is_over(path: DevicePath) -> None:
+async def test_a_store_that_is_answered_in_the_middle_of_its_step_is_over(world: World) -> None:
     """As when its connection is lost: nothing more is to be waited for, and the next one may be made."""
     server: Any = Server()
-    job = store()
-    step = StepStores([job], 2)
-    step.say = server.notice_nowait
+    job = world.store()
+    step = StoreStep(2)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(path.store, server, job, step)
+        nursery.start_soon(world.mover.store, server, [job], step)
         await trio.testing.wait_all_tasks_blocked()
         server.asked.pop(1)(Stored(1, 0, 0, {"present": 1}))
     step.layer_written(0, None)
@@ -190,30 +213,29 @@ async def test_a_store_that_is_answered_in_the_middle_of_its_step_is_over(path: 
     assert server.noticed == []
 
 
-async def test_a_store_whose_step_was_dropped_before_it_could_begin_does_not(path: DevicePath) -> None:
+async def test_a_store_whose_step_was_dropped_before_it_could_begin_does_not(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lmcache_trio")
     server: Any = Server()
-    first, second = store(), store()
-    second.before = first
-    step = StepStores([second], 2)
-    step.say = server.notice_nowait
-
-    async def begin() -> None:
-        with pytest.raises(Unavailable, match="dropped"):
-            await path.store(server, second, step)
-
+    first, second = world.store(), world.store()
+    step = StoreStep(2)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(begin)
+        nursery.start_soon(world.mover.store, server, [second], step)
         await trio.testing.wait_all_tasks_blocked()
         step.finish(drop=True)
         first.asked.set()
+    assert "its step was dropped before it began" in caplog.text
+    assert second.ended.done
+    assert world.jobs.statistics() == {"running": 1, "dropped_unavailable": 1}
     assert server.said == server.noticed == []
 
 
-async def test_what_the_engine_submitted_goes_before_its_copies(path: DevicePath) -> None:
+async def test_what_the_engine_submitted_goes_before_its_copies(world: World) -> None:
     server: Any = Server()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(path.store, server, store(Fence()))
-        nursery.start_soon(path.retrieve, server, load(Fence()))
+        nursery.start_soon(world.mover.store, server, [world.store(Fence())])
+        nursery.start_soon(world.mover.load, server, [world.load(Fence())])
         await trio.testing.wait_all_tasks_blocked()
         kinds = {type(message): message for message in server.said}
         assert kinds[StoreBlocks].event == kinds[RetrieveBlocks].event == b"e" * 64
@@ -234,7 +256,7 @@ class Asker:
 
 @pytest.mark.parametrize("error", [Misuse("it is stopping"), ProtocolError("another version"), Unavailable("no more")])
 async def test_a_server_that_refuses_to_say_what_it_moves_is_asked_again_after_a_while_and_complained_of(
-    path: DevicePath,
+    world: World,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     autojump_clock: trio.testing.MockClock,
@@ -256,13 +278,13 @@ async def test_a_server_that_refuses_to_say_what_it_moves_is_asked_again_after_a
     async def wait_exit(done: trio.CancelScope) -> None:
         await trio.sleep_forever()
 
-    monkeypatch.setattr("lmcache_trio.adapters.device_path.connect", connect)
-    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_server", wait_server)
-    monkeypatch.setattr(path, "_wait_exit", wait_exit)
+    monkeypatch.setattr("lmcache_trio.adapters.worker.device_mover.connect", connect)
+    monkeypatch.setattr("lmcache_trio.adapters.worker.device_mover.wait_server", wait_server)
+    monkeypatch.setattr(world.mover, "_wait_exit", wait_exit)
     server: Any = Server()
     with caplog.at_level(logging.WARNING, "lmcache_trio"), trio.fail_after(1000):
         autojump_clock.jump(0)
-        await path._let_go(server)
+        await world.mover._let_go(server)
     assert 60 <= trio.current_time() < 70
     assert len(asked) < 30, "it was asked without a pause"
     assert sum(str(error) in record.message for record in caplog.records) == 1
@@ -273,7 +295,7 @@ async def test_a_server_that_refuses_to_say_what_it_moves_is_asked_again_after_a
     "error", [OSError(24, "Too many open files"), ExceptionGroup("two", [ValueError(), OSError()])]
 )
 async def test_what_nobody_thought_of_gives_no_blocks_back(
-    path: DevicePath,
+    world: World,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     autojump_clock: trio.testing.MockClock,
@@ -294,12 +316,12 @@ async def test_what_nobody_thought_of_gives_no_blocks_back(
         await trio.lowlevel.checkpoint()
         fail("wait_server")
 
-    monkeypatch.setattr("lmcache_trio.adapters.device_path.connect", connect)
-    monkeypatch.setattr("lmcache_trio.adapters.device_path.wait_server", wait_server)
+    monkeypatch.setattr("lmcache_trio.adapters.worker.device_mover.connect", connect)
+    monkeypatch.setattr("lmcache_trio.adapters.worker.device_mover.wait_server", wait_server)
     server: Any = Server()
     begun = trio.current_time()
     with trio.fail_after(1000):
         autojump_clock.jump(0)
-        await path._let_go(server)
+        await world.mover._let_go(server)
     assert trio.current_time() - begun >= 50
     assert 1 < sum("could not be asked" in record.message for record in caplog.records) < 30

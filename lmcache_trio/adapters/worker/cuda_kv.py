@@ -15,10 +15,10 @@ import attrs
 import torch
 
 from lmcache_trio._core.exports import CudaMemory
-from lmcache_trio.adapters.paged import Group, PagedKV, _Bytes, _Index, _Piece
+from lmcache_trio.adapters.worker.paged import BlockIndex, Bytes, PagedKV, PieceGroup, StoredPiece
 from lmcache_trio.errors import Misuse, Unavailable
 
-__all__ = ["CudaPagedKV", "cuda_memory_of"]
+__all__ = ["CudaPagedKV", "cuda_memory_of", "make_paged_kv"]
 
 
 def cuda_memory_of(tensor: torch.Tensor) -> tuple[CudaMemory, int]:
@@ -53,23 +53,23 @@ def cuda_memory_of(tensor: torch.Tensor) -> tuple[CudaMemory, int]:
 
 
 @attrs.frozen(eq=False)
-class _CudaGroup:
+class _CudaPieces:
     """Pieces on a GPU as [pieces, blocks, bytes of a block]; a copy goes through a tensor of one chunk's size there."""
 
     rows: torch.Tensor
     pieces: int
     length: int
 
-    def gather(self, block_ids: _Index, slot: _Bytes) -> None:
+    def gather(self, block_ids: BlockIndex, slot: Bytes) -> None:
         index = torch.from_numpy(block_ids).to(self.rows.device)
         self._view(slot, len(block_ids)).copy_(self.rows.index_select(1, index))  # returns when it has ended
 
-    def scatter(self, slot: _Bytes, chunk_blocks: int, skip: int, block_ids: _Index) -> None:
+    def scatter(self, slot: Bytes, chunk_blocks: int, skip: int, block_ids: BlockIndex) -> None:
         source = self._view(slot, chunk_blocks)[:, skip : skip + len(block_ids)].to(self.rows.device)
         self.rows.index_copy_(1, torch.from_numpy(block_ids).to(self.rows.device), source)
         torch.cuda.current_stream(self.rows.device).synchronize()
 
-    def _view(self, slot: _Bytes, count: int) -> torch.Tensor:
+    def _view(self, slot: Bytes, count: int) -> torch.Tensor:
         return torch.from_numpy(slot).view(self.pieces, count, self.length)
 
 
@@ -88,9 +88,15 @@ class CudaPagedKV(PagedKV):
         event.record()
         return event
 
-    def _group(self, run: list[_Piece]) -> Group:
+    def _group(self, run: list[StoredPiece]) -> PieceGroup:
         head = run[0]
         flat = torch.empty(0, dtype=torch.uint8, device=head.storage.device).set_(head.storage)
         step = run[1].offset - head.offset if len(run) > 1 else 0
         rows = flat.as_strided((len(run), self.num_blocks, head.length), (step, head.stride, 1), head.offset)
-        return _CudaGroup(rows, len(run), head.length)
+        return _CudaPieces(rows, len(run), head.length)
+
+
+def make_paged_kv(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> PagedKV:
+    """The engine's blocks, in CPU memory or on a GPU: where its tensors lie. `Misuse` names a layer it can't move."""
+    on_gpu = any(tensor.device.type == "cuda" for tensor in kv_caches.values())
+    return (CudaPagedKV if on_gpu else PagedKV)(kv_caches, num_blocks=num_blocks)

@@ -1,4 +1,4 @@
-"""The `device` path of a worker: it names blocks, and the server's transfer worker moves them.
+"""The mover of the path `device`: it names blocks, and the server's transfer worker moves them.
 
 Blocks that were named belong to the server until it says that their copy has ended. Giving up a wait does not end a
 copy: when nothing comes of any request for a while, the late ones are withdrawn, and their replies still waited for.
@@ -9,8 +9,8 @@ nothing any more, or its process has ended; so a server whose process cannot be 
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 import trio
@@ -32,19 +32,18 @@ from lmcache_trio._wire.messages import (
     Stored,
     Withdraw,
 )
-from lmcache_trio.adapters.jobs import Job
-from lmcache_trio.adapters.layered_steps import StepStores, event_of
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, StoreJob
+from lmcache_trio.adapters.worker.mover import RegisteredKV
+from lmcache_trio.adapters.worker.store_step import StoreStep, event_of
 from lmcache_trio.client import Client, connect, wait_server
-from lmcache_trio.errors import LMCacheTrioError, Misuse, Unavailable
+from lmcache_trio.errors import LMCacheTrioError, Unavailable
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ATTACH_TIMEOUT", "DevicePath", "Path"]
+__all__ = ["ATTACH_TIMEOUT", "DeviceMover"]
 
 logger = logging.getLogger("lmcache_trio")
-Path = Literal["auto", "device", "shm"]
 _M = TypeVar("_M", bound=Message)
 
 ATTACH_TIMEOUT = 60.0
@@ -53,79 +52,39 @@ _REFUSED_WAIT = 5.0
 """Longest pause before a server that is there, and does not say what it moves, is asked again: as `Link` has it."""
 
 
-class DevicePath:
-    """Which path a worker takes, and the device's."""
+class DeviceMover:
+    """Asks the server at *address*, as the worker that *hello* names. *reply_timeout*: seconds without any progress
+    after which a request is late.
+    """
 
-    def __init__(
-        self,
-        wanted: Path,
-        address: str,
-        hello: Hello,
-        reply_timeout: float,
-        check_layout: Callable[[Client, Job], None] = lambda client, job: None,
-    ) -> None:
-        if wanted not in get_args(Path):
-            raise Misuse(f"path is {wanted!r}: it must be one of {', '.join(get_args(Path))}")
-        self.wanted = wanted
-        self.taken: Literal["device", "shm"] = "shm"
-        self.reason = "no KV is registered yet"
+    def __init__(self, address: str, hello: Hello, jobs: Jobs, registered: RegisteredKV, reply_timeout: float) -> None:
         self._address = address
         self._hello = hello
+        self._jobs = jobs
+        self._registered = registered
         self._reply_timeout = reply_timeout
-        self._check_layout = check_layout
-        """Called as a job's question goes out; raises if the job does not fit what the server knows."""
         self._progress = 0.0
         """When the server last said that it had moved something."""
-        self._settling = 0
         self._pidfd = -1
         self._watching = trio.Lock()
-        """Whoever has it waits for `_pidfd`: one descriptor takes one waiter."""
-        self._on_layers: dict[int, Callable[[int], None]] = {}
+        """Its holder waits for `_pidfd`: one descriptor takes one waiter."""
+        self._by_layers: dict[int, LoadJob] = {}
+        """By request: a load whose layers the server names as they come."""
 
-    @property
-    def usable(self) -> bool:
-        """Can anything be moved? Not when the device was asked for and is not to be had."""
-        return self.taken == "device" or self.wanted != "device"
-
-    # --- choosing ---------------------------------------------------------------------------------------------------
-
-    async def settle(self, client: Client, kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int) -> None:
-        """Choose for this connection, whose layout is registered."""
-        if self.wanted == "shm":
-            self._take("shm", "it was asked for")
-            return
+    async def attach(self, client: Client, kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int) -> None:
+        """Have the server open the engine's KV. `Unavailable`, `Misuse`, `TooSlowError`: it can't, and why."""
         from lmcache_trio.adapters.shared_kv import export_of
 
-        self._settling = mine = self._settling + 1
-        try:
-            export = export_of(kv_caches, num_blocks)
-            self._watch(client)
-            attach = Attach(client.new_id(), encode_export(export))
-            with trio.fail_after(ATTACH_TIMEOUT):
-                await client.request(attach, Ack, descriptors=descriptors_of(export))
-        except (Unavailable, Misuse, trio.TooSlowError) as exc:
-            if client.lost:
-                raise
-            if mine == self._settling:  # else the layout was registered anew meanwhile, and is being settled there
-                self._take("shm", str(exc) or "the server took too long to open the KV")
-        else:
-            self._take("device", "the server has opened this engine's KV")
-
-    def _take(self, path: Literal["device", "shm"], reason: str) -> None:
-        if (path, reason) != (self.taken, self.reason):
-            self.taken, self.reason = path, reason
-            if self.usable:
-                logger.info("KV takes the path %r: %s", path, reason)
-            else:
-                logger.warning("working without a cache: the path 'device' was asked for, but %s", reason)
-
-    def _watch(self, client: Client) -> None:
+        export = export_of(kv_caches, num_blocks)
         client.on_push = self._said
         fd = client.open_pidfd()
         if fd is None:
             raise Unavailable("the server's process cannot be watched, so its end could not be told")
         self.close()
         self._pidfd = fd
+        attach = Attach(client.new_id(), encode_export(export))
+        with trio.fail_after(ATTACH_TIMEOUT):
+            await client.request(attach, Ack, descriptors=descriptors_of(export))
 
     def close(self) -> None:
         """Let go of the server's process. Idempotent."""
@@ -137,59 +96,59 @@ class DevicePath:
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
-    async def store(self, client: Client, job: Job, step: StepStores | None = None) -> Stored:
-        """Store what *job* says; returns when its blocks are the engine's own again.
+    async def store(self, client: Client, jobs: Sequence[StoreJob], step: StoreStep | None = None) -> None:
+        """See `Mover.store`. Returns when the blocks are the engine's own again."""
+        async with trio.open_nursery() as nursery:
+            for job in jobs:
+                nursery.start_soon(self._store, client, job, step)
 
-        With *step* each layer is copied once that says that it is written.
-        """
-        spec = job.spec
-        assert isinstance(spec, StoreSpec)
-        await job.turn()
-        if step is not None and step.dropped:
-            raise Unavailable("its step was dropped before it began")
-        self._check_layout(client, job)
-        number, blocks, layered = client.new_id(), pack_positions(spec.block_ids), step is not None
-        event = b"" if layered else event_of(job.fence)
-        ask = StoreBlocks(number, spec.session, spec.parent, spec.digests, blocks, layered, event)
+    async def load(self, client: Client, jobs: Sequence[LoadJob]) -> None:
+        """See `Mover.load`. Returns when the blocks are the engine's own again."""
+        async with trio.open_nursery() as nursery:
+            for job in jobs:
+                nursery.start_soon(self._load, client, job)
 
-        def sent() -> None:
-            job.asked.set()
-            if step is not None:
-                step.begun(number)
+    async def _store(self, client: Client, job: StoreJob, step: StoreStep | None) -> None:
+        with self._jobs.contained(job):
+            await job.turn()
+            if step is not None and step.dropped:
+                raise Unavailable("its step was dropped before it began")
+            self._registered.check(client, job, alike=False)
+            spec, number = job.spec, client.new_id()
+            event = event_of(job.fence) if step is None else b""
+            blocks = pack_positions(spec.block_ids)
+            ask = StoreBlocks(number, spec.session, spec.parent, spec.digests, blocks, step is not None, event)
+            try:
+                stored = await self._moved(client, job, ask, Stored, step)
+            finally:
+                if step is not None:
+                    step.over(number)
+            self._jobs.stored(job, stored.copied, stored.dropped)
 
-        try:
-            return await self._moved(client, ask, Stored, sent, step)
-        finally:
-            if step is not None:
-                step.over(number)
-
-    async def retrieve(self, client: Client, job: Job, on_layers: Callable[[int], None] | None = None) -> bool:
-        """Fill *job*'s blocks; False: they hold anything. *on_layers* hears how many leading layers are there."""
-        spec = job.spec
-        assert isinstance(spec, LoadSpec)
-        self._check_layout(client, job)
-        number = client.new_id()
-        blocks = pack_positions(spec.block_ids)
-        layered = on_layers is not None
-        ask = RetrieveBlocks(
-            number, spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, layered, event_of(job.fence)
-        )
-        if on_layers is not None:
-            self._on_layers[number] = on_layers
-        try:
-            return (await self._moved(client, ask, Retrieved)).valid
-        finally:
-            self._on_layers.pop(number, None)
+    async def _load(self, client: Client, job: LoadJob) -> None:
+        with self._jobs.contained(job):
+            self._registered.check(client, job, alike=False)
+            spec, number, layered = job.spec, client.new_id(), bool(job.gates)
+            event, blocks = event_of(job.fence), pack_positions(spec.block_ids)
+            ask = RetrieveBlocks(number, spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, layered, event)
+            if layered:
+                self._by_layers[number] = job
+            try:
+                loaded = await self._moved(client, job, ask, Retrieved)
+            finally:
+                self._by_layers.pop(number, None)
+            if loaded.valid and job.kv is self._registered.latest:
+                self._jobs.loaded(job)
 
     async def _moved(
         self,
         client: Client,
+        job: StoreJob | LoadJob,
         ask: StoreBlocks | RetrieveBlocks,
         kind: type[_M],
-        sent: Callable[[], None] = lambda: None,
-        step: StepStores | None = None,
+        step: StoreStep | None = None,
     ) -> _M:
-        """Shielded: the blocks are not the engine's before this returns or raises.
+        """The server's reply to *ask*. Shielded: the blocks are not the engine's before this returns or raises.
 
         Until *step* has finished it is the engine that is waited for, and the server is not late.
         """
@@ -203,8 +162,9 @@ class DevicePath:
 
         with trio.CancelScope(shield=True):
             client.request_nowait(ask, on_reply)
-            sent()
+            job.asked.set()
             if step is not None:
+                step.begun(ask.id, client.notice_nowait)
                 await _first_of(step.finished, come)
             begun = trio.current_time()
             while not come.is_set() and trio.current_time() < (late := self._late(begun)):
@@ -271,8 +231,8 @@ class DevicePath:
 
     def _said(self, message: Message) -> None:
         self._progress = trio.current_time()
-        if isinstance(message, LayersDone) and message.request in self._on_layers:
-            self._on_layers[message.request](message.layers)
+        if isinstance(message, LayersDone) and message.request in self._by_layers:
+            self._jobs.reached([self._by_layers[message.request]], message.layers)
 
 
 async def _first_of(*events: trio.Event) -> None:
