@@ -195,6 +195,10 @@ class Adopting(SchedulerAdapter):
     def _come(self, point: str) -> None:
         if self.at == point:
             self.at = ""
+            self.adopt()
+
+    def adopt(self) -> None:
+        with self._lock:
             self._adopt_chunk_tokens(CHUNK)
 
     def extend(self, *args: Any, **kwargs: Any) -> list[bytes]:
@@ -222,7 +226,7 @@ def test_the_connector_plans_only_whole_chunks_of_one_length_whenever_the_first_
     for step in range(4):
         cache.at = at if step == 1 else ""
         if step == 1 and not at:
-            cache._adopt_chunk_tokens(CHUNK)
+            cache.adopt()
         planned.append(side.plan({"r": 256}, (), lambda _: blocks).stores)
         request.num_computed_tokens += 256
     assert [spec.chunk_tokens for spec in planned[0]] == [256]

@@ -334,15 +334,19 @@ class SchedulerAdapter:
 
     async def _on_connected(self, client: Client) -> None:
         with self._lock:  # before anything is asked: what the server has of before a reset is not offered
-            if self._prompts.adopt_chunk_tokens(client.chunk_tokens):
-                for request in self._lookups.requests.values():
-                    request.prompt = Prompt()
+            self._adopt_chunk_tokens(client.chunk_tokens)
             client.on_push = self._lookups.on_push
             for identity in self._resets_owed:
                 self._send_reset(client, identity)
             if self._link.said.identity != self._prompts.model:
                 client.request_unheard(Identify(client.new_id(), self._prompts.model))
             self._told = client
+
+    def _adopt_chunk_tokens(self, chunk_tokens: int) -> None:
+        """Take the server's *chunk_tokens*; where they differ, prompts are hashed anew. Under the lock."""
+        if self._prompts.adopt_chunk_tokens(chunk_tokens):
+            for request in self._lookups.requests.values():
+                request.prompt = Prompt()
 
     def _on_lost(self) -> None:
         with self._lock:
