@@ -88,12 +88,12 @@ def reset_at_once(engine: Any) -> dict[str, Any]:
 
 
 def wait_stores(worker: Any) -> None:
-    """In a worker: return when every copy of its connector has ended."""
+    """In a worker: return when all that its connector stores can be loaded. Its lookups take another connection."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
     adapter = getattr(get_kv_transfer_group(), "_worker_adapter", None) if has_kv_transfer_group() else None
     if adapter is not None:
-        adapter.wait_stores()
+        adapter.wait_published()
 
 
 def sleep(engine: Any) -> dict[str, Any]:
