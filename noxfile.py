@@ -49,7 +49,7 @@ def typing(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The tests on the installed wheel; warnings are errors and a hang is a failure."""
-    _install_wheel(session, *_group("test"))
+    _install_wheel(session, *_group("test"), *_group("manifests"))
     _pytest(session, "--ignore=tests/e2e", "--ignore=tests/crash", "--ignore=tests/soak", *session.posargs)
 
 

@@ -12,7 +12,7 @@ import pytest
 from lmcache_trio import load_config
 from lmcache_trio.adapters.vllm.settings import parse_settings
 
-kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="it is in the dependency group `test`")
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="it is in the dependency group `manifests`")
 yaml = pytest.importorskip("yaml")
 
 PLACE = Path(__file__).parents[2] / "docs" / "howto" / "kubernetes"
