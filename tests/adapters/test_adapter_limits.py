@@ -50,7 +50,7 @@ def shared(blocks: int) -> torch.Tensor:
 
 
 def test_a_prompt_of_more_chunks_than_a_lookup_can_name_is_a_shorter_hit(server: Callable[..., ServerProcess]) -> None:
-    there = server("chunk_tokens=1", "memory.size=4MiB")
+    there = server("chunk_tokens=1", "memory.size=4MiB", "write_share=1.0")
     one, other = scheduler(there), worker(there, private(MANY))
     try:
         tokens = range(MANY)
