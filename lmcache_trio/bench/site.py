@@ -70,10 +70,10 @@ class Site:
         self._warm_arena(self.worker._link.client)
         self.worker.register_kv_caches(self.kv)
         self.scheduler._link.call(self.client.ping, timeout=10)  # news of the namespace came before its reply
-        if not self.scheduler.is_healthy():
-            raise Unavailable("the server did not take this engine's layout; its log says why")
         if self.worker.path != path:
             raise Unavailable(f"its KV took the path {self.worker.path!r}: {self.worker.path_reason}")
+        if not self.scheduler.is_healthy():
+            raise Unavailable("the server did not take this engine's layout; its log says why")
 
     @property
     def client(self) -> Client:
