@@ -15,7 +15,7 @@ import trio
 
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.errors import LMCacheTrioError
-from lmcache_trio.threads import Handoff, Latch
+from lmcache_trio.threads import Handoff, Lock
 
 __all__ = ["Job", "Jobs", "LoadJob", "StoreJob", "wait_for"]
 
@@ -84,7 +84,7 @@ class Jobs:
     """Stores and loads from their submission to their end."""
 
     def __init__(self) -> None:
-        self._latch = Latch()
+        self._lock = Lock()
         self._stores: set[StoreJob] = set()
         self._loads: set[LoadJob] = set()
         self._last_store: StoreJob | None = None
@@ -97,14 +97,14 @@ class Jobs:
 
     def begin_store(self, spec: StoreSpec, *, reported: bool, fence: Any, kv: Any) -> StoreJob:
         job = StoreJob(spec, reported=reported, fence=fence, kv=kv)
-        with self._latch:
+        with self._lock:
             self._stores.add(job)
             job.before, self._last_store = self._last_store, job
         return job
 
     def begin_load(self, spec: LoadSpec, *, reported: bool, fence: Any, kv: Any, layers: int = 0) -> LoadJob:
         job = LoadJob(spec, reported=reported, fence=fence, kv=kv, layers=layers)
-        with self._latch:
+        with self._lock:
             self._loads.add(job)
         return job
 
@@ -112,19 +112,19 @@ class Jobs:
 
     def reached(self, jobs: Iterable[LoadJob], layers: int) -> None:
         """The first *layers* layers of *jobs* are in their blocks. Called in any thread."""
-        with self._latch:
+        with self._lock:
             for job in jobs:
                 job.open(layers)
 
     def copied(self, jobs: Iterable[StoreJob | LoadJob]) -> None:
         """The copies of *jobs* have ended: nothing reads or writes their blocks any more."""
-        with self._latch:
+        with self._lock:
             for job in jobs:
                 job.copied.set(True)
 
     def stored(self, job: StoreJob, kept: int, dropped: Mapping[str, int]) -> None:
         """*job* ended well: *kept* chunks are published, and the others *dropped*, each for its reason."""
-        with self._latch:
+        with self._lock:
             if job in self._stores:
                 self._counted["stored_chunks"] += kept
                 for reason, number in dropped.items():
@@ -133,14 +133,14 @@ class Jobs:
 
     def loaded(self, job: LoadJob) -> None:
         """*job* ended well: its blocks hold what the server has vouched for."""
-        with self._latch:
+        with self._lock:
             if job in self._loads:
                 self._counted["retrieved_chunks"] += job.spec.count
                 self._end(job)
 
     def fail(self, job: StoreJob | LoadJob) -> None:
         """*job* did not end well, if it has not ended. The blocks of a failed load hold anything."""
-        with self._latch:
+        with self._lock:
             if isinstance(job, StoreJob):
                 if job in self._stores:
                     self._counted[f"dropped_{job.reason}"] += job.spec.chunks
@@ -166,7 +166,7 @@ class Jobs:
                 self.fail(job)
 
     def count(self, what: str) -> None:
-        with self._latch:
+        with self._lock:
             self._counted[what] += 1
 
     def _end(self, job: StoreJob | LoadJob) -> None:
@@ -191,18 +191,18 @@ class Jobs:
     def stores(self, request_ids: Iterable[str] | None) -> list[StoreJob]:
         """Stores that are under way, of *request_ids* or of all."""
         wanted = None if request_ids is None else set(request_ids)
-        with self._latch:
+        with self._lock:
             return [job for job in self._stores if wanted is None or job.spec.request_id in wanted]
 
     def running(self) -> list[StoreJob | LoadJob]:
-        with self._latch:
+        with self._lock:
             return [*self._stores, *self._loads]
 
     def wait_retrieve(self, seconds: float) -> None:
         """Block until a job ended, at most *seconds*; return at once when no load is under way, or one is to be
         reported already.
         """
-        with self._latch:
+        with self._lock:
             if not self._loads or any(self._reportable()):
                 return
             if self._any_ended.done:
@@ -212,7 +212,7 @@ class Jobs:
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Request ids of which no store, or no load, is under way any more, since the last call."""
-        with self._latch:
+        with self._lock:
             stored, loaded = self._reportable()
             self._stored -= stored
             self._loaded -= loaded
@@ -224,12 +224,12 @@ class Jobs:
         return self._stored - storing, self._loaded - loading
 
     def take_failed_blocks(self) -> set[int]:
-        with self._latch:
+        with self._lock:
             failed, self._failed_blocks = self._failed_blocks, set()
             return failed
 
     def statistics(self) -> dict[str, int]:
-        with self._latch:
+        with self._lock:
             return {"running": len(self._stores) + len(self._loads), **+self._counted}
 
 
