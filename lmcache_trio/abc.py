@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 import attrs
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.exports import CudaMemory, Export, Piece, SharedMemory
+from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.transfers import Direction
+from lmcache_trio._core.transfer.exports import CudaMemory, Export, Piece, SharedMemory
+from lmcache_trio._core.transfer.transfers import Direction
 
 __all__ = [
     "Arena",

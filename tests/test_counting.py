@@ -18,9 +18,9 @@ from counting import tap, tracing
 from torch.profiler import ProfilerActivity, profile
 
 from lmcache_trio import Config, open_client, open_server
-from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.index import Index
-from lmcache_trio._core.session import Session
+from lmcache_trio._core.index.arena import Arena
+from lmcache_trio._core.index.index import Index
+from lmcache_trio._core.index.session import Session
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import (
     PROTOCOL_VERSION,
@@ -248,7 +248,8 @@ def test_neither_side_of_a_worker_makes_a_temporary_as_large_as_a_chunk(tmp_path
 async def test_lookups_that_ended_leave_nothing_behind_on_either_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache_trio._core.session.MOST_ENDED", 100)  # ended sessions may still store, so many of them
+    # ended sessions may still store, so many of them
+    monkeypatch.setattr("lmcache_trio._core.index.session.MOST_ENDED", 100)
     digests = [bytes([i]) * 32 for i in range(32)]
     with trio.fail_after(30):
         config = Config(address=f"unix://{tmp_path}/s.sock", memory={"backend": "cpu", "size": 1 << 20})

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import trio
 
-from lmcache_trio._core.index import Index, Lease
-from lmcache_trio._core.session import LookupState, Session
+from lmcache_trio._core.index.index import Index, Lease
+from lmcache_trio._core.index.session import LookupState, Session
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import attrs
 
+from lmcache_trio._core.index.session import Sessions
 from lmcache_trio._core.keys import namespace_of
-from lmcache_trio._core.session import Sessions
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._wire.messages import Register
 

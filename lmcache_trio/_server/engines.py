@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import trio
 
-from lmcache_trio._core.index import Index, Reservation
+from lmcache_trio._core.index.index import Index, Reservation
 from lmcache_trio._core.keys import namespace_of
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts

@@ -9,8 +9,8 @@ from typing import Any
 
 import trio
 
+from lmcache_trio._core.index.session import LookupState, Session
 from lmcache_trio._core.keys import DIGEST_BYTES
-from lmcache_trio._core.session import LookupState, Session
 from lmcache_trio._server.answers import answer_of
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer

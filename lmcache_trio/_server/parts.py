@@ -5,7 +5,7 @@
 
 import attrs
 
-from lmcache_trio._core.index import Index
+from lmcache_trio._core.index.index import Index
 from lmcache_trio._server.answers import Answers
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts

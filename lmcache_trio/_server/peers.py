@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import trio
 
-from lmcache_trio._core.index import Index
+from lmcache_trio._core.index.index import Index
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
 from lmcache_trio._server.engines import Engines

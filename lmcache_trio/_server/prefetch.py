@@ -12,11 +12,11 @@ from math import inf
 
 import trio
 
-from lmcache_trio._core.index import Hold, Index, Lease
+from lmcache_trio._core.index.index import Hold, Index, Lease
+from lmcache_trio._core.index.session import Session
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.loads import LoadState, TierLoad
-from lmcache_trio._core.plan import Plan
-from lmcache_trio._core.session import Session
+from lmcache_trio._core.tiers.loads import LoadState, TierLoad
+from lmcache_trio._core.tiers.plan import Plan
 from lmcache_trio._server.answers import Answers, answer_of
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.engine import Engine

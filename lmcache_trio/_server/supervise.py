@@ -29,8 +29,8 @@ import attrs
 import trio
 
 from lmcache_trio import __version__
-from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.index import Index
+from lmcache_trio._core.index.arena import Arena
+from lmcache_trio._core.index.index import Index
 from lmcache_trio._server import rendezvous
 from lmcache_trio._server.address import prepare_directory, socket_path
 from lmcache_trio._server.answers import Answers

@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmcache_trio._core.exports import CudaMemory, Export
 from lmcache_trio._core.keys import split_digests
+from lmcache_trio._core.transfer.exports import CudaMemory, Export
 from lmcache_trio._server.engine import Engine
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer

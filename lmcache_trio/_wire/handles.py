@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from lmcache_trio._core.exports import MAX_PARTS, MAX_RANK, CudaMemory, DType, Export, SharedMemory, TensorView
+from lmcache_trio._core.transfer.exports import MAX_PARTS, MAX_RANK, CudaMemory, DType, Export, SharedMemory, TensorView
 from lmcache_trio.errors import Misuse, ProtocolError
 
 __all__ = ["HANDLES_VERSION", "MAX_EXPORT", "decode_export", "descriptors_of", "encode_export"]

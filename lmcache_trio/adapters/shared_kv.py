@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmcache_trio._core.exports import CudaMemory, DType, Export, SharedMemory, TensorView
+from lmcache_trio._core.transfer.exports import CudaMemory, DType, Export, SharedMemory, TensorView
 from lmcache_trio.errors import Misuse, Unavailable
 
 if TYPE_CHECKING:

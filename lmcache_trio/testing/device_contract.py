@@ -22,7 +22,7 @@ import attrs
 import pytest
 import trio
 
-from lmcache_trio._core.exports import DType, TensorView
+from lmcache_trio._core.transfer.exports import DType, TensorView
 from lmcache_trio.abc import Attached, Copy, CudaMemory, Device, Direction, Export, Memory, SharedMemory
 from lmcache_trio.errors import Misuse, Unavailable
 

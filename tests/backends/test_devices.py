@@ -22,7 +22,7 @@ from lmcache_trio_backends.auto_device import AutoConfig, AutoDevice
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.host_device import HostConfig, HostDevice, _Opened, copy_blocks
 
-from lmcache_trio._core.exports import DType, TensorView
+from lmcache_trio._core.transfer.exports import DType, TensorView
 from lmcache_trio.abc import Copy, CudaMemory, Device, Direction, Export, Memory, SharedMemory
 from lmcache_trio.adapters.shared_kv import SharedRegion
 from lmcache_trio.errors import Misuse, Unavailable
@@ -290,7 +290,7 @@ class Tripwire:
 sys.meta_path.insert(0, Tripwire())
 from lmcache_trio import Config, open_server
 from lmcache_trio.abc import Copy, Direction, Export
-from lmcache_trio._core.exports import DType, TensorView
+from lmcache_trio._core.transfer.exports import DType, TensorView
 from lmcache_trio.adapters.shared_kv import SharedRegion
 
 async def main():

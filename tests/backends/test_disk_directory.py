@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lmcache_trio_backends._disk_directory import Directory
 from lmcache_trio_backends._disk_records import Doomed, Read, Row, Write, extent_of, index_cost
 
-from lmcache_trio._core.arena import Arena
+from lmcache_trio._core.index.arena import Arena
 from lmcache_trio.abc import ChunkKey
 from lmcache_trio.errors import Misuse
 

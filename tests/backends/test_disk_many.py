@@ -25,7 +25,7 @@ from lmcache_trio_backends._disk_records import Row, pack
 from lmcache_trio_backends._disk_worker import Worker
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 
-from lmcache_trio._core.arena import Arena
+from lmcache_trio._core.index.arena import Arena
 from lmcache_trio.abc import ChunkKey
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
 

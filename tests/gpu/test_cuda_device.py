@@ -15,7 +15,7 @@ from gpu_engine import BLOCK, BLOCKS, ChildMemory
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
 
-from lmcache_trio._core.exports import DType, TensorView
+from lmcache_trio._core.transfer.exports import DType, TensorView
 from lmcache_trio.abc import Copy, Device, Direction, Export
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.testing.device_contract import DeviceContract, EngineMemory, MakeDevice, MakeEngineMemory

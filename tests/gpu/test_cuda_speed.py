@@ -13,7 +13,7 @@ from gpu_engine import ChildMemory
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
 
-from lmcache_trio._core.exports import DType, TensorView
+from lmcache_trio._core.transfer.exports import DType, TensorView
 from lmcache_trio._wire.codec import pack_positions
 from lmcache_trio.abc import Copy, Device, Direction, Export
 from lmcache_trio.adapters.specs import StoreSpec

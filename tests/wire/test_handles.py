@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_trio._core.exports import CudaMemory, DType, Export, SharedMemory, TensorView
+from lmcache_trio._core.transfer.exports import CudaMemory, DType, Export, SharedMemory, TensorView
 from lmcache_trio._wire.handles import decode_export, descriptors_of, encode_export
 from lmcache_trio.errors import Misuse, ProtocolError
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import trio
 
-from lmcache_trio._core.fence import Fence, FenceState
+from lmcache_trio._core.tiers.fence import Fence, FenceState
 from lmcache_trio.errors import Unavailable
 
 __all__ = ["GuardedCalls"]

@@ -9,9 +9,9 @@ from contextlib import suppress
 
 import trio
 
-from lmcache_trio._core.index import SERVER, Hold, Index, Reservation
+from lmcache_trio._core.index.index import SERVER, Hold, Index, Reservation
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.loads import Loads, LoadState, TierLoad, Wisher
+from lmcache_trio._core.tiers.loads import Loads, LoadState, TierLoad, Wisher
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.tasks import Starter
 from lmcache_trio._server.tiers.calls import GuardedCalls

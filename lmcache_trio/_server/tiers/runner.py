@@ -15,8 +15,8 @@ from typing import Any
 
 import trio
 
-from lmcache_trio._core.fence import FenceState
 from lmcache_trio._core.keys import DIGEST_BYTES, ChunkKey
+from lmcache_trio._core.tiers.fence import FenceState
 from lmcache_trio._server.tasks import Branch
 from lmcache_trio._server.tiers.calls import GuardedCalls
 from lmcache_trio._server.tiers.contains import ContainsBatcher

@@ -7,10 +7,10 @@ from typing import Any
 
 import trio
 
-from lmcache_trio._core.fence import Fence
-from lmcache_trio._core.index import Index
+from lmcache_trio._core.index.index import Index
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.loads import Loads
+from lmcache_trio._core.tiers.fence import Fence
+from lmcache_trio._core.tiers.loads import Loads
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.plugins import make_backend
 from lmcache_trio._server.tasks import Branch, Starter

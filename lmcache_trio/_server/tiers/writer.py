@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import attrs
 import trio
 
-from lmcache_trio._core.index import Hold, Index
+from lmcache_trio._core.index.index import Hold, Index
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.writeback import Writeback
+from lmcache_trio._core.tiers.writeback import Writeback
 from lmcache_trio._server.tiers.calls import GuardedCalls
 from lmcache_trio.abc import Memory, Record, Tier
 from lmcache_trio.config import Config

@@ -19,8 +19,8 @@ from typing import Protocol
 import attrs
 import trio
 
-from lmcache_trio._core.index import Index
-from lmcache_trio._core.transfers import Transfer
+from lmcache_trio._core.index.index import Index
+from lmcache_trio._core.transfer.transfers import Transfer
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.tasks import Starter

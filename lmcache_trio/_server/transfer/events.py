@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import attrs
 import trio
 
-from lmcache_trio._core.transfers import Transfer
+from lmcache_trio._core.transfer.transfers import Transfer
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.tasks import Starter
 from lmcache_trio._server.transfer.attachments import Attachment

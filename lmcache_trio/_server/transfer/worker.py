@@ -24,8 +24,8 @@ from collections.abc import Sequence
 
 import trio
 
-from lmcache_trio._core.index import Index
-from lmcache_trio._core.transfers import Batch, Direction, Transfer, Transfers
+from lmcache_trio._core.index.index import Index
+from lmcache_trio._core.transfer.transfers import Batch, Direction, Transfer, Transfers
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
 from lmcache_trio._server.peer import Peer

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import torch
 
-from lmcache_trio._core.exports import CudaMemory
+from lmcache_trio._core.transfer.exports import CudaMemory
 from lmcache_trio.adapters.worker.paged import BlockIndex, Bytes, PagedKV, PieceGroup, StoredPiece
 from lmcache_trio.errors import Misuse, Unavailable
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmcache_trio._core.exports import read_blocks
+from lmcache_trio._core.transfer.exports import read_blocks
 from lmcache_trio.errors import Misuse
 
 __all__ = ["BlockIndex", "Bytes", "PagedKV", "PieceGroup", "StoredPiece"]

@@ -8,7 +8,7 @@ import pytest
 import trio
 from transfer_rig import BLOCKS, PIECE, SHARD_BYTES, Open, Rig, fill, settled
 
-from lmcache_trio._core.exports import Export, TensorView
+from lmcache_trio._core.transfer.exports import Export, TensorView
 from lmcache_trio._wire.codec import pack_positions
 from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import (

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from lmcache_trio import Server
-from lmcache_trio._core.exports import DType, Export, TensorView
+from lmcache_trio._core.transfer.exports import DType, Export, TensorView
 from lmcache_trio._wire.codec import decode, pack_offsets, pack_positions
 from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import Ack, Attach, LayersWritten, Message, RetrieveBlocks, Role, StoreBlocks, Stored

@@ -17,15 +17,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.asking import REASONS
-from lmcache_trio._core.chunks import Chunks
-from lmcache_trio._core.generations import Namespace
-from lmcache_trio._core.grants import SERVER, Hold, Lease, Pin, Reservation, SessionKey, Slot
+from lmcache_trio._core.index.arena import Arena
+from lmcache_trio._core.index.asking import REASONS
+from lmcache_trio._core.index.chunks import Chunks
+from lmcache_trio._core.index.generations import Namespace
+from lmcache_trio._core.index.grants import SERVER, Hold, Lease, Pin, Reservation, SessionKey, Slot
+from lmcache_trio._core.index.policy import EvictionPolicy, LeastRecentlyUsed
+from lmcache_trio._core.index.readers import Readers
+from lmcache_trio._core.index.writers import Writers
 from lmcache_trio._core.keys import DIGEST_BYTES, ChunkKey
-from lmcache_trio._core.policy import EvictionPolicy, LeastRecentlyUsed
-from lmcache_trio._core.readers import Readers
-from lmcache_trio._core.writers import Writers
 from lmcache_trio.errors import Misuse
 
 __all__ = ["SERVER", "Hold", "Index", "Lease", "Pin", "Reservation", "SessionKey", "Slot"]

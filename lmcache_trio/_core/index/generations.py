@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
-from lmcache_trio._core.spread import spread
+from lmcache_trio._core.index.spread import spread
 from lmcache_trio.errors import Misuse
 
 __all__ = ["DOOMED", "READY", "WRITING", "Generations", "Namespace", "State"]

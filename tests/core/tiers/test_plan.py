@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_trio._core.plan import Place, Plan
+from lmcache_trio._core.tiers.plan import Place, Plan
 from lmcache_trio.errors import Misuse
 
 

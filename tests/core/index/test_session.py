@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lmcache_trio._core.session import LookupState, Session, Status
+from lmcache_trio._core.index.session import LookupState, Session, Status
 from lmcache_trio.errors import Misuse
 
 A, B, C = (bytes([i]) * 32 for i in range(3))

@@ -7,9 +7,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.generations import Namespace
-from lmcache_trio._core.spread import spread
+from lmcache_trio._core.index.arena import Arena
+from lmcache_trio._core.index.generations import Namespace
+from lmcache_trio._core.index.spread import spread
 
 CHUNKS = 100_000
 MESSAGE = 512

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.index import Index, Lease, Reservation
+from lmcache_trio._core.index.arena import Arena
+from lmcache_trio._core.index.index import Index, Lease, Reservation
 from lmcache_trio._core.keys import ChunkKey
 
 sys.path.insert(0, str(Path(__file__).parent / "model"))

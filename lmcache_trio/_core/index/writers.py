@@ -15,10 +15,10 @@ from math import inf
 
 import attrs
 
-from lmcache_trio._core.asking import Asking
-from lmcache_trio._core.chunks import Chunks
-from lmcache_trio._core.generations import Namespace, State
-from lmcache_trio._core.grants import SERVER, SessionKey
+from lmcache_trio._core.index.asking import Asking
+from lmcache_trio._core.index.chunks import Chunks
+from lmcache_trio._core.index.generations import Namespace, State
+from lmcache_trio._core.index.grants import SERVER, SessionKey
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio.errors import Gone
 

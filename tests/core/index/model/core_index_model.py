@@ -10,8 +10,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.index import Hold, Index
+from lmcache_trio._core.index.arena import Arena
+from lmcache_trio._core.index.index import Hold, Index
 from lmcache_trio._core.keys import ChunkKey
 
 PATHS = ["abcd", "abce", "afg", "hij"]

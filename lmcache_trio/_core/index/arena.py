@@ -9,7 +9,7 @@ It refuses to guess: what is given back must be exactly what was handed out.
 
 from bisect import bisect_left, insort
 
-from lmcache_trio._core.spread import spread
+from lmcache_trio._core.index.spread import spread
 from lmcache_trio.errors import Misuse
 
 __all__ = ["Arena"]

@@ -24,11 +24,11 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.generations import DOOMED, READY, WRITING, Generations, Namespace
-from lmcache_trio._core.order import Order
-from lmcache_trio._core.policy import EvictionPolicy
-from lmcache_trio._core.rows import Rows
+from lmcache_trio._core.index.arena import Arena
+from lmcache_trio._core.index.generations import DOOMED, READY, WRITING, Generations, Namespace
+from lmcache_trio._core.index.order import Order
+from lmcache_trio._core.index.policy import EvictionPolicy
+from lmcache_trio._core.index.rows import Rows
 
 __all__ = ["MOST_EVICTED", "Chunks", "Writing"]
 

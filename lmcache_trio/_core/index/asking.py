@@ -7,9 +7,9 @@ Present and claimed chunks are passed over; once any other gets no slot, those b
 same reason.
 """
 
-from lmcache_trio._core.chunks import Chunks, Writing
-from lmcache_trio._core.generations import Namespace, State
-from lmcache_trio._core.grants import Slot
+from lmcache_trio._core.index.chunks import Chunks, Writing
+from lmcache_trio._core.index.generations import Namespace, State
+from lmcache_trio._core.index.grants import Slot
 
 __all__ = ["REASONS", "Asking"]
 

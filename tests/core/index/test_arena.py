@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lmcache_trio._core.arena import Arena
+from lmcache_trio._core.index.arena import Arena
 from lmcache_trio.errors import Misuse
 
 PAGE = 4096

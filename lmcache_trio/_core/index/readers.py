@@ -11,9 +11,9 @@ from math import inf
 
 import attrs
 
-from lmcache_trio._core.chunks import Chunks
-from lmcache_trio._core.generations import Namespace
-from lmcache_trio._core.grants import Hold, HoldNumber, Lease, Pin, SessionKey
+from lmcache_trio._core.index.chunks import Chunks
+from lmcache_trio._core.index.generations import Namespace
+from lmcache_trio._core.index.grants import Hold, HoldNumber, Lease, Pin, SessionKey
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio.errors import Gone, Misuse
 

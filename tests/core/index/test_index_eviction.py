@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmcache_trio._core.arena import Arena
-from lmcache_trio._core.chunks import MOST_EVICTED
-from lmcache_trio._core.index import Index
+from lmcache_trio._core.index.arena import Arena
+from lmcache_trio._core.index.chunks import MOST_EVICTED
+from lmcache_trio._core.index.index import Index
 
 
 def test_the_least_recently_used_leaf_goes_first(world: Callable[..., Any]) -> None:

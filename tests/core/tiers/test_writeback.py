@@ -4,9 +4,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lmcache_trio._core.grants import Hold, HoldNumber
+from lmcache_trio._core.index.grants import Hold, HoldNumber
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.writeback import Writeback
+from lmcache_trio._core.tiers.writeback import Writeback
 from lmcache_trio.errors import Misuse
 
 NAMES = ["a", "ab", "abc", "abd", "ae", "f", "fg", "x"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from lmcache_trio._core.transfers import Batch, Direction, Transfer, Transfers, TransferState
+from lmcache_trio._core.transfer.transfers import Batch, Direction, Transfer, Transfers, TransferState
 from lmcache_trio.errors import Misuse
 
 LOAD, STORE = Direction.LOAD, Direction.STORE

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.loads import Loads, LoadState, TierLoad
+from lmcache_trio._core.tiers.loads import Loads, LoadState, TierLoad
 from lmcache_trio.errors import Misuse
 
 NAMES = ["a", "ab", "abc", "ad", "x"]

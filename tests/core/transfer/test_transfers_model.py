@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from lmcache_trio._core.transfers import Batch, Direction, Transfer, Transfers, TransferState
+from lmcache_trio._core.transfer.transfers import Batch, Direction, Transfer, Transfers, TransferState
 
 LOAD, STORE = Direction.LOAD, Direction.STORE
 IN_FLIGHT, BATCH, TURNS, REACH = 40, 20, 3, 2

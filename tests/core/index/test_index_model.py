@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from lmcache_trio._core.index import SERVER
+from lmcache_trio._core.index.index import SERVER
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio.errors import Gone
 

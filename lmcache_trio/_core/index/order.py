@@ -10,9 +10,9 @@ It moves rows about; whether one may go, and what becomes of it, is the business
 
 from collections.abc import Iterator
 
-from lmcache_trio._core.generations import READY
-from lmcache_trio._core.policy import EvictionPolicy
-from lmcache_trio._core.rows import Rows
+from lmcache_trio._core.index.generations import READY
+from lmcache_trio._core.index.policy import EvictionPolicy
+from lmcache_trio._core.index.rows import Rows
 
 __all__ = ["Order"]
 

@@ -17,7 +17,7 @@ from heapq import heapify, heappop, heappush
 
 import attrs
 
-from lmcache_trio._core.grants import Hold
+from lmcache_trio._core.index.grants import Hold
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio.errors import Misuse
 

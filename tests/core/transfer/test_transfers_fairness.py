@@ -7,7 +7,7 @@ import attrs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_trio._core.transfers import Direction, Transfer, Transfers
+from lmcache_trio._core.transfer.transfers import Direction, Transfer, Transfers
 
 TURNS, REACH, MOST = 2, 3, 4
 """MOST: units of one transfer."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lmcache_trio._core.fence import Fence, FenceState
+from lmcache_trio._core.tiers.fence import Fence, FenceState
 from lmcache_trio.errors import Misuse
 
 
