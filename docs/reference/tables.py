@@ -1,4 +1,4 @@
-"""Writes the lists and tables of the reference from the code; `tests/test_docs.py` fails while a page differs from it.
+"""Writes the lists and tables of the reference from the code; `tests/docs/test_docs.py` fails while a page differs.
 
     python docs/reference/tables.py        # after a setting or a sentence of the protocol has changed
 

@@ -15,7 +15,7 @@ import pytest
 
 from lmcache_trio.config import Config
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 
 

@@ -12,7 +12,7 @@ from lmcache_trio.errors import Unavailable
 from lmcache_trio.testing.faulty_tier import Fault, FaultyTier
 from lmcache_trio.testing.tier_contract import MakeTier, TierContract, key_of, load_of, record_of
 
-PAGE = Path(__file__).parent.parent / "docs" / "howto" / "files_tier.py"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "files_tier.py"
 
 
 @pytest.fixture(scope="module")

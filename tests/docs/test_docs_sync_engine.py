@@ -10,7 +10,7 @@ import torch
 
 from lmcache_trio.testing.sides import ServerProcess
 
-PROGRAM = Path(__file__).parent.parent / "docs" / "howto" / "sync_engine.py"
+PROGRAM = Path(__file__).parents[2] / "docs" / "howto" / "sync_engine.py"
 BLOCKS, TOKENS = 16, list(range(200))
 
 

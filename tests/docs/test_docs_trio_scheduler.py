@@ -14,7 +14,7 @@ import trio
 
 from lmcache_trio import Client, Config, Role, chain_digests, open_client, open_server, seed_of
 
-PAGE = Path(__file__).parent.parent / "docs" / "howto" / "trio_scheduler.py"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "trio_scheduler.py"
 CHUNK_TOKENS = 16
 SHARD_BYTES = 8192
 

@@ -12,7 +12,7 @@ import pytest
 
 from lmcache_trio import abc
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 INTERFACES = {"lmcache_trio.memory": abc.Memory, "lmcache_trio.tiers": abc.Tier, "lmcache_trio.devices": abc.Device}
 
 

@@ -182,5 +182,5 @@ def test_ctrl_c_is_ignored_where_it_was_ignored_before() -> None:
 
 
 def test_the_program_and_the_module_begin_at_the_same_line() -> None:
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"lmcache-trio": "lmcache_trio.__main__:main"}
