@@ -1,23 +1,41 @@
-"""Answers of lookups: a lease on what memory has, and the sentence that tells a scheduler of it.
+"""How a lookup is answered: at once from memory, or by a prefetch from the tiers, and how a scheduler is told of it.
 
-Two parts answer: `lookups` at once, where memory covers the lookup, and `prefetch` after tiers have been asked.
+A prefetch is one task, a child of the connection. It waits for what the tiers' own tasks tell it and never for a call
+into a tier, so its budget is kept whatever hangs. When the budget is used up, the answer is what is resident by then.
+What the prefetch wanted, held and leased goes with it at once, in synchronous code: at the answer, and when the lookup
+is released, replaced or ended, or its connection lost.
 """
 
+import logging
 import math
 from collections.abc import Sequence
+from math import inf
 
 import trio
 
-from lmcache_trio._core.index.index import Index, Lease
+from lmcache_trio._core.index.index import Hold, Index, Lease
 from lmcache_trio._core.index.session import LookupState, Session
+from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._core.tiers.loads import LoadState, TierLoad
+from lmcache_trio._core.tiers.plan import Plan
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
+from lmcache_trio._server.engine import Engine
+from lmcache_trio._server.peer import Peer
+from lmcache_trio._server.tiers.contains import Question
+from lmcache_trio._server.tiers.runner import TierRunner
 from lmcache_trio._server.tiers.tiers import Tiers
-from lmcache_trio._wire.messages import Answer, AnswerState
+from lmcache_trio._wire.messages import Answer, AnswerState, Lookup
 
 __all__ = ["Answers", "answer_of"]
 
+log = logging.getLogger("lmcache_trio.server")
+
+NEXT_TIER = 0.25
+"""Share of the budget after which the next tier is asked too, although the one before it has not answered."""
+HELD_AT_ONCE = 512
+"""Chunks looked for in memory before others get their turn: about 1 ms."""
 _STATES = {
     LookupState.UNKNOWN: AnswerState.UNKNOWN,
     LookupState.PENDING: AnswerState.PENDING,
@@ -25,40 +43,210 @@ _STATES = {
 }
 
 
-class Answers:
-    """Makes answers, and counts hits and misses."""
+def answer_of(session: Session, reply_to: int) -> Answer:
+    """The state of *session*'s lookup, as its scheduler is told; *reply_to* is 0 in a push."""
+    status = session.status(trio.current_time())
+    ttl_ms = math.floor(status.ttl * 1000)
+    return Answer(reply_to, session.number, status.asked, _STATES[status.state], status.chunks, status.lease, ttl_ms)
 
-    def __init__(self, index: Index, clock: Clock, tiers: Tiers, drain: Drain, counts: Counts) -> None:
-        self._index = index
+
+class Answers:
+    """Answers lookups, runs their prefetches, and counts hits and misses. Without tiers no prefetch ever begins.
+
+    *budget*: seconds that a prefetch may take, unless its lookup gives it less.
+    """
+
+    def __init__(self, index: Index, clock: Clock, tiers: Tiers, drain: Drain, counts: Counts, budget: float) -> None:
+        self.index = index
+        self.tiers = tiers
+        self.prefetches: dict[Session, Prefetch] = {}
+        """Those that run."""
         self._clock = clock
-        self._tiers = tiers
         self._drain = drain
         self._events = counts.events
+        self._budget = budget
 
-    def lease(self, engine: str, session: Session, wanted: Sequence[bytes], namespace: bytes) -> Lease | None:
+    def look_up(self, peer: Peer, engine: Engine, session: Session, message: Lookup, wanted: list[bytes]) -> None:
+        """Answer *message*, which wants to know of *wanted*; or begin a prefetch, if tiers may know more than memory.
+
+        A chunk that memory has and does not lease means that lease_share is used up: no more can be offered then.
+        """
+        lease = self._lease(engine, session, wanted, engine.namespace)
+        leased = 0 if lease is None else lease.chunks
+        budget = self._budget if message.budget_ms < 0 else min(self._budget, message.budget_ms / 1000)
+        if (
+            leased == len(wanted)
+            or not (engine.namespace and budget and self.tiers.any_open)
+            or self._drain.stopping
+            or self.index.match(engine.namespace, wanted[leased : leased + 1])
+        ):
+            self._give(session, message.id, wanted, lease)
+            return
+        made = Prefetch(self, peer, engine, session, lease)
+        self.prefetches[session] = made
+        peer.start(self._run, made, message.id, wanted, trio.current_time() + budget)
+
+    def cancel(self, session: Session) -> None:
+        """The session's lookup is not wanted any more. Idempotent."""
+        running = self.prefetches.pop(session, None)
+        if running is not None:
+            running.close()
+
+    def push(self, prefetch: "Prefetch", asked: int, wanted: Sequence[bytes]) -> None:
+        """Answer *asked* with what memory has by now, if the layout is still the *prefetch*'s, which then ends."""
+        if prefetch.closed:
+            return
+        engine, session = prefetch.engine, prefetch.session
+        usable = engine.namespace if engine.namespace == prefetch.namespace else b""
+        lease = self._lease(engine, session, wanted, usable)
+        if lease is not None:
+            prefetch.lease = b""  # the session's new lease took its place
+        self._give(session, asked, wanted, lease)
+        prefetch.close()
+        prefetch.peer.send(answer_of(session, 0))
+
+    def _lease(self, engine: Engine, session: Session, wanted: Sequence[bytes], namespace: bytes) -> Lease | None:
         """Lease what memory has of *wanted* in *namespace* (b"": nothing), in place of the session's former lease."""
         if not wanted or not namespace or self._drain.stopping:
             return None
-        lease = self._index.lease((engine, session.number), namespace, wanted, trio.current_time())
+        lease = self.index.lease((engine.name, session.number), namespace, wanted, trio.current_time())
         if lease is not None:
             self._clock.not_later_than(lease.expires)
         return lease
 
-    def give(self, session: Session, asked: int, wanted: Sequence[bytes], lease: Lease | None) -> None:
-        """Make *lease* the answer to *asked*, which wanted to know of *wanted*."""
+    def _give(self, session: Session, asked: int, wanted: Sequence[bytes], lease: Lease | None) -> None:
+        """Make *lease* the session's answer to *asked*."""
         if lease is None:
             session.answer(asked, 0)
         else:
             session.answer(asked, lease.chunks, lease.id, lease.expires)
-            self._tiers.used(lease.namespace, wanted[: lease.chunks])
+            self.tiers.used(lease.namespace, wanted[: lease.chunks])
         self._events["lookups"] += bool(wanted)
         self._events["hits"] += session.chunks
         self._events["misses"] += len(wanted) - session.chunks
 
+    async def _run(self, prefetch: "Prefetch", asked: int, wanted: list[bytes], deadline: float) -> None:
+        try:
+            await prefetch.run(wanted, deadline)
+            self.push(prefetch, asked, wanted)
+        except Exception:  # a bug of ours: it costs this one lookup, which is answered
+            self._events["handler_bugs"] += 1
+            log.exception("bug in a prefetch for %s", prefetch.peer)
+            self.push(prefetch, asked, wanted)
+        finally:
+            prefetch.close()
+            if self.prefetches.get(prefetch.session) is prefetch:
+                del self.prefetches[prefetch.session]
 
-def answer_of(session: Session, reply_to: int) -> Answer:
-    """The state of *session*'s lookup, as its scheduler is told; *reply_to* is 0 in a push."""
-    now = trio.current_time()
-    status = session.status(now)
-    ttl_ms = math.floor(status.ttl * 1000)
-    return Answer(reply_to, session.number, status.asked, _STATES[status.state], status.chunks, status.lease, ttl_ms)
+
+class Prefetch:
+    """One lookup's chunks, gathered into memory. `close` may come at any time, and is the end of all that it holds."""
+
+    def __init__(self, answers: Answers, peer: Peer, engine: Engine, session: Session, lease: Lease | None) -> None:
+        self.peer = peer
+        self.engine = engine
+        self.session = session
+        self.namespace = engine.namespace
+        self.closed = False
+        self._index = answers.index
+        self._runners = answers.tiers.runners
+        self._scope = trio.CancelScope()
+        self._changed = trio.Event()
+        self.lease, self._leased = (b"", 0) if lease is None else (lease.id, lease.chunks)
+        self._holds: list[Hold] = []
+        self._questions: dict[int, Question] = {}
+        self._coming: dict[int, tuple[TierRunner, TierLoad]] = {}
+        self._landed: list[tuple[TierRunner, TierLoad]] = []
+
+    def wake(self) -> None:
+        """Something that it waits for is known."""
+        self._changed.set()
+
+    def close(self) -> None:
+        """Let go of everything, and end the task. Idempotent."""
+        self.closed = True
+        self._scope.cancel()
+        for tier, question in self._questions.items():
+            self._runners[tier].contains.withdraw(question)
+        for runner, load in (*self._coming.values(), *self._landed):
+            runner.loader.unwant(load, self.wake)
+        for hold in self._holds:
+            self._index.unhold(hold)
+        if self.lease:
+            self._index.release(self.lease)
+        self._questions.clear()
+        self._coming.clear()
+        self._landed.clear()
+        self._holds.clear()
+        self.lease = b""
+
+    async def run(self, wanted: Sequence[bytes], deadline: float) -> None:
+        """Gather until all is known or *deadline* has come."""
+        if self.closed:
+            return  # before its first step: the session may have another lookup by now
+        with self._scope, trio.move_on_at(deadline):
+            await self._gather(wanted, deadline)
+
+    async def _gather(self, wanted: Sequence[bytes], deadline: float) -> None:
+        plan = Plan(len(wanted), len(self._runners))
+        for position in range(self._leased):
+            plan.here(position)
+        await self._hold_the_rest(plan, wanted)
+        asked, ask_next = 0, -inf
+        while True:
+            self._changed = trio.Event()
+            self._collect(plan)
+            for position, tier in plan.to_want():
+                runner = self._runners[tier]
+                parent = wanted[position - 1] if position else b""
+                key = ChunkKey(self.namespace, wanted[position])
+                self._coming[position] = (runner, runner.loader.want(key, parent, deadline, self.wake))
+            if any(load.settled for _, load in self._coming.values()):
+                continue
+            if plan.done:
+                return
+            now = trio.current_time()
+            if asked < len(self._runners) and (not self._questions or now >= ask_next):
+                self._ask(asked, plan, wanted)
+                asked, ask_next = asked + 1, now + NEXT_TIER * (deadline - now)
+                continue
+            with trio.move_on_at(ask_next if asked < len(self._runners) else inf):
+                await self._changed.wait()
+
+    async def _hold_the_rest(self, plan: Plan, wanted: Sequence[bytes]) -> None:
+        for position in range(plan.run, len(wanted)):
+            hold = self._index.hold(ChunkKey(self.namespace, wanted[position]))
+            if hold is not None:
+                self._holds.append(hold)
+                plan.here(position)
+            if position % HELD_AT_ONCE == HELD_AT_ONCE - 1:
+                await trio.lowlevel.checkpoint()
+
+    def _ask(self, tier: int, plan: Plan, wanted: Sequence[bytes]) -> None:
+        positions = plan.ask(tier)
+        question = Question(self.namespace, [wanted[position] for position in positions], self.wake)
+        runner = self._runners[tier]
+        self._questions[tier] = question
+        if not positions or runner.writer.is_deleting(self.namespace):
+            question.answer([False] * len(positions))
+        else:
+            runner.contains.ask(question)
+
+    def _collect(self, plan: Plan) -> None:
+        """Take note of what is known by now, and let go of what is not needed for it."""
+        for tier, question in list(self._questions.items()):
+            if question.found is not None:
+                del self._questions[tier]
+                plan.answered(tier, question.found)
+        for position, (runner, load) in list(self._coming.items()):
+            if load.settled:
+                del self._coming[position]
+                if load.state is LoadState.LANDED:
+                    plan.landed(position)
+                    self._landed.append((runner, load))
+                else:
+                    plan.missed(position)
+                    runner.loader.unwant(load, self.wake)
+        for position in [position for position in self._coming if position >= plan.cut]:
+            runner, load = self._coming.pop(position)
+            runner.loader.unwant(load, self.wake)

@@ -10,12 +10,12 @@ import trio
 
 from lmcache_trio._core.index.index import Index, Reservation
 from lmcache_trio._core.keys import namespace_of
+from lmcache_trio._server.answers import Answers
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
 from lmcache_trio._server.engine import Engine
 from lmcache_trio._server.peer import Peer
-from lmcache_trio._server.prefetch import Prefetches
 from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._server.tiers.writer import Deletion
 from lmcache_trio._server.transfer.worker import TransferWorker
@@ -37,7 +37,7 @@ class Engines:
         index: Index,
         clock: Clock,
         tiers: Tiers,
-        prefetches: Prefetches,
+        answers: Answers,
         transfer: TransferWorker | None,
         drain: Drain,
         counts: Counts,
@@ -46,7 +46,7 @@ class Engines:
         self._index = index
         self._clock = clock
         self._tiers = tiers
-        self._prefetches = prefetches
+        self._answers = answers
         self._transfer = transfer
         self._drain = drain
         self._counts = counts
@@ -221,7 +221,7 @@ class Engines:
         session = engine.sessions.end(number)
         if session is not None:
             engine.digests -= session.known
-            self._prefetches.cancel(session)
+            self._answers.cancel(session)
             self._index.end_session((engine.name, number))
 
     def reserve(

@@ -1,7 +1,6 @@
 """A scheduler's sentences: its lookups, what becomes of them, and a reset. As in `handlers`, nothing here waits.
 
-A lookup leases what memory has. If that is all that it wants, it is answered at once; if not, it may become a prefetch,
-which answers it when the tiers have.
+How a lookup is answered stands in `answers`.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,12 +54,8 @@ def _lookup(parts: Parts, peer: Peer, message: Lookup) -> Message:
     if former:
         parts.index.release(former)
     if was_pending:
-        parts.prefetches.cancel(session)
-    lease = parts.answers.lease(engine.name, session, wanted, engine.namespace)
-    is_short = len(wanted) > (0 if lease is None else lease.chunks)
-    askable = is_short and engine.namespace and not parts.drain.stopping
-    if not (askable and parts.prefetches.begin(peer, engine, session, message, wanted, lease)):
-        parts.answers.give(session, message.id, wanted, lease)
+        parts.answers.cancel(session)
+    parts.answers.look_up(peer, engine, session, message, wanted)
     return answer_of(session, message.id)
 
 
@@ -81,7 +76,7 @@ def _release(parts: Parts, peer: Peer, message: Release) -> None:
     engine = parts.engines.of(peer)
     session = engine.sessions.live.get(message.session)
     if session is not None:
-        parts.prefetches.cancel(session)
+        parts.answers.cancel(session)
         lease = session.release()
         if lease:
             parts.index.release(lease)

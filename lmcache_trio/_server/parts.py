@@ -12,7 +12,6 @@ from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
 from lmcache_trio._server.engines import Engines
 from lmcache_trio._server.peers import Peers
-from lmcache_trio._server.prefetch import Prefetches
 from lmcache_trio._server.tasks import Tasks
 from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._server.transfer.worker import TransferWorker
@@ -39,7 +38,6 @@ class Parts:
     clock: Clock
     tiers: Tiers
     answers: Answers
-    prefetches: Prefetches
     transfer: TransferWorker | None
     engines: Engines
     peers: Peers

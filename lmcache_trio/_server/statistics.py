@@ -21,7 +21,7 @@ def statistics_of(parts: Parts) -> dict[str, Any]:
         "sessions": sum(len(engine.sessions.live) for engine in parts.engines),
         "tasks": parts.tasks.running,
         "lost_writers": len(parts.peers.lost_writers),
-        "prefetches": len(parts.prefetches),
+        "prefetches": len(parts.answers.prefetches),
         "queued_messages": sum(len(peer.outbox) for peer in parts.peers),
         **(parts.transfer.statistics() if parts.transfer is not None else {}),
         **index["held"],

@@ -42,7 +42,6 @@ from lmcache_trio._server.engines import Engines
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peers import Peers
 from lmcache_trio._server.plugins import make_device, make_memory
-from lmcache_trio._server.prefetch import Prefetches
 from lmcache_trio._server.statistics import statistics_of
 from lmcache_trio._server.tasks import Starter, Tasks
 from lmcache_trio._server.tiers.tiers import Tiers, make_tiers
@@ -118,8 +117,7 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
     index = _make_index(config)
     clock = Clock(index.expire, index.sweep)
     all_tiers = Tiers(tiers, index, memory, clock, config)
-    answers = Answers(index, clock, all_tiers, drain, counts)
-    prefetches = Prefetches(index, all_tiers, answers, config.prefetch_budget, counts)
+    answers = Answers(index, clock, all_tiers, drain, counts, config.prefetch_budget)
     numbers = itertools.count(1)  # the names of peers, readers and writers in the index
     prepare_directory(config.address, config.access)
     path = socket_path(config.address)
@@ -132,7 +130,7 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
             async with tasks.branch() as start_tier:
                 all_tiers.open(start_tier, tasks.branch)
                 async with _transfer(device, memory, index, all_tiers, numbers, drain, counts, tasks) as transfer:
-                    engines = Engines(config, index, clock, all_tiers, prefetches, transfer, drain, counts)
+                    engines = Engines(config, index, clock, all_tiers, answers, transfer, drain, counts)
                     peers = Peers(config, index, engines, transfer, numbers, drain, counts, start_upkeep)
                     parts = Parts(
                         config=config,
@@ -147,7 +145,6 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
                         clock=clock,
                         tiers=all_tiers,
                         answers=answers,
-                        prefetches=prefetches,
                         transfer=transfer,
                         engines=engines,
                         peers=peers,

@@ -128,17 +128,16 @@ async def _lookup_miss(rig: Rig) -> None:
 async def _lookup_in_a_tier(rig: Rig) -> None:
     """The answer is pushed, some turns after the reply."""
 
-    def prefetch(client: Any, engine: Any, session: Any, message: Any, wanted: list[bytes], lease: Any) -> bool:
+    def prefetch(client: Any, engine: Any, session: Any, message: Any, wanted: list[bytes]) -> None:
         async def answer() -> None:
             await trio.lowlevel.checkpoint()
             if session.answer(message.id, 0):
                 client.send(answer_of(session, 0))
 
         client.start(answer)
-        return True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rig.server._parts.prefetches, "begin", prefetch)
+        patch.setattr(rig.server._parts.answers, "look_up", prefetch)
         answer = await rig.scheduler.lookup(3, NEW)
         assert (answer.state, answer.chunks) == (AnswerState.ANSWERED, 0)
 

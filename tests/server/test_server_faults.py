@@ -153,15 +153,14 @@ async def test_a_lookup_that_a_tier_takes_on_is_pending_until_it_is_pushed_and_c
     rig: Any, digests: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler, _ = await rig.engine()
-    prefetches, sessions, cancelled = rig.server._parts.prefetches, [], []
+    answers, sessions, cancelled = rig.server._parts.answers, [], []
 
-    def prefetch(client: Any, engine: Any, session: Any, message: Any, wanted: list[bytes], lease: Any) -> bool:
+    def prefetch(client: Any, engine: Any, session: Any, message: Any, wanted: list[bytes]) -> None:
         assert wanted == digests(2)
         sessions.append((client, session))
-        return True
 
-    monkeypatch.setattr(prefetches, "begin", prefetch)
-    monkeypatch.setattr(prefetches, "cancel", lambda session: cancelled.append(session.number))
+    monkeypatch.setattr(answers, "look_up", prefetch)
+    monkeypatch.setattr(answers, "cancel", lambda session: cancelled.append(session.number))
     asked = await scheduler.lookup(1, digests(2))
     assert asked.state is AnswerState.PENDING
     assert (await scheduler.get(Answer, LookupStatus, 1)).state is AnswerState.PENDING
