@@ -16,11 +16,11 @@ import trio
 from lmcache_trio.abc import ChunkKey, Load, LocalTier, Record
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.threads import offload
-from lmcache_trio_backends._disk_config import Budget, DiskConfig, failure_of, usable_size
-from lmcache_trio_backends._disk_home import Home
-from lmcache_trio_backends._disk_life import DiskLife
-from lmcache_trio_backends._disk_policy import make_admission
-from lmcache_trio_backends._disk_slabs import ByteIO
+from lmcache_trio_backends.disk.admission import make_admission
+from lmcache_trio_backends.disk.config import Budget, DiskConfig, failure_of, usable_size
+from lmcache_trio_backends.disk.engine import DiskLife
+from lmcache_trio_backends.disk.home import Home
+from lmcache_trio_backends.disk.slabs import ByteIO
 
 __all__ = ["DiskConfig", "DiskTier"]
 

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lmcache_trio_backends._disk_home import FORMAT, INDEX_NAME, slab_name
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from lmcache_trio_backends.disk.home import FORMAT, INDEX_NAME, slab_name
 
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
 

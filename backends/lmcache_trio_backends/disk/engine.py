@@ -1,6 +1,6 @@
 """The disk tier between one `open()` and its end: its calls, and the tasks that keep house.
 
-Every decision is `_disk_directory`'s, every wait for a thread `_disk_worker`'s; this module joins the two in the order
+Every decision is `directory`'s, every wait for a thread `io_threads`'s; this module joins the two in the order
 that survives a kill: bytes before their row, a row's end before its bytes are given to another.
 """
 
@@ -17,18 +17,18 @@ import trio
 
 from lmcache_trio.abc import Arena, ChunkKey, Load, Record
 from lmcache_trio.errors import Unavailable
-from lmcache_trio_backends._disk_config import Budget, DiskConfig, failure_of
-from lmcache_trio_backends._disk_directory import Directory
-from lmcache_trio_backends._disk_files import Files
-from lmcache_trio_backends._disk_home import Home
-from lmcache_trio_backends._disk_index import Full
-from lmcache_trio_backends._disk_policy import Admission
-from lmcache_trio_backends._disk_reading import Reading
-from lmcache_trio_backends._disk_records import MAX_SHARDS, Read, Write, extent_of, name_of
-from lmcache_trio_backends._disk_room import Room
-from lmcache_trio_backends._disk_slabs import NO_SPACE, ByteIO
-from lmcache_trio_backends._disk_transfer import Transfer, flat
-from lmcache_trio_backends._disk_worker import Worker
+from lmcache_trio_backends.disk.admission import Admission
+from lmcache_trio_backends.disk.config import Budget, DiskConfig, failure_of
+from lmcache_trio_backends.disk.directory import Directory
+from lmcache_trio_backends.disk.files import Files
+from lmcache_trio_backends.disk.home import Home
+from lmcache_trio_backends.disk.index_file import Full
+from lmcache_trio_backends.disk.io_threads import Worker
+from lmcache_trio_backends.disk.reclaimer import Room
+from lmcache_trio_backends.disk.records import MAX_SHARDS, Read, Write, extent_of, name_of
+from lmcache_trio_backends.disk.recovery import Reading
+from lmcache_trio_backends.disk.slabs import NO_SPACE, ByteIO
+from lmcache_trio_backends.disk.transfer import Transfer, flat
 
 __all__ = ["FLUSH_SECONDS", "DiskLife"]
 

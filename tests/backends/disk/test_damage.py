@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import trio
-from lmcache_trio_backends._disk_config import Budget
-from lmcache_trio_backends._disk_files import Files
-from lmcache_trio_backends._disk_home import INDEX_NAME, Home
-from lmcache_trio_backends._disk_records import pack
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from lmcache_trio_backends.disk.config import Budget
+from lmcache_trio_backends.disk.files import Files
+from lmcache_trio_backends.disk.home import INDEX_NAME, Home
+from lmcache_trio_backends.disk.records import pack
 
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of

@@ -18,10 +18,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lmcache_trio.abc import Arena, ChunkKey
 from lmcache_trio.errors import Misuse
-from lmcache_trio_backends._disk_leaves import Leaves
-from lmcache_trio_backends._disk_places import SLICE, Places, by_place
-from lmcache_trio_backends._disk_records import Doomed, Lost, Read, Row, Write, extent_of, index_cost
-from lmcache_trio_backends._disk_rows import FREE, Rows, Space
+from lmcache_trio_backends.disk.eviction import Leaves
+from lmcache_trio_backends.disk.records import Doomed, Lost, Read, Row, Write, extent_of, index_cost
+from lmcache_trio_backends.disk.rows import FREE, Rows, Space
+from lmcache_trio_backends.disk.scanner import SLICE, Places, by_place
 
 __all__ = ["Directory"]
 

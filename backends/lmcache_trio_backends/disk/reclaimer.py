@@ -1,6 +1,6 @@
 """Where the disk tier finds room: growth slab by slab, eviction, and the end of what was evicted.
 
-It does what `_disk_directory` decided, in the order that survives a kill: a row is gone before its bytes are free.
+It does what `directory` decided, in the order that survives a kill: a row is gone before its bytes are free.
 """
 
 import logging
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import trio
 
 from lmcache_trio.abc import ChunkKey
-from lmcache_trio_backends._disk_directory import Directory
-from lmcache_trio_backends._disk_files import Files
-from lmcache_trio_backends._disk_records import Write, extent_of
-from lmcache_trio_backends._disk_worker import Worker
+from lmcache_trio_backends.disk.directory import Directory
+from lmcache_trio_backends.disk.files import Files
+from lmcache_trio_backends.disk.io_threads import Worker
+from lmcache_trio_backends.disk.records import Write, extent_of
 
 __all__ = ["Room"]
 

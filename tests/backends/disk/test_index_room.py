@@ -4,10 +4,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from lmcache_trio_backends._disk_config import Budget
-from lmcache_trio_backends._disk_index import IndexFile
-from lmcache_trio_backends._disk_records import MAX_SHARDS, Doomed, Row, index_cost, pack
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from lmcache_trio_backends.disk.config import Budget
+from lmcache_trio_backends.disk.index_file import IndexFile
+from lmcache_trio_backends.disk.records import MAX_SHARDS, Doomed, Row, index_cost, pack
 
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import attrs
 import xxhash
 
-from lmcache_trio_backends._disk_records import round_up
-from lmcache_trio_backends._disk_slabs import ByteIO
+from lmcache_trio_backends.disk.records import round_up
+from lmcache_trio_backends.disk.slabs import ByteIO
 
 __all__ = ["PIECE", "Transfer", "flat"]
 

@@ -12,10 +12,10 @@ import trio
 
 from lmcache_trio.abc import ChunkKey
 from lmcache_trio.errors import Unavailable
-from lmcache_trio_backends._disk_directory import Directory
-from lmcache_trio_backends._disk_files import Files
-from lmcache_trio_backends._disk_records import Read, Row, name_of
-from lmcache_trio_backends._disk_worker import Worker
+from lmcache_trio_backends.disk.directory import Directory
+from lmcache_trio_backends.disk.files import Files
+from lmcache_trio_backends.disk.io_threads import Worker
+from lmcache_trio_backends.disk.records import Read, Row, name_of
 
 __all__ = ["PAGE_ROWS", "SMALL", "Reading"]
 

@@ -14,16 +14,15 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from lmcache_trio_backends import _disk_life, _disk_reading
-from lmcache_trio_backends._disk_config import Budget
-from lmcache_trio_backends._disk_directory import Directory
-from lmcache_trio_backends._disk_files import Files
-from lmcache_trio_backends._disk_home import INDEX_NAME, Home, slab_name
-from lmcache_trio_backends._disk_index import PAGE, IndexFile
-from lmcache_trio_backends._disk_leaves import _GLANCES
-from lmcache_trio_backends._disk_records import Row, pack
-from lmcache_trio_backends._disk_worker import Worker
-from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from lmcache_trio_backends.disk import DiskConfig, DiskTier, engine, recovery
+from lmcache_trio_backends.disk.config import Budget
+from lmcache_trio_backends.disk.directory import Directory
+from lmcache_trio_backends.disk.eviction import _GLANCES
+from lmcache_trio_backends.disk.files import Files
+from lmcache_trio_backends.disk.home import INDEX_NAME, Home, slab_name
+from lmcache_trio_backends.disk.index_file import PAGE, IndexFile
+from lmcache_trio_backends.disk.io_threads import Worker
+from lmcache_trio_backends.disk.records import Row, pack
 
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio.abc import ChunkKey
@@ -95,7 +94,7 @@ def _noted(value: Any, note: Any) -> Any:
 async def test_a_question_waits_for_one_page_of_the_reading_and_not_for_its_end(
     tmp_path: Path, many: list[Row], asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_disk_reading, "SMALL", 0)
+    monkeypatch.setattr(recovery, "SMALL", 0)
     tier = disk_tier(tmp_path)
     async with tier.open():
         before = len(asked)
@@ -112,11 +111,11 @@ async def test_a_small_index_is_read_before_the_tier_is_open_and_a_large_one_aft
 ) -> None:
     with contextlib.closing(sqlite3.connect(Home(str(tmp_path)).inside / INDEX_NAME)) as db:
         (pages,), (free,) = (db.execute(f"PRAGMA {count}").fetchone() for count in ("page_count", "freelist_count"))
-    monkeypatch.setattr(_disk_reading, "SMALL", (pages - free) * PAGE - (0 if small else 1))
+    monkeypatch.setattr(recovery, "SMALL", (pages - free) * PAGE - (0 if small else 1))
     tier = disk_tier(tmp_path)
     async with tier.open():
         known = int(tier.statistics()["chunks"])
-        assert known == MANY if small else known <= _disk_reading.PAGE_ROWS
+        assert known == MANY if small else known <= recovery.PAGE_ROWS
         assert tier.statistics()["ready"] == small
         assert list(await tier.contains([key(many[-1]), key_of(1)])) == [True, False]
 
@@ -124,7 +123,7 @@ async def test_a_small_index_is_read_before_the_tier_is_open_and_a_large_one_aft
 async def test_what_was_read_already_is_answered_without_the_index_file(
     tmp_path: Path, many: list[Row], asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_disk_reading, "SMALL", 0)
+    monkeypatch.setattr(recovery, "SMALL", 0)
     tier = disk_tier(tmp_path)
     async with tier.open():
         while not tier.statistics()["chunks"]:  # a page is read
@@ -180,7 +179,7 @@ async def test_a_dead_row_is_not_found_by_query_either(
     tmp_path: Path, many: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(tmp_path, [], MANY)
-    monkeypatch.setattr(_disk_reading, "SMALL", 0)
+    monkeypatch.setattr(recovery, "SMALL", 0)
     tier = disk_tier(tmp_path)
     async with tier.open():
         assert tier.statistics()["ready"] == 0
@@ -202,7 +201,7 @@ async def test_a_generation_is_never_given_again_after_all_were_forgotten(tmp_pa
 async def test_a_deletion_of_very_many_returns_when_it_is_for_good_and_not_when_all_is_erased(
     tmp_path: Path, many: list[Row], asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_disk_life, "DELETE_BATCHES", 1)
+    monkeypatch.setattr(engine, "DELETE_BATCHES", 1)
     tier = disk_tier(tmp_path)
     async with tier.open():
         await tier.delete(NAMESPACE)
@@ -299,7 +298,7 @@ def test_every_step_of_the_rebuilding_is_small() -> None:
     directory = Directory(Arena(), 1 << 30)
     directory.restore(rows(MANY))
     steps: Iterator[None] = directory.rebuild(MANY * LENGTH, directory.order())
-    assert sum(1 for _ in steps) > 2 * MANY // _disk_reading.PAGE_ROWS
+    assert sum(1 for _ in steps) > 2 * MANY // recovery.PAGE_ROWS
 
 
 def test_what_is_read_of_a_page_is_what_was_written(tmp_path: Path) -> None:

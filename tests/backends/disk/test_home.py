@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import trio
-from lmcache_trio_backends._disk_home import FORMAT, INDEX_NAME, LOCK_NAME, Home, slab_name
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from lmcache_trio_backends.disk.home import FORMAT, INDEX_NAME, LOCK_NAME, Home, slab_name
 
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of

@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 
 from lmcache_trio.errors import ConfigError, Unavailable
-from lmcache_trio_backends._disk_policy import ADMISSIONS
-from lmcache_trio_backends._disk_records import ALIGNMENT
+from lmcache_trio_backends.disk.admission import ADMISSIONS
+from lmcache_trio_backends.disk.records import ALIGNMENT
 
 __all__ = ["DURABILITIES", "MIN_SIZE", "Budget", "DiskConfig", "failure_of", "usable_size"]
 

@@ -1,6 +1,6 @@
 """The index file: SQLite in WAL mode, one row a chunk. Every method blocks, and all run in one thread of its own.
 
-It keeps what `_disk_directory` decided and decides nothing; but what can be no row of ours is erased. One connection,
+It keeps what `directory` decided and decides nothing; but what can be no row of ours is erased. One connection,
 opened exclusively, so there is no shared memory file beside it, every checkpoint completes, and the WAL stays as small
 as it was promised to: it is written back into the file whenever half of its room is filled, and no transaction is
 larger than a quarter.
@@ -17,9 +17,9 @@ from typing import TypeVar
 
 import xxhash
 
-from lmcache_trio_backends._disk_home import FORMAT, open_own
-from lmcache_trio_backends._disk_records import Doomed, Row, is_sound
-from lmcache_trio_backends._disk_slabs import set_aside
+from lmcache_trio_backends.disk.home import FORMAT, open_own
+from lmcache_trio_backends.disk.records import Doomed, Row, is_sound
+from lmcache_trio_backends.disk.slabs import set_aside
 
 __all__ = ["PAGE", "Damaged", "Full", "IndexFile", "is_corrupt"]
 

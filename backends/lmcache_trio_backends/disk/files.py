@@ -1,6 +1,6 @@
 """The files of one disk tier, opened and closed together. Both block, and run in the index file's thread.
 
-In the directory that `_disk_home` keeps:
+In the directory that `home` keeps:
 
 lmcache-trio-index[-wal]   SQLite: one row a chunk
 lmcache-trio-slab-00000…   the chunks' bytes
@@ -12,11 +12,11 @@ import resource
 from collections.abc import Callable, Sequence
 
 from lmcache_trio.errors import ConfigError
-from lmcache_trio_backends._disk_config import Budget, DiskConfig
-from lmcache_trio_backends._disk_home import INDEX_NAME, Home
-from lmcache_trio_backends._disk_index import IndexFile
-from lmcache_trio_backends._disk_records import ALIGNMENT
-from lmcache_trio_backends._disk_slabs import NO_SPACE, Slabs, fallocate, probe
+from lmcache_trio_backends.disk.config import Budget, DiskConfig
+from lmcache_trio_backends.disk.home import INDEX_NAME, Home
+from lmcache_trio_backends.disk.index_file import IndexFile
+from lmcache_trio_backends.disk.records import ALIGNMENT
+from lmcache_trio_backends.disk.slabs import NO_SPACE, Slabs, fallocate, probe
 
 __all__ = ["Files"]
 

@@ -1,6 +1,6 @@
 """Where the rows of the index file lie in the slabs: found once, at the start, in the order of their places.
 
-It claims what sound rows name and says which cannot be sound; what becomes of those is `_disk_directory`'s to decide.
+It claims what sound rows name and says which cannot be sound; what becomes of those is `directory`'s to decide.
 """
 
 from array import array
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from lmcache_trio.abc import Arena
 from lmcache_trio.errors import Misuse
-from lmcache_trio_backends._disk_records import ALIGNMENT, Lost
-from lmcache_trio_backends._disk_rows import Rows
+from lmcache_trio_backends.disk.records import ALIGNMENT, Lost
+from lmcache_trio_backends.disk.rows import Rows
 
 __all__ = ["SLICE", "Places", "by_place"]
 

@@ -7,7 +7,7 @@ when it comes to the top, a bounded number at a time, because a million may be.
 
 import heapq
 
-from lmcache_trio_backends._disk_rows import Rows
+from lmcache_trio_backends.disk.rows import Rows
 
 __all__ = ["Leaves"]
 

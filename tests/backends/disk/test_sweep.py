@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 import trio
-from lmcache_trio_backends._disk_home import FORMAT, INDEX_NAME, slab_name
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from lmcache_trio_backends.disk.home import FORMAT, INDEX_NAME, slab_name
 
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of

@@ -10,11 +10,10 @@ from random import Random
 
 import pytest
 import trio
-from lmcache_trio_backends import _disk_life
-from lmcache_trio_backends._disk_index import IndexFile
-from lmcache_trio_backends._disk_records import Row, pack
-from lmcache_trio_backends._disk_slabs import Slabs
-from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from lmcache_trio_backends.disk import DiskConfig, DiskTier, engine
+from lmcache_trio_backends.disk.index_file import IndexFile
+from lmcache_trio_backends.disk.records import Row, pack
+from lmcache_trio_backends.disk.slabs import Slabs
 
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
@@ -49,7 +48,7 @@ async def test_a_periodic_flush_that_fails_fails_the_tier_until_it_is_opened_aga
 ) -> None:
     flush = FailingFlush(times=1)
     monkeypatch.setattr(Slabs, "flush", lambda slabs: flush(slabs))
-    monkeypatch.setattr(_disk_life, "FLUSH_SECONDS", 0.02)
+    monkeypatch.setattr(engine, "FLUSH_SECONDS", 0.02)
     tier = disk_tier(tmp_path, "periodic")
     async with tier.open():
         assert list(await tier.store([record_of(key_of(1))])) == [True]

@@ -10,8 +10,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from lmcache_trio_backends._disk_directory import Directory
-from lmcache_trio_backends._disk_records import Doomed, Read, Row, Write, extent_of, index_cost
+from lmcache_trio_backends.disk.directory import Directory
+from lmcache_trio_backends.disk.records import Doomed, Read, Row, Write, extent_of, index_cost
 
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio.abc import ChunkKey

@@ -15,8 +15,8 @@ import trio
 
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.threads import DedicatedThread, offload
-from lmcache_trio_backends._disk_index import is_corrupt
-from lmcache_trio_backends._disk_transfer import Transfer
+from lmcache_trio_backends.disk.index_file import is_corrupt
+from lmcache_trio_backends.disk.transfer import Transfer
 
 __all__ = ["Worker"]
 

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from lmcache_trio_backends import _disk_life, _disk_slabs
-from lmcache_trio_backends._disk_home import INDEX_NAME, Home, slab_name
-from lmcache_trio_backends._disk_index import IndexFile
-from lmcache_trio_backends._disk_policy import SecondHit
-from lmcache_trio_backends._disk_reading import Reading
-from lmcache_trio_backends._disk_slabs import Slabs
-from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from lmcache_trio_backends.disk import DiskConfig, DiskTier, engine, slabs
+from lmcache_trio_backends.disk.admission import SecondHit
+from lmcache_trio_backends.disk.home import INDEX_NAME, Home, slab_name
+from lmcache_trio_backends.disk.index_file import IndexFile
+from lmcache_trio_backends.disk.recovery import Reading
+from lmcache_trio_backends.disk.slabs import Slabs
 
 from lmcache_trio.abc import Record
 from lmcache_trio.config import structure
@@ -423,7 +422,7 @@ async def test_a_full_disk_is_capacity_reached_and_its_chunks_evict_each_other_u
     tier = disk_tier(tmp_path)
     async with tier.open():
         assert all(await stored(tier, 1, 2, lengths=(MIB,)))
-        monkeypatch.setattr(_disk_slabs, "fallocate", _raise(28))
+        monkeypatch.setattr(slabs, "fallocate", _raise(28))
         assert all(await loaded(tier, 1, 2, lengths=(MIB,)))
         assert await stored(tier, 3, lengths=(3 * MIB,)) == [True]  # in place of both: the slab has 4
         assert await loaded(tier, 1, 2, lengths=(MIB,)) == [False, False]
@@ -470,7 +469,7 @@ async def test_a_bad_sector_fences_once_and_its_record_is_gone(tmp_path: Path) -
 async def test_a_disk_that_hangs_when_it_is_closed_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_disk_life, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(engine, "CLOSE_SECONDS", 0.05)
     tier = disk_tier(tmp_path)
     blocked, release = os.pipe()
     async with trio.open_nursery() as nursery:
@@ -505,7 +504,7 @@ async def test_recency_and_periodic_flushes_come_by_themselves(tmp_path: Path, m
     monkeypatch.setattr(IndexFile, "touch", spied("touch"))
     monkeypatch.setattr(IndexFile, "checkpoint", spied("checkpoint"))
     monkeypatch.setattr(Slabs, "flush", spied("flush"))
-    monkeypatch.setattr(_disk_life, "FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(engine, "FLUSH_SECONDS", 0.05)
     tier = disk_tier(tmp_path, durability="periodic")
     async with tier.open():
         assert await stored(tier, 1) == [True]
@@ -519,7 +518,7 @@ async def test_recency_and_periodic_flushes_come_by_themselves(tmp_path: Path, m
 # ---- a killed server
 
 
-WORKER = Path(__file__).parent.parent / "crash" / "disk_worker.py"
+WORKER = Path(__file__).parent.parent.parent / "crash" / "disk_worker.py"
 
 
 async def test_a_server_killed_in_its_writes_comes_back_with_hits_exact_usage_and_no_wrong_byte(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from lmcache_trio_backends._disk_home import Home
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from lmcache_trio_backends.disk.home import Home
 
 from lmcache_trio._server.tiers.tiers import FIRST_OPENING
 from lmcache_trio.errors import ConfigError

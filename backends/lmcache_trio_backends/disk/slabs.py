@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from lmcache_trio.errors import ConfigError
-from lmcache_trio_backends._disk_home import Home, slab_name
-from lmcache_trio_backends._disk_records import ALIGNMENT, Lost, round_up
+from lmcache_trio_backends.disk.home import Home, slab_name
+from lmcache_trio_backends.disk.records import ALIGNMENT, Lost, round_up
 
 __all__ = ["NO_SPACE", "ByteIO", "Slabs", "fallocate", "probe", "set_aside"]
 

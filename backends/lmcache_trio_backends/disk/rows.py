@@ -1,13 +1,13 @@
 """The disk tier's records as rows of flat arrays.
 
 A million rows are a few flat arrays, and dicts of bytes, to the garbage collector: it has nothing to visit. This module
-keeps names and rows in order and decides nothing: what a state means, and when it changes, stands in `_disk_directory`.
+keeps names and rows in order and decides nothing: what a state means, and when it changes, stands in `directory`.
 """
 
 from array import array
 from collections.abc import Sequence
 
-from lmcache_trio_backends._disk_records import NAME, Row, extent_of, index_cost, unpack
+from lmcache_trio_backends.disk.records import NAME, Row, extent_of, index_cost, unpack
 
 __all__ = ["FREE", "Rows", "Space"]
 
