@@ -10,7 +10,8 @@ made by hand.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from operator import index
+from typing import Any, TypeVar
 
 import attrs
 from attrs.validators import ge
@@ -19,7 +20,7 @@ from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio._wire.messages import MAX_NUMBER
 from lmcache_trio.errors import Misuse
 
-__all__ = ["ChunkTarget", "LoadSpec", "StoreSpec"]
+__all__ = ["ChunkTarget", "LoadSpec", "StoreSpec", "own_numbers"]
 
 
 MOST = 2**32 - 1
@@ -36,6 +37,22 @@ def check_seconds(name: str, value: object) -> None:
     """`Misuse`, which names it, unless *value* is a positive number of seconds."""
     if not isinstance(value, int | float) or not 0 < value < math.inf:  # NaN is neither
         raise Misuse(f"{name} is {value!r:.80}: it must be a positive number of seconds")
+
+
+def own_numbers(name: str, numbers: Any) -> Any:
+    """The sequence *numbers* as ints, which stay what they are when its engine uses its tensor or array again.
+
+    A list or a tuple of ints comes back as it is: it is told by its first item. `Misuse` names what is no number.
+    """
+    try:
+        plain = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+        return plain if not len(plain) or type(plain[0]) is int else [index(number) for number in plain]
+    except (TypeError, ValueError) as exc:
+        raise Misuse(f"{name} must be whole numbers in a row: {exc}") from exc
+
+
+def _block_ids(block_ids: Any) -> tuple[int, ...]:
+    return tuple(own_numbers("block_ids", block_ids))
 
 
 def _check_spec(spec: "StoreSpec | LoadSpec") -> None:
@@ -66,7 +83,7 @@ class StoreSpec:
     session: int
     parent: bytes
     digests: bytes
-    block_ids: tuple[int, ...]
+    block_ids: tuple[int, ...] = attrs.field(converter=_block_ids)
     chunk_tokens: int = attrs.field(default=0, validator=ge(0))
     block_tokens: int = attrs.field(default=0, validator=ge(0))
 
@@ -130,7 +147,7 @@ class LoadSpec:
     start: int
     count: int
     skip_blocks: int
-    block_ids: tuple[int, ...]
+    block_ids: tuple[int, ...] = attrs.field(converter=_block_ids)
     chunk_tokens: int = attrs.field(default=0, validator=ge(0))
     block_tokens: int = attrs.field(default=0, validator=ge(0))
 

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import attrs
 
@@ -16,7 +17,6 @@ from lmcache_trio._core.keys import join_digests
 from lmcache_trio._transport.conversation import Reply
 from lmcache_trio._wire.messages import MAX_DIGESTS, PROTOCOL_VERSION, Ack, Hello, Identify, Reset, Role
 from lmcache_trio.adapters.link import Link, logger
-from lmcache_trio.adapters.scheduler.lookup_machine import LookupStage
 from lmcache_trio.adapters.scheduler.lookup_table import LookupTable, Request
 from lmcache_trio.adapters.scheduler.prompts import Extras, Prompt, Prompts
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
@@ -133,12 +133,11 @@ class SchedulerAdapter:
         if former.outdated or len(token_ids) < len(former.prompt.tokens):
             self.end_session(request_id)  # begun anew; or what was found for a longer prompt is no answer for this one
         request = self._request_of(request_id, token_ids, extras)
-        if self._lookups.check(request) is None or request.lookup.state is LookupStage.ANSWERED:
+        tokens = len(token_ids) if max_tokens is None else max(0, max_tokens)
+        if self._lookups.is_asked(request, tokens // self.chunk_tokens):
             return
         self._prompts.extend(request.prompt, token_ids, extras)
-        tokens = len(token_ids) if max_tokens is None else max_tokens
-        chunks = min(len(request.prompt.digests), max(0, tokens) // self.chunk_tokens, MAX_DIGESTS)
-        self._lookups.submit(request, chunks)
+        self._lookups.submit(request, min(len(request.prompt.digests), tokens // self.chunk_tokens, MAX_DIGESTS))
 
     def check_lookup_result(self, request_id: str) -> int | None:
         """How many leading tokens may be loaded, a multiple of `chunk_tokens`; None while unknown. No round trip.
@@ -179,9 +178,9 @@ class SchedulerAdapter:
         first, skip = divmod(local_tokens, chunk_tokens)
         end = -(-(local_tokens + external_tokens) // chunk_tokens)
         lease = self._lookups.take(request, end)
-        blocks, skipped = tuple(block_ids), skip // block_tokens
+        skipped, count = skip // block_tokens, end - first
         return LoadSpec(
-            request_id, request.session, lease, first, end - first, skipped, blocks, chunk_tokens, block_tokens
+            request_id, request.session, lease, first, count, skipped, block_ids, chunk_tokens, block_tokens
         )
 
     # --- digests and sessions ---------------------------------------------------------------------------------------
@@ -223,7 +222,7 @@ class SchedulerAdapter:
                 f" {chunk_tokens // block_tokens} blocks, up to the {len(known)} chunks that were hashed"
             )
         self._lookups.open_session(request)
-        return StoreSpec(request_id, request.session, parent, digests, tuple(block_ids), chunk_tokens, block_tokens)
+        return StoreSpec(request_id, request.session, parent, digests, block_ids, chunk_tokens, block_tokens)
 
     def mark_failed(self, request_id: str, first_failed_token: int) -> None:
         """A load of the chunk that holds *first_failed_token* failed: it and all behind it are not offered again."""
@@ -369,9 +368,11 @@ class SchedulerAdapter:
         return replied
 
 
-def _check_tokens(token_ids: object) -> None:
+def _check_tokens(token_ids: Any) -> None:
     if not hasattr(token_ids, "__len__") or not hasattr(token_ids, "__getitem__"):
         raise Misuse(f"token_ids is {token_ids!r:.80}: it must be a sequence of token ids")
+    if getattr(token_ids, "ndim", 1) != 1:
+        raise Misuse(f"token_ids has {token_ids.ndim} dimensions: give those of one prompt, in one dimension")
 
 
 def _version(version: str) -> tuple[str, str]:

@@ -157,6 +157,17 @@ class LookupTable:
             lookup.told(client, max(start, upto))
             lookup.submit(asked, upto, now + self.lookup_timeout)
 
+    def is_asked(self, request: Request, most: int) -> bool:
+        """Is its lookup awaited or answered, and no answer of more than *most* chunks? One that may be is let go."""
+        self.check(request)
+        state, lookup = request.lookup.state, request.lookup
+        if state not in (LookupStage.PENDING, LookupStage.ANSWERED):
+            return False
+        if (lookup.upto if state is LookupStage.PENDING else lookup.chunks) <= most:
+            return True
+        self.forget(request)
+        return False
+
     def check(self, request: Request) -> int | None:
         """How many leading chunks may be offered; None while that is unknown. Sees to what its time is up for."""
         lookup, now, warn = request.lookup, self.clock(), False

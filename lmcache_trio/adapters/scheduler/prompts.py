@@ -6,7 +6,7 @@ It knows no server, decides nothing about lookups, and sends nothing.
 from collections.abc import Callable, Sequence
 
 from lmcache_trio._core.keys import chain_digests, identity_of, seed_of
-from lmcache_trio.adapters.specs import check_whole
+from lmcache_trio.adapters.specs import check_whole, own_numbers
 from lmcache_trio.errors import Misuse
 from lmcache_trio.threads import Lock
 
@@ -95,7 +95,8 @@ class Prompts:
         head = token_ids if len(token_ids) == count * width else token_ids[: count * width]
         if len(known) > count * width:
             known = known[: count * width]
-        if (head if type(head) is list else list(head)) != known:
+        plain = own_numbers("token_ids", head)
+        if (plain if type(plain) is list else list(plain)) != known:
             return False
         if extras is None:
             return not any(hashed[:count])
@@ -114,7 +115,7 @@ class Prompts:
             raise Misuse("extras must return bytes for each chunk, empty where the token ids say it all")
         whole = not done and len(token_ids) == count * width
         # a slice of a long prompt costs as much as hashing a chunk
-        tokens = token_ids if whole else token_ids[done * width : count * width]
+        tokens = own_numbers("token_ids", token_ids if whole else token_ids[done * width : count * width])
         found = chain_digests(parent, tokens, width, mixed)
         with self._lock:
             if self.chunk_tokens == width:  # else the first server came meanwhile, and all is hashed anew

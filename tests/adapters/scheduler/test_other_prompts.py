@@ -1,9 +1,11 @@
 """One request id, and then another prompt under it: nothing of the former is offered, named or kept for the new one."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lmcache_trio._core.keys import chain_digests
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, StoreSpec
@@ -130,6 +132,43 @@ def test_an_array_that_is_used_again_with_other_content_is_another_prompt(stored
     assert stored.lookup("r", tokens) == 0  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", [torch.Tensor, list, tuple])
+def test_a_tensor_that_is_used_again_with_other_content_is_another_prompt(stored: Side, kind: type) -> None:
+    tokens = torch.tensor(A)
+    given: Any = tokens if kind is torch.Tensor else kind(tokens)
+    assert stored.lookup("r", given) == 4 * CHUNK
+    session = stored.scheduler.session_spec("r")
+    assert stored.lookup("r", given) == 4 * CHUNK
+    assert stored.scheduler.session_spec("r") == session
+    tokens.copy_(torch.tensor(B))  # what the items are views of
+    assert stored.lookup("r", given) == 0
+    assert b"".join(stored.scheduler.extend("r", given)) == digests_of(stored, B)
+
+
+def test_token_ids_of_more_than_one_dimension_are_refused(stored: Side) -> None:
+    with pytest.raises(Misuse, match="token_ids"):
+        stored.scheduler.maybe_submit_lookup_request("r", torch.tensor([A]))  # type: ignore[arg-type]
+
+
+def test_blocks_that_were_named_by_a_tensor_stay_named_when_it_is_used_again(
+    live_server: ServerProcess, sides: MakeSide, one: Side
+) -> None:
+    blocks = torch.tensor(BLOCKS)
+    one.scheduler.extend("r", A)
+    spec = one.scheduler.store_spec("r", 0, blocks)  # type: ignore[arg-type]
+    blocks += 16
+    one.worker.store_now([spec])
+    other = sides(live_server.address, make_kv())
+    assert other.lookup("r", A) == 4 * CHUNK
+    blocks.copy_(torch.tensor(OTHER_BLOCKS))
+    load = other.scheduler.update_after_alloc("r", 4 * CHUNK, block_ids=blocks)  # type: ignore[arg-type]
+    assert load is not None
+    blocks.zero_()
+    other.worker.retrieve_now([load])
+    assert other.worker.take_failed_blocks() == set()
+    assert same_blocks(other.kv, OTHER_BLOCKS, one.kv, BLOCKS)
+
+
 def test_the_same_tokens_with_other_extras_are_another_prompt(stored: Side) -> None:
     scheduler = stored.scheduler
     assert stored.lookup("r", A) == 4 * CHUNK
@@ -151,6 +190,22 @@ def test_a_shorter_prompt_is_offered_what_it_has_and_no_more(stored: Side) -> No
     stored.scheduler.mark_failed("r", 0)
     stored.scheduler.free_lookup_locks("r")
     assert stored.lookup("r", A[:CHUNK]) == CHUNK  # what could not be loaded for the former says nothing of this one
+
+
+def test_no_more_tokens_are_offered_than_the_latest_question_wants(stored: Side, live_server: ServerProcess) -> None:
+    scheduler = stored.scheduler
+    assert stored.lookup("r", [*A, 1]) == 4 * CHUNK
+    session = scheduler.session_spec("r")
+    for most, offered in ((4 * CHUNK - 1, 3 * CHUNK), (CHUNK, CHUNK), (4 * CHUNK, CHUNK)):
+        scheduler.maybe_submit_lookup_request("r", A, max_tokens=most)
+        assert scheduler.check_lookup_result("r") == offered  # the last one is answered already
+    assert scheduler.session_spec("r") == session
+    live_server.pause()
+    scheduler.cleanup_lookup_result("r")
+    scheduler.maybe_submit_lookup_request("r", A)
+    scheduler.maybe_submit_lookup_request("r", A, max_tokens=2 * CHUNK)
+    live_server.go_on()
+    assert scheduler.check_lookup_result("r") == 2 * CHUNK
 
 
 def test_a_load_that_failed_for_one_prompt_does_not_count_against_another(stored: Side) -> None:
