@@ -21,9 +21,9 @@ import trio
 
 from lmcache_trio._core.keys import DIGEST_BYTES, join_digests
 from lmcache_trio._transport import Connection, dial_pair, introduce, wait_listening
-from lmcache_trio._transport.addresses import NotToBeUsed
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._transport.conversation import Conversation, Reply, expect
+from lmcache_trio._transport.socket_files import NotToBeUsed
 from lmcache_trio._wire.codec import decode, encode, unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import (
     MAX_RESERVED,
@@ -62,8 +62,7 @@ from lmcache_trio._wire.messages import (
     Welcome,
 )
 from lmcache_trio._wire.protocol import check_welcome, error_of
-from lmcache_trio.client_config import load_client_config
-from lmcache_trio.config import default_addresses
+from lmcache_trio.config import default_addresses, load_client_config
 from lmcache_trio.errors import ConfigError, Gone, Misuse, ProtocolError, Unavailable
 
 __all__ = ["Client", "Storing", "connect", "open_client", "places_of", "sentence", "serve_connection", "wait_server"]

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from lmcache_trio._transport import addresses
+from lmcache_trio._transport import socket_files
 from lmcache_trio.config import PRIVATE, Access
 from lmcache_trio.errors import ConfigError
 
@@ -248,4 +248,4 @@ def _transport(address: str) -> _Transport:
         import lmcache_trio._transport.memory as in_memory
 
         return in_memory
-    raise ConfigError("address", f"{address!r} is no address: {addresses.USE}")
+    raise ConfigError("address", f"{address!r} is no address: {socket_files.USE}")

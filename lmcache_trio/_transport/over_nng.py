@@ -13,9 +13,9 @@ from collections.abc import Collection, Sequence
 
 import trio
 
-from lmcache_trio._transport import Connection, Introduction, PairListener, Rendezvous, addresses
-from lmcache_trio._transport.addresses import Address, IpcAddress, TcpAddress
+from lmcache_trio._transport import Connection, Introduction, PairListener, Rendezvous, socket_files
 from lmcache_trio._transport.pynng import NngLink, NngSocket, open_pidfd
+from lmcache_trio._transport.socket_files import Address, IpcAddress, TcpAddress
 from lmcache_trio._transport.watching import wait_bound, wait_lost
 from lmcache_trio.config import PRIVATE, Access
 from lmcache_trio.errors import Gone, Misuse, Unavailable
@@ -29,7 +29,7 @@ _HANDSHAKE = 5.0
 
 class _PairListener(PairListener):
     def __init__(self, near: str) -> None:
-        address = addresses.pair_address(near)
+        address = socket_files.pair_address(near)
         self._path = None if isinstance(address, TcpAddress) else address.path
         self._link: NngLink | None = NngLink()
         self._connected = self._link.connected
@@ -55,7 +55,7 @@ class _PairListener(PairListener):
 
     def close(self) -> None:
         if self._path is not None:
-            addresses.withdraw(self._path)
+            socket_files.withdraw(self._path)
             self._path = None
         if self._link is not None:
             self._link.close()
@@ -82,10 +82,10 @@ class _Introduction(Introduction):
 
 class _Rendezvous(Rendezvous):
     def __init__(self, address: str) -> None:
-        wanted = addresses.parse_rendezvous(address)
+        wanted = socket_files.parse_rendezvous(address)
         self._path: str | None = None
         if not isinstance(wanted, TcpAddress):
-            addresses.claim(wanted)
+            socket_files.claim(wanted)
         self._socket = NngSocket.rendezvous(_MAX_HELLO)
         self._current: _Introduction | None = None
         try:
@@ -138,7 +138,7 @@ def listen_pair(near: str, access: Access = PRIVATE) -> PairListener:
 
 
 async def dial_pair(address: str, trusted: Collection[int] = ()) -> Connection:
-    wanted = addresses.parse(address)
+    wanted = socket_files.parse(address)
     await _refuse_unless_listening(wanted)
     link = NngLink()
     try:
@@ -153,7 +153,7 @@ async def dial_pair(address: str, trusted: Collection[int] = ()) -> Connection:
 async def introduce(
     address: str, hello: bytes, trusted: Collection[int] = (), descriptors: list[int] | None = None
 ) -> bytes:
-    wanted = addresses.parse(address)
+    wanted = socket_files.parse(address)
     await _refuse_unless_listening(wanted)
     _refuse_packets(wanted)
     link = NngLink(introducing=True)
@@ -173,11 +173,11 @@ async def introduce(
 
 def _check_trusted(address: str, link: NngLink, trusted: Collection[int]) -> None:
     if link.peer_uid is not None and link.peer_uid not in (0, os.geteuid(), *trusted):
-        raise addresses.untrusted(address, link.peer_uid)
+        raise socket_files.untrusted(address, link.peer_uid)
 
 
 async def wait_listening(address: str) -> None:
-    wanted = addresses.parse(address)
+    wanted = socket_files.parse(address)
     while True:
         patience = math.inf
         if isinstance(wanted, IpcAddress):
@@ -203,11 +203,11 @@ async def _shake_hands(address: Address) -> None:
 def _refuse_packets(address: Address) -> None:
     """`ConfigError` where a server of our own transport's listens: NNG would go on trying in silence."""
     try:
-        if not isinstance(address, IpcAddress) or not addresses.takes_packets(address.path):
+        if not isinstance(address, IpcAddress) or not socket_files.takes_packets(address.path):
             return
     except OSError as exc:
         raise Unavailable(f"no socket could be opened: {exc.strerror}") from exc
-    raise addresses.wrong_scheme(str(address), "unix")
+    raise socket_files.wrong_scheme(str(address), "unix")
 
 
 async def _refuse_unless_listening(address: Address) -> None:
@@ -215,9 +215,9 @@ async def _refuse_unless_listening(address: Address) -> None:
     try:
         if not isinstance(address, TcpAddress):
             await trio.lowlevel.checkpoint()
-            if addresses.is_forbidden(address.path):
-                raise addresses.forbidden(str(address))
-            if not addresses.is_listening(address.path):
+            if socket_files.is_forbidden(address.path):
+                raise socket_files.forbidden(str(address))
+            if not socket_files.is_listening(address.path):
                 raise Unavailable(f"no server listens at {address}")
             return
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET

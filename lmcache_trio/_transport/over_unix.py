@@ -17,8 +17,8 @@ from collections.abc import Collection, Sequence
 
 import trio
 
-from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairListener, Rendezvous, addresses
-from lmcache_trio._transport.addresses import Address, UnixAddress
+from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairListener, Rendezvous, socket_files
+from lmcache_trio._transport.socket_files import Address, UnixAddress
 from lmcache_trio._transport.unix import UnixLink
 from lmcache_trio._transport.unix_sockets import Listener, inherited, open_epoll, open_socket
 from lmcache_trio._transport.watching import wait_bound, wait_lost
@@ -43,7 +43,7 @@ it has given one back."""
 
 class _PairListener(PairListener):
     def __init__(self, near: str, access: Access) -> None:
-        address = _ours(addresses.pair_address(near))
+        address = _ours(socket_files.pair_address(near))
         self.address = str(address)
         self._access = access
         self._listener = Listener(address.path, access, aside=address.path, backlog=0)  # of one: a second is refused
@@ -106,16 +106,16 @@ class _Rendezvous(Rendezvous):
     def __init__(self, address: str, access: Access) -> None:
         self.counted = Counter()
         self._access = access
-        wanted = _ours(addresses.parse_rendezvous(address))
+        wanted = _ours(socket_files.parse_rendezvous(address))
         self.address = str(wanted)
         self._silent: dict[int, UnixLink] = {}  # by descriptor, in the order in which they came
         self._current: _Introduction | None = None
         self._look_again = math.inf  # when for a spare descriptor; until then nobody is let in
-        addresses.claim(wanted)
+        socket_files.claim(wanted)
         with contextlib.ExitStack() as opened:
             self._arrivals = opened.enter_context(open_epoll())
             self._spare = opened.enter_context(open_socket())
-            aside = addresses.fresh_path(wanted.path)
+            aside = socket_files.fresh_path(wanted.path)
             self._listener = Listener(wanted.path, access, aside=aside, backlog=socket.SOMAXCONN)
             self._arrivals.register(self._listener.socket, select.EPOLLIN)
             opened.pop_all()
@@ -260,11 +260,11 @@ async def introduce(
 
 
 async def wait_listening(address: str) -> None:
-    await wait_bound(_ours(addresses.parse(address)).path)
+    await wait_bound(_ours(socket_files.parse(address)).path)
 
 
 async def _connect(address: str, limit: int, trusted: Collection[int]) -> UnixLink:
-    path = _ours(addresses.parse(address)).path
+    path = _ours(socket_files.parse(address)).path
     await trio.lowlevel.checkpoint()
     sock = open_socket()
     try:
@@ -273,13 +273,13 @@ async def _connect(address: str, limit: int, trusted: Collection[int]) -> UnixLi
     except OSError as exc:
         sock.close()
         if exc.errno == errno.EPROTOTYPE:
-            raise addresses.wrong_scheme(address, "ipc") from exc
+            raise socket_files.wrong_scheme(address, "ipc") from exc
         if exc.errno in (errno.EACCES, errno.EPERM):
-            raise addresses.forbidden(address) from exc
+            raise socket_files.forbidden(address) from exc
         raise Unavailable(f"no server listens at {address}: {exc.strerror}") from exc
     if link.peer_uid not in (0, os.geteuid(), *trusted):
         link.close()
-        raise addresses.untrusted(address, link.peer_uid)
+        raise socket_files.untrusted(address, link.peer_uid)
     return link
 
 

@@ -18,8 +18,8 @@ import pynng
 import trio
 from pynng import ffi, lib
 
-from lmcache_trio._transport import MAX_MESSAGE, Connection, addresses
-from lmcache_trio._transport.addresses import Address, TcpAddress
+from lmcache_trio._transport import MAX_MESSAGE, Connection, socket_files
+from lmcache_trio._transport.socket_files import Address, TcpAddress
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Misuse, Unavailable
 
 __all__ = ["NngLink", "NngSocket", "open_pidfd"]
@@ -299,7 +299,7 @@ def _ended(code: int) -> LMCacheTrioError:
 
 def _check(code: int, address: Address) -> None:
     if code == lib.NNG_EADDRINUSE:
-        raise addresses.in_use(str(address))
+        raise socket_files.in_use(str(address))
     if code:
         raise ConfigError("address", f"{address}: {ffi.string(lib.nng_strerror(code)).decode()}")
 

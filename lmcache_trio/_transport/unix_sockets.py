@@ -9,7 +9,7 @@ from typing import Protocol
 
 import trio
 
-from lmcache_trio._transport import addresses
+from lmcache_trio._transport import socket_files
 from lmcache_trio.config import Access
 from lmcache_trio.errors import ConfigError, Unavailable
 
@@ -51,10 +51,10 @@ class Listener:
                 try:
                     os.link(aside, path)  # which replaces nothing
                 finally:
-                    addresses.withdraw(aside)
+                    socket_files.withdraw(aside)
         except FileExistsError as exc:
             self.socket.close()
-            raise addresses.in_use(f"unix://{path}") from exc
+            raise socket_files.in_use(f"unix://{path}") from exc
         except OSError as exc:
             self.socket.close()
             raise ConfigError("address", f"{path}: {exc.strerror}") from exc

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from lmcache_trio._transport import addresses
+from lmcache_trio._transport import socket_files
 
 __all__ = ["Watch", "wait_bound", "wait_lost"]
 
@@ -79,11 +79,11 @@ def _leads_to(path: str, file: tuple[int, int]) -> bool:
 
 async def _appeared(path: str) -> bool:
     """Whether a server listens at *path*; if none does, wait until something changed there."""
-    if addresses.is_listening(path):
+    if socket_files.is_listening(path):
         return True
     watch = Watch(path)
     try:
-        if addresses.is_listening(path):  # came before it was watched for
+        if socket_files.is_listening(path):  # came before it was watched for
             return True
         await watch.wait()
     finally:

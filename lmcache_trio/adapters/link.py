@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from lmcache_trio._transport.addresses import NotToBeUsed
+from lmcache_trio._transport.socket_files import NotToBeUsed
 from lmcache_trio._wire.messages import Hello
 from lmcache_trio.client import Client, connect, places_of, wait_server
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError

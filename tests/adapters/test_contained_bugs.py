@@ -167,7 +167,7 @@ def test_a_link_tries_again_whatever_ended_its_connection(
     [OSError(errno.EMFILE, "Too many open files"), Unavailable("no socket"), ValueError("nobody thought of it")],
 )
 @pytest.mark.parametrize(
-    "where", ["lmcache_trio._transport.addresses.is_listening", "lmcache_trio.adapters.link.wait_server"]
+    "where", ["lmcache_trio._transport.socket_files.is_listening", "lmcache_trio.adapters.link.wait_server"]
 )
 def test_a_link_goes_on_whatever_ended_its_wait_for_a_server(
     tmp_path: Path, where: str, failure: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -6,7 +6,7 @@ import pytest
 
 from lmcache_trio import ConfigError, load_config
 from lmcache_trio.adapters import SchedulerAdapter
-from lmcache_trio.client_config import ClientConfig, load_client_config
+from lmcache_trio.config import ClientConfig, load_client_config
 
 FILE = 'chunk_tokens = 64\n[client]\nlookup_timeout = 2\npoll_interval = 0.5\n[memory]\nsize = "no size"\n'
 

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_trio import Config, ConfigError, load_config
-from lmcache_trio.client_config import ClientConfig, load_client_config
-from lmcache_trio.config import default_address, describe, parse_size, structure
+from lmcache_trio.config import ClientConfig, default_address, describe, load_client_config, parse_size, structure
 
 
 def test_every_setting_has_a_default_and_one_line_of_help() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_trio import _transport
-from lmcache_trio._transport import addresses
+from lmcache_trio._transport import socket_files
 from lmcache_trio.errors import ConfigError
 
 
@@ -51,10 +51,10 @@ TEXT = st.text(max_size=40)
 @given(TEXT | TEXT.map(lambda text: "tcp://" + text) | TEXT.map(lambda text: "unix:///" + text))
 def test_any_text_is_an_address_or_a_config_error(text: str) -> None:
     try:
-        parsed = addresses.parse(text)
+        parsed = socket_files.parse(text)
     except ConfigError:
         return
-    assert addresses.parse(str(parsed)) == parsed
+    assert socket_files.parse(str(parsed)) == parsed
 
 
 async def test_localhost_is_loopback() -> None:

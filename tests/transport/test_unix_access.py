@@ -16,7 +16,7 @@ import trio
 
 import lmcache_trio._transport.over_unix
 import lmcache_trio.client
-import lmcache_trio.client_config
+import lmcache_trio.config
 from lmcache_trio import Config, ConfigError, Role, Unavailable, open_client, open_server
 from lmcache_trio._server.address import prepare_directory
 from lmcache_trio._wire.codec import encode

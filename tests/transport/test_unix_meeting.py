@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from lmcache_trio._transport import Rendezvous, addresses, over_nng, over_unix, watching
+from lmcache_trio._transport import Rendezvous, over_nng, over_unix, socket_files, watching
 from lmcache_trio._transport.unix import PACKET
 from lmcache_trio._transport.unix_sockets import open_socket
 from lmcache_trio.errors import ConfigError, Unavailable
@@ -217,7 +217,7 @@ async def test_a_server_that_appeared_meanwhile_is_not_replaced(
     near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = over_unix.listen(near)
-    monkeypatch.setattr("lmcache_trio._transport.addresses.claim", lambda address: None)
+    monkeypatch.setattr("lmcache_trio._transport.socket_files.claim", lambda address: None)
     with pytest.raises(ConfigError, match="in use"):
         over_unix.listen(near)
     assert list(tmp_path.iterdir()) == [tmp_path / "s"]
@@ -354,7 +354,7 @@ async def test_a_look_without_a_descriptor_does_not_end_the_wait_for_a_server(
 ) -> None:
     looks = iter([False] * spared)
     failed = trio.Event()
-    is_listening = addresses.is_listening
+    is_listening = socket_files.is_listening
 
     def out_of_descriptors_once(path: str) -> bool:
         if not failed.is_set() and next(looks, True):
@@ -362,7 +362,7 @@ async def test_a_look_without_a_descriptor_does_not_end_the_wait_for_a_server(
             raise OSError(errno.EMFILE, "Too many open files")
         return is_listening(path)
 
-    monkeypatch.setattr(addresses, "is_listening", out_of_descriptors_once)
+    monkeypatch.setattr(socket_files, "is_listening", out_of_descriptors_once)
     monkeypatch.setattr(watching, "_UNWATCHED", 0.01)
     before = len(os.listdir("/proc/self/fd"))
     with trio.fail_after(60):

@@ -21,7 +21,7 @@ from lmcache_trio.adapters.scheduler.lookup_table import LookupTable, Request
 from lmcache_trio.adapters.scheduler.prompts import Extras, Prompt, Prompts
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
 from lmcache_trio.client import Client, sentence
-from lmcache_trio.client_config import check_interval, load_client_config
+from lmcache_trio.config import check_interval, load_client_config
 from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.threads import Handoff, Lock
 

@@ -12,8 +12,7 @@ from typing import Any, get_args
 import attrs
 
 from lmcache_trio.adapters.worker.dispatcher import Path
-from lmcache_trio.client_config import check_interval, load_client_config
-from lmcache_trio.config import default_address
+from lmcache_trio.config import check_interval, default_address, load_client_config
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["ConnectorSettings", "LoadMode", "check_failure_policy", "check_load_mode", "parse_settings"]

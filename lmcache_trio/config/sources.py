@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmcache_trio._config_structure import expand
+from lmcache_trio.config.tables import expand
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["gather", "gather_client"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import attrs
 
-from lmcache_trio import _config_sources
-from lmcache_trio._config_structure import check_ids, structure
+from lmcache_trio.config import sources
+from lmcache_trio.config.tables import check_ids, structure
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["ClientConfig", "check_interval", "client_config_of", "load_client_config"]
@@ -66,7 +66,7 @@ def load_client_config(environ: Mapping[str, str] | None = None) -> ClientConfig
     `ConfigError` names the one that is wrong, and who set it.
     """
     known = [field.name for field in attrs.fields(ClientConfig)]
-    table, origins = _config_sources.gather_client(known, os.environ if environ is None else environ)
+    table, origins = sources.gather_client(known, os.environ if environ is None else environ)
     try:
         return client_config_of(table)
     except ConfigError as exc:

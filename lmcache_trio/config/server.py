@@ -18,9 +18,9 @@ from typing import Any
 
 import attrs
 
-from lmcache_trio import _config_sources
-from lmcache_trio._config_structure import Table, check_ids, parse_path, parse_size, structure
-from lmcache_trio.client_config import client_config_of
+from lmcache_trio.config import sources
+from lmcache_trio.config.client import client_config_of
+from lmcache_trio.config.tables import Table, check_ids, parse_path, parse_size, structure
 from lmcache_trio.errors import ConfigError
 
 __all__ = [
@@ -343,7 +343,7 @@ def load_config(
 
     *environ* is this process's, if not given.
     """
-    table, origins = _config_sources.gather(
+    table, origins = sources.gather(
         None if path is None else Path(path), sets, os.environ if environ is None else environ
     )
     if isinstance(memory := table.get("memory"), dict):
