@@ -63,6 +63,7 @@ from lmcache_trio._wire.messages import (
 )
 from lmcache_trio._wire.protocol import check_welcome, error_of
 from lmcache_trio.config import default_addresses, load_client_config
+from lmcache_trio.config.addresses import IpcAddress, TcpAddress, parse_address
 from lmcache_trio.errors import ConfigError, Gone, Misuse, ProtocolError, Unavailable
 
 __all__ = ["Client", "Storing", "connect", "open_client", "places_of", "sentence", "serve_connection", "wait_server"]
@@ -428,7 +429,7 @@ async def _introduce(address: str, hello: bytes, trusted: Collection[int], descr
 @asynccontextmanager
 async def connect(address: str, hello: Hello, server_uids: Collection[int] | None = None) -> AsyncIterator[Client]:
     """As `open_client`, from a ready introduction: the same token again tells the server that this is a reconnect."""
-    if hello.role is not Role.OBSERVER and address.startswith(("ipc://", "tcp://")):
+    if hello.role is not Role.OBSERVER and isinstance(parse_address(address), IpcAddress | TcpAddress):
         raise ConfigError(
             "address",
             f"a {hello.role.name.lower()} cannot use {address}: ipc:// and tcp:// carry no descriptors, so the arena "

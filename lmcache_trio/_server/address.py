@@ -7,15 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from lmcache_trio.config import PRIVATE, Access
+from lmcache_trio.config.addresses import socket_path
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["prepare_directory", "socket_path"]
-
-
-def socket_path(address: str) -> Path | None:
-    """The file of a unix or ipc address; None for other transports."""
-    scheme, _, path = address.partition("://")
-    return Path(path) if scheme in ("unix", "ipc") else None
+__all__ = ["prepare_directory"]
 
 
 def prepare_directory(address: str, access: Access = PRIVATE) -> None:

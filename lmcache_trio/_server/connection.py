@@ -14,13 +14,13 @@ import os
 
 import trio
 
-from lmcache_trio._server.address import socket_path
 from lmcache_trio._server.handlers import error_reply, handle
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.tasks import Branch
 from lmcache_trio._transport import Connection, PairListener
 from lmcache_trio._wire.codec import ECHO, decode, peek_id
+from lmcache_trio.config.addresses import socket_path
 from lmcache_trio.errors import Gone, LMCacheTrioError, ProtocolError, Unavailable
 
 __all__ = ["TAKE_UP", "serve_peer"]

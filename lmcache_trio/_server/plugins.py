@@ -3,13 +3,13 @@
 The built-in ones are found the same way. Nothing here imports a backend that was not chosen.
 """
 
-import difflib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from lmcache_trio.abc import Device, Memory, Tier
 from lmcache_trio.config import structure
+from lmcache_trio.config.values import closest
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["find_backend", "make_backend", "make_device", "make_memory"]
@@ -49,8 +49,8 @@ def find_backend(kind: str, key: str, name: str) -> type[Any]:
     """The class behind the entry point *name* of group `lmcache_trio.<kind>`; ConfigError lists what there is."""
     installed: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=f"lmcache_trio.{kind}")}
     if name not in installed:
-        close = difflib.get_close_matches(name, installed, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        meant = closest(name, installed)
+        hint = f"did you mean {meant!r}? " if meant else ""
         there = ", ".join(sorted(installed)) or "none (is lmcache-trio itself installed?)"
         raise ConfigError(f"{key}.backend", f"no backend is called {name!r}; {hint}installed: {there}")
     try:

@@ -32,7 +32,7 @@ from lmcache_trio import __version__
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.index import Index
 from lmcache_trio._server import rendezvous
-from lmcache_trio._server.address import prepare_directory, socket_path
+from lmcache_trio._server.address import prepare_directory
 from lmcache_trio._server.answers import Answers
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.connection import serve_peer
@@ -52,6 +52,7 @@ from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused, Role
 from lmcache_trio.abc import Device, Memory, Tier
 from lmcache_trio.config import Config, format_size
+from lmcache_trio.config.addresses import socket_path
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Unavailable
 
 __all__ = ["Server", "open_server", "serve"]

@@ -20,11 +20,10 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from lmcache_trio._transport import socket_files
 from lmcache_trio.config import PRIVATE, Access
-from lmcache_trio.errors import ConfigError
+from lmcache_trio.config.addresses import Address, MemoryAddress, UnixAddress, parse_address, parse_rendezvous
 
 __all__ = [
     "MAX_DESCRIPTORS",
@@ -190,30 +189,35 @@ class PairListener(ABC):
 
 
 class _Transport(Protocol):
-    def listen(self, address: str, access: Access) -> Rendezvous: ...
-    def listen_pair(self, near: str, access: Access) -> PairListener: ...
-    async def dial_pair(self, address: str, trusted: Collection[int]) -> Connection: ...
+    """A module per kind of address. It is called with addresses of its own kind alone."""
+
+    def listen(self, address: Any, access: Access) -> Rendezvous: ...
+    def listen_pair(self, near: Any, access: Access) -> PairListener: ...
+    async def dial_pair(self, address: Any, trusted: Collection[int]) -> Connection: ...
     async def introduce(
-        self, address: str, hello: bytes, trusted: Collection[int], descriptors: list[int] | None
+        self, address: Any, hello: bytes, trusted: Collection[int], descriptors: list[int] | None
     ) -> bytes: ...
-    async def wait_listening(self, address: str) -> None: ...
+    async def wait_listening(self, address: Any) -> None: ...
 
 
 def listen(address: str, access: Access = PRIVATE) -> Rendezvous:
     """Listen at *address* (`unix:///absolute`, `ipc://…`, `tcp://127.0.0.1:PORT`) for those whom *access* names; by
     default for this user and root. `ConfigError` says why not.
     """
-    return _transport(address).listen(address, access)
+    wanted = parse_rendezvous(address)
+    return _transport(wanted).listen(wanted, access)
 
 
 def listen_pair(near: str, access: Access = PRIVATE) -> PairListener:
     """Make a fresh address beside the rendezvous address *near*, and listen there for one client."""
-    return _transport(near).listen_pair(near, access)
+    beside = parse_rendezvous(near)
+    return _transport(beside).listen_pair(beside, access)
 
 
 async def dial_pair(address: str, *, trusted: Collection[int] = ()) -> Connection:
     """Take up the connection that the rendezvous' reply named; `Unavailable` when nobody listens there (any more)."""
-    return await _transport(address).dial_pair(address, trusted)
+    wanted = parse_address(address)
+    return await _transport(wanted).dial_pair(wanted, trusted)
 
 
 async def introduce(
@@ -226,26 +230,25 @@ async def introduce(
     `Unavailable` at once when nobody listens or the server goes, `ConfigError` when it listens under another scheme;
     unbounded otherwise: use a deadline. Cancelled, it leaves nothing behind.
     """
-    return await _transport(address).introduce(address, hello, trusted, descriptors)
+    wanted = parse_address(address)
+    return await _transport(wanted).introduce(wanted, hello, trusted, descriptors)
 
 
 async def wait_listening(address: str) -> None:
     """Wait until a server accepts at *address*, however long it takes; `ConfigError` if one of another scheme does."""
-    await _transport(address).wait_listening(address)
+    wanted = parse_address(address)
+    await _transport(wanted).wait_listening(wanted)
 
 
-def _transport(address: str) -> _Transport:
-    scheme, found, _ = address.partition("://")
-    if found and scheme == "unix":
+def _transport(address: Address) -> _Transport:
+    if isinstance(address, UnixAddress):
         import lmcache_trio._transport.over_unix as over_unix
 
         return over_unix
-    if found and scheme in ("ipc", "tcp"):
-        import lmcache_trio._transport.over_nng as over_nng
-
-        return over_nng
-    if found and scheme == "memory":
+    if isinstance(address, MemoryAddress):
         import lmcache_trio._transport.memory as in_memory
 
         return in_memory
-    raise ConfigError("address", f"{address!r} is no address: {socket_files.USE}")
+    import lmcache_trio._transport.over_nng as over_nng
+
+    return over_nng

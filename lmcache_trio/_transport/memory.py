@@ -14,8 +14,10 @@ from collections.abc import Collection, Sequence
 import trio
 
 from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairListener, Rendezvous
-from lmcache_trio.config import PRIVATE, Access
-from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
+from lmcache_trio._transport.socket_files import in_use
+from lmcache_trio.config import Access
+from lmcache_trio.config.addresses import MemoryAddress
+from lmcache_trio.errors import Gone, Misuse, Unavailable
 
 __all__ = ["MemoryConnection", "connection_pair", "dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
 
@@ -183,17 +185,17 @@ class _Introduction(Introduction):
 
 
 class _Rendezvous(Rendezvous):
-    def __init__(self, address: str) -> None:
+    def __init__(self, wanted: MemoryAddress) -> None:
         world = _world()
-        if address in world.rendezvous:
-            raise ConfigError("address", f"{address} is in use: stop the server that listens there or choose another")
-        self.address = address
+        self.address = str(wanted)
+        if self.address in world.rendezvous:
+            raise in_use(wanted)
         self._world = world
         self._waiting: deque[_Introduction] = deque()
         self._arrived = trio.Event()
         self._current: _Introduction | None = None
         self._closed = False
-        world.rendezvous[address] = self
+        world.rendezvous[self.address] = self
         world.changed.set()
         world.changed = trio.Event()
 
@@ -232,7 +234,7 @@ class _Rendezvous(Rendezvous):
 
 
 class _PairListener(PairListener):
-    def __init__(self, near: str) -> None:
+    def __init__(self, near: MemoryAddress) -> None:
         self._world = _world()
         self.address = f"{near}.{next(self._world.numbers)}"
         self._world.pairs[self.address] = self
@@ -267,27 +269,27 @@ class _PairListener(PairListener):
             self._connection = None
 
 
-def listen(address: str, access: Access = PRIVATE) -> Rendezvous:
+def listen(address: MemoryAddress, access: Access) -> Rendezvous:
     return _Rendezvous(address)
 
 
-def listen_pair(near: str, access: Access = PRIVATE) -> PairListener:
+def listen_pair(near: MemoryAddress, access: Access) -> PairListener:
     return _PairListener(near)
 
 
-async def dial_pair(address: str, trusted: Collection[int] = ()) -> Connection:
+async def dial_pair(address: MemoryAddress, trusted: Collection[int]) -> Connection:
     await trio.lowlevel.checkpoint()
-    listener = _world().pairs.get(address)
+    listener = _world().pairs.get(str(address))
     if listener is None:
         raise Unavailable(f"no server listens at {address}")
     return listener.connect()
 
 
 async def introduce(
-    address: str, hello: bytes, trusted: Collection[int] = (), descriptors: list[int] | None = None
+    address: MemoryAddress, hello: bytes, trusted: Collection[int], descriptors: list[int] | None
 ) -> bytes:
     await trio.lowlevel.checkpoint()
-    rendezvous = _world().rendezvous.get(address)
+    rendezvous = _world().rendezvous.get(str(address))
     if rendezvous is None:
         raise Unavailable(f"no server listens at {address}")
     introduction = _Introduction(hello)
@@ -305,10 +307,10 @@ async def introduce(
         _close_all(introduction.descriptors)
 
 
-async def wait_listening(address: str) -> None:
+async def wait_listening(address: MemoryAddress) -> None:
     world = _world()
     await trio.lowlevel.checkpoint()
-    while address not in world.rendezvous:
+    while str(address) not in world.rendezvous:
         await world.changed.wait()
 
 

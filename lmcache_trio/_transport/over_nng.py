@@ -14,10 +14,10 @@ from collections.abc import Collection, Sequence
 import trio
 
 from lmcache_trio._transport import Connection, Introduction, PairListener, Rendezvous, socket_files
-from lmcache_trio._transport.pynng import NngLink, NngSocket, open_pidfd
-from lmcache_trio._transport.socket_files import Address, IpcAddress, TcpAddress
+from lmcache_trio._transport.pynng import NngAddress, NngLink, NngSocket, open_pidfd
 from lmcache_trio._transport.watching import wait_bound, wait_lost
-from lmcache_trio.config import PRIVATE, Access
+from lmcache_trio.config import Access
+from lmcache_trio.config.addresses import IpcAddress, TcpAddress, UnixAddress
 from lmcache_trio.errors import Gone, Misuse, Unavailable
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
@@ -28,9 +28,14 @@ _HANDSHAKE = 5.0
 
 
 class _PairListener(PairListener):
-    def __init__(self, near: str) -> None:
-        address = socket_files.pair_address(near)
-        self._path = None if isinstance(address, TcpAddress) else address.path
+    def __init__(self, near: NngAddress) -> None:
+        self._path: str | None = None
+        address: NngAddress
+        if isinstance(near, IpcAddress):
+            self._path = socket_files.fresh_path(near.path)
+            address = IpcAddress(self._path)
+        else:
+            address = TcpAddress(near.host, 0)
         self._link: NngLink | None = NngLink()
         self._connected = self._link.connected
         try:
@@ -81,10 +86,9 @@ class _Introduction(Introduction):
 
 
 class _Rendezvous(Rendezvous):
-    def __init__(self, address: str) -> None:
-        wanted = socket_files.parse_rendezvous(address)
+    def __init__(self, wanted: NngAddress) -> None:
         self._path: str | None = None
-        if not isinstance(wanted, TcpAddress):
+        if isinstance(wanted, IpcAddress):
             socket_files.claim(wanted)
         self._socket = NngSocket.rendezvous(_MAX_HELLO)
         self._current: _Introduction | None = None
@@ -93,7 +97,7 @@ class _Rendezvous(Rendezvous):
         except BaseException:
             self._socket.close()
             raise
-        if not isinstance(wanted, TcpAddress):
+        if isinstance(wanted, IpcAddress):
             self._path = wanted.path
             made = os.lstat(wanted.path)
             self._file = made.st_dev, made.st_ino
@@ -129,20 +133,19 @@ class _Rendezvous(Rendezvous):
         return None if taken is None else _Introduction(self, *taken)
 
 
-def listen(address: str, access: Access = PRIVATE) -> Rendezvous:
+def listen(address: NngAddress, access: Access) -> Rendezvous:
     return _Rendezvous(address)
 
 
-def listen_pair(near: str, access: Access = PRIVATE) -> PairListener:
+def listen_pair(near: NngAddress, access: Access) -> PairListener:
     return _PairListener(near)
 
 
-async def dial_pair(address: str, trusted: Collection[int] = ()) -> Connection:
-    wanted = socket_files.parse(address)
-    await _refuse_unless_listening(wanted)
+async def dial_pair(address: NngAddress, trusted: Collection[int]) -> Connection:
+    await _refuse_unless_listening(address)
     link = NngLink()
     try:
-        await link.dial(wanted)
+        await link.dial(address)
         _check_trusted(address, link, trusted)
     except BaseException:
         link.close()
@@ -151,15 +154,14 @@ async def dial_pair(address: str, trusted: Collection[int] = ()) -> Connection:
 
 
 async def introduce(
-    address: str, hello: bytes, trusted: Collection[int] = (), descriptors: list[int] | None = None
+    address: NngAddress, hello: bytes, trusted: Collection[int], descriptors: list[int] | None
 ) -> bytes:
-    wanted = socket_files.parse(address)
-    await _refuse_unless_listening(wanted)
-    _refuse_packets(wanted)
+    await _refuse_unless_listening(address)
+    _refuse_packets(address)
     link = NngLink(introducing=True)
     try:
         with trio.move_on_after(_HANDSHAKE) as handshake:
-            await link.dial(wanted)
+            await link.dial(address)
         if handshake.cancelled_caught:
             raise Unavailable(f"what listens at {address} does not speak NNG's protocol")
         _check_trusted(address, link, trusted)
@@ -171,24 +173,23 @@ async def introduce(
         link.close()
 
 
-def _check_trusted(address: str, link: NngLink, trusted: Collection[int]) -> None:
+def _check_trusted(address: NngAddress, link: NngLink, trusted: Collection[int]) -> None:
     if link.peer_uid is not None and link.peer_uid not in (0, os.geteuid(), *trusted):
         raise socket_files.untrusted(address, link.peer_uid)
 
 
-async def wait_listening(address: str) -> None:
-    wanted = socket_files.parse(address)
+async def wait_listening(address: NngAddress) -> None:
     while True:
         patience = math.inf
-        if isinstance(wanted, IpcAddress):
-            await wait_bound(wanted.path)
-            _refuse_packets(wanted)
+        if isinstance(address, IpcAddress):
+            await wait_bound(address.path)
+            _refuse_packets(address)
             patience = _HANDSHAKE  # it may go before it shakes hands, and another kind of server come in its place
         with trio.move_on_after(patience):
-            return await _shake_hands(wanted)
+            return await _shake_hands(address)
 
 
-async def _shake_hands(address: Address) -> None:
+async def _shake_hands(address: NngAddress) -> None:
     """However long it takes."""
     try:
         link = NngLink(introducing=True)
@@ -200,23 +201,23 @@ async def _shake_hands(address: Address) -> None:
         raise Unavailable(f"nothing could be dialled to wait for a server at {address}: {exc.strerror}") from exc
 
 
-def _refuse_packets(address: Address) -> None:
+def _refuse_packets(address: NngAddress) -> None:
     """`ConfigError` where a server of our own transport's listens: NNG would go on trying in silence."""
     try:
         if not isinstance(address, IpcAddress) or not socket_files.takes_packets(address.path):
             return
     except OSError as exc:
         raise Unavailable(f"no socket could be opened: {exc.strerror}") from exc
-    raise socket_files.wrong_scheme(str(address), "unix")
+    raise socket_files.wrong_scheme(address, UnixAddress(address.path))
 
 
-async def _refuse_unless_listening(address: Address) -> None:
+async def _refuse_unless_listening(address: NngAddress) -> None:
     """Tell at once that nobody is there: NNG itself would go on trying in silence."""
     try:
-        if not isinstance(address, TcpAddress):
+        if isinstance(address, IpcAddress):
             await trio.lowlevel.checkpoint()
             if socket_files.is_forbidden(address.path):
-                raise socket_files.forbidden(str(address))
+                raise socket_files.forbidden(address)
             if not socket_files.is_listening(address.path):
                 raise Unavailable(f"no server listens at {address}")
             return

@@ -18,12 +18,12 @@ from collections.abc import Collection, Sequence
 import trio
 
 from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairListener, Rendezvous, socket_files
-from lmcache_trio._transport.socket_files import Address, UnixAddress
 from lmcache_trio._transport.unix import UnixLink
 from lmcache_trio._transport.unix_sockets import Listener, inherited, open_epoll, open_socket
 from lmcache_trio._transport.watching import wait_bound, wait_lost
-from lmcache_trio.config import PRIVATE, Access
-from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
+from lmcache_trio.config import Access
+from lmcache_trio.config.addresses import IpcAddress, UnixAddress
+from lmcache_trio.errors import Gone, Misuse, Unavailable
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
 
@@ -42,11 +42,11 @@ it has given one back."""
 
 
 class _PairListener(PairListener):
-    def __init__(self, near: str, access: Access) -> None:
-        address = _ours(socket_files.pair_address(near))
-        self.address = str(address)
+    def __init__(self, near: UnixAddress, access: Access) -> None:
+        path = socket_files.fresh_path(near.path)
+        self.address = str(UnixAddress(path))
         self._access = access
-        self._listener = Listener(address.path, access, aside=address.path, backlog=0)  # of one: a second is refused
+        self._listener = Listener(path, access, aside=path, backlog=0)  # of one: a second is refused
 
     async def accept(self, deadline: float = math.inf) -> Connection:
         try:
@@ -103,10 +103,9 @@ class _Introduction(Introduction):
 
 
 class _Rendezvous(Rendezvous):
-    def __init__(self, address: str, access: Access) -> None:
+    def __init__(self, wanted: UnixAddress, access: Access) -> None:
         self.counted = Counter()
         self._access = access
-        wanted = _ours(socket_files.parse_rendezvous(address))
         self.address = str(wanted)
         self._silent: dict[int, UnixLink] = {}  # by descriptor, in the order in which they came
         self._current: _Introduction | None = None
@@ -231,20 +230,20 @@ class _Rendezvous(Rendezvous):
         return self._silent.pop(fd)
 
 
-def listen(address: str, access: Access = PRIVATE) -> Rendezvous:
+def listen(address: UnixAddress, access: Access) -> Rendezvous:
     return _Rendezvous(address, access)
 
 
-def listen_pair(near: str, access: Access = PRIVATE) -> PairListener:
+def listen_pair(near: UnixAddress, access: Access) -> PairListener:
     return _PairListener(near, access)
 
 
-async def dial_pair(address: str, trusted: Collection[int] = ()) -> Connection:
+async def dial_pair(address: UnixAddress, trusted: Collection[int]) -> Connection:
     return await _connect(address, MAX_MESSAGE, trusted)
 
 
 async def introduce(
-    address: str, hello: bytes, trusted: Collection[int] = (), descriptors: list[int] | None = None
+    address: UnixAddress, hello: bytes, trusted: Collection[int], descriptors: list[int] | None
 ) -> bytes:
     link = await _connect(address, _MAX_HELLO, trusted)
     try:
@@ -259,21 +258,20 @@ async def introduce(
         link.close()
 
 
-async def wait_listening(address: str) -> None:
-    await wait_bound(_ours(socket_files.parse(address)).path)
+async def wait_listening(address: UnixAddress) -> None:
+    await wait_bound(address.path)
 
 
-async def _connect(address: str, limit: int, trusted: Collection[int]) -> UnixLink:
-    path = _ours(socket_files.parse(address)).path
+async def _connect(address: UnixAddress, limit: int, trusted: Collection[int]) -> UnixLink:
     await trio.lowlevel.checkpoint()
     sock = open_socket()
     try:
-        sock.connect(path)
+        sock.connect(address.path)
         link = UnixLink(sock, limit)
     except OSError as exc:
         sock.close()
         if exc.errno == errno.EPROTOTYPE:
-            raise socket_files.wrong_scheme(address, "ipc") from exc
+            raise socket_files.wrong_scheme(address, IpcAddress(address.path)) from exc
         if exc.errno in (errno.EACCES, errno.EPERM):
             raise socket_files.forbidden(address) from exc
         raise Unavailable(f"no server listens at {address}: {exc.strerror}") from exc
@@ -285,9 +283,3 @@ async def _connect(address: str, limit: int, trusted: Collection[int]) -> UnixLi
 
 def _admitted(link: UnixLink, access: Access) -> bool:
     return access.admits(link.peer_uid, link.peer_groups())
-
-
-def _ours(address: Address) -> UnixAddress:
-    if isinstance(address, UnixAddress):
-        return address
-    raise ConfigError("address", f"{address} is no unix:// address")

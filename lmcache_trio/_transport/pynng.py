@@ -19,10 +19,12 @@ import trio
 from pynng import ffi, lib
 
 from lmcache_trio._transport import MAX_MESSAGE, Connection, socket_files
-from lmcache_trio._transport.socket_files import Address, TcpAddress
+from lmcache_trio.config.addresses import IpcAddress, TcpAddress
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Misuse, Unavailable
 
-__all__ = ["NngLink", "NngSocket", "open_pidfd"]
+__all__ = ["NngAddress", "NngLink", "NngSocket", "open_pidfd"]
+
+NngAddress = IpcAddress | TcpAddress
 
 _BUFFER = 128
 """Messages that NNG holds for each direction of a socket before a sender has to wait."""
@@ -78,11 +80,11 @@ class NngSocket:
         """A REP0 socket for requests of *limit* bytes at most."""
         return cls(pynng.Rep0, limit)
 
-    def listen(self, address: Address) -> str:
+    def listen(self, address: NngAddress) -> str:
         """Listen, privately; returns the address with the port that was really taken."""
         listener = ffi.new("nng_listener *")
         _check(lib.nng_listener_create(listener, self.nng, str(address).encode()), address)
-        if not isinstance(address, TcpAddress):
+        if isinstance(address, IpcAddress):
             # Set between bind and listen, so that there is no moment at which another user could connect.
             _check(lib.nng_listener_set_int(listener[0], b"ipc:permissions", 0o600), address)
         _check(lib.nng_listener_start(listener[0], 0), address)
@@ -168,10 +170,10 @@ class NngLink(Connection):
     def open_pidfd(self) -> int | None:
         return open_pidfd(self._peer_pid)
 
-    def listen(self, address: Address) -> str:
+    def listen(self, address: NngAddress) -> str:
         return self._socket.listen(address)
 
-    async def dial(self, address: Address) -> None:
+    async def dial(self, address: NngAddress) -> None:
         """Connect, however long it takes; NNG tries again by itself."""
         try:
             self._dialer = self._socket.sock.dial(str(address), block=False)
@@ -297,9 +299,9 @@ def _ended(code: int) -> LMCacheTrioError:
     return Gone(f"the connection: {reason}")
 
 
-def _check(code: int, address: Address) -> None:
+def _check(code: int, address: NngAddress) -> None:
     if code == lib.NNG_EADDRINUSE:
-        raise socket_files.in_use(str(address))
+        raise socket_files.in_use(address)
     if code:
         raise ConfigError("address", f"{address}: {ffi.string(lib.nng_strerror(code)).decode()}")
 

@@ -11,6 +11,7 @@ import trio
 
 from lmcache_trio._transport import socket_files
 from lmcache_trio.config import Access
+from lmcache_trio.config.addresses import UnixAddress
 from lmcache_trio.errors import ConfigError, Unavailable
 
 __all__ = ["Inherited", "Listener", "inherited", "open_epoll", "open_socket"]
@@ -54,7 +55,7 @@ class Listener:
                     socket_files.withdraw(aside)
         except FileExistsError as exc:
             self.socket.close()
-            raise socket_files.in_use(f"unix://{path}") from exc
+            raise socket_files.in_use(UnixAddress(path)) from exc
         except OSError as exc:
             self.socket.close()
             raise ConfigError("address", f"{path}: {exc.strerror}") from exc

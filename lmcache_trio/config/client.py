@@ -6,18 +6,16 @@ The file is the one that `LMCACHE_TRIO_CONFIG` names, which may be the server's 
 It refuses to read the server's settings, and to be wrong because one of those is.
 """
 
-import math
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 
 from lmcache_trio.config import sources
-from lmcache_trio.config.tables import check_ids, structure
+from lmcache_trio.config.tables import between, check_ids, setting
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["ClientConfig", "check_interval", "client_config_of", "load_client_config"]
+__all__ = ["ClientConfig", "check_interval", "load_client_config"]
 
 
 def check_interval(poll_interval: float, lookup_timeout: float, key: str = "poll_interval") -> None:
@@ -26,38 +24,24 @@ def check_interval(poll_interval: float, lookup_timeout: float, key: str = "poll
         raise ConfigError(key, f"{poll_interval:g} s is longer than lookup_timeout ({lookup_timeout:g} s); give less")
 
 
-def _seconds(instance: object, attribute: "attrs.Attribute[float]", value: float) -> None:
-    if not 0 < value < math.inf:  # NaN is neither
-        raise ConfigError(attribute.name, f"is {value:g}; give a number of seconds above 0")
-
-
 @attrs.frozen
 class ClientConfig:
-    """What an adapter reads when it is not given it."""
+    """What an adapter reads if it was not given it."""
 
-    lookup_timeout: float = attrs.field(
-        default=5.0,
-        validator=_seconds,
-        metadata={"help": "Seconds after which a lookup without an answer counts as 0 tokens."},
+    lookup_timeout: float = setting(
+        5.0, "Seconds after which a lookup without an answer counts as 0 tokens.", check=between(0.0, above=True)
     )
-    poll_interval: float = attrs.field(
-        default=0.005,
-        validator=_seconds,
-        metadata={"help": "Seconds of silence after which a waiting lookup asks for its status, repeatedly."},
+    poll_interval: float = setting(
+        0.005,
+        "Seconds of silence after which a waiting lookup asks for its status, repeatedly.",
+        check=between(0.0, above=True),
     )
-    server_uids: tuple[int, ...] = attrs.field(
-        default=(),
-        validator=check_ids,
-        metadata={"help": "Uids whose server an engine trusts, beside its own uid and root."},
+    server_uids: tuple[int, ...] = setting(
+        (), "Uids whose server an engine trusts, beside its own uid and root.", check=check_ids
     )
 
     def __attrs_post_init__(self) -> None:
         check_interval(self.poll_interval, self.lookup_timeout)
-
-
-def client_config_of(table: Any) -> ClientConfig:
-    """The `[client]` *table* of a file, checked."""
-    return structure(ClientConfig, table, "client")
 
 
 def load_client_config(environ: Mapping[str, str] | None = None) -> ClientConfig:
@@ -66,10 +50,5 @@ def load_client_config(environ: Mapping[str, str] | None = None) -> ClientConfig
     `ConfigError` names the one that is wrong, and who set it.
     """
     known = [field.name for field in attrs.fields(ClientConfig)]
-    table, origins = sources.gather_client(known, os.environ if environ is None else environ)
-    try:
-        return client_config_of(table)
-    except ConfigError as exc:
-        if exc.key in origins:
-            raise ConfigError(exc.key, f"{exc.problem} (set by {origins[exc.key]})") from exc
-        raise
+    found = sources.gather_client(known, os.environ if environ is None else environ)
+    return found.into(ClientConfig, "client")

@@ -1,26 +1,30 @@
 """Where settings come from: the file, the environment and flags, laid over each other in one plain tree of tables.
 
-It knows no setting: which keys there are, and what they may be, stands in `config`.
+It knows no setting: `server` and `client` say which keys there are.
 """
 
-import difflib
 import logging
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lmcache_trio.config.tables import expand
+import attrs
+
+from lmcache_trio.config.tables import structure
+from lmcache_trio.config.values import closest, expand
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["gather", "gather_client"]
+__all__ = ["Gathered", "gather", "gather_client"]
+
+T = TypeVar("T")
 
 log = logging.getLogger("lmcache_trio")
 
 ENVIRONMENT_PREFIX = "LMCACHE_TRIO_"
 OTHER_VARIABLES = frozenset({"CONFIG", "LOG"})
-"""Variables with our prefix that are no settings: read by the command line itself. An engine's begin with CLIENT_."""
+"""Variables with our prefix that are not settings: the command line reads them. An engine's begin with CLIENT_."""
 
 _SERVICE_LINK = re.compile(
     r"(?:.*_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
@@ -28,41 +32,63 @@ _SERVICE_LINK = re.compile(
 _SERVICE_URL = re.compile(r"(?:tcp|udp|sctp)://")
 
 
-def gather(path: Path | None, sets: Sequence[str], environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tree from *path*, *environ* and *sets*, later ones winning; and who set a key, if it was not the file."""
-    table = _read(path, "--config") if path is not None else {}
-    origins: dict[str, str] = {}
-    for key, text, origin in (*_from_environment(environ), *_from_flags(sets)):
-        _put(table, key, _value_of(text))
-        origins[key] = origin
-    return table, origins
+@attrs.define
+class Gathered:
+    """Settings in one plain tree of tables, and which variable or flag set a key, if it was not the file."""
+
+    table: dict[str, Any]
+    origins: dict[str, str] = attrs.field(factory=dict)
+
+    def put(self, key: str, text: str, origin: str) -> None:
+        _put(self.table, key, _value_of(text))
+        self.origins[key] = origin
+
+    def into(self, cls: type[T], key: str = "") -> T:
+        """The table *key*, or the whole tree, as a *cls*. `ConfigError` also says who set what is wrong."""
+        try:
+            return structure(cls, self.table.get(key, {}) if key else self.table, key)
+        except ConfigError as exc:
+            if exc.key in self.origins:
+                raise ConfigError(exc.key, f"{exc.problem} (set by {self.origins[exc.key]})") from exc
+            raise
 
 
-def gather_client(known: Sequence[str], environ: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
-    """The `client` table of the file that *environ* names, with *environ* over it; and who set a key otherwise.
+def gather(path: Path | None, sets: Sequence[str], environ: Mapping[str, str]) -> Gathered:
+    """A server's settings from *path*, *environ* and *sets*, later ones winning."""
+    found = Gathered(_read(path, "--config") if path is not None else {})
+    for name, rest in _ours(environ):
+        if rest not in OTHER_VARIABLES and not rest.startswith("CLIENT_"):
+            found.put(_key_of(rest), environ[name], f"the environment variable {name}")
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            problem = f"{text!r} is not a setting; write --set key=value, as in --set memory.size=4GiB"
+            raise ConfigError("--set", problem)
+        found.put(key.strip(), value.strip(), f"--set {text}")
+    return found
 
-    A variable without the two underscores belongs to somebody else, and is passed over, unless it looks like a setting
-    in *known*.
+
+def gather_client(known: Sequence[str], environ: Mapping[str, str]) -> Gathered:
+    """The file that *environ* names, and over its `client` table the variables of *environ* that are an engine's.
+
+    A variable without the two underscores belongs to another program, and is ignored, unless it looks like a setting in
+    *known*.
     """
     where = ENVIRONMENT_PREFIX + "CONFIG"
-    table = _read(Path(environ[where]), where) if environ.get(where) else {}
-    origins: dict[str, str] = {}
-    prefix = ENVIRONMENT_PREFIX + "CLIENT_"
+    found = Gathered(_read(Path(environ[where]), where) if environ.get(where) else {})
     for name, rest in _ours(environ):
-        if not name.startswith(prefix):
-            continue
-        key = rest.lower().replace("__", ".")
-        if not key.startswith("client."):
-            close = difflib.get_close_matches(key[7:], known, n=1)
-            if close:
-                raise ConfigError(
-                    name, f"is no setting; two underscores stand for the dot: {prefix}_{close[0].upper()}"
-                )
-            log.warning("%s is no setting of lmcache-trio, and is passed over", name)
-            continue
-        _put(table, key, _value_of(environ[name]))
-        origins[key] = f"the environment variable {name}"
-    return table.get("client", {}), origins
+        if rest.startswith("CLIENT__"):
+            found.put(_key_of(rest), environ[name], f"the environment variable {name}")
+        elif rest.startswith("CLIENT_"):
+            if meant := closest(rest.removeprefix("CLIENT_").lower(), known):
+                right = f"{ENVIRONMENT_PREFIX}CLIENT__{meant.upper()}"
+                raise ConfigError(name, f"is not a setting; two underscores stand for the dot: {right}")
+            log.warning("%s is not a setting of lmcache-trio, and is ignored", name)
+    return found
+
+
+def _key_of(rest: str) -> str:
+    return rest.lower().replace("__", ".")
 
 
 def _read(path: Path, named_by: str) -> dict[str, Any]:
@@ -78,17 +104,11 @@ def _read(path: Path, named_by: str) -> dict[str, Any]:
         raise ConfigError(named_by, f"{str(path)!r} is not TOML: {exc}") from exc
 
 
-def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    for name, rest in _ours(environ):
-        if rest not in OTHER_VARIABLES and not rest.startswith("CLIENT_"):
-            yield rest.lower().replace("__", "."), environ[name], f"the environment variable {name}"
-
-
 def _ours(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """The variables with our prefix, each with the rest of its name, but for those that Kubernetes makes.
+    """The variables with our prefix, each with the rest of its name, without those that Kubernetes makes.
 
     For each Service of a namespace every container has NAME_SERVICE_HOST, NAME_SERVICE_PORT, NAME_PORT (a URL),
-    NAME_PORT_80_TCP, … One that is named lmcache-trio, or lmcache-trio-client, gives them our prefix.
+    NAME_PORT_80_TCP, … A Service named lmcache-trio, or lmcache-trio-client, gives them our prefix.
     """
     for name in sorted(environ):
         rest = name.removeprefix(ENVIRONMENT_PREFIX)
@@ -99,16 +119,8 @@ def _ours(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         yield name, rest
 
 
-def _from_flags(sets: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    for text in sets:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError("--set", f"{text!r} is no setting; write --set key=value, as in --set memory.size=4GiB")
-        yield key.strip(), value.strip(), f"--set {text}"
-
-
 def _value_of(text: str) -> Any:
-    """*text* as a TOML value where it is one, else as the string that it is."""
+    """*text* as a TOML value if it is one, otherwise as a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -134,7 +146,7 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 def _step(here: Any, part: str, empty: Any, key: str) -> Any:
     if isinstance(here, list):
         if not part.isdecimal() or int(part) > len(here):
-            raise ConfigError(key, f"{part!r} is no index here; give 0 to {len(here)}")
+            raise ConfigError(key, f"{part!r} is not an index here; give 0 to {len(here)}")
         if int(part) == len(here):
             here.append(empty)
         return here[int(part)]

@@ -1,88 +1,71 @@
-"""From a plain table to a frozen class: strict types, units, ids, and the fix in each message.
+"""From a plain table to a frozen class: strict types, units, bounds, and the fix in each message.
 
-Everything is structured by cattrs with strict hooks: nothing is coerced (`"7"` is no integer), an unknown key is named
-with the one that was probably meant. Each problem ends in one `ConfigError` with the dotted key and the fix. A field
-with `metadata={"unit": "bytes"}` takes `"4GiB"` too, one with the unit "path" takes `"~/kv"`.
+cattrs structures everything, with strict hooks: nothing is coerced (`"7"` is not an integer), and an unknown key is
+named with the one that was probably meant. Each problem ends in one `ConfigError` with the dotted key and the fix. A
+field with `metadata={"unit": "bytes"}` takes `"4GiB"` too, one with the unit "path" takes `"~/kv"`.
 
-It knows no setting: those of a server stand in `config`, those of an engine in `client_config`, a backend's in its own
-`Config` class. `config` re-exports what plugins use.
+It knows no setting: a server's stand in `server`, an engine's in `client`, a backend's in its own `Config` class.
 """
 
-import difflib
-import os
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
 from cattrs.gen import make_dict_structure_fn
 
+from lmcache_trio.config.values import closest, parse_path, parse_size
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["Table", "check_ids", "expand", "parse_path", "parse_size", "structure"]
+__all__ = ["Table", "between", "check_ids", "setting", "structure"]
 
 Table = dict[str, Any]
 """A backend's own settings, not yet structured."""
 
 T = TypeVar("T")
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
-    "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-    "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
-}  # fmt: skip
+_PARSERS: Mapping[str, Callable[[str], object]] = {"bytes": parse_size, "path": parse_path}
+"""By the `unit` in a field's metadata: what a string in its place means."""
 
 
 _MOST_UID = 2**32 - 2
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `"4GiB"`, `"512 Mi"`, `"1.5G"` or `"1000000"`. ValueError says what is accepted."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(found[2].lower()) if found else None
-    if found is None or unit is None:
-        raise ValueError(f'{text!r} is no size; write a number of bytes, or one with a unit, as in "4GiB"')
-    return int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
+def setting(default: Any, help: str, *, check: Callable[..., None] | None = None, unit: str = "") -> Any:
+    """A field of a class of settings, with its line of documentation."""
+    return attrs.field(default=default, validator=check, metadata={"help": help, "unit": unit})
 
 
-def expand(text: str) -> str:
-    """*text* with `~` and `$NAME` expanded, as a shell does. ValueError: it names a variable that is not set."""
-    if unset := [name for name in re.findall(r"\$\{?(\w+)", text) if name not in os.environ]:
-        raise ValueError(f"{text!r} names the variable {unset[0]}, which is not set; write the absolute path")
-    return os.path.expanduser(os.path.expandvars(text))
+def between(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[object, Any, float], None]:
+    """A validator: *low* to *high*, both allowed unless *above* (then more than *low*); NaN and infinity never are."""
 
+    def check(instance: object, attribute: Any, value: float) -> None:
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            least = f"more than {low:g}" if above else f"{low:g} or more"
+            most = f", and at most {high:g}" if math.isfinite(high) else ""
+            raise ConfigError(attribute.name, f"{value!r} is out of range; give {least}{most}")
 
-def parse_path(text: str) -> str:
-    """The absolute path that *text* is, with `~` and `$NAME` expanded, as a shell does. ValueError says what is wrong.
-
-    A relative one is refused: a server that is started elsewhere would not find what it kept. An empty one stays empty.
-    """
-    path = expand(text)
-    if "\0" in path:
-        raise ValueError(f"{text!r} has a zero byte in it; write the absolute path")
-    if path and not path.startswith("/"):
-        raise ValueError(f"{text!r} is a relative path; write the absolute one, such as {os.path.abspath(path)!r}")
-    return path
-
-
-_PARSERS: Mapping[str, Callable[[str], object]] = {"bytes": parse_size, "path": parse_path}
-"""By the `unit` in a field's metadata: what a string in its place means."""
+    return check
 
 
 def check_ids(instance: object, attribute: Any, value: Sequence[int]) -> None:
     """A validator of a field that holds uids or gids."""
     for number in value:
         if not 0 <= number <= _MOST_UID:
-            raise ConfigError(attribute.name, f"{number} is no id; give numbers of 0 to {_MOST_UID}")
+            raise ConfigError(attribute.name, f"{number} is not an id; give numbers of 0 to {_MOST_UID}")
 
 
 def structure(cls: type[T], table: Mapping[str, Any], key: str = "") -> T:
     """*table* as a *cls*, an attrs class, strictly; *key* is the table's own dotted name, for messages."""
     if not isinstance(table, Mapping):
-        _fail(key, "", f"{table!r} is no table; write it as [{key or 'table'}] with one key a line")
+        raise ConfigError(
+            key or "configuration", f"{table!r} is not a table; write it as [{key or 'table'}] with one key per line"
+        )
     plain = dict(table)
     for field in attrs.fields(cls):  # type: ignore[arg-type]
         parse = _PARSERS.get(field.metadata.get("unit", ""))
@@ -118,13 +101,9 @@ def _explain(exc: BaseException, key: str) -> NoReturn:
 
 
 def _unknown(name: str, known: Sequence[str], key: str) -> NoReturn:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-    raise ConfigError(_join(key, name or '""'), f"is no setting; {hint}")
-
-
-def _fail(key: str, name: str, problem: str) -> NoReturn:
-    raise ConfigError(_join(key, name) or "configuration", problem)
+    meant = closest(name, known)
+    hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(known)}"
+    raise ConfigError(_join(key, name or '""'), f"is not a setting; {hint}")
 
 
 def _join(*parts: str) -> str:
@@ -146,6 +125,28 @@ def _is_number(value: Any) -> bool:
 
 def _are_integers(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(type(v) is int for v in value)
+
+
+def _choice(cls: Any) -> Callable[[Any, Any], Any]:
+    """The hook of an Enum or a Literal."""
+    of_enum = _is_enum(cls)
+    choices = [each.value for each in cls] if of_enum else list(get_args(cls))
+
+    def hook(value: Any, _: Any) -> Any:
+        if value not in choices:
+            raise ValueError(f"{value!r} is not a choice; give {', '.join(map(repr, choices))}")
+        return cls(value) if of_enum else value
+
+    return hook
+
+
+def _is_choice(kind: Any) -> bool:
+    origin: Any = get_origin(kind)
+    return origin is Literal or _is_enum(kind)
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def _table_of(cls: type[Any], converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
@@ -174,6 +175,7 @@ def _make_converter() -> cattrs.Converter:
     )
     numbers = _strict("a list of integers, as in [1000, 1001]", _are_integers, tuple)
     converter.register_structure_hook_func(lambda t: t == tuple[int, ...], numbers)
+    converter.register_structure_hook_factory(_is_choice, _choice)
     converter.register_structure_hook_factory(attrs.has, lambda cls: _table_of(cls, converter))
     converter.register_structure_hook_func(lambda t: t in (Table, Mapping[str, Any]), table)
     converter.register_structure_hook_func(lambda t: t == tuple[Mapping[str, Any], ...], tables)

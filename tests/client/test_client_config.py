@@ -62,10 +62,10 @@ def test_an_adapter_refuses_what_is_given_beside_what_is_configured(monkeypatch:
 @pytest.mark.parametrize(
     ("name", "value", "key", "words"),
     [
-        ("LMCACHE_TRIO_CLIENT__LOOKUP_TIMEOUT", "-1", "client.lookup_timeout", "above 0"),
-        ("LMCACHE_TRIO_CLIENT__LOOKUP_TIMEOUT", "nan", "client.lookup_timeout", "above 0"),
-        ("LMCACHE_TRIO_CLIENT__POLL_INTERVAL", "inf", "client.poll_interval", "above 0"),
-        ("LMCACHE_TRIO_CLIENT__POLL_INTERVAL", "0", "client.poll_interval", "above 0"),
+        ("LMCACHE_TRIO_CLIENT__LOOKUP_TIMEOUT", "-1", "client.lookup_timeout", "more than 0"),
+        ("LMCACHE_TRIO_CLIENT__LOOKUP_TIMEOUT", "nan", "client.lookup_timeout", "more than 0"),
+        ("LMCACHE_TRIO_CLIENT__POLL_INTERVAL", "inf", "client.poll_interval", "more than 0"),
+        ("LMCACHE_TRIO_CLIENT__POLL_INTERVAL", "0", "client.poll_interval", "more than 0"),
         ("LMCACHE_TRIO_CLIENT__POLL_INTERVAL", "often", "client.poll_interval", "give a number"),
         ("LMCACHE_TRIO_CLIENT__POLL_INTERVAL", "9", "client.poll_interval", "longer than lookup_timeout (5 s)"),
         ("LMCACHE_TRIO_CLIENT__LOKUP_TIMEOUT", "1", "client.lokup_timeout", "did you mean 'lookup_timeout'"),
@@ -90,7 +90,7 @@ def test_other_variables_of_ours_are_not_an_engines() -> None:
 def test_a_variable_of_somebody_else_stops_no_engine(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert load_client_config({name: "registry/image:1"}) == ClientConfig()
     told = [record.getMessage() for record in caplog.records]
-    assert told == ([] if name.endswith("S") else [f"{name} is no setting of lmcache-trio, and is passed over"])
+    assert told == ([] if name.endswith("S") else [f"{name} is not a setting of lmcache-trio, and is ignored"])
 
 
 def test_a_server_takes_the_same_file_and_names_what_is_wrong_in_the_engines_table(tmp_path: Path) -> None:

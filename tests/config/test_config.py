@@ -63,22 +63,22 @@ def test_a_value_that_is_no_toml_is_the_string_that_it_is() -> None:
         ("lease_share=0", "lease_share", "more than 0"),
         ("write_share=0", "write_share", "more than 0"),
         ("memory=3", "memory", "give a table"),
-        ("memory.backend=3", "memory.backend", "no string"),
+        ("memory.backend=3", "memory.backend", "not a string"),
         ("tiers=3", "tiers", "list of tables"),
         ("tiers.0.path=/x", "tiers.0.backend", "is missing"),
-        ("tiers.1.path=/x", "tiers.1.path", "no index"),
+        ("tiers.1.path=/x", "tiers.1.path", "not an index"),
         ("grace.x=1", "grace", "give a number"),
         ("device=4", "device", "give a table"),
         ("device.path=4", "device.backend", "missing"),
         ("address=5", "address", "give a string"),
-        ("address=here", "address", "is no address"),
-        ("address=udp://x", "address", "no transport"),
+        ("address=here", "address", "is not an address"),
+        ("address=udp://x", "address", "is not an address"),
         ("address=unix://relative", "address", "absolute"),
         ("address=unix:///" + "x" * 100, "address", "shorter"),
         ("address=ipc://relative", "address", "absolute"),
         ("address=ipc:///" + "x" * 100, "address", "shorter"),
-        ("address=tcp://127.0.0.1", "address", "has no port"),
-        ("address=tcp://127.0.0.1:70000", "address", "has no port"),
+        ("address=tcp://127.0.0.1", "address", "names no host and port"),
+        ("address=tcp://127.0.0.1:70000", "address", "names no host and port"),
         ("address=tcp://0.0.0.0:5", "address", "not loopback"),
         ("address=tcp://example.org:5", "address", "not loopback"),
         ("grace", "--set", "--set key=value"),
@@ -142,10 +142,10 @@ def test_the_variables_of_a_kubernetes_service_are_no_settings(service: str) -> 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("LMCACHE_TRIO_PORT", "5555", "port: is no setting"),
+        ("LMCACHE_TRIO_PORT", "5555", "port: is not a setting"),
         ("LMCACHE_TRIO_ADRESS", "tcp://10.0.0.11:5555", "did you mean 'address'"),
         ("LMCACHE_TRIO_MEMORY_SIZE", "4Gi", "LMCACHE_TRIO_MEMORY_SIZE"),
-        ("LMCACHE_TRIO_SERVICE_HOSTS", "10.0.0.11", "is no setting"),
+        ("LMCACHE_TRIO_SERVICE_HOSTS", "10.0.0.11", "is not a setting"),
     ],
 )
 def test_a_variable_that_only_resembles_those_is_still_refused_by_a_server(name: str, value: str, words: str) -> None:
@@ -198,7 +198,7 @@ def test_sizes_are_bytes_or_bytes_with_a_unit(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "4XB", "4 G B", "1e9", "nan"])
 def test_a_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
 
 
@@ -222,7 +222,7 @@ def test_a_backends_own_table_is_structured_strictly_into_its_own_class() -> Non
     ("table", "key", "words"),
     [
         ({"needed": "n", "sise": 4}, "tiers.0.sise", "did you mean 'size'"),
-        ({"needed": "n", "size": "big"}, "tiers.0.size", "is no size"),
+        ({"needed": "n", "size": "big"}, "tiers.0.size", "is not a size"),
         ({"needed": "n", "size": 1.5}, "tiers.0.size", "give an integer"),
         ({"needed": "n", "ratio": 2.0}, "tiers.0", "ratio"),
         ({"needed": "n", "names": [1]}, "tiers.0.names.0", "give a string"),

@@ -5,27 +5,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_trio import _transport
-from lmcache_trio._transport import socket_files
+from lmcache_trio.config.addresses import parse_address
 from lmcache_trio.errors import ConfigError
 
 
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        ("", "is no address"),
-        ("s", "is no address"),
-        ("http://127.0.0.1:1", "is no address"),
-        ("abstract://s", "is no address"),
+        ("", "is not an address"),
+        ("s", "is not an address"),
+        ("http://127.0.0.1:1", "is not an address"),
+        ("abstract://s", "is not an address"),
         ("ipc://relative/s", "absolute path"),
         ("ipc://", "absolute path"),
         ("ipc:///tmp/", "absolute path"),
         ("ipc:///tmp/a\0b", "absolute path"),
-        ("ipc:///tmp/" + "x" * 100, "shorten it"),
-        ("ipc:///tmp/" + "é" * 45, "shorten it"),
+        ("ipc:///tmp/" + "x" * 100, "shorter"),
+        ("ipc:///tmp/" + "é" * 45, "shorter"),
         ("unix://relative/s", "absolute path"),
         ("unix://", "absolute path"),
         ("unix:///tmp/", "absolute path"),
-        ("unix:///tmp/" + "x" * 100, "shorten it"),
+        ("unix:///tmp/" + "x" * 100, "shorter"),
         ("unix:///does/not/exist", "No such file|make that directory"),
         ("ipc:///does/not/exist", "No such file|make that directory"),
         ("tcp://", "host and port"),
@@ -33,10 +33,10 @@ from lmcache_trio.errors import ConfigError
         ("tcp://127.0.0.1:99999", "range|host and port"),
         ("tcp://127.0.0.1:x", "host and port|cast"),
         ("tcp://127.0.0.1:1/path", "host and port"),
-        ("tcp://0.0.0.0:5555", "until there is authentication"),
-        ("tcp://10.0.0.1:5555", "until there is authentication"),
-        ("tcp://[::]:5555", "until there is authentication"),
-        ("tcp://example.org:5555", "until there is authentication"),
+        ("tcp://0.0.0.0:5555", "no authentication yet"),
+        ("tcp://10.0.0.1:5555", "no authentication yet"),
+        ("tcp://[::]:5555", "no authentication yet"),
+        ("tcp://example.org:5555", "no authentication yet"),
     ],
 )
 async def test_an_address_that_cannot_be_is_refused_by_name(address: str, says: str) -> None:
@@ -48,13 +48,18 @@ async def test_an_address_that_cannot_be_is_refused_by_name(address: str, says: 
 TEXT = st.text(max_size=40)
 
 
-@given(TEXT | TEXT.map(lambda text: "tcp://" + text) | TEXT.map(lambda text: "unix:///" + text))
+@given(
+    TEXT
+    | TEXT.map(lambda text: "tcp://" + text)
+    | TEXT.map(lambda text: "unix:///" + text)
+    | TEXT.map(lambda text: "memory://" + text)
+)
 def test_any_text_is_an_address_or_a_config_error(text: str) -> None:
     try:
-        parsed = socket_files.parse(text)
+        parsed = parse_address(text)
     except ConfigError:
         return
-    assert socket_files.parse(str(parsed)) == parsed
+    assert parse_address(str(parsed)) == parsed
 
 
 async def test_localhost_is_loopback() -> None:

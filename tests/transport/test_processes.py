@@ -150,7 +150,7 @@ async def test_files_of_a_killed_server_are_removed_and_a_live_ones_are_not(
 
 async def test_what_is_no_socket_is_never_removed(near: str, tmp_path: Path) -> None:
     (tmp_path / "s").write_text("precious")
-    with pytest.raises(ConfigError, match="is no socket"):
+    with pytest.raises(ConfigError, match="is not a socket"):
         _transport.listen(near)
     assert (tmp_path / "s").read_text() == "precious"
 

@@ -14,6 +14,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from lmcache_trio import _transport
 from lmcache_trio._transport import Rendezvous, over_nng, over_unix, socket_files, watching
 from lmcache_trio._transport.unix import PACKET
 from lmcache_trio._transport.unix_sockets import open_socket
@@ -36,7 +37,7 @@ async def answer_all(rendezvous: Any) -> None:
 
 @asynccontextmanager
 async def answering(near: str) -> AsyncIterator[Rendezvous]:
-    rendezvous = over_unix.listen(near)
+    rendezvous = _transport.listen(near)
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answer_all, rendezvous)
@@ -63,16 +64,16 @@ async def test_clients_that_say_nothing_hold_nobody_up_and_the_oldest_are_turned
     async with answering(near) as rendezvous:
         with contextlib.ExitStack() as callers:
             silent = [callers.enter_context(call(near)) for _ in range(over_unix._MOST_SILENT + 3)]
-            assert await over_unix.introduce(near, b"me") == b"re: me"
+            assert await _transport.introduce(near, b"me") == b"re: me"
             assert [await answer_to(caller) for caller in silent[:3]] == [b""] * 3
             assert rendezvous.counted["turned_away"] >= 3
             silent[-1].send(WHOLE + b"at last")
             assert await answer_to(silent[-1]) == WHOLE + b"re: at last"
-        assert await over_unix.introduce(near, b"me") == b"re: me"
+        assert await _transport.introduce(near, b"me") == b"re: me"
 
 
 async def test_who_has_no_manners_or_left_is_not_introduced(near: str) -> None:
-    rendezvous = over_unix.listen(near)
+    rendezvous = _transport.listen(near)
     large = WHOLE + bytes(PACKET + 1)
     for packet in (b"", b"GET / HTTP/1.1\r\n\r\n", FIRST + b"x", large, WHOLE + b"left"):
         with call(near) as caller:
@@ -82,7 +83,7 @@ async def test_who_has_no_manners_or_left_is_not_introduced(near: str) -> None:
     rude.send(LAST + bytes(PACKET))
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(over_unix.introduce, near, b"hello")
+            nursery.start_soon(_transport.introduce, near, b"hello")
             introduction = await rendezvous.accept()
             assert introduction.hello == b"hello"
             introduction.reply(b"")
@@ -92,7 +93,7 @@ async def test_who_has_no_manners_or_left_is_not_introduced(near: str) -> None:
 
 
 async def test_an_answer_to_a_client_that_is_gone_is_no_error(near: str) -> None:
-    rendezvous = over_unix.listen(near)
+    rendezvous = _transport.listen(near)
     with trio.fail_after(60):
         with call(near) as caller:
             caller.send(WHOLE + b"hello")
@@ -102,7 +103,7 @@ async def test_an_answer_to_a_client_that_is_gone_is_no_error(near: str) -> None
 
 
 async def test_a_server_that_goes_turns_everybody_away(near: str) -> None:
-    rendezvous = over_unix.listen(near)
+    rendezvous = _transport.listen(near)
     with trio.fail_after(60), call(near) as silent, call(near) as speaking:
         speaking.send(WHOLE + b"hello")
         await rendezvous.accept()
@@ -142,13 +143,13 @@ async def test_without_descriptors_a_client_is_turned_away_and_the_loop_sleeps(
             caller.setblocking(False)
             assert caller.recv(100) == b""
             with pytest.raises(Unavailable, match="could be opened"):
-                await over_unix.introduce(near, b"me")
+                await _transport.introduce(near, b"me")
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         (told,) = {record.getMessage() for record in caplog.records}
         assert told.startswith("a client was turned away: ")
         assert rendezvous.counted["turned_away"] >= 1
         assert "ulimit -n" in told
-        assert await over_unix.introduce(near, b"me") == b"re: me"
+        assert await _transport.introduce(near, b"me") == b"re: me"
 
 
 @pytest.mark.parametrize("again", ["in time", "when a client leaves"])
@@ -188,10 +189,10 @@ async def test_when_the_spare_descriptor_is_gone_too_the_loop_sleeps_and_lets_cl
 
 
 async def test_a_pair_address_refuses_a_second_client_also_before_the_first_was_let_in(near: str) -> None:
-    listener = over_unix.listen_pair(near)
-    first = await over_unix.dial_pair(listener.address)
+    listener = _transport.listen_pair(near)
+    first = await _transport.dial_pair(listener.address)
     with pytest.raises(Unavailable):
-        await over_unix.dial_pair(listener.address)
+        await _transport.dial_pair(listener.address)
     server = await listener.accept()
     await first.send(b"undisturbed")
     assert await server.receive() == b"undisturbed"
@@ -203,12 +204,12 @@ async def test_a_pair_address_refuses_a_second_client_also_before_the_first_was_
 
 
 async def test_a_file_that_is_anothers_by_now_is_not_removed(near: str, tmp_path: Path) -> None:
-    first = over_unix.listen(near)
+    first = _transport.listen(near)
     (tmp_path / "s").unlink()
-    second = over_unix.listen(near)
+    second = _transport.listen(near)
     first.close()
     assert (tmp_path / "s").exists()
-    await over_unix.wait_listening(near)
+    await _transport.wait_listening(near)
     second.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -216,10 +217,10 @@ async def test_a_file_that_is_anothers_by_now_is_not_removed(near: str, tmp_path
 async def test_a_server_that_appeared_meanwhile_is_not_replaced(
     near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = over_unix.listen(near)
+    first = _transport.listen(near)
     monkeypatch.setattr("lmcache_trio._transport.socket_files.claim", lambda address: None)
     with pytest.raises(ConfigError, match="in use"):
-        over_unix.listen(near)
+        _transport.listen(near)
     assert list(tmp_path.iterdir()) == [tmp_path / "s"]
     first.close()
 
@@ -229,16 +230,16 @@ async def test_one_scheme_does_not_take_the_others_file_and_says_what_is_there(
 ) -> None:
     monkeypatch.setattr(over_nng, "_HANDSHAKE", 600.0)  # nobody waits for it, or the test ends before it does
     ipc = f"ipc://{tmp_path}/s"
-    rendezvous = over_nng.listen(ipc)
+    rendezvous = _transport.listen(ipc)
     with pytest.raises(ConfigError, match="in use"):
-        over_unix.listen(near)
+        _transport.listen(near)
     with pytest.raises(ConfigError, match=f"use {ipc}$"):
-        await over_unix.introduce(near, b"hello")
+        await _transport.introduce(near, b"hello")
     rendezvous.close()
-    rendezvous = over_unix.listen(near)
+    rendezvous = _transport.listen(near)
     with pytest.raises(ConfigError, match="in use"):
-        over_nng.listen(ipc)
-    for ask in (over_nng.introduce(ipc, b"hello"), over_nng.wait_listening(ipc)):
+        _transport.listen(ipc)
+    for ask in (_transport.introduce(ipc, b"hello"), _transport.wait_listening(ipc)):
         with trio.fail_after(60), pytest.raises(ConfigError, match=f"use {near}$"):
             await ask
     rendezvous.close()
@@ -252,7 +253,7 @@ async def test_who_waits_for_an_ipc_server_is_told_when_another_kind_comes(
 
     async def wait() -> None:
         with pytest.raises(ConfigError, match=f"use {near}$") as caught:
-            await over_nng.wait_listening(f"ipc://{tmp_path}/s")
+            await _transport.wait_listening(f"ipc://{tmp_path}/s")
         told.append(caught.value)
 
     with trio.fail_after(60), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mute:
@@ -264,7 +265,7 @@ async def test_who_waits_for_an_ipc_server_is_told_when_another_kind_comes(
             await trio.sleep(0.1)
             assert not told
             mute.close()
-            rendezvous = over_unix.listen(near)
+            rendezvous = _transport.listen(near)
     assert told
     rendezvous.close()
 
@@ -279,7 +280,7 @@ async def test_what_does_not_speak_nngs_protocol_is_not_waited_for_for_ever(
         if kind == socket.SOCK_STREAM:
             mute.listen()
         with pytest.raises(Unavailable, match="does not speak NNG"):
-            await over_nng.introduce(f"ipc://{tmp_path}/s", b"hello")
+            await _transport.introduce(f"ipc://{tmp_path}/s", b"hello")
 
 
 # --- waiting for a server ---------------------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ async def test_a_server_is_noticed_though_folders_on_the_way_were_missing(there:
     near = f"unix://{tmp_path}/a/b/s"
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(over_unix.wait_listening, near)
+            nursery.start_soon(_transport.wait_listening, near)
             await wait_all_tasks_blocked()
             (tmp_path / "beside").touch()
             (tmp_path / "a").mkdir(exist_ok=True)
@@ -300,7 +301,7 @@ async def test_a_server_is_noticed_though_folders_on_the_way_were_missing(there:
             (tmp_path / "a" / "b" / "beside").touch()
             await wait_all_tasks_blocked()
             assert len(nursery.child_tasks) == 1
-            rendezvous = over_unix.listen(near)
+            rendezvous = _transport.listen(near)
     rendezvous.close()
 
 
@@ -310,13 +311,13 @@ async def test_a_server_is_noticed_after_its_folder_was_removed_or_moved_there(t
     near = f"unix://{folder}/s"
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(over_unix.wait_listening, near)
+            nursery.start_soon(_transport.wait_listening, near)
             await wait_all_tasks_blocked()
             folder.rmdir()
             folder.parent.rmdir()
             await wait_all_tasks_blocked()
             (tmp_path / "c" / "b").mkdir(parents=True)
-            rendezvous = over_unix.listen(f"unix://{tmp_path}/c/b/s")
+            rendezvous = _transport.listen(f"unix://{tmp_path}/c/b/s")
             await wait_all_tasks_blocked()
             assert len(nursery.child_tasks) == 1
             (tmp_path / "c").rename(tmp_path / "a")
@@ -327,10 +328,10 @@ async def test_a_server_is_noticed_through_a_link_that_led_nowhere(tmp_path: Pat
     (tmp_path / "link").symlink_to(tmp_path / "a")
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(over_unix.wait_listening, f"unix://{tmp_path}/link/s")
+            nursery.start_soon(_transport.wait_listening, f"unix://{tmp_path}/link/s")
             await wait_all_tasks_blocked()
             (tmp_path / "a").mkdir()
-            rendezvous = over_unix.listen(f"unix://{tmp_path}/a/s")
+            rendezvous = _transport.listen(f"unix://{tmp_path}/a/s")
     rendezvous.close()
 
 
@@ -342,9 +343,9 @@ async def test_without_watches_a_server_is_looked_for_now_and_then(near: str, mo
     monkeypatch.setattr(watching, "_UNWATCHED", 0.01)
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(over_unix.wait_listening, near)
+            nursery.start_soon(_transport.wait_listening, near)
             await trio.sleep(0.05)
-            rendezvous = over_unix.listen(near)
+            rendezvous = _transport.listen(near)
     rendezvous.close()
 
 
@@ -367,9 +368,9 @@ async def test_a_look_without_a_descriptor_does_not_end_the_wait_for_a_server(
     before = len(os.listdir("/proc/self/fd"))
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(over_unix.wait_listening, near)
+            nursery.start_soon(_transport.wait_listening, near)
             await failed.wait()
-            rendezvous = over_unix.listen(near)
+            rendezvous = _transport.listen(near)
     rendezvous.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -378,5 +379,5 @@ async def test_waiting_for_a_server_leaves_no_descriptor_when_it_is_cancelled(ne
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with trio.move_on_after(0.01):
-            await over_unix.wait_listening(near)
+            await _transport.wait_listening(near)
     assert len(os.listdir("/proc/self/fd")) == before

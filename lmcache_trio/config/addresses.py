@@ -1,0 +1,158 @@
+"""Where a server listens: what an address may be, and which it is when none is given. It opens nothing.
+
+A path is absolute: server and clients have different working directories. Abstract sockets are refused: they have no
+owner and no mode, so anyone on the machine could answer in a server's name.
+"""
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import attrs
+
+from lmcache_trio.errors import ConfigError
+
+__all__ = [
+    "Address",
+    "FileAddress",
+    "IpcAddress",
+    "MemoryAddress",
+    "TcpAddress",
+    "UnixAddress",
+    "default_address",
+    "default_addresses",
+    "parse_address",
+    "parse_rendezvous",
+    "socket_path",
+]
+
+_SUN_PATH = 107
+"""Bytes that the kernel takes for a socket's path, without the closing zero."""
+_SUFFIX = 13
+"""Bytes that a pair's own path has beyond the rendezvous': a dot and 12 hexadecimal digits."""
+_USE = "use unix:///absolute/path, ipc:///absolute/path or tcp://127.0.0.1:PORT"
+
+
+@attrs.frozen
+class UnixAddress:
+    """A socket file of our own transport."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix://{self.path}"
+
+
+@attrs.frozen
+class IpcAddress:
+    """A socket file of NNG."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"ipc://{self.path}"
+
+
+@attrs.frozen
+class TcpAddress:
+    """A port on this machine's loopback interface; with port 0 a server listens at a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+
+@attrs.frozen
+class MemoryAddress:
+    """A name within one run of a Trio loop, for tests."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"memory://{self.name}"
+
+
+FileAddress = UnixAddress | IpcAddress
+Address = FileAddress | TcpAddress | MemoryAddress
+
+
+def default_address(environ: Mapping[str, str] | None = None) -> str:
+    """The address at which servers and clients of one user meet when none is given."""
+    return default_addresses(environ)[0]
+
+
+def default_addresses(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """`default_address`, and behind it where a server of the same user listens if its XDG_RUNTIME_DIR is another: not
+    set (a service, cron, ssh without a login session), or set where ours is not.
+    """
+    runtime = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
+    places = [f"/tmp/lmcache-trio-{os.getuid()}", f"/run/user/{os.getuid()}/lmcache-trio"]
+    if runtime.startswith("/"):
+        places.insert(0, f"{runtime}/lmcache-trio")
+    return tuple(dict.fromkeys(f"unix://{place}/server.sock" for place in places))
+
+
+def parse_address(address: str) -> Address:
+    """The parts of *address*; `ConfigError` names the setting `address` and the fix."""
+    return _parse(address, _SUN_PATH)
+
+
+def parse_rendezvous(address: str) -> Address:
+    """As `parse_address`, with room for the longer addresses of the pairs beside it."""
+    return _parse(address, _SUN_PATH - _SUFFIX)
+
+
+def socket_path(address: str) -> Path | None:
+    """The file of a `unix://` or `ipc://` address; None for others."""
+    parsed = parse_address(address)
+    return Path(parsed.path) if isinstance(parsed, FileAddress) else None
+
+
+def _parse(address: str, limit: int) -> Address:
+    scheme, separator, rest = address.partition("://")
+    if separator and scheme == "unix":
+        return UnixAddress(_checked_path(address, limit))
+    if separator and scheme == "ipc":
+        return IpcAddress(_checked_path(address, limit))
+    if separator and scheme == "tcp":
+        return _parse_tcp(address)
+    if rest and scheme == "memory":
+        return MemoryAddress(rest)
+    raise ConfigError("address", f"{address!r} is not an address; {_USE}")
+
+
+def _checked_path(address: str, limit: int) -> str:
+    scheme, _, path = address.partition("://")
+    if not os.path.isabs(path) or path.endswith("/") or "\0" in path:
+        raise ConfigError("address", f"{address!r} names no file; use the absolute path of one, {scheme}:///run/…")
+    length = len(os.fsencode(path))
+    if length > limit:
+        raise ConfigError(
+            "address", f"the path of {address!r} has {length} bytes, and {limit} at most; use a shorter directory"
+        )
+    return path
+
+
+def _parse_tcp(address: str) -> TcpAddress:
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError as exc:
+        raise ConfigError("address", f"{address!r} names no host and port: {exc}; use tcp://127.0.0.1:PORT") from exc
+    if not host or port is None or parts.path or parts.query or parts.fragment or parts.username is not None:
+        raise ConfigError("address", f"{address!r} names no host and port; use tcp://127.0.0.1:PORT")
+    if host == "localhost":
+        host = "127.0.0.1"
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError(
+            "address", f"{host!r} is not loopback, and there is no authentication yet; use 127.0.0.1 or a unix:// path"
+        )
+    return TcpAddress(host, port)
