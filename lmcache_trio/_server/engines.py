@@ -175,11 +175,14 @@ class Engines:
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def identify(self, engine: Engine, identity: bytes) -> None:
-        """The scheduler of *engine* says what its model is. Another one than before ends what was answered before."""
+        """The scheduler of *engine* says what its model is. Another one than before ends what was granted before.
+
+        A store of that time may hold what the next weights computed, if this message came late.
+        """
         if identity != engine.identity:
             engine.identity = identity
             engine.sessions.bar()
-            self._end_answers(engine)
+            self._end_grants(engine)
             self.settle_namespace(engine)
 
     def reset(self, namespace: bytes) -> list[Deletion]:
@@ -203,13 +206,16 @@ class Engines:
                 session.lose_lease()
 
     def _see_layout(self, engine: Engine, layout: tuple[bytes, ...]) -> None:
-        """If the layout of *engine* is another, what was granted under the former is neither published nor valid.
+        """If the layout of *engine* is another, what was granted under the former ends."""
+        if layout != engine.last_layout:
+            engine.last_layout = layout
+            self._end_grants(engine)
+
+    def _end_grants(self, engine: Engine) -> None:
+        """What was answered or granted to *engine* until now is neither published nor valid.
 
         Copies that are under way end by themselves; the slots of the writers among them stay quarantined until then.
         """
-        if layout == engine.last_layout:
-            return
-        engine.last_layout = layout
         self._end_answers(engine)
         for peer in engine.workers.values():
             self._index.lose_worker(peer.number)

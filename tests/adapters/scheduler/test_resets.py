@@ -149,6 +149,49 @@ def test_a_request_that_lives_stores_nothing_more_until_it_is_looked_up_again(
     assert same_blocks(one.kv, AT, one.kv, INTO)
 
 
+@pytest.mark.parametrize("change", ["reset", "version"])
+def test_a_store_that_has_its_slots_when_the_weights_change_is_not_published(
+    live_server: ServerProcess, sides: MakeSide, change: str
+) -> None:
+    """It may hold what the next weights computed: a server that was stopped hears of both at one time."""
+    entered: Handoff[bool] = Handoff()
+    gate: Handoff[bool] = Handoff()
+
+    def probe(point: str, spec: object) -> None:
+        if point == "slots known":
+            entered.set(True)
+            gate.wait(60)
+
+    one = sides(live_server.address, make_kv(1), probe=probe)
+    one.scheduler.extend("r", TOKENS)
+    one.worker.submit_store(one.scheduler.store_spec("r", 0, AT))
+    assert entered.wait(60)
+    if change == "reset":
+        assert one.scheduler.reset_cache()
+    else:
+        one.scheduler.set_weights_version("2")
+    gate.set(True)
+    stores_ended(one)
+    assert one.worker.statistics() == {"running": 0, "dropped_aborted": 4}
+    assert fresh(sides, live_server).lookup("q", TOKENS) == 0
+    wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
+
+
+def test_a_load_that_is_under_way_when_the_weights_change_is_not_valid(
+    live_server: ServerProcess, sides: MakeSide
+) -> None:
+    one: Side
+
+    def probe(point: str, spec: object) -> None:
+        if point == "before valid":
+            one.scheduler.set_weights_version("2")
+
+    one = sides(live_server.address, make_kv(1), probe=probe)
+    one.store("stored", TOKENS, AT)
+    assert one.lookup("r", TOKENS) == 4 * CHUNK
+    assert one.load("r", 4 * CHUNK, INTO) == set(INTO)
+
+
 def test_an_answer_of_before_a_reset_loads_nothing(live_server: ServerProcess, sides: MakeSide) -> None:
     one = sides(live_server.address, make_kv(1))
     one.store("stored", TOKENS, AT)
