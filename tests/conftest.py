@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+pytest.register_assert_rewrite("support")
+
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("few", settings.get_profile("project"), max_examples=20)
 settings.load_profile("project")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import trio
-from counting import tap, tracing
+from support.counting import tap, tracing
 from torch.profiler import ProfilerActivity, profile
 
 from lmcache_trio import Config, open_client, open_server

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import trio
-from counting import Tap, tap, tracing
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.host_device import HostConfig, HostDevice
+from support.counting import Tap, tap, tracing
 
 from lmcache_trio._wire.messages import LayersWritten, RetrieveBlocks, StoreBlocks
 from lmcache_trio.abc import Copy, Direction

@@ -8,10 +8,11 @@ from random import Random
 
 import pytest
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from support import disk_worker
 
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of
 
-WORKER = Path(__file__).parent / "disk_worker.py"
+WORKER = disk_worker.__file__
 SIZE = 24 << 20
 KILLS = 8
 
@@ -21,7 +22,7 @@ async def test_after_each_of_many_kills_every_hit_is_right_and_usage_is_exact(tm
     random = Random(seed)
     found = 0
     for kill in range(KILLS):
-        arguments = [sys.executable, str(WORKER), str(tmp_path), str(seed * KILLS + kill)]
+        arguments = [sys.executable, WORKER, str(tmp_path), str(seed * KILLS + kill)]
         with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             for _ in range(random.randrange(40)):

@@ -1,21 +1,17 @@
 """One bench for all rows. Where vLLM is not installed nothing here is collected: `nox -s e2e` installs it."""
 
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 collect_ignore: list[str] = []
 if find_spec("vllm") is None:
     collect_ignore += ["test_vllm_connector.py", "test_vllm_data_parallel.py", "test_vllm_table.py"]
     collect_ignore += ["test_vllm_times.py", "test_vllm_trust.py"]
 else:
-    from e2e_bench import Bench
-    from e2e_expected import Expected, ask_mid, ask_tiny, ask_two_ranks
+    from support.e2e.bench import Bench
+    from support.e2e.expected import Expected, ask_mid, ask_tiny, ask_two_ranks
 
     @pytest.fixture(scope="session")
     def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:

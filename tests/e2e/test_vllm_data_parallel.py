@@ -21,10 +21,10 @@ from typing import Any
 import attrs
 import pytest
 import trio
-from e2e_bench import ARGUMENTS, CHUNK, Bench
-from e2e_engine import Engine, Server
-from e2e_expected import Expected, Prompt
-from e2e_model import TINY
+from support.e2e.bench import ARGUMENTS, CHUNK, Bench
+from support.e2e.engine import Engine, Server
+from support.e2e.expected import Expected, Prompt
+from support.e2e.model import TINY
 
 pytestmark = pytest.mark.e2e
 

@@ -6,11 +6,11 @@ in the order in which they share engines, because starting one takes longer than
 """
 
 import attrs
-import e2e_rows as rows
 import pytest
-from e2e_bench import Bench
-from e2e_expected import Expected
-from e2e_rows import (
+from support.e2e import rows
+from support.e2e.bench import Bench
+from support.e2e.expected import Expected
+from support.e2e.rows import (
     Situation,
     fault,
     hit_after_the_engine_was_restarted,
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 
 @attrs.frozen
 class Row:
-    """*engine* is a key of `e2e_bench.KINDS`, *expected* a fixture."""
+    """*engine* is a key of `support.e2e.bench.KINDS`, *expected* a fixture."""
 
     engine: str
     situation: Situation

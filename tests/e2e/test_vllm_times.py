@@ -19,10 +19,11 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from e2e_bench import ARGUMENTS, KV_BYTES, ONE_PROCESS, Bench
-from e2e_engine import Engine
-from e2e_expected import Expected
-from e2e_model import MID
+from support.e2e.bench import ARGUMENTS, KV_BYTES, ONE_PROCESS, Bench
+from support.e2e.engine import Engine
+from support.e2e.expected import Expected
+from support.e2e.model import MID
+from support.e2e.start import TESTS
 
 LMCACHE = os.environ.get("E2E_LMCACHE", "")
 TURNS = int(os.environ.get("E2E_TURNS", "1"))
@@ -175,7 +176,7 @@ def lmcache_engine(bench: Bench, port: int) -> Engine:
             "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
         },
     }
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH"), str(behind)]))
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH"), str(behind)]))
     environment = {**ONE_PROCESS, "PYTHONHASHSEED": "0", "PYTHONPATH": path}
     return Engine(bench.where / "lmcache-engine.log", arguments, environment=environment)
 

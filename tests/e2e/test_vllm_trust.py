@@ -1,10 +1,10 @@
 """What a real engine stores while something goes wrong beside it, and whom vLLM's blocks belong to."""
 
 import pytest
-from e2e_bench import BROUGHT, CHUNK, Bench
-from e2e_engine import Engine
-from e2e_expected import Expected
-from e2e_rows import check, stored
+from support.e2e.bench import BROUGHT, CHUNK, Bench
+from support.e2e.engine import Engine
+from support.e2e.expected import Expected
+from support.e2e.rows import check, stored
 
 pytestmark = pytest.mark.e2e
 

@@ -1,6 +1,5 @@
 """A server in the test's loop, over real sockets, and client processes that are killed or stopped."""
 
-import importlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -11,6 +10,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+from support.faults import client_process, worker_process
 
 from lmcache_trio import Config, Server, open_server
 
@@ -50,14 +50,14 @@ class Scene:
 
     async def process(self, point: str, engine: str = "doomed") -> Doomed:
         """One that has come to *point*."""
-        return await self._run("fault_process.py", engine, point)
+        return await self._run(client_process.__file__, engine, point)
 
     async def worker(self, engine: str) -> Doomed:
         """An engine's worker, for its whole life."""
-        return await self._run("worker_process.py", engine)
+        return await self._run(worker_process.__file__, engine)
 
     async def _run(self, program: str, *arguments: str) -> Doomed:
-        command = [sys.executable, str(Path(__file__).with_name(program)), self.server.address, *arguments]
+        command = [sys.executable, program, self.server.address, *arguments]
 
         async def run(task_status: trio.TaskStatus[trio.Process]) -> None:
             await trio.run_process(
@@ -96,13 +96,3 @@ def scheme() -> str:
 def scenes(tmp_path: Path, scheme: str) -> Callable[..., AbstractAsyncContextManager[Scene]]:
     """Opens servers, with settings of the test's own."""
     return lambda **settings: open_scene(f"{scheme}://{tmp_path}/s.sock", **settings)
-
-
-@pytest.fixture
-def doings() -> Any:
-    """The module that client processes run, for what they and the tests do alike."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    try:
-        return importlib.import_module("fault_process")
-    finally:
-        sys.path.pop(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+from support.faults import client_process
 
 from lmcache_trio import Role
 from lmcache_trio._transport import MAX_MESSAGE, Connection, dial_pair, introduce
@@ -61,13 +62,13 @@ async def last_words(connection: Connection) -> list[Message]:
                 said.append(message)
 
 
-async def healthy_round(doings: Any, scheduler: Any, worker: Any, session: int) -> None:
+async def healthy_round(scheduler: Any, worker: Any, session: int) -> None:
     """A whole store, lookup and retrieve beside it."""
     digests = [session.to_bytes(2) * 16]
-    assert await doings.store(scheduler, worker, session, digests, b"h") == 1
+    assert await client_process.store(scheduler, worker, session, digests, b"h") == 1
     answer = await scheduler.lookup(session, digests)
     async with worker.retrieving(answer.lease, 0, 1) as chunks:
-        assert bytes(chunks[0]) == b"h" * doings.SHARD
+        assert bytes(chunks[0]) == b"h" * client_process.SHARD
     scheduler.end(session)
 
 
@@ -91,10 +92,10 @@ ENDING = {
 
 @pytest.mark.parametrize("role", [Role.SCHEDULER, Role.WORKER])
 async def test_what_is_no_sentence_or_out_of_place_ends_that_one_connection(
-    scenes: Any, doings: Any, role: Role, monkeypatch: pytest.MonkeyPatch
+    scenes: Any, role: Role, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmcache_trio._server.connection.LAST_WORD", 0.02)
-    async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
+    async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
         for session, (what, frame) in enumerate(ENDING.items(), 1):
             bad = await come_in(scene.server.address, role)
             await bad.send(encode(Ping(9)))
@@ -102,7 +103,7 @@ async def test_what_is_no_sentence_or_out_of_place_ends_that_one_connection(
             said = await last_words(bad)
             assert [getattr(message, "kind", None) for message in said] == [ErrorKind.PROTOCOL], what
             bad.close()
-            await healthy_round(doings, scheduler, worker, session)
+            await healthy_round(scheduler, worker, session)
             await scene.until(lambda held: held["connections"] == 2)
         assert scene.server.statistics()["counted"]["protocol_errors"] == len(ENDING)
         assert scene.held()["engines"] == 1
@@ -121,8 +122,8 @@ def rude_over_unix(address: str) -> Callable[[], None]:
     return say
 
 
-async def test_a_message_that_is_too_large_ends_that_one_connection(scenes: Any, doings: Any) -> None:
-    async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
+async def test_a_message_that_is_too_large_ends_that_one_connection(scenes: Any) -> None:
+    async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
         hello = Hello(PROTOCOL_VERSION, "bad", random.randbytes(16), Role.OBSERVER, "")
         welcome = decode(await introduce(scene.server.address, encode(hello)))
         assert isinstance(welcome, Welcome)
@@ -130,9 +131,9 @@ async def test_a_message_that_is_too_large_ends_that_one_connection(scenes: Any,
         await scene.until(lambda held: held["connections"] == 3)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, say)
-            await healthy_round(doings, scheduler, worker, 1)
+            await healthy_round(scheduler, worker, 1)
             await scene.until(lambda held: held["connections"] == 2)
-        await healthy_round(doings, scheduler, worker, 2)
+        await healthy_round(scheduler, worker, 2)
 
 
 REFUSED = [
@@ -141,9 +142,9 @@ REFUSED = [
 ]
 
 
-async def test_what_is_not_for_a_role_to_say_gets_an_error_and_the_connection_goes_on(scenes: Any, doings: Any) -> None:
+async def test_what_is_not_for_a_role_to_say_gets_an_error_and_the_connection_goes_on(scenes: Any) -> None:
     said_by_workers = [Lookup(5, 1, 0, bytes(32), 1), LookupStatus(5, 1), Reset(5)]
-    async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
+    async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
         for role, requests in ((Role.SCHEDULER, REFUSED), (Role.WORKER, said_by_workers)):
             bad = await come_in(scene.server.address, role)
             for request in requests:
@@ -154,13 +155,11 @@ async def test_what_is_not_for_a_role_to_say_gets_an_error_and_the_connection_go
             await bad.send(encode(Ping(6)))
             assert isinstance(decode(await bad.receive()), Pong)
             bad.close()
-            await healthy_round(doings, scheduler, worker, int(role is Role.WORKER) + 1)
+            await healthy_round(scheduler, worker, int(role is Role.WORKER) + 1)
 
 
-async def test_unknown_ids_and_the_same_id_twice_get_replies_and_the_connection_goes_on(
-    scenes: Any, doings: Any
-) -> None:
-    async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
+async def test_unknown_ids_and_the_same_id_twice_get_replies_and_the_connection_goes_on(scenes: Any) -> None:
+    async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
         bad = await come_in(scene.server.address, Role.WORKER)
         for request, reply, kind in (
             (Retrieve(5, b"l" * 16, 0, 1), ErrorReply, ErrorKind.GONE),
@@ -179,7 +178,7 @@ async def test_unknown_ids_and_the_same_id_twice_get_replies_and_the_connection_
             assert decode(await bad.receive()) == Pong(6, scene.server.boot)
         assert not isinstance(said, Committed)
         bad.close()
-        await healthy_round(doings, scheduler, worker, 1)
+        await healthy_round(scheduler, worker, 1)
 
 
 @pytest.mark.parametrize(
@@ -193,19 +192,17 @@ async def test_unknown_ids_and_the_same_id_twice_get_replies_and_the_connection_
         (Ping(1), "Hello"),
     ],
 )
-async def test_a_hello_that_is_out_of_order_is_refused_in_words(
-    scenes: Any, doings: Any, hello: Message, word: str
-) -> None:
-    async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
+async def test_a_hello_that_is_out_of_order_is_refused_in_words(scenes: Any, hello: Message, word: str) -> None:
+    async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
         refused = decode(await introduce(scene.server.address, encode(hello)))
         assert isinstance(refused, Refused)
         assert word in refused.reason
-        await healthy_round(doings, scheduler, worker, 1)
+        await healthy_round(scheduler, worker, 1)
         assert scene.held()["connections"] == 2
 
 
-async def test_our_own_client_refuses_to_say_what_is_too_large(scenes: Any, doings: Any) -> None:
-    async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (_, worker):
+async def test_our_own_client_refuses_to_say_what_is_too_large(scenes: Any) -> None:
+    async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (_, worker):
         with pytest.raises(Misuse, match="larger than"):
             worker._connection.send_nowait(bytes(MAX_MESSAGE + 1))
         await worker.ping()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from support.faults import client_process
 
 from lmcache_trio import Client, Role, open_client
 from lmcache_trio.errors import LMCacheTrioError
@@ -32,10 +33,10 @@ def but_for_chunks(held: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 async def test_a_client_killed_in_the_middle_is_forgotten_by_notification_and_half_a_slot_is_never_served(
-    scenes: Any, doings: Any, point: str, there: dict[str, int], capsys: pytest.CaptureFixture[str]
+    scenes: Any, point: str, there: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
-        assert await doings.store(scheduler, worker, 1, doings.STORED, b"s") == 3
+    async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
+        assert await client_process.store(scheduler, worker, 1, client_process.STORED, b"s") == 3
         before = scene.held()
         doomed = await scene.process(point)
         await scene.until(lambda held: all(held[name] >= count for name, count in there.items()))
@@ -50,12 +51,12 @@ async def test_a_client_killed_in_the_middle_is_forgotten_by_notification_and_ha
             print(
                 f"\n[killed {point}: forgotten {took * 1000:.1f} ms after the kernel had closed its sockets]", end=" "
             )
-        assert (await scheduler.lookup(2, doings.NEW)).chunks == 0
-        assert await doings.store(scheduler, worker, 2, doings.NEW, b"n") == 3
-        for digests, fill in ((doings.STORED, b"s"), (doings.NEW, b"n")):
+        assert (await scheduler.lookup(2, client_process.NEW)).chunks == 0
+        assert await client_process.store(scheduler, worker, 2, client_process.NEW, b"n") == 3
+        for digests, fill in ((client_process.STORED, b"s"), (client_process.NEW, b"n")):
             answer = await scheduler.lookup(3, digests)
             async with worker.retrieving(answer.lease, 0, 3) as chunks:
-                assert [bytes(chunk) for chunk in chunks] == [fill * doings.SHARD] * 3
+                assert [bytes(chunk) for chunk in chunks] == [fill * client_process.SHARD] * 3
         scheduler.end(3)
         await scheduler.ping()
         assert but_for_chunks(scene.held()) == but_for_chunks(before)
@@ -63,25 +64,25 @@ async def test_a_client_killed_in_the_middle_is_forgotten_by_notification_and_ha
 
 @pytest.mark.parametrize("point", ["commit", "reset", "done"])
 async def test_a_client_killed_with_its_last_word_under_way_leaves_all_or_nothing_of_it(
-    scenes: Any, doings: Any, point: str
+    scenes: Any, point: str
 ) -> None:
     """The server hears it, or does not; nobody is there for the reply."""
-    async with scenes() as scene, doings.engine(scene.server.address, "healthy") as (scheduler, worker):
-        assert await doings.store(scheduler, worker, 1, doings.STORED, b"s") == 3
+    async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
+        assert await client_process.store(scheduler, worker, 1, client_process.STORED, b"s") == 3
         before = scene.held()
         doomed = await scene.process(point)
         doomed.process.kill()
         await scene.until(lambda held: but_for_chunks(held) == but_for_chunks(before))
-        stored, new = [await hits(scheduler, digests) for digests in (doings.STORED, doings.NEW)]
+        stored, new = [await hits(scheduler, digests) for digests in (client_process.STORED, client_process.NEW)]
         assert stored in ((0, 3) if point == "reset" else (3,))
         assert new in ((0, 3) if point == "commit" else (0,))
         assert scene.held() == {**before, **chunks_of(before, stored + new)}
-        for digests, there, fill in ((doings.STORED, stored, b"s"), (doings.NEW, new, b"X")):
+        for digests, there, fill in ((client_process.STORED, stored, b"s"), (client_process.NEW, new, b"X")):
             if not there:
-                assert await doings.store(scheduler, worker, 2, digests, fill) == 3
+                assert await client_process.store(scheduler, worker, 2, digests, fill) == 3
             answer = await scheduler.lookup(3, digests)
             async with worker.retrieving(answer.lease, 0, 3) as chunks:
-                assert [bytes(chunk) for chunk in chunks] == [fill * doings.SHARD] * 3
+                assert [bytes(chunk) for chunk in chunks] == [fill * client_process.SHARD] * 3
         scheduler.end(3)
         await scheduler.ping()
         assert but_for_chunks(scene.held()) == but_for_chunks(before)
@@ -120,16 +121,16 @@ async def test_a_welcome_whose_client_was_killed_is_withdrawn(
 
 
 async def test_a_stopped_writer_whose_blocks_went_to_another_publishes_nothing_when_it_is_continued(
-    scenes: Any, doings: Any
+    scenes: Any,
 ) -> None:
     async with scenes(reservation_timeout=0.5) as scene:
-        async with doings.engine(scene.server.address, "healthy") as (scheduler, worker):
+        async with client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
             doomed = await scene.process("half written")
             doomed.process.send_signal(signal.SIGSTOP)
             await scene.until(lambda held: held["slots_writing"] == 0)
             assert scene.held()["slots_quarantined"] == 3
             # The blocks are another's now: the same prompt is stored anew, elsewhere, while the old copy still may run.
-            assert await doings.store(scheduler, worker, 1, doings.NEW, b"n") == 3
+            assert await client_process.store(scheduler, worker, 1, client_process.NEW, b"n") == 3
             assert scene.held()["slots_quarantined"] == 3
             doomed.process.send_signal(signal.SIGCONT)
             await trio.testing.wait_all_tasks_blocked(0.01)
@@ -138,13 +139,13 @@ async def test_a_stopped_writer_whose_blocks_went_to_another_publishes_nothing_w
             await doomed.says("ended")
             await scene.until(lambda held: held["slots_quarantined"] == held["reservations_ending"] == 0)
             assert scene.server.statistics()["counted"]["stored_chunks"] == 3
-            answer = await scheduler.lookup(2, doings.NEW)
+            answer = await scheduler.lookup(2, client_process.NEW)
             async with worker.retrieving(answer.lease, 0, 3) as chunks:
-                assert [bytes(chunk) for chunk in chunks] == [b"n" * doings.SHARD] * 3
+                assert [bytes(chunk) for chunk in chunks] == [b"n" * client_process.SHARD] * 3
 
 
 async def test_a_stopped_worker_whose_blocks_went_to_another_request_publishes_nothing_when_it_is_continued(
-    scenes: Any, doings: Any
+    scenes: Any,
 ) -> None:
     """As before, with the adapter of a real engine process, which was reset and whose blocks were filled anew."""
     async with (
@@ -153,8 +154,8 @@ async def test_a_stopped_worker_whose_blocks_went_to_another_request_publishes_n
         open_client(scene.server.address, role=Role.SCHEDULER, engine="healthy") as scheduler,
     ):
         doomed, healthy = await scene.worker("doomed"), await scene.worker("healthy")
-        digests = b"".join(doings.NEW).hex()
-        await ending.lookup(1, doings.NEW)
+        digests = b"".join(client_process.NEW).hex()
+        await ending.lookup(1, client_process.NEW)
         await doomed.told(f"store 1 7 {digests}")
         await doomed.says("half")
         doomed.process.send_signal(signal.SIGSTOP)
@@ -162,7 +163,7 @@ async def test_a_stopped_worker_whose_blocks_went_to_another_request_publishes_n
         await ending.reset()
         await scene.until(lambda held: held["slots_writing"] == 0)
         assert scene.held()["slots_quarantined"] == 3
-        await scheduler.lookup(1, doings.NEW)
+        await scheduler.lookup(1, client_process.NEW)
         await healthy.told(f"store 1 9 {digests}")
         await healthy.says("over")
         assert scene.held()["slots_quarantined"] == 3
@@ -173,32 +174,32 @@ async def test_a_stopped_worker_whose_blocks_went_to_another_request_publishes_n
         await doomed.says("over")
         await scene.until(lambda held: held["slots_quarantined"] == held["reservations_ending"] == 0)
         assert scene.server.statistics()["counted"]["stored_chunks"] == 3
-        answer = await scheduler.lookup(2, doings.NEW)
+        answer = await scheduler.lookup(2, client_process.NEW)
         await healthy.told(f"load {answer.lease.hex()}")
         await healthy.says("full of [9.0]")
 
 
-async def test_what_one_process_stored_another_reads_byte_for_byte(scenes: Any, doings: Any) -> None:
+async def test_what_one_process_stored_another_reads_byte_for_byte(scenes: Any) -> None:
     async with scenes() as scene:
         doomed = await scene.process("written", "writer")
-        async with doings.engine(scene.server.address, "reader") as (scheduler, worker):
-            assert (await scheduler.lookup(1, doings.NEW)).chunks == 0
+        async with client_process.engine(scene.server.address, "reader") as (scheduler, worker):
+            assert (await scheduler.lookup(1, client_process.NEW)).chunks == 0
             await doomed.go_on()
             await doomed.says("ended")
-            answer = await scheduler.lookup(1, doings.NEW)
+            answer = await scheduler.lookup(1, client_process.NEW)
             assert answer.chunks == 3
             async with worker.retrieving(answer.lease, 0, 3) as chunks:
-                assert [bytes(chunk) for chunk in chunks] == [b"X" * doings.SHARD] * 3
+                assert [bytes(chunk) for chunk in chunks] == [b"X" * client_process.SHARD] * 3
             doomed.process.kill()
 
 
-async def test_a_stranger_cannot_use_anothers_lease_pin_or_reservation(scenes: Any, doings: Any) -> None:
-    async with scenes() as scene, doings.engine(scene.server.address, "one") as (scheduler, worker):
-        await doings.store(scheduler, worker, 1, doings.STORED, b"s")
-        answer = await scheduler.lookup(2, doings.STORED)
+async def test_a_stranger_cannot_use_anothers_lease_pin_or_reservation(scenes: Any) -> None:
+    async with scenes() as scene, client_process.engine(scene.server.address, "one") as (scheduler, worker):
+        await client_process.store(scheduler, worker, 1, client_process.STORED, b"s")
+        answer = await scheduler.lookup(2, client_process.STORED)
         pinned = await worker.retrieve(answer.lease, 0, 3)
-        reserved = await worker.reserve(2, b"", doings.NEW)
-        async with doings.engine(scene.server.address, "other") as (_, stranger):
+        reserved = await worker.reserve(2, b"", client_process.NEW)
+        async with client_process.engine(scene.server.address, "other") as (_, stranger):
             with pytest.raises(LMCacheTrioError):
                 await stranger.retrieve(answer.lease, 0, 1)
             assert await stranger.done(pinned.pin) is False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.faults import shard_process
 
 from lmcache_trio.adapters import PollingSchedulerAdapter
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, wait_until
@@ -22,7 +23,7 @@ class Rank:
     """The test's end of one rank's process."""
 
     def __init__(self, address: str, *arguments: object) -> None:
-        script = str(Path(__file__).with_name("shard_process.py"))
+        script = shard_process.__file__
         command = [sys.executable, script, address, *map(str, arguments)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

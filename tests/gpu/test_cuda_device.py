@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import trio
-from gpu_engine import BLOCK, BLOCKS, ChildMemory
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
+from support.gpu_engine import BLOCK, BLOCKS, ChildMemory
 
 from lmcache_trio._core.transfer.exports import DType, TensorView
 from lmcache_trio.abc import Copy, Device, Direction, Export

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 import trio
-from gpu_engine import ChildMemory
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
+from support.gpu_engine import ChildMemory
 
 from lmcache_trio._core.transfer.exports import DType, TensorView
 from lmcache_trio._wire.codec import pack_positions

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import trio
-from soak_engine import LAYOUTS, POISON, Weights, contents, owner_of, prompt
-from soak_figures import GROWTH, LONG, grown, unreturned
-from soak_scene import DISK_FILE_SYSTEM, MEMORY, Bad, Scene
+from support.soak.engine import LAYOUTS, POISON, Weights, contents, owner_of, prompt
+from support.soak.figures import GROWTH, LONG, grown, unreturned
+from support.soak.scene import DISK_FILE_SYSTEM, MEMORY, Bad, Scene
 
 from lmcache_trio.bench.machine import describe
 

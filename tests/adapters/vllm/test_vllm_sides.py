@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import attrs
 import pytest
-from vllm_model import BLOCK, CHUNK, Cache, Memory, Mover, Request, true_kv
+from support.vllm_model import BLOCK, CHUNK, Cache, Memory, Mover, Request, true_kv
 
 from lmcache_trio import Unavailable
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec

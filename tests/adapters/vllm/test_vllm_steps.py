@@ -12,7 +12,7 @@ import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_model import BLOCK, Cache, Memory, Mover, Request, next_kv, sampled, true_answer
+from support.vllm_model import BLOCK, Cache, Memory, Mover, Request, next_kv, sampled, true_answer
 
 from lmcache_trio.adapters.vllm.metadata import StepPlan
 from lmcache_trio.adapters.vllm.scheduler_side import SchedulerSide, StepOutput

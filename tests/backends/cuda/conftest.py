@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from cuda_fake import FakeDriver
+from support.cuda_fake import FakeDriver
 
 
 @pytest.fixture

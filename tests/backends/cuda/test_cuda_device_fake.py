@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 import trio
-from cuda_fake import CUresult, FakeDriver
 from lmcache_trio_backends import _cuda_moves, cuda_device
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
+from support.cuda_fake import CUresult, FakeDriver
 
 from lmcache_trio._core.transfer.exports import DType, TensorView
 from lmcache_trio.abc import Attached, Copy, CudaMemory, Device, Direction, Export

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import trio
-from cuda_fake import Allocation, CUresult, FakeDriver
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
+from support.cuda_fake import Allocation, CUresult, FakeDriver
 
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Role
 from lmcache_trio.abc import Copy, CudaMemory, Direction

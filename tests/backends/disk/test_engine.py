@@ -18,6 +18,7 @@ from lmcache_trio_backends.disk.home import INDEX_NAME, Home, slab_name
 from lmcache_trio_backends.disk.index_file import IndexFile
 from lmcache_trio_backends.disk.recovery import Reading
 from lmcache_trio_backends.disk.slabs import Slabs
+from support import disk_worker
 
 from lmcache_trio.abc import Record
 from lmcache_trio.config import structure
@@ -518,15 +519,13 @@ async def test_recency_and_periodic_flushes_come_by_themselves(tmp_path: Path, m
 # ---- a killed server
 
 
-WORKER = Path(__file__).parent.parent.parent / "crash" / "disk_worker.py"
+WORKER = disk_worker.__file__
 
 
 async def test_a_server_killed_in_its_writes_comes_back_with_hits_exact_usage_and_no_wrong_byte(tmp_path: Path) -> None:
     found = 0
     for seed in range(3):
-        with subprocess.Popen(
-            [sys.executable, str(WORKER), str(tmp_path), str(seed)], stdout=subprocess.PIPE
-        ) as process:
+        with subprocess.Popen([sys.executable, WORKER, str(tmp_path), str(seed)], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             for _ in range(10 + 7 * seed):
                 process.stdout.readline()

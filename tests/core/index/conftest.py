@@ -2,9 +2,7 @@
 
 import hashlib
 import itertools
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +10,6 @@ import pytest
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.index import Index, Lease, Reservation
 from lmcache_trio._core.keys import ChunkKey
-
-sys.path.insert(0, str(Path(__file__).parent / "model"))
 
 PAGE = 4096
 

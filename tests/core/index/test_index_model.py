@@ -1,9 +1,9 @@
 """The index against a model too simple to be wrong: any interleaving of engines, workers, sessions, resets and time."""
 
-from core_index_model import LEASE, PAGES, PATHS, SHARE, WRITE, Chunk, IndexModel, name
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
+from support.index_model import LEASE, PAGES, PATHS, SHARE, WRITE, Chunk, IndexModel, name
 
 from lmcache_trio._core.index.index import SERVER
 from lmcache_trio._core.keys import ChunkKey

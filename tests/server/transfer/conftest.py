@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from transfer_rig import CHUNK_TOKENS, Open, PlainMemory, Rig, settled
+from support.transfer.rig import CHUNK_TOKENS, Open, PlainMemory, Rig, settled
 
 from lmcache_trio import Config, open_server
 from lmcache_trio.testing.fake_device import FakeConfig, FakeDevice

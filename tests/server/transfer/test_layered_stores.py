@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import trio
-from transfer_rig import LAYERS, PIECE, SHARD_BYTES, Open, Rig, fill, settled
+from support.transfer.rig import LAYERS, PIECE, SHARD_BYTES, Open, Rig, fill, settled
 
 from lmcache_trio._wire.codec import pack_offsets, pack_positions
 from lmcache_trio._wire.messages import (

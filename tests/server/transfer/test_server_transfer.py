@@ -7,7 +7,18 @@ from typing import Any
 import attrs
 import pytest
 import trio
-from transfer_rig import BLOCKS, CHUNK_BLOCKS, CHUNK_TOKENS, PIECE, SHARD_BYTES, Open, PlainMemory, Rig, fill, settled
+from support.transfer.rig import (
+    BLOCKS,
+    CHUNK_BLOCKS,
+    CHUNK_TOKENS,
+    PIECE,
+    SHARD_BYTES,
+    Open,
+    PlainMemory,
+    Rig,
+    fill,
+    settled,
+)
 
 from lmcache_trio import Config, Server, open_server
 from lmcache_trio._wire.codec import pack_positions

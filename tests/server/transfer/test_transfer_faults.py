@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
-from transfer_rig import BLOCKS, PIECE, SHARD_BYTES, Open, Rig, fill, settled
+from support.transfer.rig import BLOCKS, PIECE, SHARD_BYTES, Open, Rig, fill, settled
 
 from lmcache_trio._core.transfer.exports import Export, TensorView
 from lmcache_trio._wire.codec import pack_positions

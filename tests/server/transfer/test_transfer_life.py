@@ -14,9 +14,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from transfer_loop import Loop
-from transfer_rig import LAYERS, SHARD_BYTES, Open
-from transfer_world import CHUNKS, LENT, Request, World
+from support.transfer.loop import Loop
+from support.transfer.rig import LAYERS, SHARD_BYTES, Open
+from support.transfer.world import CHUNKS, LENT, Request, World
 
 from lmcache_trio._wire.messages import Ack, Reset
 

@@ -1,8 +1,8 @@
-"""Forks engines that are told what to do by `engine_process`, with vLLM imported already: that takes 14 s each time.
+"""Forks engines that are told what to do by `process`, with vLLM imported already: that takes 14 s each time.
 
-usage: engine_fork.py FD. Each packet on the socket FD is one engine: its environment as JSON, and two descriptors, its
-channel and its log. The answer is its process id. What is imported here starts no thread of Python's, computes nothing
-(a child could not use the threads of OpenMP's that did it) and opens no socket of NNG.
+usage: python -m support.e2e.fork FD. Each packet on the socket FD is one engine: its environment as JSON, and two
+descriptors, its channel and its log. The answer is its process id. The imports here start no thread, compute nothing
+(a child could not use OpenMP's threads that did it) and open no socket of NNG.
 """
 
 import gc
@@ -15,8 +15,9 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-import engine_process
 import torch
+
+from support.e2e import process
 
 IMPORTED = (
     "vllm.entrypoints.llm",
@@ -68,7 +69,7 @@ def run(environment: dict[str, str], told: int, log: int) -> NoReturn:
     if FORK in environment:
         multiprocessing.get_context = forking
         os.register_at_fork(after_in_child=bind)
-    engine_process.main(told)
+    process.main(told)
     sys.stdout.flush()
     os._exit(0)  # the engine has shut down; taking the interpreter apart as well takes 3 s
 

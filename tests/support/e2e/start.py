@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["Forker", "Process", "fresh_process", "with_offline"]
+__all__ = ["TESTS", "Forker", "Process", "fresh_process", "with_offline"]
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -27,7 +27,7 @@ OFFLINE = {
 def with_offline(more: Mapping[str, str]) -> dict[str, str]:
     """An engine's environment: ours, what keeps vLLM off the network, and *more*."""
     # No empty part: it would be the working directory, and the checkout would hide what is installed.
-    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     return {**os.environ, **OFFLINE, "PYTHONPATH": path, **more}
 
 
@@ -55,17 +55,17 @@ class Process:
 
 def fresh_process(environment: Mapping[str, str], told: socket.socket, log: Path) -> Process:
     """One that begins with a new interpreter: its hash seed and its path are *environment*'s."""
-    popen = _new_python("engine_process.py", environment, told, log)
+    popen = _new_python("process", environment, told, log)
     return Process(popen.pid, popen)
 
 
 def _new_python(
-    script: str, environment: Mapping[str, str], told: socket.socket, log: Path
+    module: str, environment: Mapping[str, str], told: socket.socket, log: Path
 ) -> "subprocess.Popen[bytes]":
-    """A new interpreter that runs *script*, which is told what to do through *told*."""
+    """A new interpreter that runs *module*, which is told what to do through *told*."""
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, str(HERE / script), str(told.fileno())],
+            [sys.executable, "-m", f"support.e2e.{module}", str(told.fileno())],
             pass_fds=[told.fileno()],
             stdout=output,
             stderr=output,
@@ -83,7 +83,7 @@ class Forker:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         with theirs:
-            self._popen = _new_python("engine_fork.py", with_offline({"PYTHONHASHSEED": hash_seed}), theirs, log)
+            self._popen = _new_python("fork", with_offline({"PYTHONHASHSEED": hash_seed}), theirs, log)
 
     def fork(self, environment: Mapping[str, str], told: socket.socket, log: Path) -> Process:
         """An engine with *environment*, but for what Python itself reads when it begins."""

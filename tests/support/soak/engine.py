@@ -1,6 +1,6 @@
 """One engine process of the soak: both adapters over a small KV, doing at random all that engines do.
 
-Run as `python soak_engine.py ADDRESS SEED PATH`; PATH is how its KV goes: shm, device or any. There is no model: what a
+Run as `python engine.py ADDRESS SEED PATH`; PATH is how its KV goes: shm, device or any. There is no model: what a
 block holds follows from the model's identity, the weights, the layout and the tokens up to the block's end, and from
 nothing else. So each byte that a load leaves in a block that it did not call failed can be compared with what it must
 be, whoever stored it and when; before a load the blocks are filled with what no chunk holds.

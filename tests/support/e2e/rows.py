@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from e2e_bench import CHUNK, Bench
-from e2e_engine import Engine, Server
-from e2e_expected import Expected, Prompt
+from support.e2e.bench import CHUNK, Bench
+from support.e2e.engine import Engine, Server
+from support.e2e.expected import Expected, Prompt
 
 __all__ = [
     "Situation",

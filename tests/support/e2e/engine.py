@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from e2e_start import Forker, fresh_process, with_offline
+
+from support.e2e.start import Forker, fresh_process, with_offline
 
 __all__ = ["Engine", "Gate", "Generated", "Server"]
 

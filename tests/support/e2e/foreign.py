@@ -8,8 +8,9 @@ from typing import Any
 
 import attrs
 import torch
-from e2e_bench import BROUGHT
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
+
+from support.e2e.bench import BROUGHT
 
 __all__ = ["FailingConnector"]
 

@@ -9,7 +9,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 import attrs
-from e2e_engine import Engine
+
+from support.e2e.engine import Engine
 
 __all__ = ["Expected", "Prompt", "ask_mid", "ask_tiny", "ask_two_ranks"]
 

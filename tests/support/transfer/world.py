@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
-from transfer_rig import BLOCK_BYTES, BLOCKS, CHUNK_BLOCKS, LAYERS, PIECE, SHARD_BYTES, Rig, content, fill, settled
 
 from lmcache_trio._wire.codec import pack_positions
 from lmcache_trio._wire.messages import (
@@ -25,6 +24,18 @@ from lmcache_trio._wire.messages import (
     Withdraw,
 )
 from lmcache_trio.testing.fake_device import FakeCopy
+from support.transfer.rig import (
+    BLOCK_BYTES,
+    BLOCKS,
+    CHUNK_BLOCKS,
+    LAYERS,
+    PIECE,
+    SHARD_BYTES,
+    Rig,
+    content,
+    fill,
+    settled,
+)
 
 CHUNKS = 2
 """Of each chain."""

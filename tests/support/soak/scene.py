@@ -17,15 +17,15 @@ from random import Random
 from typing import Any
 
 import trio
-from soak_engine import owner_of
-from soak_figures import process_figures, unreturned
 
 from lmcache_trio import open_client
 from lmcache_trio.errors import LMCacheTrioError
+from support.soak.engine import owner_of
+from support.soak.figures import process_figures, unreturned
 
 __all__ = ["DISK_FILE_SYSTEM", "MEMORY", "Bad", "Scene"]
 
-ENGINE = Path(__file__).with_name("soak_engine.py")
+ENGINE = Path(__file__).with_name("engine.py")
 MEMORY = 4 << 20
 DISK, DISK_FILE_SYSTEM = 8 << 20, 12 << 20
 """Some 120 chunks in memory and 240 on disk. The prompts have 300 chunks, for each of 2 models, 2 versions of their

@@ -1,6 +1,6 @@
 """A client process that stops in the middle of what its arguments name, says so in one line, and waits to be killed.
 
-Run as `python fault_process.py ADDRESS ENGINE POINT`. Told a line on its standard input, it goes on to the end.
+Run as `python client_process.py ADDRESS ENGINE POINT`. Told a line on its standard input, it goes on to the end.
 """
 
 import os

@@ -1,7 +1,7 @@
 """A vLLM engine in a process of its own, told what to do in JSON lines over a socket that it inherits.
 
-usage: engine_process.py FD. The first line holds the arguments of `vllm.LLM`, or {"serve": the flags of vLLM's HTTP
-server}. Run by `e2e_engine.Engine`; vLLM's own output goes to the standard streams, a log.
+usage: python -m support.e2e.process FD. The first line holds the arguments of `vllm.LLM`, or {"serve": the flags of
+vLLM's HTTP server}. `support.e2e.engine.Engine` runs it; vLLM's own output goes to the standard streams, a log.
 """
 
 import json
@@ -140,9 +140,9 @@ def beside(engine: Any, prompt: list[int], other: list[int], tokens: int, lead: 
 
 def connector_times(engine: Any) -> dict[str, Any]:
     """Seconds of the engine's thread that each step since the last question spent in a `TimedConnector`."""
-    import e2e_timed
+    from support.e2e import timed
 
-    return {"steps": e2e_timed.take_steps()}
+    return {"steps": timed.take_steps()}
 
 
 def preemptions(engine: Any) -> dict[str, Any]:

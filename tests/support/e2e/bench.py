@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from e2e_engine import Engine, Gate, Server
-from e2e_model import MID, TINY, Shape, write_llama
-from e2e_start import Forker
+
+from support.e2e.engine import Engine, Gate, Server
+from support.e2e.model import MID, TINY, Shape, write_llama
+from support.e2e.start import Forker
 
 __all__ = ["BROUGHT", "CHUNK", "KINDS", "Bench", "Kind"]
 
@@ -15,7 +16,7 @@ CHUNK = 256
 """Tokens of a chunk on the servers of the table: two blocks of 128, eight of 32."""
 
 BROUGHT = 512
-"""Tokens that a connector of `e2e_foreign` offers."""
+"""Tokens that a connector of `support.e2e.foreign` offers."""
 
 SHAPES: Mapping[str, Shape] = {"tiny": TINY, "other": TINY, "mid": MID}
 KV_BYTES = {"tiny": 1 << 28, "mid": 1 << 30}
@@ -35,7 +36,7 @@ ARGUMENTS: Mapping[str, Any] = {
 }
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
 DEFAULT_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
-MODULES = {"FaultyConnector": "e2e_faulty", "TimedConnector": "e2e_timed"}
+MODULES = {"FaultyConnector": "support.e2e.faulty", "TimedConnector": "support.e2e.timed"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "LMCACHE_TRIO_E2E_FORK": "1"}
 HASH_SEEDS = ("0", "1")
 """Of the interpreters that engines are forked off; the first where a kind does not say. What vLLM spawns has none."""
@@ -55,7 +56,7 @@ class Kind:
     connector: str = "LMCacheTrioConnector"
     server: str = "memory"
     before: str = ""
-    """A connector of `e2e_foreign` that is asked before ours, in a MultiConnector."""
+    """A connector of `support.e2e.foreign` that is asked before ours, in a MultiConnector."""
 
 
 KINDS: Mapping[str, Kind] = {
@@ -89,7 +90,7 @@ KINDS: Mapping[str, Kind] = {
 
 def behind(before: str, ours: Mapping[str, Any]) -> dict[str, Any]:
     """Both, in a MultiConnector: the first that has tokens of a prompt loads them, and both store."""
-    foreign = {"kv_connector": before, "kv_connector_module_path": "e2e_foreign", "kv_role": "kv_both"}
+    foreign = {"kv_connector": before, "kv_connector_module_path": "support.e2e.foreign", "kv_role": "kv_both"}
     both = {"connectors": [foreign, ours]}
     return {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": both}
 

@@ -1,0 +1,1 @@
+"""Client processes that tests of faults kill, stop and continue."""

@@ -1,0 +1,1 @@
+"""The scenes of the soak, its engines and its figures."""

@@ -1,0 +1,1 @@
+"""A server with a fake device, its engines in messages, and a model of both."""
