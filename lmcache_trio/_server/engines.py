@@ -130,7 +130,7 @@ class Engines:
     def namespace_known(self, engine: Engine, reply_to: int = 0) -> NamespaceKnown:
         """The engine's namespace, as its peers are told; *reply_to* is 0 in a push."""
         return NamespaceKnown(
-            reply_to, engine.namespace, self._index.chunk_bytes(engine.namespace), self._index.arena_bytes
+            reply_to, engine.namespace, self._index.chunk_bytes(engine.namespace), self._index.arena.capacity
         )
 
     def attached(self, peer: Peer) -> None:
@@ -157,7 +157,7 @@ class Engines:
             missing = sorted(set(range(engine.shards)) - set(engine.layouts))
             log.info("engine %r has no cache until its shards %s are registered", engine.name, missing)
             return
-        tokens, size = self._config.chunk_tokens, self._index.arena_bytes
+        tokens, size = self._config.chunk_tokens, self._index.arena.capacity
         chunk = self._index.chunk_bytes(engine.namespace)
         if chunk > size:
             self._counts.events["layouts_too_large"] += 1

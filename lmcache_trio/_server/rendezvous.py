@@ -72,7 +72,7 @@ def welcome(parts: Parts, peer: Peer, address: str) -> Welcome:
         return attrs.evolve(common, arena_note="only a client with role=Role.WORKER gets the arena")
     if peer.pidfd is None:
         return attrs.evolve(common, arena_note=NO_ARENA)
-    return attrs.evolve(common, arena_size=parts.memory.size, taken=parts.index.bytes_taken)
+    return attrs.evolve(common, arena_size=parts.memory.size, taken=parts.index.arena.taken)
 
 
 def _check_carried(introduction: Introduction, hello: Hello) -> None:

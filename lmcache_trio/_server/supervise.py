@@ -232,7 +232,7 @@ async def _grow(parts: Parts, *, task_status: trio.TaskStatus[None]) -> None:
 
 async def _take_piece(parts: Parts) -> bool:
     taken = await parts.memory.grow()
-    if taken == parts.index.bytes_taken:
+    if taken == parts.index.arena.taken:
         return False
     parts.index.grow(taken)
     if parts.transfer is not None:

@@ -32,9 +32,11 @@ class Arena:
         self._mask = alignment - 1
         self.taken = 0
         """Bytes that are backed by memory so far."""
+        self.capacity = 0
+        """Bytes that are handed out or could be: the largest range that an empty arena gives."""
+        self.used = 0
+        """Bytes handed out, rounded as they were; the head is not among them."""
         self._head = 0
-        self._used = 0
-        self._free = 0
         self._given: list[dict[int, int]] = [{} for _ in range(_TABLE_OF[-1] + 1)]  # offset -> rounded length
         self._holes: dict[int, int] = {}  # first byte -> length
         self._ends: dict[int, int] = {}  # byte after the last -> first byte
@@ -42,19 +44,9 @@ class Arena:
         self._lengths: list[int] = []  # keys of _buckets, sorted
 
     @property
-    def used(self) -> int:
-        """Bytes handed out, rounded as they were; the head is not among them."""
-        return self._used
-
-    @property
     def free_bytes(self) -> int:
         """Bytes in holes."""
-        return self._free
-
-    @property
-    def capacity(self) -> int:
-        """Bytes that are handed out or could be: the largest range that an empty arena gives."""
-        return self._used + self._free
+        return self.capacity - self.used
 
     @property
     def largest_hole(self) -> int:
@@ -73,17 +65,19 @@ class Arena:
         end = taken & ~self._mask  # what stands behind the last boundary waits for the next growth
         self.taken = taken
         if end > start:
+            self.capacity += end - start
             self._release(start, end - start)
 
     def reserve_head(self, length: int) -> None:
         """Never hand out the first *length* bytes. Before anything is handed out, and once."""
-        if self._head or self._used:
+        if self._head or self.used:
             raise Misuse("reserve_head comes once, before the first range is handed out")
         if length < 1:
             raise Misuse(f"length is {length}: it must be 1 or more")
         self._head = self.rounded(length)
         hole = self._holes.get(0, 0)
         if hole:
+            self.capacity -= min(hole, self._head)
             self._take_hole(0, hole)
             if hole > self._head:
                 self._add_hole(self._head, hole - self._head)
@@ -106,10 +100,9 @@ class Arena:
             del lengths[at]
         del self._holes[offset]
         del self._ends[offset + hole]
-        self._free -= hole
         if hole > need:
             self._add_hole(offset + need, hole - need)
-        self._used += need
+        self.used += need
         self._given[_TABLE_OF[hash((offset,)) % _KEYS]][offset] = need
         return offset
 
@@ -120,7 +113,7 @@ class Arena:
         if table.get(offset) != need:
             raise Misuse(f"the range of {length} bytes at {offset} is not handed out")
         del table[offset]
-        self._used -= need
+        self.used -= need
         self._release(offset, need)
 
     def holes(self) -> list[tuple[int, int]]:
@@ -143,7 +136,6 @@ class Arena:
     def _add_hole(self, offset: int, length: int) -> None:
         self._holes[offset] = length
         self._ends[offset + length] = offset
-        self._free += length
         bucket = self._buckets.get(length)
         if bucket is None:
             self._buckets[length] = {offset: None}
@@ -154,7 +146,6 @@ class Arena:
     def _take_hole(self, offset: int, length: int) -> None:
         del self._holes[offset]
         del self._ends[offset + length]
-        self._free -= length
         bucket = self._buckets[length]
         del bucket[offset]
         if not bucket:

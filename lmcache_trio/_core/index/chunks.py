@@ -1,34 +1,43 @@
-"""The life of a chunk:
+"""The chunks in memory: rows, the tree that prefixes form, the order of eviction, and the life of a chunk.
 
     ABSENT --begin--> WRITING --publish (all shards committed)--> READY --evict--> ABSENT
                          |                                          |
-                         |                                          `--replace--> stale --sweep, not retained--> ABSENT
-                         `--doom--> DOOMED <--sweep, while retained-----------------'
+                         |                                          `--reset--> stale --sweep, not read--> ABSENT
+                         `--doom--> DOOMED <--sweep, while it is read---------------'
                                        |
                                        `--last copy into it and last reader of it ended--> ABSENT
 
-Rule 1: every transition of a chunk lives in this file. Rule 2: no I/O and no clock here; *who* may write or read, and
-until when, is the business of `index`, and which goes first that of `order`.
+Rule 1: every transition of a chunk stands in this file. Rule 2: no I/O and no clock here; `index` decides who may write
+or read, and until when.
+
+A chunk is a *row*, a small positive integer, of flat arrays. Row 0 is no chunk, so a link of 0 leads nowhere. To the
+garbage collector a million rows are a few arrays and not a million objects. Rows are used again through a free list.
 
 A row's `refs` counts the copies into it that have not ended (WRITING), its leases, pins and holds (READY), or what is
-left of either (DOOMED): its extent goes back to the arena at 0, so a DOOMED chunk's bytes stay in quarantine while any
-process may still read or write them. A DOOMED chunk is out of the directory and out of the tree; its children are
-roots from then on, valid by content, and a lookup reaches them again when their parent is stored anew.
+left of either (DOOMED). Its bytes go back to the arena at 0, so a DOOMED chunk stays in *quarantine* while any process
+may still read or write it. A DOOMED chunk is out of the directory and out of the tree. Its children are roots from then
+on, valid by content; a lookup reaches them again when their parent is stored anew.
+
+The order of eviction is a ring of READY chunks that nobody reads, least recently used first, in which an ancestor
+always stands nearer the recent end than its descendants: so leaves go before their parents. The oldest chunk may still
+have children that are read or written, and so are not in the order. Such a chunk is *parked*: it leaves the order, and
+comes back when a child of its own comes back or goes. So each step of the search for a victim was paid for by an
+earlier event: O(1) amortised.
 
 A reset replaces a namespace's whole generation at once. *Stale* is what READY is called in a replaced generation: in no
 directory, linked in a tree that nobody follows, and given back piece by piece before anything else is evicted. A stale
-chunk that is retained becomes DOOMED when the sweep meets it, or goes with its last reader if that is sooner.
+chunk that is read becomes DOOMED when the sweep meets it, or goes with its last reader if that is sooner.
 """
 
 import math
+from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import attrs
 
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.generations import DOOMED, READY, WRITING, Generations, Namespace
-from lmcache_trio._core.index.order import Order
-from lmcache_trio._core.index.policy import EvictionPolicy
-from lmcache_trio._core.index.rows import Rows
 
 __all__ = ["MOST_EVICTED", "Chunks", "Writing"]
 
@@ -40,69 +49,61 @@ together, as nearly all are, 98 of 100 find a hole within it; of chunks used in 
 are holes of their length. Each that fails leaves what it evicted free, so the next one begins where it ended.
 """
 
+DIGEST_ROOM = 32
+_BLOCK = 1024
+"""Rows made at a time: a dozen appends per chunk would be a tenth of what storing it costs."""
 
+
+@attrs.define(eq=False)
 class Writing:
-    """What only a WRITING chunk has: who may claim its shards, and how far they are."""
+    """What only a WRITING chunk has: its engine, and how far its shards are."""
 
-    __slots__ = ("claimed", "deadline", "engine", "missing")
-
-    def __init__(self, engine: str, shards: int, deadline: float) -> None:
-        self.engine = engine
-        self.deadline = deadline
-        self.claimed = 0  # a bit a shard
-        self.missing = shards
+    engine: str
+    missing: int
+    """Shards of which no copy has ended."""
+    deadline: float
+    claimed: int = 0
+    """One bit per shard."""
 
 
 class Chunks:
-    """All chunks of all namespaces, in one arena."""
+    """All chunks of all namespaces, in one arena. `Index` reads the arrays, and changes them by methods alone."""
 
-    def __init__(self, arena: Arena, policy: EvictionPolicy, write_share: float = 1.0) -> None:
-        self.arena = arena
-        self.policy = policy
-        self._write_share = write_share
-        self.rows = Rows()
-        self.order = Order(self.rows, policy)
-        self._generations = Generations()
-        self.namespaces = self._generations.present
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self.generations = Generations()
+        self.state = bytearray(1)
+        self.refs = array("i", [0])  # leases, pins and holds of it; or copies into it that have not ended
+        self._offered = array("i", [0])  # leases of it that were not taken
+        self._namespace = array("i", [-1])  # the number of its generation
+        self.offset = array("Q", [0])
+        self.parent = array("i", [0])
+        self.first = bytearray(1)  # 1: it began as its chain's first chunk, not as a child
+        self._first_child = array("i", [0])
+        self._next_sibling = array("i", [0])
+        self._previous_sibling = array("i", [0])
+        # The ring of the order. Row 0 is the ring's own: its older neighbour is the most recent row, its newer
+        # neighbour the oldest one.
+        self._newer = array("i", [0])  # -1: not in the ring
+        self._older = array("i", [0])
+        self._digests = bytearray(DIGEST_ROOM)
+        self._spare = array("i")  # a stack
         self.writing: OrderedDict[int, Writing] = OrderedDict()  # by deadline, the nearest first
-        self.bytes_offered = 0
-        self.evictions = 0
         self._quarantined: dict[int, str] = {}  # rows that were doomed while they were written, and by which engine
-        self._written_by: Counter[str] = Counter()  # bytes that are WRITING, or in that quarantine, by engine
-        self._bytes_written = 0  # by all engines
-        self._bytes_idle = 0  # of READY and stale chunks that are not retained: what room can be made of
-
-    def attach(self, name: bytes, shard_bytes: Sequence[int]) -> None:
-        self._generations.attach(name, shard_bytes, self.arena.rounded)
-
-    def detach(self, namespace: Namespace) -> None:
-        self._generations.detach(namespace)
-
-    @property
-    def unused(self) -> "OrderedDict[bytes, Namespace]":
-        """Namespaces that no engine uses and that hold chunks; the one that was left longest ago comes first."""
-        return self._generations.unused
+        self.written_by: Counter[str] = Counter()  # bytes that are WRITING, or in that quarantine, by engine
+        self.bytes_written = 0  # by all engines
+        self.bytes_offered = 0
+        self._bytes_idle = 0  # of READY and stale chunks that nobody reads: what room can be made of
+        self.evictions = 0
+        self.aborted = 0
 
     def namespace_of(self, row: int) -> Namespace:
-        return self._generations[self.rows.namespace[row]]
+        return self.generations.numbered[self._namespace[row]]
 
-    # --- ABSENT to WRITING ------------------------------------------------------------------------------------------
+    def digest(self, row: int) -> bytes:
+        return bytes(self._digests[row * DIGEST_ROOM : (row + 1) * DIGEST_ROOM])
 
-    def may_write(self, engine: str, extent: int) -> bool:
-        """Whether *extent* bytes more are within the share of *engine*: of the arena without what others write.
-
-        So a number of engines that never commit leaves a part of the arena: of n engines with a share s each, (1 - s)^n
-        or more. One chunk is always within it. What the server loads is not bounded here.
-        """
-        mine = self._written_by.get(engine, 0)
-        if not mine or not engine or self._write_share == 1:
-            return True
-        others = self._bytes_written - mine
-        return mine + extent <= self._write_share * (self.arena.taken - others)
-
-    def bytes_written_by(self, engine: str) -> int:
-        """Bytes of the chunks that *engine* began and has not committed, those in quarantine among them."""
-        return self._written_by.get(engine, 0)
+    # --- ABSENT to WRITING, and room for it ---------------------------------------------------------------------------
 
     def begin(self, namespace: Namespace, digest: bytes, parent: int, writing: Writing) -> int:
         """A WRITING row for *digest*, evicting what must go; 0 when there is no room.
@@ -110,52 +111,78 @@ class Chunks:
         The row is made, and hung under *parent*, before anything is evicted: that alone keeps the chunks that it
         extends from going.
         """
-        rows = self.rows
-        if not rows.has_spare():
-            self.policy.extend(rows.grow())
-        row = rows.add(namespace.number, digest, parent)
-        offset = self.arena.allocate(namespace.extent)
+        extent = namespace.extent
+        row = self._add(namespace.number, digest, parent)
+        offset = self._arena.allocate(extent)
         if offset is None:
-            offset = self._make_room(namespace.extent, wanting=row)
+            offset = self._make_room(extent, wanting=row)
             if offset is None:
-                self.order.unhang(row)
-                rows.spare(row)
+                self._unhang(row)
+                self._free(row)
                 return 0
-        rows.offset[row] = offset
-        rows.state[row] = WRITING
-        namespace.enter(digest, row)
-        self.writing[row] = writing
-        self._written_by[writing.engine] += namespace.extent
-        self._bytes_written += namespace.extent
+        self.offset[row] = offset
+        self.state[row] = WRITING
+        namespace.table_of[digest[0]][digest] = row
         namespace.counts[WRITING] += 1
+        self.writing[row] = writing
+        self.written_by[writing.engine] += extent
+        self.bytes_written += extent
         return row
+
+    def _add(self, namespace: int, digest: bytes, parent: int) -> int:
+        """A row for *digest*, a child of *parent*; not in the order, and FREE until the caller says otherwise."""
+        if not self._spare:
+            self._grow()
+        row = self._spare.pop()
+        self._namespace[row] = namespace
+        self._digests[row * DIGEST_ROOM : (row + 1) * DIGEST_ROOM] = digest
+        self.first[row] = not parent
+        if parent:
+            self.parent[row] = parent
+            sibling = self._first_child[parent]
+            self._next_sibling[row] = sibling
+            if sibling:
+                self._previous_sibling[sibling] = row
+            self._first_child[parent] = row
+        return row
+
+    def _grow(self) -> None:
+        made = len(self.state)
+        for small, width in ((self.state, 1), (self.first, 1), (self._digests, DIGEST_ROOM)):
+            small += bytes(_BLOCK * width)
+        for links in (self.parent, self._first_child, self._next_sibling, self._previous_sibling, self._older):
+            links.frombytes(bytes(_BLOCK * links.itemsize))
+        for field in (self.refs, self._offered, self._namespace, self.offset):
+            field.frombytes(bytes(_BLOCK * field.itemsize))
+        self._newer.extend(array("i", [-1]) * _BLOCK)
+        self._spare.extend(range(made + _BLOCK - 1, made - 1, -1))
 
     def _make_room(self, extent: int, wanting: int) -> int | None:
         """The place of *extent* bytes for the row *wanting*, whose ancestors stay."""
-        arena = self.arena
+        arena, generations = self._arena, self.generations
         if self._bytes_idle + arena.free_bytes < extent:
             return None  # all that could go would not do: let it stay
-        outdated = self._generations.outdated
-        while outdated:
-            self._sweep_one(outdated[0])
+        while generations.outdated:
+            self.sweep_one()
             if arena.largest_hole >= extent:
                 return arena.allocate(extent)
         # With nothing in use all of it can go, so there will be a hole. What stays may lie so that there never is one:
         # the idle cache is not flushed to find that out.
-        all_may_go = self._bytes_idle == arena.used and not self.rows.parent[wanting]
+        all_may_go = self._bytes_idle == arena.used and not self.parent[wanting]
         bound = math.inf if all_may_go else MOST_EVICTED * extent
-        for row in self.order.victims():
+        for row in self._victims():
             namespace = self.namespace_of(row)
-            namespace.leave(self.rows.digest(row))
-            self.order.unhang(row)
+            digest = self.digest(row)
+            del namespace.table_of[digest[0]][digest]
+            self._unhang(row)
             self.evictions += 1
             if namespace.extent == extent:  # as nearly always: its very place is what is wanted
                 namespace.counts[READY] -= 1
                 self._bytes_idle -= extent
-                self.rows.spare(row)
+                self._free(row)
                 if not namespace.users:
-                    self._generations.leave(namespace)
-                return self.rows.offset[row]
+                    generations.leave(namespace)
+                return self.offset[row]
             bound -= namespace.extent
             self._drop(row, namespace)
             if arena.largest_hole >= extent:
@@ -164,7 +191,7 @@ class Chunks:
                 return None
         return None
 
-    # --- WRITING ----------------------------------------------------------------------------------------------------
+    # --- WRITING ------------------------------------------------------------------------------------------------------
 
     def claim(self, row: int, namespace: Namespace, shard: int, deadline: float) -> int:
         """A copy into *shard* of a WRITING chunk begins, and may take until *deadline*. Returns its place."""
@@ -173,50 +200,49 @@ class Chunks:
         if deadline > writing.deadline:
             writing.deadline = deadline
             self.writing.move_to_end(row)
-        self.rows.refs[row] += 1
-        return self.rows.offset[row] + namespace.starts[shard]
+        self.refs[row] += 1
+        return self.offset[row] + namespace.starts[shard]
 
-    def commit(self, namespace: Namespace, rows: Sequence[int], shards: int) -> list[int]:
+    def publish(self, rows: Sequence[int], namespace: Namespace, shards: int) -> list[int]:
         """*shards* copies into each of *rows* ended well. Returns those that became READY by it, in order.
 
-        A row that was doomed meanwhile only has its copies counted as ended.
+        A row that was doomed meanwhile, as by another shard's abort, only has its copies counted as ended.
         """
-        state, refs, details = self.rows.state, self.rows.refs, self.writing
-        published = []
+        state, refs, published = self.state, self.refs, []
         for row in rows:
-            if state[row] == WRITING:
-                refs[row] -= shards
-                writing = details[row]
-                writing.missing -= shards
-                if not writing.missing:
-                    del details[row]
-                    self._end_writing(writing.engine, namespace.extent)
-                    state[row] = READY
-                    published.append(row)
-            else:
+            if state[row] != WRITING:
                 self.let_go_doomed(row, shards)
+                continue
+            refs[row] -= shards
+            writing = self.writing[row]
+            writing.missing -= shards
+            if not writing.missing:
+                del self.writing[row]
+                self._end_writing(writing.engine, namespace.extent)
+                state[row] = READY
+                published.append(row)
         if published:
             namespace.counts[WRITING] -= len(published)
             namespace.counts[READY] += len(published)
             self._bytes_idle += len(published) * namespace.extent
-            self.order.touch_upwards(published)
+            self._touch(published)
         return published
 
-    # --- READY: readers ---------------------------------------------------------------------------------------------
+    def _end_writing(self, engine: str, size: int) -> None:
+        """*size* bytes of *engine* are READY, or free."""
+        self.bytes_written -= size
+        self.written_by[engine] -= size
+        if not self.written_by[engine]:
+            del self.written_by[engine]
 
-    def match(self, namespace: Namespace, digests: Sequence[bytes]) -> int:
-        state, find = self.rows.state, namespace.find
-        count = 0
-        for digest in digests:
-            if state[find(digest)] != READY:
-                break
-            count += 1
-        return count
+    # --- READY: readers -----------------------------------------------------------------------------------------------
 
     def offer(self, namespace: Namespace, digests: Sequence[bytes], limit: int) -> list[int]:
-        """Retain the leading READY run, cut where all offered chunks together would hold more than *limit* bytes."""
-        rows = self.rows
-        state, refs, offered, table_of = rows.state, rows.refs, rows.offered, namespace.table_of
+        """One more reader of each of the leading READY run: a lease, which the engine has not taken yet.
+
+        The run is cut where all offered chunks together would hold more than *limit* bytes.
+        """
+        state, refs, offered, table_of = self.state, self.refs, self._offered, namespace.table_of
         extent, room = namespace.extent, limit - self.bytes_offered
         run: list[int] = []
         fresh: list[int] = []
@@ -235,165 +261,210 @@ class Chunks:
             refs[row] = count + 1
             run.append(row)
         self.bytes_offered = limit - room
-        self._retained(fresh, namespace)
+        self._keep(fresh, namespace)
         return run
 
-    def unoffer(self, rows: Sequence[int]) -> None:
-        """*rows* are not held by an offered lease any more, by one lease."""
-        offered = self.rows.offered
-        gone = 0
+    def unoffer(self, rows: Sequence[int], namespace: Namespace) -> None:
+        """The lease of *rows* was taken, or is over: it is offered no more."""
+        offered, gone = self._offered, 0
         for row in rows:
             count = offered[row] - 1
             offered[row] = count
-            if not count:
-                gone += 1
-        if gone:
-            self.bytes_offered -= gone * self.namespace_of(rows[0]).extent
+            gone += not count
+        self.bytes_offered -= gone * namespace.extent
 
-    def retain(self, rows: Sequence[int]) -> None:
-        """One more reader of each of *rows*, which are READY or retained already."""
-        refs = self.rows.refs
-        fresh = []
+    def retain(self, rows: Sequence[int], namespace: Namespace) -> None:
+        """One more reader of each of *rows*, which are READY or read already."""
+        refs = self.refs
+        fresh = [row for row in rows if not refs[row]]
         for row in rows:
-            if not refs[row]:
-                fresh.append(row)
             refs[row] += 1
         if fresh:
-            self._retained(fresh, self.namespace_of(fresh[0]))
+            self._keep(fresh, namespace)
 
-    def _retained(self, rows: list[int], namespace: Namespace) -> None:
-        self.policy.remove(rows)
+    def _keep(self, rows: Sequence[int], namespace: Namespace) -> None:
+        """READY *rows* get their first reader: they can't be evicted now."""
+        self._take_out(rows)
         namespace.retained += len(rows)
         self._bytes_idle -= len(rows) * namespace.extent
 
-    def release(self, rows: Sequence[int], *, touch: bool) -> None:
+    def let_go(self, rows: Sequence[int], *, touch: bool) -> None:
         """One reader less of each of *rows*, ancestors first in it. *touch*: they were used just now."""
-        namespace, refs = self.namespace_of(rows[0]), self.rows.refs
-        if namespace.replaced:
-            self._release_stale(rows, namespace)
-            return
-        idle = []
+        namespace, refs, idle = self.namespace_of(rows[0]), self.refs, []
+        if namespace.replaced:  # the sweep has met some of them
+            doomed = [row for row in rows if self.state[row] == DOOMED]
+            rows = [row for row in rows if self.state[row] != DOOMED]
+            for row in doomed:
+                self.let_go_doomed(row, 1)
         for row in rows:
             count = refs[row] - 1
             refs[row] = count
             if not count:
                 idle.append(row)
-        if not idle:
-            return
-        namespace.retained -= len(idle)
         self._bytes_idle += len(idle) * namespace.extent
-        if touch:
-            self.order.touch_upwards(idle)
-        else:
+        if namespace.replaced:  # they are stale
             for row in idle:
-                self.order.put_back(row)
-
-    def _release_stale(self, rows: Sequence[int], namespace: Namespace) -> None:
-        state, refs = self.rows.state, self.rows.refs
-        for row in rows:
-            if state[row] == DOOMED:
-                self.let_go_doomed(row)
-                continue
-            refs[row] -= 1
-            if not refs[row]:
-                self._bytes_idle += namespace.extent
-                self.rows.unlink(row)
+                self._unlink(row)
                 self._drop(row, namespace)
+        elif idle:
+            namespace.retained -= len(idle)
+            if touch:
+                self._touch(idle)
+            else:
+                for row in idle:
+                    self._put_back(row)
 
-    # --- DOOMED, and back to ABSENT ---------------------------------------------------------------------------------
+    # --- DOOMED, and back to ABSENT -----------------------------------------------------------------------------------
 
-    def doom(self, row: int) -> None:
-        """Take a WRITING chunk out of sight at once; its bytes stay while anyone may write or read them."""
-        namespace = self.namespace_of(row)
-        namespace.leave(self.rows.digest(row))
-        namespace.counts[WRITING] -= 1
-        engine = self.writing.pop(row).engine
-        self.order.unhang(row)
-        if self.rows.refs[row]:
-            self.rows.state[row] = DOOMED
+    def doom(self, rows: Sequence[int]) -> None:
+        """WRITING *rows* are out of sight at once; their bytes stay while anyone may write them."""
+        self.aborted += len(rows)
+        for row in rows:
+            namespace, digest = self.namespace_of(row), self.digest(row)
+            del namespace.table_of[digest[0]][digest]
+            engine = self.writing.pop(row).engine
+            self._unhang(row)
+            namespace.counts[WRITING] -= 1
             namespace.counts[DOOMED] += 1
+            self.state[row] = DOOMED
             self._quarantined[row] = engine
-        else:
-            self._end_writing(engine, namespace.extent)
-            self._give_back(row, namespace)
-            if not namespace.users:
-                self._generations.leave(namespace)
+            self.let_go_doomed(row, 0)
 
-    def let_go_doomed(self, row: int, count: int = 1) -> None:
+    def let_go_doomed(self, row: int, count: int) -> None:
         """*count* copies into, or readers of, a DOOMED chunk ended; the last one frees it."""
-        refs = self.rows.refs
-        refs[row] -= count
-        if not refs[row]:
+        self.refs[row] -= count
+        if not self.refs[row]:
             namespace = self.namespace_of(row)
             namespace.counts[DOOMED] -= 1
             if row in self._quarantined:
                 self._end_writing(self._quarantined.pop(row), namespace.extent)
-            self._give_back(row, namespace)
-            self._generations.leave(namespace)
+            self._arena.free(self.offset[row], namespace.extent)
+            self._free(row)
+            self.generations.leave(namespace)
 
-    def _end_writing(self, engine: str, extent: int) -> None:
-        self._bytes_written -= extent
-        self._written_by[engine] -= extent
-        if not self._written_by[engine]:
-            del self._written_by[engine]
-
-    def _drop(self, row: int, namespace: Namespace) -> None:
-        """Give back a READY or stale chunk, which nobody retains and which is out of tree and order."""
-        namespace.counts[READY] -= 1
-        self._bytes_idle -= namespace.extent
-        self._give_back(row, namespace)
-        if not namespace.users:
-            self._generations.leave(namespace)
-
-    def _give_back(self, row: int, namespace: Namespace) -> None:
-        self.arena.free(self.rows.offset[row], namespace.extent)
-        self.rows.spare(row)
-
-    # --- a generation's end -----------------------------------------------------------------------------------------
-
-    def replace(self, namespace: Namespace) -> int:
-        """Put an empty generation in the place of *namespace*, of which nothing is WRITING: all of it is stale.
-
-        Returns how many chunks that are. Costs the same however many; `sweep` gives them back.
-        """
-        count = namespace.counts[READY]
-        if count:
-            self._generations.replace(namespace)
-        return count
-
-    def retire(self, namespace: Namespace) -> None:
-        """As `replace`, and nothing takes its place."""
-        self._generations.retire(namespace)
-
-    def sweep(self, limit: int) -> bool:
-        """Deal with up to *limit* chunks of replaced generations. Is there more to do?"""
-        outdated = self._generations.outdated
-        while outdated and limit > 0:
-            self._sweep_one(outdated[0])
-            limit -= 1
-        return bool(outdated)
-
-    def _sweep_one(self, namespace: Namespace) -> None:
+    def sweep_one(self) -> None:
+        """Deal with one chunk of the oldest replaced generation, of which there is one."""
         # Each table gives its youngest chunk in turn, so places come back about in order and few holes are made; the
         # directory itself is taken apart by it: freeing that in one go would take as long as all tables' entries do.
-        rows, table = self.rows, namespace.tables.pop()
-        if table:
-            namespace.tables.insert(0, table)
-            _, row = table.popitem()
+        namespace = self.generations.outdated[0]
+        names = namespace.tables.pop()
+        if names:
+            namespace.tables.insert(0, names)
+            _, row = names.popitem()
             # what was retained may be gone already, and its row another chunk's
-            if rows.state[row] == READY and rows.namespace[row] == namespace.number:
-                rows.unlink(row)
-                if rows.refs[row]:
-                    rows.state[row] = DOOMED
+            if self.state[row] == READY and self._namespace[row] == namespace.number:
+                self._unlink(row)
+                if self.refs[row]:
+                    self.state[row] = DOOMED
                     namespace.counts[READY] -= 1
                     namespace.counts[DOOMED] += 1
                 else:
-                    self.policy.remove((row,))
+                    self._take_out((row,))
                     self._drop(row, namespace)
         elif not namespace.tables:
-            self._generations.outdated.popleft()
-            self._generations.leave(namespace)
+            self.generations.outdated.popleft()
+            self.generations.leave(namespace)
 
-    def held(self) -> dict[str, int]:
-        """What `statistics` says of chunks."""
-        return self._generations.held() | {"bytes_offered": self.bytes_offered}
+    def _drop(self, row: int, namespace: Namespace) -> None:
+        """Give back a READY or stale chunk, which nobody reads and which is out of tree and order."""
+        namespace.counts[READY] -= 1
+        self._bytes_idle -= namespace.extent
+        self._arena.free(self.offset[row], namespace.extent)
+        self._free(row)
+        if not namespace.users:
+            self.generations.leave(namespace)
+
+    def _free(self, row: int) -> None:
+        """No chunk has *row* any more. It was taken out of the tree and the order before."""
+        self.state[row] = 0  # FREE
+        self._spare.append(row)
+
+    # --- the tree -----------------------------------------------------------------------------------------------------
+
+    def _unhang(self, row: int) -> None:
+        """Take *row* out of the tree: its children become roots, and its parent, maybe a leaf now, may be evicted."""
+        parent, after, before = self.parent, self._next_sibling, self._previous_sibling
+        above, child = parent[row], self._first_child[row]
+        if above:
+            left, right = before[row], after[row]
+            if left:
+                after[left] = right
+            else:
+                self._first_child[above] = right
+            if right:
+                before[right] = left
+        self._unlink(row)
+        while child:
+            following = after[child]
+            parent[child] = after[child] = before[child] = 0
+            child = following
+        if above:
+            self._put_back(above)
+
+    def _unlink(self, row: int) -> None:
+        """Forget the links of *row* but not those of its relatives, which nobody follows any more."""
+        self.parent[row] = self._first_child[row] = self._next_sibling[row] = self._previous_sibling[row] = 0
+
+    # --- the order of eviction ----------------------------------------------------------------------------------------
+
+    def _touch(self, rows: Sequence[int]) -> None:
+        """Bring *rows* (ancestors first) and all their idle ancestors to the recent end, deepest first."""
+        parent, state, refs, newer, older = self.parent, self.state, self.refs, self._newer, self._older
+        top, at = older[0], len(rows)
+        while at:
+            at -= 1
+            row, stop = rows[at], rows[at - 1] if at else 0
+            while True:
+                if row != top:
+                    after = newer[row]
+                    if after >= 0:
+                        before = older[row]
+                        newer[before] = after
+                        older[after] = before
+                    newer[top] = row
+                    older[row] = top
+                    newer[row] = 0
+                    top = row
+                row = parent[row]
+                while row and row != stop and not (state[row] == READY and not refs[row]):
+                    row = parent[row]
+                if not row or row == stop:
+                    break
+        older[0] = top
+
+    def _put_back(self, row: int) -> None:
+        """Put *row* just below its nearest ancestor in order, and before it the parked ancestors that it kept out."""
+        newer, older, parent, state, refs = self._newer, self._older, self.parent, self.state, self.refs
+        chain = []
+        while row and newer[row] < 0 and state[row] == READY and not refs[row]:
+            chain.append(row)
+            row = parent[row]
+        if not chain:
+            return
+        while row and newer[row] < 0:
+            row = parent[row]
+        for below in reversed(chain):  # each on the older side of the one before; after row 0: at the recent end
+            before = older[row]
+            newer[below] = row
+            older[below] = before
+            newer[before] = below
+            older[row] = below
+            row = below
+
+    def _take_out(self, rows: Iterable[int]) -> None:
+        """Take *rows* out of the order; those that are not in it are left alone."""
+        newer, older = self._newer, self._older
+        for row in rows:
+            after = newer[row]
+            if after >= 0:
+                before = older[row]
+                newer[before] = after
+                older[after] = before
+                newer[row] = -1
+
+    def _victims(self) -> Iterator[int]:
+        """The chunk to evict next, and next, each out of the order already. It is evicted before the next is asked."""
+        while row := self._newer[0]:
+            self._take_out((row,))
+            if not self._first_child[row]:
+                yield row  # and else it is parked

@@ -1,9 +1,9 @@
 """Namespaces as generations of chunks: a reset replaces a generation, whatever it holds, by an empty one.
 
-A generation has a number, which stands in each of its rows, and counts of them by state; so what a whole server holds
-is a sum over generations, and a reset changes no row. The number is used again once nothing of the generation is left.
+A generation has a number, which stands in each of its rows, and counts of its rows by state. So what a whole server
+holds is a sum over generations, and a reset changes no row. A number is used again once its generation is over.
 
-It counts and finds; what becomes of a replaced generation's chunks is the business of `chunks`.
+Generations are counted and found here. `Index` decides what becomes of the chunks of a replaced one.
 """
 
 from collections import OrderedDict, deque
@@ -20,7 +20,7 @@ _TABLES = _TABLE_OF[-1] + 1
 
 
 class State(IntEnum):
-    """FREE is a row that is nobody's: an absent chunk has no row."""
+    """The states of a row. A row that is FREE belongs to no chunk; an absent chunk has no row."""
 
     FREE = 0
     WRITING = 1
@@ -31,13 +31,16 @@ class State(IntEnum):
 WRITING, READY, DOOMED = int(State.WRITING), int(State.READY), int(State.DOOMED)
 """For loops that are run a million times."""
 
+_STATES = {"ready": READY, "writing": WRITING, "quarantined": DOOMED, "stale": READY}
+"""Words for users. What is READY in a replaced generation is stale."""
+
 
 class Namespace:
     """One generation of a namespace: its byte layout, its directory from digest to row, and counts of its rows.
 
     A reset puts a new generation in the place of this one, which is *replaced* from then on: no name leads to its rows
-    any more. A directory is several dicts from bytes to int (which the garbage collector does not track), told apart
-    by the digest's first byte: *table_of* has the one of each byte, *tables* each of them once.
+    any more. The directory is several dicts from bytes to int (which the garbage collector does not track), told apart
+    by the digest's first byte: *table_of* has the dict of each byte, *tables* has each dict once.
     """
 
     __slots__ = (
@@ -61,34 +64,25 @@ class Namespace:
         self.replaced = False
         self.users = 0  # engines
 
-    def find(self, digest: bytes) -> int:
-        """The row of *digest*, 0 when it has none."""
-        return self.table_of[digest[0]].get(digest, 0)
-
-    def enter(self, digest: bytes, row: int) -> None:
-        self.table_of[digest[0]][digest] = row
-
-    def leave(self, digest: bytes) -> None:
-        del self.table_of[digest[0]][digest]
-
 
 class Generations:
-    """All generations that are not over; *present* has the one that each namespace's name leads to.
+    """All generations that are not over.
 
     An empty namespace costs 6 KB; one that no engine uses is forgotten with its last row.
     """
 
     def __init__(self) -> None:
         self.present: dict[bytes, Namespace] = {}
-        self.outdated: deque[Namespace] = deque()  # replaced, the first one is being swept
-        self.unused: OrderedDict[bytes, Namespace] = (
-            OrderedDict()
-        )  # those that hold chunks still, left longest ago first
-        self._numbered: dict[int, Namespace] = {}
+        """The generation that each namespace's name leads to."""
+        self.numbered: dict[int, Namespace] = {}
+        self.outdated: deque[Namespace] = deque()
+        """Replaced generations; the first one is being swept."""
+        self.unused: OrderedDict[bytes, Namespace] = OrderedDict()
+        """Namespaces that no engine uses and that hold chunks; the one that was left longest ago comes first."""
         self._spare: list[int] = []
 
     def attach(self, name: bytes, shard_bytes: Sequence[int], rounded: Callable[[int], int]) -> None:
-        """One engine more uses *name*. Misuse if lengths differ from those of another's."""
+        """One engine more uses *name*; each shard's slot has a *rounded* length. Misuse: another engine's lengths."""
         lengths = tuple(shard_bytes)
         known = self.present.get(name)
         if known is not None:
@@ -112,9 +106,6 @@ class Generations:
             self.unused[namespace.name] = namespace
             self.leave(namespace)
 
-    def __getitem__(self, number: int) -> Namespace:
-        return self._numbered[number]
-
     def replace(self, namespace: Namespace) -> None:
         """Put an empty generation in the place of *namespace*, if an engine uses it; it is outdated from then on."""
         self.retire(namespace)
@@ -128,7 +119,7 @@ class Generations:
         del self.present[namespace.name]
         self.unused.pop(namespace.name, None)
         namespace.replaced = True
-        namespace.table_of = []  # nobody looks there any more; what holds the tables is taken apart by a sweep
+        namespace.table_of = []  # nothing is found there any more; a sweep takes the tables apart
         self.outdated.append(namespace)
 
     def leave(self, namespace: Namespace) -> None:
@@ -137,14 +128,14 @@ class Generations:
             return
         if not namespace.replaced:
             del self.present[namespace.name], self.unused[namespace.name]
-        del self._numbered[namespace.number]
+        del self.numbered[namespace.number]
         self._spare.append(namespace.number)
 
     def held(self) -> dict[str, int]:
         """Chunks, slots and bytes by state, and the bytes that readers retain."""
         held = {f"{what}_{state}": 0 for state in _STATES for what in ("chunks", "slots", "bytes")}
         held["bytes_retained"] = 0
-        for namespace in self._numbered.values():
+        for namespace in self.numbered.values():
             for name, state in _STATES.items():
                 if state == READY and namespace.replaced != (name == "stale"):
                     continue
@@ -157,13 +148,9 @@ class Generations:
         return held
 
     def _number(self) -> int:
-        return self._spare.pop() if self._spare else len(self._numbered)
+        return self._spare.pop() if self._spare else len(self.numbered)
 
     def _enter(self, namespace: Namespace, users: int) -> None:
         namespace.users = users
         self.present[namespace.name] = namespace
-        self._numbered[namespace.number] = namespace
-
-
-_STATES = {"ready": READY, "writing": WRITING, "quarantined": DOOMED, "stale": READY}
-"""Words for users. What is READY in a replaced generation is stale."""
+        self.numbered[namespace.number] = namespace

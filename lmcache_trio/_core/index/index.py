@@ -1,49 +1,90 @@
-"""The index: which chunks are in memory, who may read them, and who is writing them.
+"""The index: which engine writes a chunk, who reads it, and until when.
 
-    ABSENT --reserve--> WRITING --all shards committed--> READY --evict--> ABSENT
-                           |                                |
-                           `--abort / timeout / session ended / owner lost / reset--> DOOMED --last copy ended--> ABSENT
-                                                            |--reset while pinned or leased---^
-                                                            `--reset--> stale --swept--> ABSENT
+A reservation is one worker's right to write chunks:
 
-This is the door. Behind it: `chunks` (every transition of a chunk, and eviction), `readers` (leases, pins, holds) and
-`writers` (reservations), over `rows` (flat arrays), `arena` (byte ranges) and `policy` (the order of eviction).
+    (none) --reserve--> LIVE --commit--> (none)
+                         `--abort / time is up / worker lost / reset--> ENDING --copy ended--> (none)
 
-No I/O, no clock, no waiting: times are seconds on the caller's monotonic clock, ids come from a function that is passed
-in, and a method that raises has changed nothing (but a late commit, which raises `Gone` and ends its copy).
+A WRITING chunk belongs to the engine that began it, whose workers may claim its other shards. An ENDING reservation
+publishes nothing: its chunks are doomed, and its slots stay in quarantine until the writer says that its copy ended (an
+abort, or a commit that comes too late), or has exited. The end of a session ends no reservation: a store that was
+submitted is finished.
+
+A lease is a session's right to read, a pin is a worker's read in progress, a hold is the server's own. Each is one
+reader of each of its chunks, and keeps them where they are.
+
+`chunks` has the life of a chunk, its place in the order of eviction, and its bytes. No I/O, no clock, no waiting: times
+are seconds on the caller's monotonic clock, ids come from a function that is passed in, and a method that raises has
+changed nothing (but a late commit, which raises `Gone` and ends its copy).
 """
 
-from collections import Counter
+from array import array
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
+import attrs
+
 from lmcache_trio._core.index.arena import Arena
-from lmcache_trio._core.index.asking import REASONS
-from lmcache_trio._core.index.chunks import Chunks
-from lmcache_trio._core.index.generations import Namespace
-from lmcache_trio._core.index.grants import SERVER, Hold, Lease, Pin, Reservation, SessionKey, Slot
-from lmcache_trio._core.index.policy import EvictionPolicy, LeastRecentlyUsed
-from lmcache_trio._core.index.readers import Readers
-from lmcache_trio._core.index.writers import Writers
+from lmcache_trio._core.index.chunks import Chunks, Writing
+from lmcache_trio._core.index.generations import READY, WRITING, Namespace
+from lmcache_trio._core.index.grants import SERVER, Hold, HoldNumber, Lease, Pin, Reservation, SessionKey, Slot
 from lmcache_trio._core.keys import DIGEST_BYTES, ChunkKey
-from lmcache_trio.errors import Misuse
+from lmcache_trio.errors import Gone, Misuse
 
 __all__ = ["SERVER", "Hold", "Index", "Lease", "Pin", "Reservation", "SessionKey", "Slot"]
+
+EXPIRED_AT_ONCE = 4096
+"""Chunks, about: leases of more are not ended in one go, which takes some 1 ms, when their time is up together."""
 
 _COUNTERS = (
     "chunks_hit",
     "chunks_missed",
     "stored_chunks",
     "loaded_chunks",
-    "aborted_chunks",
     "reset_chunks",
     "leases_expired",
     "reservations_expired",
     "namespaces_dropped",
 )
 
+_REASONS = ("present", "writing", "no_space", "orphan", "too_large", "share")
+"""Why a chunk of a reserve gets no slot. `Index.reserve` has them in its numbered cases."""
+
 _LOADS: SessionKey = ("", 0)
 """The session of the server's own loads: of no engine, never ended."""
+
+
+@attrs.define(eq=False)
+class _Reserved:
+    """A copy in progress into *shards* shards of each of *rows*."""
+
+    id: bytes
+    worker: int
+    namespace: Namespace
+    rows: Sequence[int]
+    shards: int
+    deadline: float
+
+
+@attrs.define(eq=False)
+class _Leased:
+    """*offered*: not taken yet. A lease is stale when its namespace was replaced, by a reset; so is a pin."""
+
+    id: bytes
+    session: SessionKey
+    namespace: Namespace
+    rows: "array[int]"
+    expires: float
+    offered: bool = True
+
+
+@attrs.define(eq=False)
+class _Pinned:
+    worker: int
+    namespace: Namespace
+    rows: "array[int]"
 
 
 class Index:
@@ -64,7 +105,6 @@ class Index:
         lease_timeout: float = 30.0,
         reservation_timeout: float = 60.0,
         most_unused: int = 256,
-        policy: EvictionPolicy | None = None,
     ) -> None:
         for name, share in (("lease_share", lease_share), ("write_share", write_share)):
             if not 0 < share <= 1:
@@ -72,21 +112,40 @@ class Index:
         for name, timeout in (("lease_timeout", lease_timeout), ("reservation_timeout", reservation_timeout)):
             if not timeout > 0:
                 raise Misuse(f"{name} is {timeout}: it must be above 0")
-        self._arena = arena
+        self.arena = arena
+        self._new_id = new_id
         self._lease_share = lease_share
+        self._write_share = write_share
+        self._lease_timeout = lease_timeout
+        self._reservation_timeout = reservation_timeout
         self._most_unused = most_unused
+        self._lease_limit = int(lease_share * arena.taken)
+        self._chunks = Chunks(arena)
+        # Time runs one way and each timeout is one constant: what is overdue comes first.
+        self._live: OrderedDict[bytes, _Reserved] = OrderedDict()
+        self._ending: dict[bytes, _Reserved] = {}
+        self._reservations_of: dict[int, set[bytes]] = {}  # live and ending, by worker
+        self._overdue: dict[int, None] = {}  # workers
+        self._leases: OrderedDict[bytes, _Leased] = OrderedDict()
+        self._lease_of: dict[SessionKey, bytes] = {}
+        self._leases_offered = 0
+        self._pins: dict[bytes, _Pinned] = {}
+        self._pins_of: dict[int, set[bytes]] = {}  # by worker
+        self._holds: dict[int, int] = {}  # rows
+        self._holds_made = 0
         self._counted: Counter[str] = Counter()
-        self._chunks = Chunks(arena, LeastRecentlyUsed() if policy is None else policy, write_share)
-        self._readers = Readers(self._chunks, new_id, lease_timeout, self._counted)
-        self._writers = Writers(self._chunks, new_id, reservation_timeout, self._counted)
+        self._dropped: Counter[str] = Counter()  # by reason
 
     def grow(self, taken: int) -> None:
-        """Bytes up to *taken* are backed by memory now."""
-        self._arena.grow(taken)
+        """Bytes up to *taken* are backed by memory now, and leases may have their share of them."""
+        self.arena.grow(taken)
+        self._lease_limit = int(self._lease_share * taken)
+
+    # --- namespaces -------------------------------------------------------------------------------------------------
 
     def attach(self, namespace: bytes, shard_bytes: Sequence[int]) -> None:
         """An engine uses *namespace*, with the bytes of each shard's slot; Misuse if they differ from another's."""
-        self._chunks.attach(namespace, shard_bytes)
+        self._chunks.generations.attach(namespace, shard_bytes, self.arena.rounded)
 
     def detach(self, namespace: bytes) -> None:
         """An engine that attached *namespace* uses it no more.
@@ -94,99 +153,28 @@ class Index:
         What no engine uses is forgotten with its last chunk. Where more than *most_unused* of them hold chunks, the one
         that was left longest ago is dropped, as by a `reset`: `sweep` then.
         """
-        self._chunks.detach(self._chunks.namespaces[namespace])
-        if len(self._chunks.unused) > self._most_unused:
-            oldest = next(iter(self._chunks.unused.values()))
+        generations = self._chunks.generations
+        generations.detach(generations.present[namespace])
+        if len(generations.unused) > self._most_unused:
+            oldest = next(iter(generations.unused.values()))
             self._counted["namespaces_dropped"] += 1
-            self._writers.reset(oldest)
-            if self._chunks.namespaces.get(oldest.name) is oldest:  # its last rows were not being written
-                self._chunks.retire(oldest)
+            self._stop_writing(oldest)
+            if generations.present.get(oldest.name) is oldest:  # its last rows were not being written
+                generations.retire(oldest)
 
     def shard_bytes(self, namespace: bytes) -> Sequence[int]:
         """The bytes of each shard's slot, as attached; none for a namespace that is not."""
-        known = self._chunks.namespaces.get(namespace)
+        known = self._chunks.generations.present.get(namespace)
         return () if known is None else known.lengths
 
     def chunk_bytes(self, namespace: bytes) -> int:
         """What a chunk takes in the arena, over all shards; 0 for a namespace that is not attached."""
-        known = self._chunks.namespaces.get(namespace)
+        known = self._chunks.generations.present.get(namespace)
         return 0 if known is None else known.extent
-
-    @property
-    def arena_bytes(self) -> int:
-        """What the arena holds once all of it is backed by memory."""
-        return self._arena.capacity
-
-    def bytes_written_by(self, engine: str) -> int:
-        """Bytes of the chunks that *engine* began and has not committed, those in quarantine among them."""
-        return self._chunks.bytes_written_by(engine)
-
-    def overdue_writers(self) -> Sequence[int]:
-        """Workers of which a reservation was overdue since this was asked last, once each."""
-        return self._writers.take_overdue()
-
-    @property
-    def bytes_taken(self) -> int:
-        """Bytes that are backed by memory."""
-        return self._arena.taken
-
-    @property
-    def room_to_offer(self) -> int:
-        """Bytes that leases may still be given; what is beyond it, a lookup would not be offered."""
-        return int(self._lease_share * self._arena.taken) - self._chunks.bytes_offered
-
-    # --- reading ----------------------------------------------------------------------------------------------------
-
-    def match(self, namespace: bytes, digests: Sequence[bytes]) -> int:
-        """How many leading chunks are READY. Changes nothing."""
-        known = self._chunks.namespaces.get(namespace)
-        return 0 if known is None else self._chunks.match(known, digests)
-
-    def lease(self, session: SessionKey, namespace: bytes, digests: Sequence[bytes], now: float) -> Lease | None:
-        """Lease and touch the leading READY run, cut where lease_share is reached; None when that is empty.
-
-        A session has one lease: asking for a new one ends the former, whatever the answer.
-        """
-        known = self._chunks.namespaces.get(namespace)
-        return self._readers.lease(session, known, digests, int(self._lease_share * self._arena.taken), now)
-
-    def take(self, lease_id: bytes) -> None:
-        """The engine allocated blocks for it: it leaves lease_share. Idempotent; an ended lease is let pass."""
-        self._readers.take(lease_id)
-
-    def release(self, lease_id: bytes) -> None:
-        """End a lease, which touches its chunks. Idempotent; pins live on."""
-        self._readers.release(lease_id)
-
-    def pin(  # noqa: PLR0913
-        self, lease_id: bytes, engine: str, namespace: bytes, worker: int, shard: int, start: int, count: int
-    ) -> Pin:
-        """Turn *count* chunks of a lease, from *start*, into a read in progress of *worker*, for its *shard*.
-
-        *namespace* is the engine's, as things are. Gone: no such lease, another engine's or another namespace's, or its
-        namespace was reset. Misuse: a shard or range it does not have.
-        """
-        return self._readers.pin(lease_id, engine, namespace, worker, shard, start, count)
-
-    def unpin(self, pin_id: bytes, worker: int) -> bool:
-        """The read ended. Was it valid to the end? False: unknown, another worker's, or its namespace was reset."""
-        return self._readers.unpin(pin_id, worker)
-
-    def is_valid(self, pin_id: bytes) -> bool:
-        """Would an `unpin` say that what was read is valid, as things are?"""
-        return self._readers.is_valid(pin_id)
-
-    def hold(self, key: ChunkKey) -> Hold | None:
-        """Keep a READY chunk in place without a session, and without a touch; None when it is not READY."""
-        return self._readers.hold(key)
-
-    def unhold(self, hold: Hold) -> None:
-        """Let go of what `hold` kept. Idempotent."""
-        self._readers.unhold(hold.number)
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def reserve(  # noqa: PLR0913 the protocol's sentence has as many words
+    def reserve(  # noqa: PLR0913, PLR0915 the protocol's sentence has as many words, and all cases stand in one sight
         self,
         session: SessionKey,
         worker: int,
@@ -202,72 +190,292 @@ class Index:
         the first to reserve it allocates all its shards, the others claim theirs. Nothing waits for space: what is
         neither leased, pinned, held nor being written is evicted for it, the least recently used leaf first.
         """
-        asking = self._writers.ask(session, shard, self._attached(namespace, shard, parent, digests), parent, now)
+        known = self._chunks.generations.present.get(namespace)
+        if known is None:
+            raise Misuse("the namespace is not attached")
+        if not 0 <= shard < known.shards:
+            raise Misuse(f"shard is {shard}: the namespace has {known.shards}")
+        if set(map(len, digests)) - {DIGEST_BYTES} or len(parent) not in (0, DIGEST_BYTES):
+            raise Misuse(f"digests and parent must have {DIGEST_BYTES} bytes each")
+        engine, deadline, bit = session[0], now + self._reservation_timeout, 1 << shard
+        chunks, table_of, writing = self._chunks, known.table_of, self._chunks.writing
+        rows: list[int] = []
+        slots: list[Slot] = []
+        dropped: dict[str, int] = {}
+        above = 0  # the row of the chunk before
+        stopped = ""  # the reason of the first chunk that can't be stored: no chunk behind it gets a slot
+        if parent:
+            above = table_of[parent[0]].get(parent, 0)
+            # 1. The parent is absent, or another engine is writing it: its children could not be found.
+            if not above or (above in writing and writing[above].engine != engine):
+                above, stopped = 0, "orphan"
         for position, digest in enumerate(digests):
-            asking.step(position, digest)
-        return Reservation(self._writers.promise(asking, worker, 1), asking.slots, asking.dropped)
+            row, reason = table_of[digest[0]].get(digest, 0), ""
+            if row:
+                above = row
+                # 2. It is READY: passed over.
+                if row not in writing:
+                    reason = "present"
+                # 3. Another engine is writing it: it is not waited for, and what follows could not be found.
+                elif writing[row].engine != engine:
+                    reason, stopped = "writing", stopped or "orphan"
+                # 4. This engine is writing it, and a chunk before it got no slot.
+                elif stopped:
+                    reason = stopped
+                # 5. This engine is writing it, and another worker has claimed the same shard: passed over.
+                elif writing[row].claimed & bit:
+                    reason = "writing"
+                # 6. This engine is writing it, and nobody has claimed this shard: its slot is given below.
+            # 7. It is absent, and a chunk before it got no slot.
+            elif stopped:
+                reason = stopped
+            # 8. It is absent, and larger than the whole arena.
+            elif known.extent > self.arena.capacity:
+                reason = stopped = "too_large"
+            # 9. It is absent, and its engine is writing as much as one engine may.
+            elif not self._may_write(engine, known.extent):
+                reason = stopped = "share"
+            # 10. It is absent, and begins; what is in nobody's use is evicted for it.
+            else:
+                above = row = chunks.begin(known, digest, above, Writing(engine, known.shards, deadline))
+                # 11. Nothing more can be evicted.
+                if not row:
+                    reason = stopped = "no_space"
+            if reason:
+                dropped[reason] = dropped.get(reason, 0) + 1
+                continue
+            rows.append(row)
+            slots.append(Slot(position, chunks.claim(row, known, shard, deadline)))
+        self._dropped.update(dropped)
+        if not rows:
+            return Reservation(b"", slots, dropped)
+        made = _Reserved(self._new_id(), worker, known, rows, 1, deadline)
+        self._live[made.id] = made
+        self._reservations_of.setdefault(worker, set()).add(made.id)
+        return Reservation(made.id, slots, dropped)
 
     def reserve_load(self, namespace: bytes, parent: bytes, digest: bytes, now: float) -> Reservation | None:
         """Promise all shards of one chunk to the server itself; None when it gets no slots, or no engine wants it.
 
         The server commits and aborts it as worker `SERVER`; a slot's position is its shard.
         """
-        known = self._chunks.namespaces.get(namespace)
+        known = self._chunks.generations.present.get(namespace)
         if known is None or not known.users:
             return None
-        asking = self._writers.ask(_LOADS, 0, self._attached(namespace, 0, parent, (digest,)), parent, now)
-        asking.step(0, digest)
-        if asking.rows:
-            asking.claim_others()
-        reservation = self._writers.promise(asking, SERVER, len(asking.slots))
-        return Reservation(reservation, asking.slots, asking.dropped) if reservation else None
+        first = self.reserve(_LOADS, SERVER, 0, namespace, parent, (digest,), now)
+        if not first.id:
+            return None
+        made = self._live[first.id]
+        row, made.shards = made.rows[0], known.shards
+        others = [Slot(i, self._chunks.claim(row, known, i, made.deadline)) for i in range(1, known.shards)]
+        return Reservation(made.id, [*first.slots, *others], first.dropped)
 
     def commit(self, reservation_id: bytes, worker: int) -> Sequence[ChunkKey]:
         """The copy ended, and all is written. Returns the keys of the chunks that became READY through it.
 
         Gone when it was aborted before, by whatever end: nothing is published, but the copy counts as ended.
         """
-        return self._writers.commit(reservation_id, worker)
+        reserved = self._live.get(reservation_id)
+        if reserved is None or reserved.worker != worker:
+            if self._copy_ended(reservation_id, worker):
+                raise Gone("the reservation was aborted before this commit")
+            raise Gone("no such reservation")
+        del self._live[reservation_id]
+        _discard(self._reservations_of, worker, reservation_id)
+        published = self._chunks.publish(reserved.rows, reserved.namespace, reserved.shards)
+        self._counted["loaded_chunks" if worker == SERVER else "stored_chunks"] += len(published)
+        return [ChunkKey(reserved.namespace.name, self._chunks.digest(row)) for row in published]
 
     def abort(self, reservation_id: bytes, worker: int) -> None:
         """The copy ended and is to be forgotten, with all shards of its chunks. Idempotent."""
-        self._writers.abort(reservation_id, worker)
+        reserved = self._live.get(reservation_id)
+        if reserved is not None and reserved.worker == worker:
+            self._abort(reserved)
+        self._copy_ended(reservation_id, worker)
 
     def may_publish(self, reservation_id: bytes) -> bool:
         """Would a `commit` still publish something? Not once it was aborted, by whatever end."""
-        return self._writers.is_live(reservation_id)
+        return reservation_id in self._live
 
     def would_keep(self, reservation_id: bytes) -> int:
         """How many of its chunks a `commit` would keep: not those that were doomed meanwhile, as by another shard."""
-        return self._writers.would_keep(reservation_id)
+        reserved, state = self._live.get(reservation_id), self._chunks.state
+        return 0 if reserved is None else sum(state[row] == WRITING for row in reserved.rows)
+
+    def bytes_written_by(self, engine: str) -> int:
+        """Bytes of the chunks that *engine* began and has not committed, those in quarantine among them."""
+        return self._chunks.written_by[engine]
+
+    def _may_write(self, engine: str, extent: int) -> bool:
+        """Whether *extent* bytes more are within the share of *engine*: of the arena without what others write.
+
+        So a number of engines that never commit leaves a part of the arena: of n engines with a share s each, (1 - s)^n
+        or more. One chunk is always within it. What the server loads is not bounded here.
+        """
+        mine = self._chunks.written_by[engine]
+        if not mine or not engine or self._write_share == 1:
+            return True
+        others = self._chunks.bytes_written - mine
+        return mine + extent <= self._write_share * (self.arena.taken - others)
+
+    def overdue_writers(self) -> Sequence[int]:
+        """Workers of which a reservation was overdue since this was asked last, once each."""
+        overdue = list(self._overdue)
+        self._overdue.clear()
+        return overdue
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def match(self, namespace: bytes, digests: Sequence[bytes]) -> int:
+        """How many leading chunks are READY. Changes nothing."""
+        known, count = self._chunks.generations.present.get(namespace), 0
+        if known is not None:
+            for digest in digests:
+                if self._chunks.state[known.table_of[digest[0]].get(digest, 0)] != READY:
+                    break
+                count += 1
+        return count
+
+    @property
+    def room_to_offer(self) -> int:
+        """Bytes that leases may still be given; a lookup is offered nothing beyond."""
+        return self._lease_limit - self._chunks.bytes_offered
+
+    def lease(self, session: SessionKey, namespace: bytes, digests: Sequence[bytes], now: float) -> Lease | None:
+        """Lease and touch the leading READY run, cut where lease_share is reached; None when that is empty.
+
+        A session has one lease: asking for a new one ends the former, whatever the answer.
+        """
+        former = self._lease_of.get(session)
+        if former is not None:
+            self.release(former)
+        known = self._chunks.generations.present.get(namespace)
+        run = [] if known is None else self._chunks.offer(known, digests, self._lease_limit)
+        self._counted["chunks_hit"] += len(run)
+        self._counted["chunks_missed"] += len(digests) - len(run)
+        if known is None or not run:
+            return None
+        leased = _Leased(self._new_id(), session, known, array("i", run), now + self._lease_timeout)
+        self._leases[leased.id] = leased
+        self._lease_of[session] = leased.id
+        self._leases_offered += 1
+        return Lease(leased.id, session, known.name, len(run), leased.expires)
+
+    def take(self, lease_id: bytes) -> None:
+        """The engine allocated blocks for it: it leaves lease_share. Idempotent; an ended lease is let pass."""
+        leased = self._leases.get(lease_id)
+        if leased is None or not leased.offered:
+            return
+        leased.offered = False
+        self._leases_offered -= 1
+        self._chunks.unoffer(leased.rows, leased.namespace)
+
+    def release(self, lease_id: bytes) -> None:
+        """End a lease, which touches its chunks. Idempotent; pins live on."""
+        self.take(lease_id)
+        leased = self._leases.pop(lease_id, None)
+        if leased is not None:
+            del self._lease_of[leased.session]
+            self._chunks.let_go(leased.rows, touch=True)
+
+    def pin(  # noqa: PLR0913
+        self, lease_id: bytes, engine: str, namespace: bytes, worker: int, shard: int, start: int, count: int
+    ) -> Pin:
+        """Turn *count* chunks of a lease, from *start*, into a read in progress of *worker*, for its *shard*.
+
+        *namespace* is the engine's, as things are. Gone: no such lease, another engine's or another namespace's, or its
+        namespace was reset. Misuse: a shard or range it does not have.
+        """
+        leased = self._leases.get(lease_id)
+        if leased is None or leased.session[0] != engine:
+            raise Gone("no such lease")
+        if leased.namespace.replaced:
+            raise Gone("the lease's namespace was reset")
+        if leased.namespace.name != namespace:
+            raise Gone("the engine's layout is not the one that was leased")
+        if not 0 <= shard < leased.namespace.shards:
+            raise Misuse(f"shard is {shard}: the namespace has {leased.namespace.shards}")
+        if start < 0 or count < 1 or start + count > len(leased.rows):
+            raise Misuse(f"start is {start} and count is {count}: the lease has {len(leased.rows)} chunks")
+        rows, offset = leased.rows[start : start + count], self._chunks.offset
+        self._chunks.retain(rows, leased.namespace)
+        pin_id = self._new_id()
+        self._pins[pin_id] = _Pinned(worker, leased.namespace, rows)
+        self._pins_of.setdefault(worker, set()).add(pin_id)
+        first = leased.namespace.starts[shard]
+        return Pin(pin_id, tuple([offset[row] + first for row in rows]), leased.namespace.lengths[shard])
+
+    def unpin(self, pin_id: bytes, worker: int) -> bool:
+        """The read ended. Was it valid to the end? False: unknown, another worker's, or its namespace was reset."""
+        pinned = self._pins.get(pin_id)
+        if pinned is None or pinned.worker != worker:
+            return False
+        del self._pins[pin_id]
+        _discard(self._pins_of, worker, pin_id)
+        self._chunks.let_go(pinned.rows, touch=False)
+        return not pinned.namespace.replaced
+
+    def is_valid(self, pin_id: bytes) -> bool:
+        """Would an `unpin` say that what was read is valid, as things are?"""
+        pinned = self._pins.get(pin_id)
+        return pinned is not None and not pinned.namespace.replaced
+
+    def hold(self, key: ChunkKey) -> Hold | None:
+        """Keep a READY chunk in place without a session, and without a touch; None when it is not READY."""
+        chunks, known = self._chunks, self._chunks.generations.present.get(key.namespace)
+        row = 0 if known is None else known.table_of[key.digest[0]].get(key.digest, 0)
+        if known is None or chunks.state[row] != READY:
+            return None
+        chunks.retain((row,), known)
+        self._holds_made += 1
+        self._holds[self._holds_made] = row
+        above, offset = chunks.parent[row], chunks.offset[row]
+        parent = chunks.digest(above) if above else b"" if chunks.first[row] else None
+        offsets = tuple([offset + start for start in known.starts])
+        return Hold(HoldNumber(self._holds_made), key, parent, offsets, known.lengths)
+
+    def unhold(self, hold: Hold) -> None:
+        """Let go of what `hold` kept. Idempotent."""
+        row = self._holds.pop(hold.number, None)
+        if row is not None:
+            self._chunks.let_go((row,), touch=False)
 
     # --- ends -------------------------------------------------------------------------------------------------------
 
     def end_session(self, session: SessionKey) -> None:
         """End its lease. Pins live on, and what is being written is finished. Idempotent."""
-        self._readers.end_session(session)
+        lease_id = self._lease_of.get(session)
+        if lease_id is not None:
+            self.release(lease_id)
 
     def lose_worker(self, worker: int) -> None:
         """Its connection is gone: its pins end; its reservations are aborted and their slots quarantined. Idempotent.
 
         The quarantine ends with `copies_ended`. A lost worker's reads are not waited for: nobody will believe them.
         """
-        self._readers.lose_worker(worker)
-        self._writers.lose_worker(worker)
+        for pin_id in list(self._pins_of.get(worker, ())):
+            self.unpin(pin_id, worker)
+        for reservation_id in list(self._reservations_of.get(worker, ())):
+            if reservation_id in self._live:
+                self._abort(self._live[reservation_id])
 
     def copies_ended(self, worker: int) -> None:
         """No copy of *worker* is in progress any more, by its own word or by its exit: its quarantine is freed."""
-        self._writers.copies_ended(worker)
+        for reservation_id in list(self._reservations_of.get(worker, ())):
+            self.abort(reservation_id, worker)
 
     def reset(self, namespace: bytes) -> None:
         """Drop every chunk of *namespace*: nothing of it is served, nor committed by what began before. Idempotent.
 
         Costs as much as the copies in progress, however many chunks there are: those are given back by `sweep`.
         """
-        known = self._chunks.namespaces.get(namespace)
-        if known is not None:
-            self._writers.reset(known)
-            self._counted["reset_chunks"] += self._chunks.replace(known)
+        known = self._chunks.generations.present.get(namespace)
+        if known is None:
+            return
+        self._stop_writing(known)
+        if known.counts[READY]:
+            self._counted["reset_chunks"] += known.counts[READY]
+            self._chunks.generations.replace(known)
 
     def sweep(self, limit: int) -> bool:
         """Give back up to *limit* chunks that a `reset` dropped. Is there more to do?
@@ -275,38 +483,94 @@ class Index:
         Then call again, between other work. Without a call they wait until a reserve needs room, and go before
         anything is evicted.
         """
-        return self._chunks.sweep(limit)
+        outdated = self._chunks.generations.outdated
+        while outdated and limit > 0:
+            self._chunks.sweep_one()
+            limit -= 1
+        return bool(outdated)
 
     def expire(self, now: float) -> float:
         """End leases and reservations that are overdue. Returns when to call next (inf: never, as things are).
 
         That is in the past where more leases are overdue than are ended in one go.
         """
-        return min(self._readers.expire(now), self._writers.expire(now))
+        due, room = inf, EXPIRED_AT_ONCE
+        while self._leases:
+            leased = next(iter(self._leases.values()))
+            if leased.expires > now or room <= 0:
+                due = leased.expires
+                break
+            room -= len(leased.rows)
+            self._counted["leases_expired"] += 1
+            self.release(leased.id)
+        while self._live:
+            reserved = next(iter(self._live.values()))
+            if reserved.deadline > now:
+                due = min(due, reserved.deadline)
+                break
+            self._counted["reservations_expired"] += 1
+            self._overdue[reserved.worker] = None
+            self._abort(reserved)
+        writing = self._chunks.writing
+        while writing:  # what is left has a shard that nobody claimed in time
+            row, details = next(iter(writing.items()))
+            if details.deadline > now:
+                due = min(due, details.deadline)
+                break
+            self._chunks.doom((row,))
+        return due
+
+    def _abort(self, reserved: _Reserved) -> None:
+        """LIVE to ENDING: nothing of it will be published, in any shard; its slots wait for the copy's end."""
+        del self._live[reserved.id]
+        self._ending[reserved.id] = reserved
+        self._chunks.doom([row for row in reserved.rows if self._chunks.state[row] == WRITING])
+
+    def _copy_ended(self, reservation_id: bytes, worker: int) -> bool:
+        """The copy of an ENDING reservation ended. False when there is no such, or it is another worker's."""
+        reserved = self._ending.get(reservation_id)
+        if reserved is None or reserved.worker != worker:
+            return False
+        del self._ending[reservation_id]
+        _discard(self._reservations_of, worker, reservation_id)
+        for row in reserved.rows:
+            self._chunks.let_go_doomed(row, reserved.shards)
+        return True
+
+    def _stop_writing(self, namespace: Namespace) -> None:
+        """Nothing of *namespace* is WRITING from now on."""
+        for reserved in [reserved for reserved in self._live.values() if reserved.namespace is namespace]:
+            self._abort(reserved)
+        if namespace.counts[WRITING]:  # what is left has a shard that nobody claimed
+            self._chunks.doom([row for row in self._chunks.writing if self._chunks.namespace_of(row) is namespace])
 
     # --- status -----------------------------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, dict[str, Any]]:
         """Two parts: `held` goes up and down, `counted` only up. Costs the same whatever is held."""
-        chunks, arena = self._chunks, self._arena
-        held = self._readers.held() | self._writers.held() | chunks.held()
-        held |= {
-            "namespaces": len(chunks.namespaces),
-            "bytes_taken": arena.taken,
-            "bytes_free": arena.free_bytes,
-            "largest_hole": arena.largest_hole,
+        held = {
+            "leases": len(self._leases),
+            "leases_offered": self._leases_offered,
+            "pins": len(self._pins),
+            "holds": len(self._holds),
+            "reservations": len(self._live),
+            "reservations_ending": len(self._ending),
+            **self._chunks.generations.held(),
+            "bytes_offered": self._chunks.bytes_offered,
+            "namespaces": len(self._chunks.generations.present),
+            "bytes_taken": self.arena.taken,
+            "bytes_free": self.arena.free_bytes,
+            "largest_hole": self.arena.largest_hole,
         }
         counted: dict[str, Any] = {name: self._counted[name] for name in _COUNTERS}
-        counted["evictions"] = chunks.evictions
-        counted["dropped"] = {reason: self._writers.dropped[reason] for reason in REASONS}
+        counted["aborted_chunks"] = self._chunks.aborted
+        counted["evictions"] = self._chunks.evictions
+        counted["dropped"] = {reason: self._dropped[reason] for reason in _REASONS}
         return {"held": held, "counted": counted}
 
-    def _attached(self, namespace: bytes, shard: int, parent: bytes, digests: Sequence[bytes]) -> Namespace:
-        known = self._chunks.namespaces.get(namespace)
-        if known is None:
-            raise Misuse("the namespace is not attached")
-        if not 0 <= shard < known.shards:
-            raise Misuse(f"shard is {shard}: the namespace has {known.shards}")
-        if set(map(len, digests)) - {DIGEST_BYTES} or len(parent) not in (0, DIGEST_BYTES):
-            raise Misuse(f"digests and parent must have {DIGEST_BYTES} bytes each")
-        return known
+
+def _discard(held: dict[int, set[bytes]], worker: int, ident: bytes) -> None:
+    """*worker* has not got *ident* any more."""
+    held[worker].remove(ident)
+    if not held[worker]:
+        del held[worker]

@@ -80,8 +80,8 @@ class Session:
             raise Misuse(f"upto is {upto}, but the chain of session {self.number} ends at {known}")
         self.chain = self.chain[: start * DIGEST_BYTES] + digests
         self.known = known
-        self._forget(LookupState.PENDING)
-        self.asked = asked
+        self.state, self.asked = LookupState.PENDING, asked
+        self.chunks, self.lease, self.expires = 0, b"", -math.inf
         chain, width = self.chain, DIGEST_BYTES
         return [chain[i : i + width] for i in range(0, upto * width, width)]
 
@@ -95,11 +95,12 @@ class Session:
     def release(self) -> bytes:
         """The lookup is not wanted any more. Returns its lease, for the caller to end, or b""."""
         lease = self.lease
-        self._forget(LookupState.UNKNOWN)
+        self.lose_lease()
+        self.state = LookupState.UNKNOWN
         return lease
 
     def lose_lease(self) -> None:
-        """The lease was ended by someone else (a reset): an answer given under it is 0 chunks from now on."""
+        """The session has no lease from now on, and an answer that was given under it is 0 chunks."""
         self.chunks, self.lease, self.expires = 0, b"", -math.inf
 
     def status(self, now: float) -> Status:
@@ -108,9 +109,6 @@ class Session:
             self.lose_lease()
         ttl = max(0.0, self.expires - now) if self.lease else 0.0
         return Status(self.asked, self.state, self.chunks, self.lease, ttl)
-
-    def _forget(self, state: LookupState) -> None:
-        self.state, self.chunks, self.lease, self.expires = state, 0, b"", -math.inf
 
 
 class Sessions:

@@ -12,7 +12,6 @@ dropped. Rule: no I/O and no clock here.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 
 import attrs
@@ -73,12 +72,26 @@ class Writeback:
         self.bytes_queued += entry.size
         if not entry.children:
             heappush(self._leaves, (entry.number, entry))
-        self._tidy()
         if parent is not None:
             self._children[parent] += 1
             if (above := self._queued.get(parent)) is not None:
                 above.children += 1
-        return list(self._shrink(limit))
+        # What is gone leaves the two orders when it is met; when it is not met for long, here: O(1) amortised.
+        if len(self._order) > 2 * len(self._queued) + 64:
+            self._order = deque(entry for entry in self._order if not entry.gone)
+        if len(self._leaves) > 2 * len(self._queued) + 64:
+            self._leaves = [leaf for leaf in self._leaves if not leaf[1].gone and not leaf[1].children]
+            heapify(self._leaves)
+        dropped = []
+        while self.bytes_queued + self.bytes_writing > limit and self._leaves:
+            if len(self._queued) == 1 and not self._writing:
+                break
+            _, leaf = heappop(self._leaves)
+            if not leaf.gone and not leaf.children:
+                self._remove(leaf)
+                self.dropped += 1
+                dropped.append(leaf.hold)
+        return dropped
 
     def take(self, most_bytes: int) -> list[Hold]:
         """The oldest chunks, up to *most_bytes* but at least one, to be written now: `written` follows for each."""
@@ -112,24 +125,6 @@ class Writeback:
         """Drop all that is queued: the tier does not take it."""
         self.dropped += len(self._queued)
         return self._take_out(list(self._queued.values()))
-
-    def _shrink(self, limit: int) -> Iterable[Hold]:
-        while self.bytes_queued + self.bytes_writing > limit and self._leaves:
-            if len(self._queued) == 1 and not self._writing:
-                return
-            _, entry = heappop(self._leaves)
-            if not entry.gone and not entry.children:
-                self._remove(entry)
-                self.dropped += 1
-                yield entry.hold
-
-    def _tidy(self) -> None:
-        """What is gone leaves the two orders when it is met; when it is not met for long, here: O(1) amortised."""
-        if len(self._order) > 2 * len(self._queued) + 64:
-            self._order = deque(entry for entry in self._order if not entry.gone)
-        if len(self._leaves) > 2 * len(self._queued) + 64:
-            self._leaves = [leaf for leaf in self._leaves if not leaf[1].gone and not leaf[1].children]
-            heapify(self._leaves)
 
     def _take_out(self, entries: list[_Queued]) -> list[Hold]:
         for entry in entries:

@@ -70,7 +70,7 @@ class TierWriter:
             return
         hold = self._index.hold(key)
         if hold is not None:
-            most = min(self._most_bytes, int(self._index.bytes_taken * WRITEBACK_SHARE))
+            most = min(self._most_bytes, int(self._index.arena.taken * WRITEBACK_SHARE))
             for dropped in self.queue.offer(hold, most):
                 self._index.unhold(dropped)
                 if dropped.key != key or not self.queue.has(key):

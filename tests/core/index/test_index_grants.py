@@ -261,7 +261,7 @@ def test_a_namespace_has_one_layout(world: Make) -> None:
 
 
 def test_leases_that_are_overdue_together_are_ended_in_pieces(world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_trio._core.index.readers.EXPIRED_AT_ONCE", 6)
+    monkeypatch.setattr("lmcache_trio._core.index.index.EXPIRED_AT_ONCE", 6)
     w = world(8, lease_share=1.0)
     w.store("abc")
     for session in range(10, 15):

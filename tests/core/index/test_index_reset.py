@@ -119,7 +119,7 @@ def test_resets_in_a_row_leave_nothing_behind(world: Make) -> None:
     w.index.sweep(10 * ALL)
     assert w.arena.used == 0
     assert w.held["namespaces"] == 1
-    assert len(w.index._chunks._generations._numbered) < 12
+    assert len(w.index._chunks.generations.numbered) < 12
 
 
 def test_other_namespaces_keep_what_they_have(world: Make) -> None:

@@ -34,7 +34,8 @@ def test_at_most_a_few_tables_of_directory_and_arena_grow_in_one_message() -> No
     most = grown = 0
     for start in range(0, CHUNKS, MESSAGE):
         for row in range(start, start + MESSAGE):
-            namespace.enter(hashlib.sha256(row.to_bytes(4, "little")).digest(), row)
+            digest = hashlib.sha256(row.to_bytes(4, "little")).digest()
+            namespace.table_of[digest[0]][digest] = row
             arena.allocate(4096)
         before, sizes = sizes, [sys.getsizeof(table) for table in tables]
         growing = sum(one != other for one, other in zip(before, sizes, strict=True))

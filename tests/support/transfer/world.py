@@ -255,7 +255,7 @@ class World:
 
     def check_owned(self) -> None:
         """What a copy that runs reads or writes is nobody else's."""
-        holes = self.rig.server._parts.index._arena.holes()
+        holes = self.rig.server._parts.index.arena.holes()
         lent = {block for request in self.requests() for block in request.blocks}
         written: set[tuple[int, int]] = set()
         for copy in self.rig.device.running:
