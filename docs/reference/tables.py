@@ -21,7 +21,7 @@ from lmcache_trio._wire.messages import Message, Role
 from lmcache_trio._wire.protocol import PUSHES, REPLIES, speakers
 
 HERE = Path(__file__).parent
-PAGES = (HERE / "configuration.md", HERE / "protocol.md")
+PAGES = (HERE / "configuration.md", HERE / "protocol.md", HERE.parent / "howto" / "vllm.md")
 _TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 

@@ -80,7 +80,7 @@ def untrusted(address: FileAddress | TcpAddress, uid: int) -> NotToBeUsed:
     return NotToBeUsed(
         f"a process of uid {uid} listens at {address}, not one of this process' uid {os.geteuid()} or of root: nothing "
         f"was sent to it. If it is your server, name the uid: LMCACHE_TRIO_CLIENT__SERVER_UIDS='[{uid}]', or "
-        "server_uids in [client]"
+        "server_uids in [client], or in vLLM's kv_connector_extra_config"
     )
 
 

@@ -6,7 +6,7 @@ later it is logged, and tried again, because the server may be the one that is r
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 import trio
@@ -26,7 +26,10 @@ _REFUSED_WAIT = 5.0
 
 
 class Link:
-    """Keeps one client. *connected* prepares a fresh one (register, …); *lost* is told, in the loop, of its end."""
+    """Keeps one client. *connected* prepares a fresh one (register, …); *lost* is told, in the loop, of its end.
+
+    *server_uids*: as `connect` has them.
+    """
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class Link:
         *,
         connected: Callable[[Client], Awaitable[None]],
         lost: Callable[[], None],
+        server_uids: Collection[int] | None = None,
     ) -> None:
         self.address = address
         self.client: Client | None = None
@@ -43,6 +47,7 @@ class Link:
         """What the next connection begins with; the adapter may put another in its place."""
         self.said = hello
         """What the present connection began with."""
+        self._server_uids = server_uids
         self._connected = connected
         self._lost = lost
         self._portal = Portal(f"lmcache-trio {hello.client}")
@@ -117,7 +122,7 @@ class Link:
             while True:
                 try:
                     self.said = self.hello
-                    async with connect(self.address, self.said) as client:
+                    async with connect(self.address, self.said, self._server_uids) as client:
                         await self._serve(client)
                     pause = 0.0
                 except (Misuse, ProtocolError) as exc:

@@ -8,6 +8,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import attrs
@@ -21,6 +22,7 @@ __all__ = [
     "MemoryAddress",
     "TcpAddress",
     "UnixAddress",
+    "check_address",
     "default_address",
     "default_addresses",
     "parse_address",
@@ -94,6 +96,11 @@ def default_addresses(environ: Mapping[str, str] | None = None) -> tuple[str, ..
     if runtime.startswith("/"):
         places.insert(0, f"{runtime}/lmcache-trio")
     return tuple(dict.fromkeys(f"unix://{place}/server.sock" for place in places))
+
+
+def check_address(instance: object, attribute: Any, value: str) -> None:
+    """A validator of a field that holds a server's address."""
+    parse_rendezvous(value)
 
 
 def parse_address(address: str) -> Address:

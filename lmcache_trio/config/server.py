@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from lmcache_trio.config import sources
-from lmcache_trio.config.addresses import MemoryAddress, UnixAddress, default_address, parse_rendezvous
+from lmcache_trio.config.addresses import MemoryAddress, UnixAddress, check_address, default_address, parse_rendezvous
 from lmcache_trio.config.client import ClientConfig
 from lmcache_trio.config.tables import between, check_ids, setting
 from lmcache_trio.errors import ConfigError
@@ -36,10 +36,6 @@ def _check_backend(key: str, table: Mapping[str, Any], such_as: str) -> None:
     if not isinstance(table.get("backend"), str):
         problem = f'is missing or not a string; name the backend, as in backend = "{such_as}"'
         raise ConfigError(f"{key}.backend", problem)
-
-
-def _address(instance: object, attribute: Any, value: str) -> None:
-    parse_rendezvous(value)
 
 
 def _group(instance: object, attribute: Any, value: int | str) -> None:
@@ -142,7 +138,7 @@ class Config:
     address: str = setting(
         attrs.Factory(default_address),
         "Where clients find the server: unix://PATH; or, for observers alone, ipc://PATH or tcp:// on loopback.",
-        check=_address,
+        check=check_address,
     )
     access: Access = setting(attrs.Factory(Access), "Who may connect, beside the server's own uid and root.")
     chunk_tokens: int = setting(

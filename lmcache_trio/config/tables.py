@@ -9,7 +9,6 @@ It knows no setting: a server's stand in `server`, an engine's in `client`, a ba
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
@@ -127,26 +126,25 @@ def _are_integers(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(type(v) is int for v in value)
 
 
-def _choice(cls: Any) -> Callable[[Any, Any], Any]:
-    """The hook of an Enum or a Literal."""
-    of_enum = _is_enum(cls)
-    choices = [each.value for each in cls] if of_enum else list(get_args(cls))
-
-    def hook(value: Any, _: Any) -> Any:
-        if value not in choices:
-            raise ValueError(f"{value!r} is not a choice; give {', '.join(map(repr, choices))}")
-        return cls(value) if of_enum else value
-
-    return hook
+def _choice(choices: Sequence[Any], value: Any) -> Any:
+    if value not in choices:
+        raise ValueError(f"{value!r} is not a choice; give {', '.join(repr(str(choice)) for choice in choices)}")
+    return choices[choices.index(value)]
 
 
-def _is_choice(kind: Any) -> bool:
+def _is_literal(kind: Any) -> bool:
     origin: Any = get_origin(kind)
-    return origin is Literal or _is_enum(kind)
+    return origin is Literal
 
 
-def _is_enum(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Enum)
+def _string(value: Any, kind: Any) -> Any:
+    """A StrEnum comes here too, as a subclass of str."""
+    if kind is not str:
+        return _choice(list(kind), value)
+    return _TEXT(value, kind)
+
+
+_TEXT = _strict("a string", lambda v: type(v) is str, str)
 
 
 def _table_of(cls: type[Any], converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
@@ -162,7 +160,7 @@ def _make_converter() -> cattrs.Converter:
         int: _strict("an integer", lambda v: type(v) is int, int),
         float: _strict("a number", _is_number, float),
         bool: _strict("true or false", lambda v: type(v) is bool, bool),
-        str: _strict("a string", lambda v: type(v) is str, str),
+        str: _string,
         Path: _strict("a path in quotes", lambda v: type(v) is str, Path),
         int | str: _strict("a string or an integer", lambda v: type(v) in (int, str), lambda v: v),
     }.items():
@@ -175,7 +173,7 @@ def _make_converter() -> cattrs.Converter:
     )
     numbers = _strict("a list of integers, as in [1000, 1001]", _are_integers, tuple)
     converter.register_structure_hook_func(lambda t: t == tuple[int, ...], numbers)
-    converter.register_structure_hook_factory(_is_choice, _choice)
+    converter.register_structure_hook_func(_is_literal, lambda value, kind: _choice(get_args(kind), value))
     converter.register_structure_hook_factory(attrs.has, lambda cls: _table_of(cls, converter))
     converter.register_structure_hook_func(lambda t: t in (Table, Mapping[str, Any]), table)
     converter.register_structure_hook_func(lambda t: t == tuple[Mapping[str, Any], ...], tables)

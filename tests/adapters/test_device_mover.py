@@ -4,7 +4,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -265,7 +265,7 @@ async def test_a_server_that_refuses_to_say_what_it_moves_is_asked_again_after_a
     asked: list[float] = []
 
     @asynccontextmanager
-    async def connect(address: str, hello: Hello) -> AsyncIterator[Asker]:
+    async def connect(address: str, hello: Hello, server_uids: Collection[int] | None) -> AsyncIterator[Asker]:
         await trio.lowlevel.checkpoint()
         asked.append(trio.current_time())
         if trio.current_time() < 60:
@@ -307,7 +307,7 @@ async def test_what_nobody_thought_of_gives_no_blocks_back(
             raise error
 
     @asynccontextmanager
-    async def connect(address: str, hello: Hello) -> AsyncIterator[Asker]:
+    async def connect(address: str, hello: Hello, server_uids: Collection[int] | None) -> AsyncIterator[Asker]:
         await trio.lowlevel.checkpoint()
         fail("connect")
         yield Asker()

@@ -21,6 +21,7 @@ from lmcache_trio import Config, ConfigError, Role, Unavailable, open_client, op
 from lmcache_trio._server.address import prepare_directory
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ErrorKind, Refused
+from lmcache_trio.adapters import SchedulerAdapter, WorkerAdapter
 from lmcache_trio.config import Access
 
 ONE, OTHER, GROUP = 54_321, 54_322, 54_400
@@ -184,6 +185,30 @@ def test_a_server_of_a_uid_that_is_named_is_believed(
 
     trio.run(come)
     assert theirs.result() != [""]
+
+
+@needs_root
+@pytest.mark.parametrize("role", ["scheduler", "worker"])
+def test_an_adapter_speaks_to_a_server_of_a_uid_that_it_was_given(
+    child: Callable[..., Child], place: Path, role: str
+) -> None:
+    path = place / "theirs" / "server.sock"
+    theirs = child(lambda: listens(path, encode(Refused(ErrorKind.UNAVAILABLE, "it was asked"))), ONE)
+    theirs.start()
+    trio.run(ready, path)
+    adapter: SchedulerAdapter | WorkerAdapter
+    if role == "scheduler":
+        adapter = SchedulerAdapter(
+            f"unix://{path}", engine_id="e", identity=["m"], block_tokens=16, server_uids=[ONE], connect_timeout=0.01
+        )
+    else:
+        adapter = WorkerAdapter(
+            f"unix://{path}", engine_id="e", block_tokens=16, server_uids=[ONE], connect_timeout=0.01
+        )
+    try:
+        assert theirs.result() != [""]
+    finally:
+        adapter.shutdown()
 
 
 @needs_root

@@ -7,7 +7,7 @@ unhealthy or gone raises nothing into the engine: its answer is 0 tokens. One ho
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -32,10 +32,10 @@ class SchedulerAdapter:
     """Lookups for one engine. Its workers, joined by *engine_id*, move the bytes.
 
     *identity* names the model and all else that changes what a token's KV is; it seeds every digest. *shards*: the
-    workers that hold different bytes. *lookup_timeout*: seconds until a lookup without an answer counts
-    as 0 tokens. *poll_interval*: seconds of silence between questions for its status. Either is taken from
-    `load_client_config` when it is not given. *lease_timeout*: no answer is offered for longer. *weights_version*: as
-    `set_weights_version` says, from the start.
+    workers that hold different bytes. *lookup_timeout*: seconds until a lookup without an answer counts as 0 tokens.
+    *poll_interval*: seconds of silence between questions for its status. *server_uids*: uids whose server it trusts,
+    beside its own and root. These three are taken from `load_client_config` if not given. *lease_timeout*: no answer is
+    offered for longer. *weights_version*: as `set_weights_version` says, from the start.
     `Misuse` names a setting that is wrong, or that the server refuses.
 
     A subclass may use what is public.
@@ -55,6 +55,7 @@ class SchedulerAdapter:
         lease_timeout: float | None = None,
         connect_timeout: float = 5.0,
         weights_version: str | None = None,
+        server_uids: Collection[int] | None = None,
     ) -> None:
         if lookup_timeout is None or poll_interval is None:
             configured = load_client_config()
@@ -80,7 +81,7 @@ class SchedulerAdapter:
         """The client whose server was told of the model and of all resets; None while there is none."""
         self._resets_owed: dict[bytes, None] = {}
         """Identities whose chunks are to be dropped, as no server has confirmed yet: the next one is told first."""
-        self._link = Link(address, hello, connected=self._on_connected, lost=self._on_lost)
+        self._link = Link(address, hello, connected=self._on_connected, lost=self._on_lost, server_uids=server_uids)
         self._lookups = LookupTable(
             self._link,
             self._lock,

@@ -131,6 +131,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             weights_version=self._settings.weights_version,
             lookup_timeout=self._settings.lookup_timeout,
             poll_interval=self._settings.poll_interval,
+            server_uids=self._settings.server_uids,
         )
         self._scheduler = SchedulerSide(
             self._scheduler_adapter,
@@ -255,6 +256,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             block_tokens=self._block_tokens,
             fingerprint_extra=layout_extras(self._vllm_config, self._kv_cache_config),
             path=self._settings.path,
+            server_uids=self._settings.server_uids,
         )
         self._worker_adapter.register_kv_caches(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
         self._kv_caches = kv_caches

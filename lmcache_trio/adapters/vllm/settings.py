@@ -3,16 +3,16 @@
 A key that is not known here is refused by name: a misspelt key that is silently ignored costs its user a day.
 """
 
-import difflib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, get_args
+from typing import Any
 
 import attrs
 
 from lmcache_trio.adapters.worker.dispatcher import Path
-from lmcache_trio.config import check_interval, default_address, load_client_config
+from lmcache_trio.config import ClientConfig, default_address, load_client_config
+from lmcache_trio.config.addresses import check_address
+from lmcache_trio.config.tables import setting, structure
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["ConnectorSettings", "LoadMode", "check_failure_policy", "check_load_mode", "parse_settings"]
@@ -27,25 +27,49 @@ class LoadMode(StrEnum):
     SYNC = "sync"
 
 
-@attrs.frozen
-class ConnectorSettings:
-    """One engine's settings. *namespace* keeps engines apart that would otherwise share chunks.
+def _name(instance: object, attribute: Any, value: str | None) -> None:
+    if value == "":
+        raise ConfigError(attribute.name, "is empty; give a name, as in 'step-1200', or leave it out")
 
-    *weights_version* names weights that the model's files do not hold: engines that say the same share.
 
-    *layerwise*, with `load = sync` alone: a step begins before its last layer is loaded, and stores as layers finish.
-    *path*: who moves the KV. `auto`: the server where it can open the engine's memory, else the engine's own process.
-    """
+def _layers(instance: "ConnectorSettings", attribute: Any, value: bool) -> None:
+    if value and instance.load is not LoadMode.SYNC:
+        raise ConfigError(attribute.name, "is true, but an asynchronous load ends between steps; add 'load': 'sync'")
 
-    address: str = attrs.field(factory=default_address)
-    sync_lookup: bool = False
-    lookup_timeout: float = 5.0
-    poll_interval: float = 0.005
-    load: LoadMode = LoadMode.ASYNC
-    namespace: str = ""
-    weights_version: str | None = None
-    layerwise: bool = False
-    path: Path = "auto"
+
+@attrs.frozen(kw_only=True)
+class ConnectorSettings(ClientConfig):
+    """One engine's settings: all that an engine may set in a file or its environment, and what vLLM alone can have."""
+
+    address: str = setting(
+        attrs.Factory(default_address), "Where the server listens, `unix:///…`.", check=check_address
+    )
+    load: LoadMode = setting(
+        LoadMode.ASYNC,
+        '`"async"`: a hit is copied between steps, while other requests run. `"sync"`: a hit is copied before the step'
+        " that needs it. That saves an idle engine one step and delays every other request.",
+    )
+    layerwise: bool = setting(
+        False,
+        'Only with `"load": "sync"`. A step begins before its last layer is loaded, and each layer is stored as it is'
+        " written. vLLM then captures piecewise CUDA graphs only.",
+        check=_layers,
+    )
+    path: Path = setting(
+        "auto",
+        "Which process moves the KV. `\"auto\"`: the server, if it can open the engine's memory; otherwise vLLM's own"
+        ' process. `"device"`: the server only; if it cannot, the engine has no cache, and the log says why. `"shm"`:'
+        " vLLM's own process.",
+    )
+    sync_lookup: bool = setting(
+        False,
+        "`false`: the scheduler goes on while a lookup is unanswered, and asks again in its next step. `true`: the"
+        " scheduler waits.",
+    )
+    namespace: str = setting("", "Keeps engines apart that would otherwise share chunks.")
+    weights_version: str | None = setting(
+        None, "Names weights that the model's files do not hold. Engines that name the same share.", check=_name
+    )
 
 
 def parse_settings(extra: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> ConnectorSettings:
@@ -53,21 +77,10 @@ def parse_settings(extra: Mapping[str, Any], environ: Mapping[str, str] | None =
 
     ConfigError names the key at fault and what it may be.
     """
-    fields = attrs.fields_dict(ConnectorSettings)
-    for key in extra:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"{PREFIX}.{key}", f"is not known; {hint}known are {', '.join(fields)}")
-    given = {key: _CHECKS[key](f"{PREFIX}.{key}", value) for key, value in extra.items()}
-    configured = attrs.asdict(load_client_config(environ))
-    found = ConnectorSettings(**{**{key: value for key, value in configured.items() if key in fields}, **given})
-    check_interval(found.poll_interval, found.lookup_timeout, f"{PREFIX}.poll_interval")
-    if found.layerwise and found.load is not LoadMode.SYNC:
-        raise ConfigError(
-            f"{PREFIX}.layerwise", "is true, but an asynchronous load ends between steps; add 'load': 'sync'"
-        )
-    return found
+    for key, value in extra.items():
+        if value is None:
+            raise ConfigError(f"{PREFIX}.{key}", "is null; give a value, or leave the key out")
+    return structure(ConnectorSettings, attrs.asdict(load_client_config(environ)) | dict(extra), PREFIX)
 
 
 def check_failure_policy(policy: str) -> None:
@@ -92,60 +105,3 @@ def check_load_mode(load: LoadMode, concurrent_batches: int) -> None:
             f"is 'sync', but this engine overlaps {concurrent_batches} steps, and after a failed load vLLM would "
             "return a token computed from it; use 'async', or --no-async-scheduling without pipeline parallelism",
         )
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(key, f"is {value!r}; give a string")
-    return value
-
-
-def _version(key: str, value: Any) -> str:
-    if not _text(key, value):
-        raise ConfigError(key, "is empty; give a name, as in 'step-1200', or leave it out")
-    return str(value)
-
-
-def _address(key: str, value: Any) -> str:
-    if "://" not in _text(key, value):
-        raise ConfigError(key, f"is {value!r}; give the server's, as in unix:///run/user/1000/lmcache-trio/server.sock")
-    return str(value)
-
-
-def _truth(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(key, f"is {value!r}; give true or false")
-    return value
-
-
-def _seconds(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(key, f"is {value!r}; give a number of seconds above 0")
-    return float(value)
-
-
-def _load(key: str, value: Any) -> LoadMode:
-    try:
-        return LoadMode(value)
-    except ValueError:
-        raise ConfigError(key, f"is {value!r}; give 'async' or 'sync'") from None
-
-
-def _path(key: str, value: Any) -> Path:
-    if value not in get_args(Path):
-        raise ConfigError(key, f"is {value!r}; give {', '.join(map(repr, get_args(Path)))}")
-    found: Path = value
-    return found
-
-
-_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    "address": _address,
-    "sync_lookup": _truth,
-    "lookup_timeout": _seconds,
-    "poll_interval": _seconds,
-    "load": _load,
-    "layerwise": _truth,
-    "path": _path,
-    "namespace": _text,
-    "weights_version": _version,
-}

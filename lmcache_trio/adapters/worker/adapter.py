@@ -10,7 +10,7 @@ each copy behind what the engine had submitted: `paged` says how, and what it re
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -45,8 +45,9 @@ class WorkerAdapter:
     """Shard *shard* of *shards* of the engine *engine_id*.
 
     *reply_timeout*: seconds that one reply of the server is waited for. *fingerprint_extra*: what else decides the
-    bytes of a block (attention backend, CPU instruction set). *probe*: for tests, see `Probe`. `Misuse` names a setting
-    that is wrong or refused.
+    bytes of a block (attention backend, CPU instruction set). *server_uids*: uids whose server it trusts, beside its
+    own and root; taken from `load_client_config` if not given. *probe*: for tests, see `Probe`. `Misuse` names a
+    setting that is wrong or refused.
     """
 
     def __init__(  # noqa: PLR0913  (keywords, each a setting of its own)
@@ -62,6 +63,7 @@ class WorkerAdapter:
         reply_timeout: float = 5.0,
         connect_timeout: float = 5.0,
         path: Path = "auto",
+        server_uids: Collection[int] | None = None,
         probe: Probe | None = None,
     ) -> None:
         check_whole("block_tokens", block_tokens, 1)
@@ -86,12 +88,12 @@ class WorkerAdapter:
         hello = sentence(
             Hello, PROTOCOL_VERSION, f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards
         )
-        self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None)
+        self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None, server_uids=server_uids)
         self._jobs = Jobs()
         self._registered = RegisteredKV(chunk_tokens=chunk_tokens or 0)
         self._copiers = Copiers(f"lmcache-trio copies {shard}")
         self._shm = ShmMover(self._jobs, self._registered, self._copiers, reply_timeout, probe)
-        self._device = DeviceMover(address, hello, self._jobs, self._registered, reply_timeout)
+        self._device = DeviceMover(address, hello, self._jobs, self._registered, reply_timeout, server_uids)
         self._dispatcher = Dispatcher(
             path, self._link, self._jobs, self._registered, block_tokens, self._shm, self._device
         )

@@ -9,7 +9,7 @@ nothing any more, or its process has ended; so a server whose process cannot be 
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -54,11 +54,20 @@ _REFUSED_WAIT = 5.0
 
 class DeviceMover:
     """Asks the server at *address*, as the worker that *hello* names. *reply_timeout*: seconds without any progress
-    after which a request is late.
+    after which a request is late. *server_uids*: as `connect` has them.
     """
 
-    def __init__(self, address: str, hello: Hello, jobs: Jobs, registered: RegisteredKV, reply_timeout: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        hello: Hello,
+        jobs: Jobs,
+        registered: RegisteredKV,
+        reply_timeout: float,
+        server_uids: Collection[int] | None = None,
+    ) -> None:
         self._address = address
+        self._server_uids = server_uids
         self._hello = hello
         self._jobs = jobs
         self._registered = registered
@@ -213,7 +222,7 @@ class DeviceMover:
         while True:
             try:
                 await wait_server(self._address)
-                async with connect(self._address, hello) as asker:
+                async with connect(self._address, hello, self._server_uids) as asker:
                     if asker.boot != boot:
                         return  # another server: only the old one's exit can tell
                     await asker.request(LetGo(asker.new_id(), self._hello.token), Ack)

@@ -1,5 +1,6 @@
 """What `kv_connector_extra_config` may say, and what is refused by name before an engine starts."""
 
+import attrs
 import pytest
 
 from lmcache_trio import ConfigError
@@ -27,11 +28,22 @@ def test_all_settings_are_taken_over() -> None:
         "layerwise": True,
         "path": "device",
         "weights_version": "step 7",
+        "server_uids": [1000, 7],
     }
     found = ConnectorSettings(
-        "ipc:///run/x.ipc", True, 2.0, 0.01, LoadMode.SYNC, "mine", "step 7", layerwise=True, path="device"
+        address="ipc:///run/x.ipc",
+        sync_lookup=True,
+        lookup_timeout=2.0,
+        poll_interval=0.01,
+        load=LoadMode.SYNC,
+        namespace="mine",
+        weights_version="step 7",
+        server_uids=(1000, 7),
+        layerwise=True,
+        path="device",
     )
     assert parse_settings(extra) == found
+    assert set(extra) == {field.name for field in attrs.fields(ConnectorSettings)}
 
 
 @pytest.mark.parametrize("version", ["", 7, None])
@@ -47,7 +59,9 @@ def test_layer_by_layer_goes_with_synchronous_loads_alone() -> None:
 
 
 def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None:
-    with pytest.raises(ConfigError, match=r"kv_connector_extra_config\.adress: is not known; did you mean 'address'"):
+    with pytest.raises(
+        ConfigError, match=r"kv_connector_extra_config\.adress: is not a setting; did you mean 'address'"
+    ):
         parse_settings({"adress": "ipc:///run/x.ipc"})
 
 
@@ -70,6 +84,9 @@ def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None
         ("layerwise", "yes"),
         ("path", "gpu"),
         ("path", ["shm"]),
+        ("server_uids", 1000),
+        ("server_uids", ["1000"]),
+        ("server_uids", [-1]),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_by_name(key: str, value: object) -> None:
@@ -87,6 +104,9 @@ def test_an_interval_that_is_longer_than_the_timeout_is_refused_by_name(extra: d
 
 
 def test_what_is_not_said_here_is_taken_from_the_clients_configuration() -> None:
+    uids = {"LMCACHE_TRIO_CLIENT__SERVER_UIDS": "[1000]"}
+    assert parse_settings({}, uids) == ConnectorSettings(server_uids=(1000,))
+    assert parse_settings({"server_uids": []}, uids) == ConnectorSettings()
     environ = {"LMCACHE_TRIO_CLIENT__LOOKUP_TIMEOUT": "2", "LMCACHE_TRIO_CLIENT__POLL_INTERVAL": "1"}
     assert parse_settings({}, environ) == ConnectorSettings(lookup_timeout=2.0, poll_interval=1.0)
     assert parse_settings({"lookup_timeout": 3}, environ) == ConnectorSettings(lookup_timeout=3.0, poll_interval=1.0)
