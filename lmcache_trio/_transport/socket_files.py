@@ -126,5 +126,6 @@ def _remove_dead_pairs(path: str) -> None:
         raise ConfigError("address", f"{folder}: {exc.strerror}: make that directory or choose another path") from exc
     for name in filter(ours.fullmatch, names):
         left = os.path.join(folder, name)
-        if not is_listening(left):
-            withdraw(left)
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.lstat(left).st_mode) and not is_listening(left):
+                withdraw(left)

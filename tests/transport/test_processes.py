@@ -155,6 +155,15 @@ async def test_what_is_no_socket_is_never_removed(near: str, tmp_path: Path) -> 
     assert (tmp_path / "s").read_text() == "precious"
 
 
+async def test_a_file_that_is_no_socket_stays_whatever_its_name(near: str, tmp_path: Path) -> None:
+    """A backup that is named by its time looks like a pair of a dead server's."""
+    (tmp_path / "s.202611280912").write_text("precious")
+    (tmp_path / "s.0123456789ab").mkdir()
+    _transport.listen(near).close()
+    assert (tmp_path / "s.202611280912").read_text() == "precious"
+    assert (tmp_path / "s.0123456789ab").is_dir()
+
+
 async def test_a_host_thread_may_send_while_the_loop_receives_and_closes(near: str) -> None:
     for _ in range(20):
         listener = _transport.listen_pair(near)
