@@ -41,8 +41,10 @@ LARGEST_HEADER = 100_000_000
 
 WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".msgpack", ".tensors"})
 CONFIGS = frozenset({".json", ".py"})
+LINKED_WITHIN = 2.0
+"""Seconds between a blob's last write and its link, at most, by the clocks of two file systems."""
 NOT_THE_MODEL = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "generation_config", "chat_template")
-"""Files that change which tokens are asked for, but not the KV of given tokens."""
+"""Configs that change which tokens are asked for, but not the KV of given tokens."""
 NOT_LOADED = (".", "original", "checkpoint-")
 """Folders of a model that vLLM does not load from: another format's copy, and what a training left behind."""
 ELSEWHERE = frozenset({"tensorizer", "ipc_cache", "modelexpress"})
@@ -93,11 +95,16 @@ def _model_files(root: Path) -> list[tuple[str, Path]]:
     if not root.is_dir():
         raise Misuse(f"{root} is neither a file nor a directory")
     found: list[tuple[str, Path]] = []
-    for where, folders, names in os.walk(root):  # some models keep an encoder's weights in a folder of its own
-        folders[:] = [folder for folder in folders if not folder.startswith(NOT_LOADED)]
+    seen = {os.path.realpath(root)}
+    for where, folders, names in os.walk(root, followlinks=True):  # an encoder's weights may have their own folder
+        wanted = [folder for folder in folders if not folder.startswith(NOT_LOADED)]
+        targets = {folder: os.path.realpath(os.path.join(where, folder)) for folder in wanted}
+        folders[:] = [folder for folder in wanted if targets[folder] not in seen]  # a link may lead upwards
+        seen.update(targets.values())
         for name in names:
             file = Path(where, name)
-            if file.suffix in WEIGHTS | CONFIGS and not name.startswith(NOT_THE_MODEL) and file.is_file():
+            is_read = file.suffix in WEIGHTS or (file.suffix in CONFIGS and not name.startswith(NOT_THE_MODEL))
+            if is_read and file.is_file():
                 found.append((file.relative_to(root).as_posix(), file))
     return sorted(found)
 
@@ -220,9 +227,14 @@ def _model_files_identity(model: Any, load: Any, namespace: str) -> bytes:
         if str(load.load_format) in ELSEWHERE:
             raise Misuse(f"load format {load.load_format} takes the weights from elsewhere")
         if not path.exists():
-            if revision and not config_path:
-                return b"revision:" + revision
-            path = _cached_snapshot(model, load)
+            try:
+                path = _cached_snapshot(model, load)
+            except Misuse:
+                if revision and not config_path:
+                    return b"revision:" + revision
+                raise
+            if revision and (loaded := path.with_name(revision.decode())).is_dir():
+                path = loaded
         if _is_a_snapshot(path) and not config_path:
             return b"revision:" + path.name.encode()
         identity = b"files:" + file_identity(path) + revision
@@ -251,10 +263,19 @@ def _cached_snapshot(model: Any, load: Any) -> Path:
 
 
 def _is_a_snapshot(path: Path) -> bool:
-    """Is it a revision in the hub's own cache, a folder of links to blobs? A copy of one may have been edited."""
+    """Is it a revision in the hub's own cache, as it came: a folder of links to blobs, which are older than the links?
+
+    A copy of one may have been edited; so may a blob, through its link.
+    """
     if path.parent.name != "snapshots" or not path.is_dir():
         return False
-    return all(file.is_symlink() and file.resolve().parent.name == "blobs" for _, file in _model_files(path))
+    blobs = path.parent.parent.resolve() / "blobs"
+    return all(
+        file.is_symlink()
+        and file.resolve().parent == blobs
+        and file.stat().st_mtime <= file.lstat().st_mtime + LINKED_WITHIN
+        for _, file in _model_files(path)
+    )
 
 
 def file_identity_of_config(path: str) -> bytes:

@@ -232,6 +232,26 @@ def test_a_tokenizer_is_no_part_of_the_model(model: Path) -> None:
     assert file_identity(model) == before
 
 
+@pytest.mark.parametrize("name", ["vocab_parallel.safetensors", "tokenizer.bin", "merges.gguf"])
+def test_a_weight_file_counts_whatever_its_name(model: Path, name: str) -> None:
+    (model / name).write_bytes(b"one")
+    before = file_identity(model)
+    (model / name).write_bytes(b"two")
+    assert file_identity(model) != before
+
+
+def test_a_folder_that_is_a_link_counts_once(model: Path, tmp_path: Path) -> None:
+    before = file_identity(model)
+    encoder = tmp_path / "elsewhere"
+    encoder.mkdir()
+    (encoder / "model.safetensors").write_bytes(b"one")
+    (encoder / "up").symlink_to(model)
+    (model / "encoder").symlink_to(encoder)
+    one = file_identity(model)
+    (encoder / "model.safetensors").write_bytes(b"two")
+    assert len({before, one, file_identity(model)}) == 3
+
+
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Misuse, match="no weight file"):
         file_identity(tmp_path)
@@ -285,6 +305,25 @@ def snapshot(model: Path, tmp_path: Path) -> Path:
 def test_a_snapshot_in_the_hubs_cache_is_its_revision(snapshot: Path) -> None:
     hub = SimpleNamespace(_commit_hash="0123abcd")
     assert model_identity(engine(str(snapshot))) == model_identity(engine("org/model", model_config__hf_config=hub))
+
+
+def test_a_file_that_was_edited_through_its_link_is_another_model(snapshot: Path) -> None:
+    before = model_identity(engine(str(snapshot)))
+    edited = snapshot / "model.safetensors"
+    with edited.open("r+b") as weights:
+        weights.write(b"edited")
+    os.utime(edited, (edited.lstat().st_mtime + 3600,) * 2)
+    assert model_identity(engine(str(snapshot))) != before
+
+
+def test_a_link_to_a_blob_of_another_model_is_no_revision(snapshot: Path, tmp_path: Path) -> None:
+    before = model_identity(engine(str(snapshot)))
+    blobs = tmp_path / "another" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "0").write_bytes(os.urandom(100))
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(blobs / "0")
+    assert model_identity(engine(str(snapshot))) != before
 
 
 def test_an_edited_file_in_a_copy_of_a_revision_is_another_model(snapshot: Path, tmp_path: Path) -> None:
