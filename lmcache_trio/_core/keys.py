@@ -1,4 +1,4 @@
-"""Names of chunks: digests chained over tokens, and keys that join them to a namespace.
+"""The names of chunks: digests chained over tokens, and keys that join them to a namespace.
 
 A digest says *which tokens after which prefix, for which model*; a namespace says *in which byte layout*. The two
 together are a `ChunkKey`. Nothing here is secret and nothing depends on PYTHONHASHSEED, so any two processes on any
@@ -39,20 +39,21 @@ class ChunkKey:
 def seed_of(*identity: str | bytes) -> bytes:
     """The 32-byte seed of a digest chain, from what the scheduler knows (model identity, chunk tokens, salt).
 
-    Each part is length-prefixed, so that ("ab", "c") and ("a", "bc") differ. `Misuse`: there is none, or one is empty.
+    Each part is length-prefixed, so that ("ab", "c") and ("a", "bc") differ. `Misuse`: no part, or an empty one.
     """
     return _hash_parts(b"lmcache-trio seed 1", _checked(identity))
 
 
 def identity_of(*identity: str | bytes) -> bytes:
-    """The 32 bytes that a scheduler says of its model, from the parts that `seed_of` takes. `Misuse` as there."""
+    """The 32 bytes by which a scheduler names its model, from the same parts as `seed_of`. `Misuse` as there."""
     return _hash_parts(b"lmcache-trio identity 1", _checked(identity))
 
 
 def namespace_of(fingerprints: Sequence[bytes], identity: bytes = b"") -> bytes:
     """The 32-byte namespace of an engine, from its shards' layout fingerprints in shard order and its *identity*.
 
-    The identity is what its scheduler says, if it says one: two models of one layout have two namespaces then.
+    The identity is the name that its scheduler gives its model, if any: then two models of one layout have two
+    namespaces.
     """
     if not identity:
         return _hash_parts(b"lmcache-trio namespace 1", fingerprints)

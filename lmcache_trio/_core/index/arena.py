@@ -1,10 +1,10 @@
-"""Which byte ranges of the arena are whose: best fit over coalesced holes, on 4 KiB boundaries.
+"""The arena's allocator: best fit over coalesced holes, on 4 KiB boundaries.
 
 It knows offsets and lengths alone: no file, no bytes, no chunks. Best fit over coalesced holes was taken over size
 classes because classes calcify: with two chunk sizes, a class that owns all slabs starves the other. Holes are kept by
 their distinct lengths (few: chunk sizes are few) in a sorted list, so the cost of a call is one bisection.
 
-It refuses to guess: what is given back must be exactly what was handed out.
+A range that is given back must be exactly one that was handed out.
 """
 
 from bisect import bisect_left, insort
@@ -16,7 +16,7 @@ __all__ = ["Arena"]
 
 _KEYS = 4096
 _TABLE_OF = spread(_KEYS, 64, first=0.5)
-"""By some bits of a hash of the offset: the table that has a range handed out."""
+"""The table that knows a range which is handed out, by some bits of a hash of its offset."""
 
 
 class Arena:
@@ -62,7 +62,7 @@ class Arena:
         if taken < self.taken:
             raise Misuse(f"taken would fall from {self.taken} to {taken}: an arena only grows")
         start = max(self.taken & ~self._mask, self._head)
-        end = taken & ~self._mask  # what stands behind the last boundary waits for the next growth
+        end = taken & ~self._mask  # the bytes behind the last boundary wait for the next growth
         self.taken = taken
         if end > start:
             self.capacity += end - start

@@ -45,8 +45,8 @@ MOST_EVICTED = 4
 """Times its own length that is evicted for one chunk's room before it gets none, while anything else is in use.
 
 Measured with one chunk in twenty leased and chunks eight times as long coming in: of stores whose neighbours are used
-together, as nearly all are, 98 of 100 find a hole within it; of chunks used in an order that is random, 65, until there
-are holes of their length. Each that fails leaves what it evicted free, so the next one begins where it ended.
+together, as nearly all are, 98 of 100 find a hole within it; of chunks used in random order, 65, until there are holes
+of their length. A store that fails leaves free what it evicted, so the next store begins where it ended.
 """
 
 DIGEST_ROOM = 32
@@ -106,10 +106,9 @@ class Chunks:
     # --- ABSENT to WRITING, and room for it ---------------------------------------------------------------------------
 
     def begin(self, namespace: Namespace, digest: bytes, parent: int, writing: Writing) -> int:
-        """A WRITING row for *digest*, evicting what must go; 0 when there is no room.
+        """A WRITING row for *digest*, for which others are evicted; 0 when there is no room.
 
-        The row is made, and hung under *parent*, before anything is evicted: that alone keeps the chunks that it
-        extends from going.
+        The row is made, and hung under *parent*, before any other is evicted: only so the chunks that it extends stay.
         """
         extent = namespace.extent
         row = self._add(namespace.number, digest, parent)
@@ -161,12 +160,12 @@ class Chunks:
         """The place of *extent* bytes for the row *wanting*, whose ancestors stay."""
         arena, generations = self._arena, self.generations
         if self._bytes_idle + arena.free_bytes < extent:
-            return None  # all that could go would not do: let it stay
+            return None  # evicting all idle chunks would not do: they stay
         while generations.outdated:
             self.sweep_one()
             if arena.largest_hole >= extent:
                 return arena.allocate(extent)
-        # With nothing in use all of it can go, so there will be a hole. What stays may lie so that there never is one:
+        # If no chunk is in use, all can go, so there will be a hole. If some stay, they may lie so that there is none:
         # the idle cache is not flushed to find that out.
         all_may_go = self._bytes_idle == arena.used and not self.parent[wanting]
         bound = math.inf if all_may_go else MOST_EVICTED * extent
@@ -176,7 +175,7 @@ class Chunks:
             del namespace.table_of[digest[0]][digest]
             self._unhang(row)
             self.evictions += 1
-            if namespace.extent == extent:  # as nearly always: its very place is what is wanted
+            if namespace.extent == extent:  # as nearly always: the new chunk gets the very place
                 namespace.counts[READY] -= 1
                 self._bytes_idle -= extent
                 self._free(row)
@@ -229,7 +228,7 @@ class Chunks:
         return published
 
     def _end_writing(self, engine: str, size: int) -> None:
-        """*size* bytes of *engine* are READY, or free."""
+        """*size* bytes that *engine* was writing are READY, or free."""
         self.bytes_written -= size
         self.written_by[engine] -= size
         if not self.written_by[engine]:
@@ -289,9 +288,9 @@ class Chunks:
         self._bytes_idle -= len(rows) * namespace.extent
 
     def let_go(self, rows: Sequence[int], *, touch: bool) -> None:
-        """One reader less of each of *rows*, ancestors first in it. *touch*: they were used just now."""
+        """One reader less of each of *rows*, which stand ancestors first. *touch*: they were used just now."""
         namespace, refs, idle = self.namespace_of(rows[0]), self.refs, []
-        if namespace.replaced:  # the sweep has met some of them
+        if namespace.replaced:  # a sweep may have met some of them
             doomed = [row for row in rows if self.state[row] == DOOMED]
             rows = [row for row in rows if self.state[row] != DOOMED]
             for row in doomed:
@@ -317,7 +316,7 @@ class Chunks:
     # --- DOOMED, and back to ABSENT -----------------------------------------------------------------------------------
 
     def doom(self, rows: Sequence[int]) -> None:
-        """WRITING *rows* are out of sight at once; their bytes stay while anyone may write them."""
+        """WRITING *rows* are out of sight at once; their bytes stay while any process may write them."""
         self.aborted += len(rows)
         for row in rows:
             namespace, digest = self.namespace_of(row), self.digest(row)
@@ -344,14 +343,14 @@ class Chunks:
 
     def sweep_one(self) -> None:
         """Deal with one chunk of the oldest replaced generation, of which there is one."""
-        # Each table gives its youngest chunk in turn, so places come back about in order and few holes are made; the
-        # directory itself is taken apart by it: freeing that in one go would take as long as all tables' entries do.
+        # Each table gives its youngest chunk in turn, so places come back about in order and few holes are made. That
+        # also takes the directory apart: to free it in one go would stop the loop for as long as all its entries take.
         namespace = self.generations.outdated[0]
         names = namespace.tables.pop()
         if names:
             namespace.tables.insert(0, names)
             _, row = names.popitem()
-            # what was retained may be gone already, and its row another chunk's
+            # a chunk that was read may be gone already, and its row another chunk's
             if self.state[row] == READY and self._namespace[row] == namespace.number:
                 self._unlink(row)
                 if self.refs[row]:
@@ -366,7 +365,7 @@ class Chunks:
             self.generations.leave(namespace)
 
     def _drop(self, row: int, namespace: Namespace) -> None:
-        """Give back a READY or stale chunk, which nobody reads and which is out of tree and order."""
+        """Give back a READY or stale chunk that nobody reads and that is out of tree and order."""
         namespace.counts[READY] -= 1
         self._bytes_idle -= namespace.extent
         self._arena.free(self.offset[row], namespace.extent)
@@ -467,4 +466,4 @@ class Chunks:
         while row := self._newer[0]:
             self._take_out((row,))
             if not self._first_child[row]:
-                yield row  # and else it is parked
+                yield row  # else it is parked

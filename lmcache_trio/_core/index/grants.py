@@ -1,6 +1,6 @@
-"""What the index hands out: leases, pins, reservations and holds, as values.
+"""The values that the index hands out: leases, pins, reservations and holds.
 
-They carry names and places, never a right of their own: the index alone knows whether one is still good.
+They carry names and places, never a right of their own: the index alone knows whether a right still holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ HoldNumber = NewType("HoldNumber", int)
 
 @attrs.frozen
 class Slot:
-    """A place in the arena to write to, for the digest at *position* of those asked (of a load: for that shard)."""
+    """A place in the arena to write to, for the digest at *position* of the request (of a load: for that shard)."""
 
     position: int
     offset: int
@@ -31,7 +31,7 @@ class Slot:
 
 @attrs.frozen
 class Reservation:
-    """Slots promised to a writer. *id* is empty when there are none; *dropped* counts the rest by reason."""
+    """Slots promised to a writer. *id* is empty when there is no slot; *dropped* counts the other chunks by reason."""
 
     id: bytes
     slots: Sequence[Slot]
@@ -51,7 +51,7 @@ class Lease:
 
 @attrs.frozen
 class Pin:
-    """A read in progress: one arena offset a chunk, for the shard that was asked for, whose slots have *slot_bytes*."""
+    """A read in progress: one arena offset per chunk, of one shard, whose slots have *slot_bytes*."""
 
     id: bytes
     offsets: Sequence[int]
@@ -60,9 +60,9 @@ class Pin:
 
 @attrs.frozen
 class Hold:
-    """A READY chunk kept in place for the server's own reading: *offsets* and *lengths*, one a shard.
+    """A READY chunk that is kept in place for the server's own reading: *offsets* and *lengths*, one per shard.
 
-    *parent* is the digest of the chunk before it: empty for a chain's first, None when it is not known any more.
+    *parent* is the digest of the chunk before it: empty for a chain's first chunk, None when it is not known any more.
     """
 
     number: HoldNumber

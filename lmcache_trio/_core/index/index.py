@@ -50,14 +50,14 @@ _COUNTERS = (
 )
 
 _REASONS = ("present", "writing", "no_space", "orphan", "too_large", "share")
-"""Why a chunk of a reserve gets no slot. `Index.reserve` has them in its numbered cases."""
+"""Why a chunk gets no slot; the numbered cases of `Index.reserve` say when."""
 
 _LOADS: SessionKey = ("", 0)
-"""The session of the server's own loads: of no engine, never ended."""
+"""The session of the server's own loads. It belongs to no engine and never ends."""
 
 
 @attrs.define(eq=False)
-class _Reserved:
+class _ReservationRecord:
     """A copy in progress into *shards* shards of each of *rows*."""
 
     id: bytes
@@ -69,8 +69,8 @@ class _Reserved:
 
 
 @attrs.define(eq=False)
-class _Leased:
-    """*offered*: not taken yet. A lease is stale when its namespace was replaced, by a reset; so is a pin."""
+class _LeaseRecord:
+    """*offered*: the engine has not taken it yet. A lease is stale once a reset has replaced its namespace."""
 
     id: bytes
     session: SessionKey
@@ -81,7 +81,9 @@ class _Leased:
 
 
 @attrs.define(eq=False)
-class _Pinned:
+class _PinRecord:
+    """A read in progress. A pin is stale once a reset has replaced its namespace."""
+
     worker: int
     namespace: Namespace
     rows: "array[int]"
@@ -122,14 +124,14 @@ class Index:
         self._lease_limit = int(lease_share * arena.taken)
         self._chunks = Chunks(arena)
         # Time runs one way and each timeout is one constant: what is overdue comes first.
-        self._live: OrderedDict[bytes, _Reserved] = OrderedDict()
-        self._ending: dict[bytes, _Reserved] = {}
+        self._live: OrderedDict[bytes, _ReservationRecord] = OrderedDict()
+        self._ending: dict[bytes, _ReservationRecord] = {}
         self._reservations_of: dict[int, set[bytes]] = {}  # live and ending, by worker
         self._overdue: dict[int, None] = {}  # workers
-        self._leases: OrderedDict[bytes, _Leased] = OrderedDict()
+        self._leases: OrderedDict[bytes, _LeaseRecord] = OrderedDict()
         self._lease_of: dict[SessionKey, bytes] = {}
         self._leases_offered = 0
-        self._pins: dict[bytes, _Pinned] = {}
+        self._pins: dict[bytes, _PinRecord] = {}
         self._pins_of: dict[int, set[bytes]] = {}  # by worker
         self._holds: dict[int, int] = {}  # rows
         self._holds_made = 0
@@ -150,8 +152,8 @@ class Index:
     def detach(self, namespace: bytes) -> None:
         """An engine that attached *namespace* uses it no more.
 
-        What no engine uses is forgotten with its last chunk. Where more than *most_unused* of them hold chunks, the one
-        that was left longest ago is dropped, as by a `reset`: `sweep` then.
+        A namespace that no engine uses is forgotten with its last chunk. If more than *most_unused* such namespaces
+        hold chunks, the one that was left longest ago is dropped, as by a `reset`: `sweep` then.
         """
         generations = self._chunks.generations
         generations.detach(generations.present[namespace])
@@ -163,7 +165,7 @@ class Index:
                 generations.retire(oldest)
 
     def shard_bytes(self, namespace: bytes) -> Sequence[int]:
-        """The bytes of each shard's slot, as attached; none for a namespace that is not."""
+        """The bytes of each shard's slot, as attached; empty for a namespace that is not attached."""
         known = self._chunks.generations.present.get(namespace)
         return () if known is None else known.lengths
 
@@ -186,9 +188,9 @@ class Index:
     ) -> Reservation:
         """Promise slots for *shard* of the leading absent run of *digests* that fits now; drop and count the rest.
 
-        *parent* is the digest before the first (empty: a chain's first chunk). Workers of one engine share a chunk:
-        the first to reserve it allocates all its shards, the others claim theirs. Nothing waits for space: what is
-        neither leased, pinned, held nor being written is evicted for it, the least recently used leaf first.
+        *parent* is the digest before the first one (empty: a chain's first chunk). Workers of one engine share a chunk:
+        the first worker to reserve it allocates all its shards, the others claim theirs. Nothing waits for space:
+        chunks that are neither leased, pinned, held nor being written are evicted, the least recently used leaf first.
         """
         known = self._chunks.generations.present.get(namespace)
         if known is None:
@@ -203,7 +205,7 @@ class Index:
         slots: list[Slot] = []
         dropped: dict[str, int] = {}
         above = 0  # the row of the chunk before
-        stopped = ""  # the reason of the first chunk that can't be stored: no chunk behind it gets a slot
+        stopped = ""  # why a chunk could not be stored: no chunk behind it gets a slot
         if parent:
             above = table_of[parent[0]].get(parent, 0)
             # 1. The parent is absent, or another engine is writing it: its children could not be found.
@@ -216,7 +218,7 @@ class Index:
                 # 2. It is READY: passed over.
                 if row not in writing:
                     reason = "present"
-                # 3. Another engine is writing it: it is not waited for, and what follows could not be found.
+                # 3. Another engine is writing it: nothing waits for that, and the chunks behind it could not be found.
                 elif writing[row].engine != engine:
                     reason, stopped = "writing", stopped or "orphan"
                 # 4. This engine is writing it, and a chunk before it got no slot.
@@ -225,7 +227,7 @@ class Index:
                 # 5. This engine is writing it, and another worker has claimed the same shard: passed over.
                 elif writing[row].claimed & bit:
                     reason = "writing"
-                # 6. This engine is writing it, and nobody has claimed this shard: its slot is given below.
+                # 6. This engine is writing it, and no worker has claimed this shard: its slot is given below.
             # 7. It is absent, and a chunk before it got no slot.
             elif stopped:
                 reason = stopped
@@ -235,10 +237,10 @@ class Index:
             # 9. It is absent, and its engine is writing as much as one engine may.
             elif not self._may_write(engine, known.extent):
                 reason = stopped = "share"
-            # 10. It is absent, and begins; what is in nobody's use is evicted for it.
+            # 10. It is absent, and begins to be written; idle chunks are evicted for it.
             else:
                 above = row = chunks.begin(known, digest, above, Writing(engine, known.shards, deadline))
-                # 11. Nothing more can be evicted.
+                # 11. No more can be evicted, or too much would be.
                 if not row:
                     reason = stopped = "no_space"
             if reason:
@@ -249,7 +251,7 @@ class Index:
         self._dropped.update(dropped)
         if not rows:
             return Reservation(b"", slots, dropped)
-        made = _Reserved(self._new_id(), worker, known, rows, 1, deadline)
+        made = _ReservationRecord(self._new_id(), worker, known, rows, 1, deadline)
         self._live[made.id] = made
         self._reservations_of.setdefault(worker, set()).add(made.id)
         return Reservation(made.id, slots, dropped)
@@ -271,9 +273,9 @@ class Index:
         return Reservation(made.id, [*first.slots, *others], first.dropped)
 
     def commit(self, reservation_id: bytes, worker: int) -> Sequence[ChunkKey]:
-        """The copy ended, and all is written. Returns the keys of the chunks that became READY through it.
+        """The copy ended, and all is written. Returns the keys of the chunks that became READY by it.
 
-        Gone when it was aborted before, by whatever end: nothing is published, but the copy counts as ended.
+        Gone: the reservation was aborted before, in whatever way. Nothing is published, but the copy counts as ended.
         """
         reserved = self._live.get(reservation_id)
         if reserved is None or reserved.worker != worker:
@@ -294,11 +296,11 @@ class Index:
         self._copy_ended(reservation_id, worker)
 
     def may_publish(self, reservation_id: bytes) -> bool:
-        """Would a `commit` still publish something? Not once it was aborted, by whatever end."""
+        """Whether a `commit` would still publish something: not once the reservation was aborted, in whatever way."""
         return reservation_id in self._live
 
     def would_keep(self, reservation_id: bytes) -> int:
-        """How many of its chunks a `commit` would keep: not those that were doomed meanwhile, as by another shard."""
+        """How many chunks a `commit` would keep: not those that were doomed meanwhile, as by another shard's abort."""
         reserved, state = self._live.get(reservation_id), self._chunks.state
         return 0 if reserved is None else sum(state[row] == WRITING for row in reserved.rows)
 
@@ -309,8 +311,8 @@ class Index:
     def _may_write(self, engine: str, extent: int) -> bool:
         """Whether *extent* bytes more are within the share of *engine*: of the arena without what others write.
 
-        So a number of engines that never commit leaves a part of the arena: of n engines with a share s each, (1 - s)^n
-        or more. One chunk is always within it. What the server loads is not bounded here.
+        So engines that never commit leave a part of the arena: n engines with a share s each leave (1 - s)^n or more.
+        One chunk is always within the share. The server's own loads are not bounded here.
         """
         mine = self._chunks.written_by[engine]
         if not mine or not engine or self._write_share == 1:
@@ -319,7 +321,7 @@ class Index:
         return mine + extent <= self._write_share * (self.arena.taken - others)
 
     def overdue_writers(self) -> Sequence[int]:
-        """Workers of which a reservation was overdue since this was asked last, once each."""
+        """Workers whose reservations became overdue since the last call, each once."""
         overdue = list(self._overdue)
         self._overdue.clear()
         return overdue
@@ -355,14 +357,14 @@ class Index:
         self._counted["chunks_missed"] += len(digests) - len(run)
         if known is None or not run:
             return None
-        leased = _Leased(self._new_id(), session, known, array("i", run), now + self._lease_timeout)
+        leased = _LeaseRecord(self._new_id(), session, known, array("i", run), now + self._lease_timeout)
         self._leases[leased.id] = leased
         self._lease_of[session] = leased.id
         self._leases_offered += 1
         return Lease(leased.id, session, known.name, len(run), leased.expires)
 
     def take(self, lease_id: bytes) -> None:
-        """The engine allocated blocks for it: it leaves lease_share. Idempotent; an ended lease is let pass."""
+        """The engine allocated blocks: the lease leaves lease_share. Idempotent; an ended lease is not an error."""
         leased = self._leases.get(lease_id)
         if leased is None or not leased.offered:
             return
@@ -383,8 +385,8 @@ class Index:
     ) -> Pin:
         """Turn *count* chunks of a lease, from *start*, into a read in progress of *worker*, for its *shard*.
 
-        *namespace* is the engine's, as things are. Gone: no such lease, another engine's or another namespace's, or its
-        namespace was reset. Misuse: a shard or range it does not have.
+        *namespace* is the engine's present one. Gone: there is no such lease, it is another engine's or another
+        namespace's, or its namespace was reset. Misuse: a shard or a range that the lease does not have.
         """
         leased = self._leases.get(lease_id)
         if leased is None or leased.session[0] != engine:
@@ -400,13 +402,13 @@ class Index:
         rows, offset = leased.rows[start : start + count], self._chunks.offset
         self._chunks.retain(rows, leased.namespace)
         pin_id = self._new_id()
-        self._pins[pin_id] = _Pinned(worker, leased.namespace, rows)
+        self._pins[pin_id] = _PinRecord(worker, leased.namespace, rows)
         self._pins_of.setdefault(worker, set()).add(pin_id)
         first = leased.namespace.starts[shard]
         return Pin(pin_id, tuple([offset[row] + first for row in rows]), leased.namespace.lengths[shard])
 
     def unpin(self, pin_id: bytes, worker: int) -> bool:
-        """The read ended. Was it valid to the end? False: unknown, another worker's, or its namespace was reset."""
+        """The read ended. Whether it was valid: not if it is unknown, another worker's, or its namespace was reset."""
         pinned = self._pins.get(pin_id)
         if pinned is None or pinned.worker != worker:
             return False
@@ -416,12 +418,12 @@ class Index:
         return not pinned.namespace.replaced
 
     def is_valid(self, pin_id: bytes) -> bool:
-        """Would an `unpin` say that what was read is valid, as things are?"""
+        """Whether an `unpin` would say now that the read is valid."""
         pinned = self._pins.get(pin_id)
         return pinned is not None and not pinned.namespace.replaced
 
     def hold(self, key: ChunkKey) -> Hold | None:
-        """Keep a READY chunk in place without a session, and without a touch; None when it is not READY."""
+        """Keep a READY chunk in place for the server, without a touch; None when it is not READY."""
         chunks, known = self._chunks, self._chunks.generations.present.get(key.namespace)
         row = 0 if known is None else known.table_of[key.digest[0]].get(key.digest, 0)
         if known is None or chunks.state[row] != READY:
@@ -435,7 +437,7 @@ class Index:
         return Hold(HoldNumber(self._holds_made), key, parent, offsets, known.lengths)
 
     def unhold(self, hold: Hold) -> None:
-        """Let go of what `hold` kept. Idempotent."""
+        """The server reads it no more. Idempotent."""
         row = self._holds.pop(hold.number, None)
         if row is not None:
             self._chunks.let_go((row,), touch=False)
@@ -443,15 +445,16 @@ class Index:
     # --- ends -------------------------------------------------------------------------------------------------------
 
     def end_session(self, session: SessionKey) -> None:
-        """End its lease. Pins live on, and what is being written is finished. Idempotent."""
+        """End the session's lease. Pins live on, and stores that were submitted are finished. Idempotent."""
         lease_id = self._lease_of.get(session)
         if lease_id is not None:
             self.release(lease_id)
 
     def lose_worker(self, worker: int) -> None:
-        """Its connection is gone: its pins end; its reservations are aborted and their slots quarantined. Idempotent.
+        """The worker's connection is gone: its pins end, its reservations are aborted. Idempotent.
 
-        The quarantine ends with `copies_ended`. A lost worker's reads are not waited for: nobody will believe them.
+        Their slots stay in quarantine until `copies_ended`. A lost worker's reads may go on: their end is not awaited,
+        because no engine will believe them.
         """
         for pin_id in list(self._pins_of.get(worker, ())):
             self.unpin(pin_id, worker)
@@ -460,14 +463,14 @@ class Index:
                 self._abort(self._live[reservation_id])
 
     def copies_ended(self, worker: int) -> None:
-        """No copy of *worker* is in progress any more, by its own word or by its exit: its quarantine is freed."""
+        """No copy of *worker* is in progress any more, as it said or because it exited: its quarantine is freed."""
         for reservation_id in list(self._reservations_of.get(worker, ())):
             self.abort(reservation_id, worker)
 
     def reset(self, namespace: bytes) -> None:
-        """Drop every chunk of *namespace*: nothing of it is served, nor committed by what began before. Idempotent.
+        """Drop every chunk of *namespace*; no reservation from before commits anything. Idempotent.
 
-        Costs as much as the copies in progress, however many chunks there are: those are given back by `sweep`.
+        It costs as much as there are copies in progress, however many chunks there are: `sweep` gives those back.
         """
         known = self._chunks.generations.present.get(namespace)
         if known is None:
@@ -478,10 +481,9 @@ class Index:
             self._chunks.generations.replace(known)
 
     def sweep(self, limit: int) -> bool:
-        """Give back up to *limit* chunks that a `reset` dropped. Is there more to do?
+        """Give back up to *limit* chunks that a `reset` dropped. Whether there are more: call again then.
 
-        Then call again, between other work. Without a call they wait until a reserve needs room, and go before
-        anything is evicted.
+        Without a call, stale chunks stay until a reserve needs room, and go before any other chunk is evicted.
         """
         outdated = self._chunks.generations.outdated
         while outdated and limit > 0:
@@ -490,9 +492,9 @@ class Index:
         return bool(outdated)
 
     def expire(self, now: float) -> float:
-        """End leases and reservations that are overdue. Returns when to call next (inf: never, as things are).
+        """End leases and reservations that are overdue. Returns when to call next (inf: nothing will be overdue).
 
-        That is in the past where more leases are overdue than are ended in one go.
+        That time is in the past if more leases are overdue than are ended in one go.
         """
         due, room = inf, EXPIRED_AT_ONCE
         while self._leases:
@@ -512,7 +514,7 @@ class Index:
             self._overdue[reserved.worker] = None
             self._abort(reserved)
         writing = self._chunks.writing
-        while writing:  # what is left has a shard that nobody claimed in time
+        while writing:  # the first of those that are left has a shard that no worker claimed in time
             row, details = next(iter(writing.items()))
             if details.deadline > now:
                 due = min(due, details.deadline)
@@ -520,14 +522,14 @@ class Index:
             self._chunks.doom((row,))
         return due
 
-    def _abort(self, reserved: _Reserved) -> None:
+    def _abort(self, reserved: _ReservationRecord) -> None:
         """LIVE to ENDING: nothing of it will be published, in any shard; its slots wait for the copy's end."""
         del self._live[reserved.id]
         self._ending[reserved.id] = reserved
         self._chunks.doom([row for row in reserved.rows if self._chunks.state[row] == WRITING])
 
     def _copy_ended(self, reservation_id: bytes, worker: int) -> bool:
-        """The copy of an ENDING reservation ended. False when there is no such, or it is another worker's."""
+        """The copy of an ENDING reservation ended. False: there is no such reservation of *worker*."""
         reserved = self._ending.get(reservation_id)
         if reserved is None or reserved.worker != worker:
             return False
@@ -541,13 +543,13 @@ class Index:
         """Nothing of *namespace* is WRITING from now on."""
         for reserved in [reserved for reserved in self._live.values() if reserved.namespace is namespace]:
             self._abort(reserved)
-        if namespace.counts[WRITING]:  # what is left has a shard that nobody claimed
+        if namespace.counts[WRITING]:  # the chunks that are left have a shard that no worker claimed
             self._chunks.doom([row for row in self._chunks.writing if self._chunks.namespace_of(row) is namespace])
 
     # --- status -----------------------------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, dict[str, Any]]:
-        """Two parts: `held` goes up and down, `counted` only up. Costs the same whatever is held."""
+        """Two parts: `held` goes up and down, `counted` only up. The cost does not depend on how much is held."""
         held = {
             "leases": len(self._leases),
             "leases_offered": self._leases_offered,
@@ -570,7 +572,7 @@ class Index:
 
 
 def _discard(held: dict[int, set[bytes]], worker: int, ident: bytes) -> None:
-    """*worker* has not got *ident* any more."""
+    """*worker* has *ident* no more."""
     held[worker].remove(ident)
     if not held[worker]:
         del held[worker]

@@ -1,17 +1,17 @@
-"""Sessions: the server's side of one engine request, and of all of an engine's.
+"""Sessions: the server's side of one engine request, and of all requests of one engine.
 
     UNKNOWN --lookup--> PENDING --answer--> ANSWERED
        ^                   |                   |
        `-----release-------'------release------'        lookup: from any state to PENDING
 
-It holds the request's digest chain, its current lookup (the id of the request that asked, its state, its answer) and
-that answer's lease. Rule 1: every transition of a session lives in this file. Rule 2: no I/O and no clock here.
-Rule 3: the answer stays until the next lookup or the end, so that a status question may be asked as often as one likes.
-Rule 4: a method that raises has changed nothing.
+A session holds the request's digest chain, its current lookup (the id of the message that asked, its state, its answer)
+and that answer's lease. Rule 1: every transition of a session lives in this file. Rule 2: no I/O and no clock here.
+Rule 3: the answer stays until the next lookup or the end, so that a status question may be repeated. Rule 4: a method
+that raises has changed nothing.
 
 An answer whose lease has run out, or was ended by a reset, reads ANSWERED with 0 chunks: the answer is still
 definitive, and 0 is the only count that can be kept now. UNKNOWN would read as "ask again", and the old count would
-make the engine load what may be gone.
+make the engine load chunks that may be gone.
 """
 
 import enum
@@ -26,12 +26,12 @@ __all__ = ["LookupState", "Session", "Sessions", "Status"]
 
 
 MOST_ENDED = 8192
-"""Sessions of one engine that are remembered after their end, 100 bytes each, the latest: requests that may end while
-a store of the first of them still waits for its turn."""
+"""Ended sessions that are remembered per engine, 100 bytes each: so many requests may end while a store of the first
+one still waits for its turn."""
 
 
 class LookupState(enum.Enum):
-    """What is known of a session's lookup. UNKNOWN: there was none, or it was released."""
+    """What is known of a session's lookup. UNKNOWN: there was no lookup, or it was released."""
 
     UNKNOWN = "unknown"
     PENDING = "pending"
@@ -40,7 +40,7 @@ class LookupState(enum.Enum):
 
 @attrs.frozen
 class Status:
-    """What a status question is answered with; `ttl` is in seconds, 0 without a lease."""
+    """The answer to a status question; `ttl` is in seconds, 0 without a lease."""
 
     asked: int
     state: LookupState
@@ -51,7 +51,7 @@ class Status:
 
 @attrs.define(eq=False)
 class Session:
-    """One engine request. *number* is the engine's name for it; *lease* is b"" when none is held."""
+    """One engine request. *number* is the engine's name for it; *lease* is b"" when it has none."""
 
     number: int
     chain: bytes = b""
@@ -69,7 +69,7 @@ class Session:
     def lookup(self, start: int, digests: bytes, upto: int, asked: int) -> list[bytes]:
         """Cut the chain to *start* chunks, extend it by *digests*, and make *asked* the lookup of its first *upto*.
 
-        *digests* come packed, as `join_digests` packs them; the digests to look up are returned apart. The former
+        *digests* come packed, as `join_digests` packs them; the digests to look up are returned as a list. The former
         lookup's answer is forgotten, and with it its lease: read `lease` first and end it.
         Misuse when the chain has no *start* chunks, or the new one no *upto*.
         """
@@ -112,11 +112,11 @@ class Session:
 
 
 class Sessions:
-    """The sessions of one engine. A reset, and a new identity, *bars* those that are there.
+    """The sessions of one engine. A reset, and a new identity, *bars* all sessions that are live or remembered.
 
-    What a barred session names was computed before, so no store of it gets a slot any more; its lookups go on. A
-    request that goes on after its engine's own reset is a new session. The end of a session bars nothing: a store that
-    was submitted before may ask for its slots after it.
+    A barred session's KV was computed before, so its stores get no slots any more; its lookups go on. A request that
+    goes on after its engine's own reset is a new session. The end of a session bars nothing: a store that was submitted
+    before may ask for its slots after it.
     """
 
     def __init__(self) -> None:
@@ -126,14 +126,14 @@ class Sessions:
         self._generation = 0
 
     def open(self, session: Session) -> None:
-        """*session* lives from now on. One that does already stays as it is."""
+        """*session* is live from now on, if it is not already."""
         if self.live.get(session.number) is not session:
             session.generation = self._generation
             self.live[session.number] = session
             self._ended.pop(session.number, None)
 
     def end(self, number: int) -> Session | None:
-        """The session *number* goes; returns it if it was there."""
+        """The session *number* ends. Returns it if it was live."""
         session = self.live.pop(number, None)
         if session is not None:
             self._ended[number] = session.generation
@@ -142,11 +142,11 @@ class Sessions:
         return session
 
     def bar(self) -> None:
-        """Nothing that was computed before is stored from now on."""
+        """No KV that was computed before is stored from now on."""
         self._generation += 1
 
     def why_no_store(self, number: int) -> str:
-        """Why a store under the session *number* gets no slots; "" when there is no such reason."""
+        """Why a store of the session *number* gets no slots; "" if it may have some."""
         session = self.live.get(number)
         generation = self._ended.get(number) if session is None else session.generation
         if generation is None:

@@ -1,15 +1,15 @@
-"""When a tier may be used.
+"""The fence of a tier: when the tier may be used.
 
     PROBING --works--> OPEN --failed, or a call is overdue--> FENCED(until) --probe, from then on--> PROBING
        `-----------------failed-------------------------------^
 
-A tier begins as PROBING: it has yet to show that it works. Each failure in a row doubles the time until the next probe;
-a tier that stayed OPEN for longer than it was fenced before begins anew, so one that works for a moment after each
-probe is not asked more and more often.
+A tier begins as PROBING: it has yet to show that it works. Each failure in a row doubles the time until the next probe.
+A tier that stayed OPEN for longer than it was fenced before begins anew with the shortest time, so a tier that works
+for a moment after each probe is not probed more and more often.
 
 Rule 1: every transition of a fence lives in this file. Rule 2: no I/O and no clock here. Rule 3: an event that the
-state does not know raises `Misuse` and changes nothing; only a failure may come at any time, because calls that were
-under way when the first one failed fail as well: `failed` then says False.
+state does not know raises `Misuse` and changes nothing. Only a failure may come at any time, because the calls that are
+under way when the first one fails may fail as well: `failed` then says False.
 """
 
 from enum import Enum
@@ -21,7 +21,7 @@ __all__ = ["Fence", "FenceState"]
 
 
 class FenceState(Enum):
-    """Only an OPEN tier is asked anything."""
+    """Only an OPEN tier is called."""
 
     PROBING = "probing"
     OPEN = "open"
@@ -29,7 +29,7 @@ class FenceState(Enum):
 
 
 class Fence:
-    """One tier's. *first* and *most* are seconds between a failure and the next probe; calls may take *patience*."""
+    """One tier's fence. *first* and *most* are seconds from a failure to the next probe; a call may take *patience*."""
 
     def __init__(self, *, patience: float, first: float = 1.0, most: float = 60.0) -> None:
         if not 0 < first <= most:
@@ -45,10 +45,10 @@ class Fence:
         self._numbers = 0
         self.state = FenceState.PROBING
         self.reason = ""
-        """Why it is, or was last, fenced."""
+        """Why the tier is fenced, or was last."""
         self.until = -inf
         self.failures = 0
-        """Times that it was fenced, ever."""
+        """Times that the tier was fenced, ever."""
 
     def works(self, now: float) -> None:
         """The probe ended well."""
@@ -57,7 +57,7 @@ class Fence:
         self._opened = now
 
     def failed(self, reason: str, now: float) -> bool:
-        """A call failed. False: it was fenced already. Calls under way are not watched any more."""
+        """A call failed. False: the tier was fenced already. Calls under way are not watched any more."""
         if self.state is FenceState.FENCED:
             return False
         if self.state is FenceState.OPEN and now - self._opened > self._wait:
@@ -69,7 +69,7 @@ class Fence:
         return True
 
     def probe(self, now: float) -> None:
-        """It is tried again."""
+        """The tier is tried again."""
         self._expect("probed", FenceState.FENCED)
         if now < self.until:
             raise Misuse(f"it is {now}, and the next probe is at {self.until}")
@@ -85,7 +85,7 @@ class Fence:
         return self._numbers
 
     def ended(self, call: int) -> None:
-        """It returned, however. Idempotent."""
+        """The call returned or raised. Idempotent."""
         self._calls.pop(call, None)
 
     @property
@@ -98,7 +98,7 @@ class Fence:
         return min(self._calls.values(), default=inf)
 
     def check(self, now: float) -> bool:
-        """Fence the tier if a call is overdue. True if that was so."""
+        """Fence the tier if a call is overdue, and say whether that was so."""
         if self.due() > now:
             return False
         return self.failed("a call has not returned in time", now)

@@ -1,17 +1,19 @@
-"""Which chunks are being loaded from one tier, who wants them, and which comes next.
+"""The loads from one tier: which chunks are being loaded, which lookups want them, and which load comes next.
 
-    WANTED --next--> LOADING --landed--> LANDED --nobody wants it--> (gone)
+    WANTED --next--> LOADING --landed--> LANDED --no wisher left--> (gone)
       |                 |-----missed---> MISSED                             (gone)
-      |                 `--nobody wants it, given up--> UNWANTED --missed: its call returned--> (gone)
-      |--nobody wants it--> UNWANTED                                        (gone)
+      |                 `--no wisher left, given up--> UNWANTED --missed: its call returned--> (gone)
+      |--no wisher left--> UNWANTED                                         (gone)
       `--given up, missed--> MISSED                                         (gone)
 
-Equal loads are one load, and it is counted by its wishers. An UNWANTED load whose call still runs keeps its bytes in
-flight until that returned; if it is wanted anew meanwhile, the new load waits for it. A load also waits while the load
-of the chunk that it extends has not begun: a chunk gets no slot before the one before it.
+Two lookups that want the same chunk share one load, which counts its *wishers*. An UNWANTED load whose call still runs
+keeps its bytes in flight until the call has returned; if the chunk is wanted anew meanwhile, the new load waits for the
+old one. A load also waits while the load of the chunk that it extends has not begun: a chunk gets no slot before its
+parent does.
 
-The nearest deadline comes first (of equal ones the first that was wanted), as long as the bytes and the number of loads
-in flight allow; one alone is always allowed. Nothing overtakes the first that does not fit, so that none starves.
+The load with the nearest deadline comes first (of equal ones the first that was wanted), as long as the bytes and the
+number of loads in flight allow; one load alone is always allowed. No load overtakes the first that does not fit, so
+none starves.
 
 Rule 1: every transition of a load lives in this file. Rule 2: no I/O and no clock here.
 """
@@ -29,7 +31,7 @@ __all__ = ["LoadState", "Loads", "TierLoad"]
 
 
 class LoadState(Enum):
-    """WANTED and LOADING are still to be waited for."""
+    """A load that is WANTED or LOADING is still waited for."""
 
     WANTED = "wanted"
     LOADING = "loading"
@@ -39,12 +41,12 @@ class LoadState(Enum):
 
 
 Wisher = Callable[[], None]
-"""Who wants a load: called when it has LANDED, MISSED, or was given up. A wisher counts once, however often it asks."""
+"""A lookup's callback, called when its load has LANDED or MISSED, or was given up. It counts once per load."""
 
 
 @attrs.define(eq=False)
 class TierLoad:
-    """One chunk on its way from a tier, *size* bytes in memory; *parent* is the digest before it (b"": it is first)."""
+    """One chunk on its way from a tier, *size* bytes in memory; *parent* is the digest before it (b"": none)."""
 
     key: ChunkKey
     parent: bytes
@@ -56,12 +58,12 @@ class TierLoad:
 
     @property
     def settled(self) -> bool:
-        """There is nothing more to wait for."""
+        """Whether it is over: no wisher has to wait for it."""
         return self.state is not LoadState.WANTED and self.state is not LoadState.LOADING
 
 
 class Loads:
-    """One tier's. *most_bytes* and *most* bound the loads in flight: those whose call has not returned."""
+    """One tier's loads. *most_bytes* and *most* bound the loads in flight, whose calls have not returned."""
 
     def __init__(self, *, most_bytes: int, most: int) -> None:
         self._most_bytes = most_bytes
@@ -80,7 +82,7 @@ class Loads:
         return len(self._current) + len(self._ending)
 
     def want(self, key: ChunkKey, parent: bytes, size: int, deadline: float, wisher: Wisher) -> TierLoad:
-        """*wisher* wants *key* until *deadline*. The load may be another's, and LANDED already."""
+        """*wisher* wants *key* until *deadline*. The load may have other wishers, and be LANDED already."""
         load = self._current.get(key)
         if load is None:
             self._numbers += 1
@@ -90,7 +92,7 @@ class Loads:
         return load
 
     def unwant(self, load: TierLoad, wisher: Wisher) -> bool:
-        """*wisher* does not want it any more. True if nobody does, by this: a call that runs is then to be ended."""
+        """*wisher* wants it no more. True if that was the last wisher: the caller ends the load's call, if it runs."""
         if load.wishers.pop(wisher, None) is None:
             return False
         if load.wishers:
@@ -106,7 +108,7 @@ class Loads:
         return True
 
     def next(self) -> TierLoad | None:
-        """The load whose call begins now; None: none is wanted, or those in flight must return first."""
+        """The load whose call begins now. None: no load is WANTED, or calls in flight must return first."""
         while self._queue:
             deadline, _, load = self._queue[0]
             if load.state is not LoadState.WANTED or load.deadline != deadline:
@@ -128,7 +130,7 @@ class Loads:
         return None
 
     def landed(self, load: TierLoad) -> None:
-        """Its bytes are in memory, and its call has returned."""
+        """The load's bytes are in memory, and its call has returned."""
         if load.state is not LoadState.LOADING:
             raise Misuse(f"a load that is {load.state.value} cannot land")
         self._returned(load)
@@ -136,7 +138,7 @@ class Loads:
         self.bytes_landed += load.size
 
     def missed(self, load: TierLoad) -> None:
-        """Its call has returned without; or, of an UNWANTED one, has returned."""
+        """The load's call has returned without the chunk; or, if the load is UNWANTED, has returned at all."""
         if load.state is LoadState.LOADING:
             self._returned(load)
             self._leave(load, LoadState.MISSED)
@@ -148,9 +150,9 @@ class Loads:
             raise Misuse(f"a load that is {load.state.value} cannot miss")
 
     def give_up(self, namespace: bytes | None = None) -> list[TierLoad]:
-        """Expect nothing more, of *namespace* or at all. Returns what its wishers waited for; running calls are to end.
+        """Give up all loads that are not LANDED, or all such loads of *namespace*.
 
-        What has LANDED stays so.
+        Returns those that wishers waited for; the caller ends their calls.
         """
         given_up = [
             load

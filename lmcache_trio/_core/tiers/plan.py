@@ -1,16 +1,16 @@
-"""One lookup that memory does not cover: which of its chunks are here, which a tier has, and what is to be done next.
+"""The plan of one lookup that memory does not cover: which chunks are here, which a tier has, which to load next.
 
-A chunk of it:
+Each chunk of the lookup:
 
     UNKNOWN --found--> FOUND(tier) --wanted--> COMING --landed--> HERE
        |                                          `----missed---> ABSENT
        |--here--> HERE
        `--every tier said no--> ABSENT
 
-What counts is the leading run, so nothing behind the first ABSENT chunk is wanted any more: the plan is cut there. It
-is done when all before the cut is HERE. A tier is asked once, for the chunks that no tier before it was found to have.
+Only the leading run counts, so no chunk behind the first ABSENT one is wanted any more: the plan is cut there. It is
+done when all chunks before the cut are HERE. Each tier is asked once, for the chunks that no tier before it has.
 
-Rule: no I/O and no clock here; each method says what changed, the getters what is left to do.
+Rule: no I/O and no clock here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ __all__ = ["Place", "Plan"]
 
 
 class Place(Enum):
-    """Where a chunk is, as far as this lookup knows."""
+    """Where a chunk is, as far as its lookup knows."""
 
     UNKNOWN = "unknown"
     FOUND = "found"
@@ -37,7 +37,7 @@ class Plan:
     def __init__(self, count: int, tiers: int, window: int = 64) -> None:
         self._place = [Place.UNKNOWN] * count
         self._tier = [-1] * count
-        self._noes = [0] * count  # a bit a tier
+        self._noes = [0] * count  # one bit per tier
         self._all = (1 << tiers) - 1
         self._window = window
         self._coming = 0
@@ -46,23 +46,23 @@ class Plan:
         """Chunks that may still become the leading run."""
         self.run = 0
         """Leading chunks that are HERE."""
-        self._frontier = 0  # behind the last chunk that was handed out to be wanted
+        self._frontier = 0  # behind the last chunk that `to_want` gave
 
     @property
     def done(self) -> bool:
-        """The leading run is what it will be."""
+        """Whether the leading run can't grow any more."""
         return self.run >= self.cut
 
     def place(self, position: int) -> Place:
         return self._place[position]
 
     def here(self, position: int) -> None:
-        """Memory has it."""
+        """Memory has the chunk at *position*."""
         if self._place[position] is Place.UNKNOWN:
             self._set(position, Place.HERE)
 
     def ask(self, tier: int) -> list[int]:
-        """The positions to ask *tier* for. Once a tier."""
+        """The positions to ask *tier* for. Each tier is asked once."""
         if tier in self._asked:
             raise Misuse(f"tier {tier} was asked already")
         asked = [i for i in range(self.run, self.cut) if self._place[i] is Place.UNKNOWN]
@@ -70,7 +70,7 @@ class Plan:
         return asked
 
     def answered(self, tier: int, found: Sequence[bool]) -> None:
-        """What *tier* said of the positions that it was asked for; of those it was not asked for, it says no."""
+        """*tier* has *found* some of the chunks that it was asked for."""
         asked = self._asked.get(tier)
         if asked is None or len(asked) != len(found):
             raise Misuse(f"tier {tier} was not asked for {len(found)} chunks")
@@ -86,10 +86,10 @@ class Plan:
                     self._set(position, Place.ABSENT)
 
     def to_want(self) -> Iterable[tuple[int, int]]:
-        """(position, tier) of the loads to be wanted next, now COMING: in order, without gaps, within the window.
+        """(position, tier) of the loads to want next, now COMING: in order, without gaps, within the window.
 
-        A chunk of another tier than the one before it waits until that one is HERE: a chunk gets no slot sooner, and
-        only loads of one tier are put in order by it.
+        A chunk gets no slot before its parent, and only the loads of one tier are put in that order. So a chunk of
+        another tier than its parent's waits until the parent is HERE.
         """
         while self._frontier < self.cut and self._coming < self._window:
             at = self._frontier
@@ -106,11 +106,11 @@ class Plan:
                 return
 
     def landed(self, position: int) -> None:
-        """The load of it ended well."""
+        """The load of the chunk at *position* ended well."""
         self._ended(position, Place.HERE)
 
     def missed(self, position: int) -> None:
-        """The load of it did not."""
+        """The load of the chunk at *position* failed."""
         self._ended(position, Place.ABSENT)
 
     def _ended(self, position: int, place: Place) -> None:

@@ -1,14 +1,14 @@
-"""Which chunks are still to be written to one tier: a queue that is bounded in bytes, and drops what is too much.
+"""The queue of chunks to be written to one tier: it is bounded in bytes, and drops the chunks beyond.
 
     offered --take--> being written --written--> (done)
        `--too much, forget, clear--> dropped
 
-Nobody waits for room: when a chunk does not fit, the oldest queued chunk that no queued chunk extends goes (the oldest
-prefix-leaf), and that may be the new one itself. So what is written of a prompt is its beginning, which is what a later
-prompt shares. A chunk is taken after those that it extends.
+Nothing waits for room. When a chunk does not fit, the oldest queued chunk that no queued chunk extends is dropped (the
+oldest leaf), which may be the new chunk itself. So the beginning of a prompt is written, which later prompts share. A
+chunk is taken after the chunks that it extends.
 
-Every chunk is under a hold, whose end is the caller's to carry out: `offer`, `forget` and `clear` return what was
-dropped. Rule: no I/O and no clock here.
+Every chunk is under a hold, which the caller ends: `offer`, `forget` and `clear` return the holds of dropped chunks.
+Rule: no I/O and no clock here.
 """
 
 from collections import Counter, deque
@@ -34,36 +34,36 @@ class _Queued:
 
 
 class Writeback:
-    """One tier's queue. A chunk larger than the bound is let through alone: else it could never be written."""
+    """One tier's queue. A chunk that is larger than the bound is accepted alone: else it could never be written."""
 
     def __init__(self) -> None:
         self._queued: dict[ChunkKey, _Queued] = {}
         self._order: deque[_Queued] = deque()  # by number; some are gone
-        self._leaves: list[tuple[int, _Queued]] = []  # a heap; some are gone, or no leaves any more
+        self._leaves: list[tuple[int, _Queued]] = []  # a heap; some are gone, or not leaves any more
         self._children: Counter[ChunkKey] = Counter()
         self._numbers = 0
         self._writing: dict[int, int] = {}
         self.bytes_queued = 0
         self.bytes_writing = 0
         self.dropped = 0
-        """Chunks that were not written because there were too many, ever."""
+        """Chunks that were dropped because there were too many, ever."""
 
     def __len__(self) -> int:
         return len(self._queued)
 
     def has(self, key: ChunkKey) -> bool:
-        """Is it queued?"""
+        """Whether *key* is queued."""
         return key in self._queued
 
     @property
     def idle(self) -> bool:
-        """Nothing is queued, and nothing being written."""
+        """Whether no chunk is queued or being written."""
         return not self._queued and not self._writing
 
     def offer(self, hold: Hold, limit: int) -> list[Hold]:
-        """Queue what *hold* keeps; queued and being written may be *limit* bytes. Returns what was dropped for it."""
+        """Queue the chunk of *hold*. Returns the holds of chunks that are dropped to keep within *limit* bytes."""
         if hold.key in self._queued:
-            return [hold]  # it is on its way already: that is not lost
+            return [hold]  # it is queued already: it is not lost
         parent = ChunkKey(hold.key.namespace, hold.parent) if hold.parent else None
         self._numbers += 1
         entry = _Queued(hold, self._numbers, sum(hold.lengths), parent, self._children[hold.key])
@@ -76,7 +76,7 @@ class Writeback:
             self._children[parent] += 1
             if (above := self._queued.get(parent)) is not None:
                 above.children += 1
-        # What is gone leaves the two orders when it is met; when it is not met for long, here: O(1) amortised.
+        # Entries that are gone leave the two orders when they are met, or here if that takes long: O(1) amortised.
         if len(self._order) > 2 * len(self._queued) + 64:
             self._order = deque(entry for entry in self._order if not entry.gone)
         if len(self._leaves) > 2 * len(self._queued) + 64:
@@ -111,18 +111,18 @@ class Writeback:
         return taken
 
     def written(self, hold: Hold) -> None:
-        """The attempt to write it has ended, however."""
+        """The attempt to write the chunk of *hold* has ended, well or not."""
         size = self._writing.pop(hold.number, None)
         if size is None:
             raise Misuse("written was said of a chunk that is not being written")
         self.bytes_writing -= size
 
     def forget(self, namespace: bytes) -> list[Hold]:
-        """Drop what is queued of *namespace*, uncounted: it is not wanted any more."""
+        """Drop the queued chunks of *namespace*, which nobody wants any more. They are not counted."""
         return self._take_out([entry for key, entry in self._queued.items() if key.namespace == namespace])
 
     def clear(self) -> list[Hold]:
-        """Drop all that is queued: the tier does not take it."""
+        """Drop all queued chunks: the tier takes none."""
         self.dropped += len(self._queued)
         return self._take_out(list(self._queued.values()))
 

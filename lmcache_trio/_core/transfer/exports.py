@@ -1,7 +1,7 @@
-"""What an engine exports so that a server's device can move its KV: memory, and one tensor a layer inside of it.
+"""Exports: the memory of an engine that a server's device may move KV in, and one tensor per layer inside it.
 
 Values only. An `Export` that exists is in bounds: its tensors lie inside its memory and its blocks inside its tensors,
-whoever sent the numbers. Whether the memory is there, and is the engine's, only a device can tell.
+whichever client sent the numbers. Only a device can tell whether the memory exists and is the engine's.
 
 A layer's tensor has one *piece* when its block dimension comes first, and two (K and V) when it comes second. A slot
 holds, layer after layer and piece after piece, the chunk's blocks in order, each block's bytes as they lie in the
@@ -22,7 +22,7 @@ MAX_PARTS = 4096
 """Most layers, and most allocations, that one export may have."""
 MAX_RANK = 8
 MAX_SIZE = 1 << 48
-"""Bytes that nobody's memory has; a number beyond it is garbage, and no sum of ours overflows below it."""
+"""More bytes than any memory has: a number beyond it is garbage, and below it no sum here overflows."""
 
 
 class DType(IntEnum):
@@ -64,7 +64,7 @@ _ITEMSIZE = {
 class SharedMemory:
     """Host memory: *size* bytes of an anonymous file (memfd), behind *descriptor* of the process that holds this value.
 
-    A message brings the descriptor along, which is another number at its other end.
+    A message carries the descriptor, which has another number in the process that receives it.
     """
 
     size: int
@@ -171,7 +171,7 @@ def read_blocks(
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Do the dimensions, in whatever order, fill one contiguous range?"""
+    """Whether the dimensions, in any order, fill one contiguous range."""
     expected = 1
     for step, size in sorted((step, size) for step, size in zip(strides, shape, strict=True) if size != 1):
         if step != expected:

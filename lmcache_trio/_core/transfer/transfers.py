@@ -1,22 +1,22 @@
-"""The queue of the device transfer worker: which copies are started next, and when a request's copies have all ended.
+"""The queue of the device's transfer worker: which copies start next, and when all copies of a request have ended.
 
     QUEUED --first copy started--> RUNNING --last copy ended--> ENDED
        |                              `--abort, or a copy failed--> ENDING --copies that run have ended--> ENDED
        `--abort--> ENDED                                              `--the end of one is lost--> stays ENDING
 
-A *transfer* is one request's way between an engine's blocks and slots: a list of *units* (chunks, or layers), started
-in order, each once it is *allowed*: nothing that the copy must follow is outstanding. While none is, the transfer waits
-outside of the queue, where it keeps no other waiting. A *batch* is what the device is given at once: units of one
-transfer, or of neighbours in the queue that move the same engine's memory.
+A *transfer* is the copies of one request, between an engine's blocks and slots: a list of *units* (chunks, or layers),
+started in order. A unit may start once it is *allowed*: everything that its copy must follow is done. A transfer
+without an allowed unit waits outside the queue, where it keeps no other transfer waiting. A *batch* is given to the
+device at once: units of one transfer, or of neighbours in the queue that move the same engine's memory.
 
-Rule 1: nobody but the device ends a copy. An abort keeps what has not begun from beginning, and no more; until ENDED,
+Rule 1: only the device ends a copy. An abort keeps units that have not begun from beginning, and no more. Until ENDED,
 slots and blocks stay owned: for good, if the device can't tell any more. Rule 2: loads go ahead of stores, because an
 engine waits for them; after *turns* batches of loads in a row one batch of stores goes, if there is one. So neither
-starves. Rule 3: no more than *in_flight* bytes are with the device, so that a load never queues behind more than that;
-a unit that is larger goes alone. Rule 4: layered loads of one owner go layer by layer, the first of all of them before
-the second of any: an engine waits for them so. Only those among the first *reach* that came, counted from the head of
-the queue on, take part: so each that waits, of whatever owner, is overtaken by fewer than *reach*, however many come.
-Rule 5: no I/O and no clock here; a method that raises has changed nothing.
+starves. Rule 3: no more than *in_flight* bytes are with the device, so a load never queues behind more than that; a
+unit that is larger goes alone. Rule 4: layered loads of one owner go layer by layer, the first layer of all of them
+before the second layer of any, because the engine waits for layers in that order. Only the loads among the first
+*reach* places of the queue take part, so each transfer that waits is overtaken by fewer than *reach* others. Rule 5: no
+I/O and no clock here; a method that raises has changed nothing.
 """
 
 from collections import deque
@@ -39,7 +39,7 @@ class Direction(Enum):
 
 
 class TransferState(Enum):
-    """ENDING: it will not succeed, and copies of it still run."""
+    """A transfer that is ENDING will not succeed, and copies of it still run."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -56,8 +56,8 @@ def _has_bytes(transfer: object, attribute: "attrs.Attribute[Sequence[int]]", un
 class Transfer:
     """One request's copies. *units* are their sizes in bytes; *owner* is the memory that they move.
 
-    *layered*: its units are layers of the same chunks, and share a batch with no other transfer's; each layer of a load
-    has a batch of its own, because an engine waits for it. *allowed* leading units may be started: all, if not said.
+    *layered*: the units are layers of the same chunks, and share a batch with no other transfer; each layer of a load
+    has a batch of its own, because an engine waits for it. *allowed*: how many leading units may start, all by default.
     """
 
     direction: Direction
@@ -68,7 +68,7 @@ class Transfer:
     state: TransferState = attrs.field(default=TransferState.QUEUED, init=False)
     submitted: bool = attrs.field(default=False, init=False)
     place: int = attrs.field(default=0, init=False)
-    """In its queue, among all that ever came there."""
+    """Its number in its queue, among all transfers that were ever queued there."""
     started: int = attrs.field(default=0, init=False)
     """Units that were given to the device."""
     running: int = attrs.field(default=0, init=False)
@@ -87,7 +87,7 @@ class Part:
 
 @attrs.frozen(eq=False)
 class Batch:
-    """What the device is given at once."""
+    """The copies that the device is given at once."""
 
     direction: Direction
     parts: tuple[Part, ...]
@@ -97,10 +97,10 @@ class Batch:
 class Transfers:
     """All transfers that have not ended. Sizes in bytes: *in_flight* with the device, *batch* at once.
 
-    Two batches fit, so that the second is there when the first ends. Between two the host's device loses 0.3 ms to the
-    loop that looks after the first, where 32 MiB take it 4.5 ms; a load that comes waits for 128 MiB at most, 18 ms.
-    A batch has half as much while the other direction waits. *reach* is more than the loads of most steps, and few
-    enough for who waits behind them.
+    Two batches fit, so that the second is with the device when the first ends. Between two batches the host's device
+    loses 0.3 ms to the loop, and 32 MiB take it 4.5 ms; a new load waits for 128 MiB at most, 18 ms. A batch has half
+    as many bytes while transfers of the other direction wait. *reach* is more than the loads of most steps, and few
+    enough for the transfers behind them.
     """
 
     def __init__(self, *, in_flight: int = 128 << 20, batch: int = 64 << 20, turns: int = 4, reach: int = 64) -> None:
@@ -125,7 +125,7 @@ class Transfers:
             self._queue(transfer)
 
     def allow(self, transfer: Transfer, units: int) -> None:
-        """Its first *units* units may be started: those that might not before, behind what is queued by now."""
+        """Its first *units* units may start; units that are newly allowed queue behind the transfers that wait now."""
         if not transfer.submitted or units > len(transfer.units):
             raise Misuse("only units of a transfer that was submitted can be allowed")
         if transfer.state in (TransferState.QUEUED, TransferState.RUNNING) and units > transfer.allowed:
@@ -135,7 +135,7 @@ class Transfers:
                 self._queue(transfer)
 
     def next(self) -> Batch | None:
-        """What to start now, which is then running; None when there is nothing, or no room."""
+        """The batch to start now, which counts as running; None when there is nothing to start, or no room."""
         direction = self._turn()
         if direction is None:
             return None
@@ -184,13 +184,13 @@ class Transfers:
         return ended
 
     def lost(self, batch: Batch) -> None:
-        """Nobody can tell any more when *batch* ends: its transfers never do, and its bytes keep no other waiting."""
+        """The device can't tell any more when *batch* ends: its transfers never do; its bytes keep no other waiting."""
         self._leave(batch)
         for part in batch.parts:
             self._drop_rest(part.transfer)
 
     def coming(self) -> Iterator[Transfer]:
-        """What the next batch may be made of: for who would rather abort what has become pointless."""
+        """The transfers that the next batch may be made of: the caller may abort those that have become pointless."""
         for queue in self._queues.values():
             size = 0
             for transfer in self._candidates(queue):
@@ -201,9 +201,9 @@ class Transfers:
                     break
 
     def abort(self, transfer: Transfer) -> bool:
-        """It is not wanted any more. True if it has ended by that; else `ended` will name it. Idempotent.
+        """*transfer* is not wanted any more. True if it has ended by that; else `ended` will name it. Idempotent.
 
-        One that was not submitted yet has ended, and is not to be submitted.
+        A transfer that was not submitted yet has ended, and must not be submitted.
         """
         if transfer.state is TransferState.QUEUED:
             self._unqueue(transfer)
@@ -271,7 +271,7 @@ class Transfers:
             queue.remove(transfer)
 
     def _candidates(self, queue: deque[Transfer]) -> Iterator[Transfer]:
-        """What may go next, and together: layers of one owner, or neighbours that move one owner's memory."""
+        """Transfers that may go next, and together: layers of one owner, or neighbours that move one owner's memory."""
         if not queue:
             return iter(())
         head = queue[0]
