@@ -7,6 +7,7 @@ unhealthy or gone raises nothing into the engine: its answer is 0 tokens. One ho
 
 import math
 import os
+import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
@@ -265,22 +266,23 @@ class SchedulerAdapter:
         if not self._link.alive:
             return False
         with self._lock:
-            client, former = self._told, self._prompts.model
-            self._resets_owed[former] = None
-            replied = None
+            client = self._told
+            self._resets_owed[self._prompts.model] = None
+            replied: list[Handoff[Reply]] = []
             if client is not None:
                 with suppress(Unavailable):  # it is lost, or reads nothing: the next connection begins with it
-                    replied = self._send_reset(client, former)
+                    replied = [self._send_reset(client, identity) for identity in self._resets_owed]
             own = ("weights of its own", self._own)
             self._use_weights((*own, os.urandom(16)), own)
             if client is not None:
                 client.request_unheard(Identify(client.new_id(), self._prompts.model))
         if client is None or client.lost:
             return True
-        reply = None if replied is None else replied.wait(self.lookup_timeout)
-        if reply is None:
+        until = time.monotonic() + self.lookup_timeout
+        replies = [each.wait(until - time.monotonic()) for each in replied]
+        if not replies or None in replies:
             logger.warning("the cache was not reset: the server did not confirm it in %g s", self.lookup_timeout)
-        return isinstance(reply, Ack) or client.lost
+        return (bool(replies) and all(isinstance(reply, Ack) for reply in replies)) or client.lost
 
     def set_weights_version(self, version: str) -> None:
         """The weights are *version* of this model from now on: engines that say the same share what they compute.

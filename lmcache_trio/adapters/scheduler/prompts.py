@@ -45,7 +45,7 @@ class Prompts:
         self.block_tokens = block_tokens
         least = -(-_LEAST_CHUNK_TOKENS // block_tokens) * block_tokens
         self.chunk_tokens = least if chunk_tokens is None else chunk_tokens
-        self._chunk_tokens_fixed = chunk_tokens is not None
+        self._chunk_tokens_fixed = self._chunk_tokens_given = chunk_tokens is not None
         if self._chunk_tokens_fixed:
             self._check_chunk_tokens(self.chunk_tokens)
         self._identity = _checked_identity(identity)
@@ -72,10 +72,10 @@ class Prompts:
         Only the first server's is taken; a later one that differs is refused with `Misuse`.
         """
         if chunk_tokens != self.chunk_tokens and self._chunk_tokens_fixed:
-            raise Misuse(
-                f"the server's chunk_tokens is {chunk_tokens} and this engine's {self.chunk_tokens}:"
-                " set them alike, or leave the engine's out"
-            )
+            fix = "set them alike, or leave the engine's out"
+            if not self._chunk_tokens_given:
+                fix = f"it began with a server of {self.chunk_tokens}; set the server's to that, or restart the engine"
+            raise Misuse(f"the server's chunk_tokens is {chunk_tokens} and this engine's {self.chunk_tokens}: {fix}")
         self._check_chunk_tokens(chunk_tokens)
         self._chunk_tokens_fixed = True
         differs = chunk_tokens != self.chunk_tokens

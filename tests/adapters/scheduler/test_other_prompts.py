@@ -13,6 +13,7 @@ from lmcache_trio.adapters.scheduler import prompts
 from lmcache_trio.adapters.scheduler.lookup_machine import LookupStage
 from lmcache_trio.errors import Misuse
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
+from lmcache_trio.threads import Lock
 
 MakeSide = Callable[..., Side]
 A = list(range(4 * CHUNK))
@@ -244,3 +245,11 @@ def test_a_prompt_that_only_grows_is_one_request_and_is_hashed_once(
 def test_an_identity_that_names_no_model_is_refused(identity: object) -> None:
     with pytest.raises(Misuse, match="identity"):
         SchedulerAdapter("ipc:///nowhere", engine_id="e", identity=identity, block_tokens=16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("given", "fix"), [(64, "leave the engine's out"), (None, "restart the engine")])
+def test_a_server_of_other_chunks_is_refused_with_the_way_out(given: int | None, fix: str) -> None:
+    made = prompts.Prompts(["a model"], 16, given, Lock())
+    made.adopt_chunk_tokens(64)
+    with pytest.raises(Misuse, match=f"chunk_tokens is 128 and this engine's 64.*{fix}"):
+        made.adopt_chunk_tokens(128)

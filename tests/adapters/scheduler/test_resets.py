@@ -289,6 +289,25 @@ def test_a_store_that_was_planned_before_a_reset_without_a_server_is_not_served_
     assert fresh(sides, live_server, weights_version="7").lookup("q", TOKENS) == 0
 
 
+def test_a_reset_that_failed_is_done_again_by_the_next_one(tmp_path: Path, sides: MakeSide) -> None:
+    disk = f'{{backend="disk", path="{tmp_path}/disk", size="64MiB"}}'
+    faults = '[{kind="error", on="delete", at=[1]}]'
+    tier = ("tiers.0.backend=faulty", f"tiers.0.inner={disk}", f"tiers.0.faults={faults}")
+    server = ServerProcess(f"unix://{tmp_path}/s.sock", *tier, "memory.size=16MiB")
+    server.start()
+    try:
+        server.wait_tier()
+        one = sides(server.address, make_kv(1))
+        one.store("r", TOKENS, AT)
+        wait_until(lambda: chunks_on_disk(server) == 4)
+        assert not one.scheduler.reset_cache()  # the tier cannot delete
+        server.wait_tier()
+        assert one.scheduler.reset_cache()
+        assert not one.scheduler._resets_owed  # what the first one asked for is done, too
+    finally:
+        server.kill()
+
+
 def test_an_adapter_that_never_had_a_server_has_nothing_to_reset(tmp_path: Path) -> None:
     alone = SchedulerAdapter(
         f"unix://{tmp_path}/none.sock", engine_id="e", identity=["m"], block_tokens=16, connect_timeout=0.01
