@@ -5,8 +5,6 @@ Nothing here is a fake: what is killed dies, and what is stored lies in shared m
 
 import itertools
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +15,7 @@ import trio
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
 from lmcache_trio.adapters.worker.mover import Probe
 from lmcache_trio.client import open_client
+from lmcache_trio.testing.forks import Fork, servers
 from lmcache_trio.threads import Handoff
 
 __all__ = ["BLOCK", "BLOCKS", "CHUNK", "ServerProcess", "Side", "make_kv", "same_blocks", "wait_until"]
@@ -33,12 +32,12 @@ class ServerProcess:
     def __init__(self, address: str, *sets: str) -> None:
         self.address = address
         self._sets = ("memory.size=4MiB", f"chunk_tokens={CHUNK}", "grace=0.1", *sets)
-        self.process: subprocess.Popen[str] | None = None
+        self.process: Fork | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "lmcache_trio", "serve", "--address", self.address]
-        command += [part for setting in self._sets for part in ("--set", setting)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        arguments = ["-m", "lmcache_trio", "serve", "--address", self.address]
+        arguments += [part for setting in self._sets for part in ("--set", setting)]
+        self.process = servers.start(arguments)
         assert self.process.stdout is not None
         assert "ready" in self.process.stdout.readline()
 

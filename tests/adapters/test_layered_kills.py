@@ -1,11 +1,10 @@
 """An engine that is killed in the middle of a pass, between two layers of what it stores."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 
+from lmcache_trio.testing.forks import engines
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, wait_until
 
 TOKENS = list(range(3 * CHUNK))
@@ -56,22 +55,16 @@ def test_an_engine_killed_between_two_layers_publishes_nothing_and_leaves_nothin
 ) -> None:
     wait_until(lambda: live_server.held["bytes_taken"] == live_server.held["bytes_size"])
     before = live_server.held
-    engine = subprocess.Popen(
-        [sys.executable, "-c", ENGINE, live_server.address, path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert engine.stdout is not None
-        assert engine.stdout.readline() == "between\n"
-        wait_until(lambda: live_server.held["copies_running"] == live_server.held["transfers_queued"] == 0)
-        during = live_server.held
-        assert during["bytes_writing"] > 0
-        assert during["attached"] == (path == "device")
-    finally:
-        engine.kill()
-        engine.communicate()
+    with engines.start(["-c", ENGINE, live_server.address, path], stdin=True) as engine:
+        try:
+            assert engine.stdout is not None
+            assert engine.stdout.readline() == "between\n"
+            wait_until(lambda: live_server.held["copies_running"] == live_server.held["transfers_queued"] == 0)
+            during = live_server.held
+            assert during["bytes_writing"] > 0
+            assert during["attached"] == (path == "device")
+        finally:
+            engine.kill()
     wait_until(lambda: live_server.held["engines"] == 0)
     survivor = sides(live_server.address, make_kv())
     assert survivor.lookup("b", OTHERS) == 0

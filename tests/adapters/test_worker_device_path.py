@@ -1,8 +1,7 @@
 """A worker whose KV the server moves: real processes, real shared memory, and deaths in the middle of a copy."""
 
+import os
 import select
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from lmcache_trio._wire.messages import Message, Withdraw
 from lmcache_trio.adapters import LoadSpec, WorkerAdapter
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.client import Client, open_client
+from lmcache_trio.testing.forks import engines, servers
 from lmcache_trio.testing.sides import (
     BLOCK,
     BLOCKS,
@@ -102,9 +102,7 @@ class StoppingServer:
     def __init__(self, address: str, at: int) -> None:
         sets = [f"address={address}", "memory.size=4MiB", f"chunk_tokens={CHUNK}", "grace=0.1"]
         self.address = address
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(at), *sets], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-        )
+        self.process = servers.start(["-c", SERVE, str(at), *sets], stdin=True)
         self.wait_for("ready")
         wait_until(lambda: self.held["bytes_taken"] == self.held["bytes_size"])
 
@@ -117,14 +115,15 @@ class StoppingServer:
             assert select.select([self.process.stdout], [], [], left)[0], (
                 f"it did not say {word!r} in time, but {said!r}"
             )
-            some = self.process.stdout.read(1)
+            some = os.read(self.process.stdout.fileno(), 1)
             assert some, f"it ended, and never said {word!r}"
             said += some
         assert said == f"{word}\n".encode()
 
     def go_on(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(b"\n")
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
 
     @property
     def held(self) -> dict[str, Any]:
@@ -138,7 +137,7 @@ class StoppingServer:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.close()
 
 
 @pytest.fixture
@@ -415,13 +414,11 @@ def test_an_engine_killed_in_the_middle_of_a_copy_leaves_nothing_half_written_an
 ) -> None:
     server = stopping(2)
     before = server.held
-    command = [sys.executable, "-c", ENGINE, server.address, what, str(Path(__file__).parent)]
-    engine = subprocess.Popen(command, stdin=subprocess.PIPE)
-    try:
-        server.wait_for("half")
-    finally:
-        engine.kill()
-        engine.communicate()
+    with engines.start(["-c", ENGINE, server.address, what, str(Path(__file__).parent)], stdin=True) as engine:
+        try:
+            server.wait_for("half")
+        finally:
+            engine.kill()
     wait_until(lambda: server.held["engines"] == 0)
     during = server.held
     assert (during["copies_running"], during["attached"]) == (1, 1)

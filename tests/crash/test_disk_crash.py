@@ -1,8 +1,6 @@
 """The disk tier alone, killed again and again in its writes, on the same directory."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
@@ -10,6 +8,7 @@ import pytest
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 from support import disk_worker
 
+from lmcache_trio.testing.forks import servers
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of
 
 WORKER = disk_worker.__file__
@@ -22,8 +21,7 @@ async def test_after_each_of_many_kills_every_hit_is_right_and_usage_is_exact(tm
     random = Random(seed)
     found = 0
     for kill in range(KILLS):
-        arguments = [sys.executable, WORKER, str(tmp_path), str(seed * KILLS + kill)]
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
+        with servers.start([WORKER, str(tmp_path), str(seed * KILLS + kill)]) as process:
             assert process.stdout is not None
             for _ in range(random.randrange(40)):
                 process.stdout.readline()

@@ -6,8 +6,6 @@ from its digest alone, so a wrong byte shows, whoever wrote it and however many 
 
 import functools
 import hashlib
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -19,6 +17,7 @@ import trio
 
 from lmcache_trio import Client, Role, open_client
 from lmcache_trio.errors import Gone, Unavailable
+from lmcache_trio.testing.forks import Fork, servers
 
 SHARD = 24_000
 """Bytes of a chunk: no whole number of pages."""
@@ -93,21 +92,18 @@ class Life:
             assert physical(self.directory) <= SIZE
 
     @asynccontextmanager
-    async def server(self) -> AsyncIterator[trio.Process]:
+    async def server(self) -> AsyncIterator[Fork]:
         sets = [f"{key}={value.replace('PATH', str(self.directory))}" for key, value in SETTINGS.items()]
-        command = [sys.executable, "-m", "lmcache_trio", "serve", "--address", self.address]
-        command += [word for setting in sets for word in ("--set", setting)]
-        process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
-        try:
-            assert process.stdout is not None
-            assert b"ready" in await process.stdout.receive_some()
-            yield process
-        finally:
-            process.kill()
-            with trio.CancelScope(shield=True):
-                await process.wait()
-            if process.stdout is not None:
-                await process.stdout.aclose()
+        arguments = ["-m", "lmcache_trio", "serve", "--address", self.address]
+        arguments += [word for setting in sets for word in ("--set", setting)]
+        with servers.start(arguments) as process:
+            try:
+                assert process.stdout is not None
+                await trio.lowlevel.wait_readable(process.stdout)
+                assert "ready" in process.stdout.readline()
+                yield process
+            finally:
+                process.kill()
 
     @asynccontextmanager
     async def clients(self) -> AsyncIterator[tuple[Client, Client]]:

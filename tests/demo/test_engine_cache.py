@@ -1,8 +1,6 @@
 """The testing engine with a real server in a process of its own: what is stored by one engine comes back in another."""
 
 import itertools
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from lmcache_trio.demo.connected_engine import ConnectedEngine, connect
 from lmcache_trio.demo.engine import Completion, EngineConfig, RetrieveMode, SmallEngine
 from lmcache_trio.demo.model import ModelConfig
 from lmcache_trio.demo.model_kv import KVLayout
+from lmcache_trio.testing.forks import Fork, servers
 
 CHUNK = 64
 MODEL = ModelConfig(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, vocabulary=512)
@@ -32,15 +31,15 @@ seeds = itertools.count()
 @attrs.frozen(eq=False)
 class Server:
     address: str
-    process: subprocess.Popen[str]
+    process: Fork
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     address = f"unix://{tmp_path}/server.sock"
-    command = [sys.executable, "-m", "lmcache_trio", "serve", "--address", address, "--set", "memory.size=16MiB"]
-    command += ["--set", f"chunk_tokens={CHUNK}", "grace=0.1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    arguments = ["-m", "lmcache_trio", "serve", "--address", address, "--set", "memory.size=16MiB"]
+    arguments += ["--set", f"chunk_tokens={CHUNK}", "grace=0.1"]
+    with servers.start(arguments) as process:
         try:
             assert process.stdout is not None
             assert "ready" in process.stdout.readline()

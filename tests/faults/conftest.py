@@ -1,9 +1,7 @@
 """A server in the test's loop, over real sockets, and client processes that are killed or stopped."""
 
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +11,25 @@ import trio
 from support.faults import client_process, worker_process
 
 from lmcache_trio import Config, Server, open_server
+from lmcache_trio.testing.forks import Fork, Forks, engines, servers
 
 
 @attrs.frozen(eq=False)
 class Doomed:
     """A client process that stands where it was told to."""
 
-    process: trio.Process
+    process: Fork
 
     async def says(self, word: str) -> None:
         assert self.process.stdout is not None
         with trio.fail_after(60):
-            said = b""
-            while not said.endswith(b"\n") and (more := await self.process.stdout.receive_some()):
-                said += more
-            assert said.decode().strip() == word
+            await trio.lowlevel.wait_readable(self.process.stdout)
+            assert self.process.stdout.readline().strip() == word  # it writes whole lines
 
     async def told(self, words: str) -> None:
         assert self.process.stdin is not None
-        await self.process.stdin.send_all(f"{words}\n".encode())
+        self.process.stdin.write(f"{words}\n")
+        self.process.stdin.flush()
 
     async def go_on(self) -> None:
         await self.told("go on")
@@ -42,7 +40,7 @@ class Scene:
     """A server, and what happens to it."""
 
     server: Server
-    nursery: trio.Nursery
+    processes: ExitStack
 
     def held(self) -> dict[str, Any]:
         held: dict[str, Any] = self.server.statistics()["held"]
@@ -50,21 +48,17 @@ class Scene:
 
     async def process(self, point: str, engine: str = "doomed") -> Doomed:
         """One that has come to *point*."""
-        return await self._run(client_process.__file__, engine, point)
+        return await self._run(servers, client_process.__file__, engine, point)
 
     async def worker(self, engine: str) -> Doomed:
         """An engine's worker, for its whole life."""
-        return await self._run(worker_process.__file__, engine)
+        return await self._run(engines, worker_process.__file__, engine)
 
-    async def _run(self, program: str, *arguments: str) -> Doomed:
-        command = [sys.executable, program, self.server.address, *arguments]
-
-        async def run(task_status: trio.TaskStatus[trio.Process]) -> None:
-            await trio.run_process(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False, task_status=task_status
-            )
-
-        doomed = Doomed(await self.nursery.start(run))
+    async def _run(self, forks: Forks, program: str, *arguments: str) -> Doomed:
+        process = forks.start([program, self.server.address, *arguments], stdin=True)
+        self.processes.callback(process.close)
+        self.processes.callback(process.kill)
+        doomed = Doomed(process)
         await doomed.says("here")
         return doomed
 
@@ -79,11 +73,9 @@ class Scene:
 async def open_scene(address: str, **settings: Any) -> AsyncIterator[Scene]:
     memory = {"backend": "cpu", "size": settings.pop("size", 2 << 20)}
     config = Config(address=address, memory=memory, **{"grace": 0.0, **settings})
-    async with open_server(config) as server, trio.open_nursery() as nursery:
-        try:
-            yield Scene(server, nursery)
-        finally:
-            nursery.cancel_scope.cancel()
+    async with open_server(config) as server:
+        with ExitStack() as processes:
+            yield Scene(server, processes)
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Adapters whose connection is lost while the server lives, or whose server dies in the middle of a registration."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import trio
 
 from lmcache_trio.adapters import LoadSpec, StoreSpec, WorkerAdapter
 from lmcache_trio.client import Client
+from lmcache_trio.testing.forks import engines
 from lmcache_trio.testing.sides import BLOCK, CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
 from lmcache_trio.threads import Handoff
 
@@ -145,6 +144,7 @@ def test_a_server_killed_while_a_worker_registers_is_registered_with_when_it_is_
 
 STORES = """
 import sys
+from lmcache_trio.testing.forks import engines
 from lmcache_trio.testing.sides import Side, make_kv
 side = Side(sys.argv[1], make_kv(1))
 side.store("r", list(range(192)), list(range(12)))
@@ -154,7 +154,8 @@ side.close()
 
 
 def test_what_the_adapters_of_one_process_stored_another_process_loads_byte_for_byte(server: ServerProcess) -> None:
-    subprocess.run([sys.executable, "-c", STORES, server.address], check=True, timeout=100)
+    with engines.start(["-c", STORES, server.address], stdout=False) as other:
+        assert other.wait(100) == 0
     one = Side(server.address, make_kv(), lookup_timeout=60.0)
     try:
         wait_until(one.scheduler.is_healthy)

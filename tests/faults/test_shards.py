@@ -1,8 +1,6 @@
 """Engines of several ranks, each a real worker's adapter in a process of its own: one rank's fault is the chunk's."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 from support.faults import shard_process
 
 from lmcache_trio.adapters import PollingSchedulerAdapter
+from lmcache_trio.testing.forks import engines
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, wait_until
 
 TOKENS = list(range(2 * CHUNK))
@@ -23,9 +22,7 @@ class Rank:
     """The test's end of one rank's process."""
 
     def __init__(self, address: str, *arguments: object) -> None:
-        script = shard_process.__file__
-        command = [sys.executable, script, address, *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = engines.start([shard_process.__file__, address, *map(str, arguments)], stdin=True)
 
     def hear(self) -> Any:
         assert self.process.stdout is not None
@@ -42,10 +39,7 @@ class Rank:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(60)
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
+        self.process.close()
 
 
 class Ranks:

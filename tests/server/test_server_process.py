@@ -17,6 +17,7 @@ import trio.testing
 from lmcache_trio import Config, ConfigError, Gone, load_config, open_client, open_server
 from lmcache_trio._server.supervise import _second_signal, serve
 from lmcache_trio._wire.messages import Role
+from lmcache_trio.testing.forks import Fork, servers
 
 SERVE = """
 import sys
@@ -55,7 +56,7 @@ trio.run(main)
 @attrs.frozen(eq=False)
 class Process:
     address: str
-    process: "subprocess.Popen[bytes]"
+    process: Fork
     taken: int  # bytes of the arena when it was ready
 
     def end(self, *signals: signal.Signals) -> int:
@@ -64,9 +65,9 @@ class Process:
         return self.process.wait(timeout=30)
 
 
-def _line(process: "subprocess.Popen[bytes]") -> str:
+def _line(process: "Fork | subprocess.Popen[str]") -> str:
     assert process.stdout is not None
-    return process.stdout.readline().decode().strip()
+    return process.stdout.readline().strip()
 
 
 @pytest.fixture
@@ -83,9 +84,7 @@ def start(tmp_path: Path, scheme: str) -> Iterator[Callable[..., Process]]:
         def run(*sets: str, name: str = "server") -> Process:
             address = f"{scheme}://{tmp_path}/{name}.sock"
             arguments = [f"address={address}", "memory.size=64MiB", *sets]
-            process = stack.enter_context(
-                subprocess.Popen([sys.executable, "-c", SERVE, *arguments], stdout=subprocess.PIPE)
-            )
+            process = stack.enter_context(servers.start(["-c", SERVE, *arguments]))
             stack.callback(process.kill)
             ready, taken = _line(process).split()
             assert ready == "ready"
@@ -181,7 +180,7 @@ async def test_signals_are_repeats_of_the_first_for_half_a_second(autojump_clock
 def test_a_late_repeat_does_not_change_the_exit_status_of_a_clean_end(tmp_path: Path) -> None:
     script = SERVE + "import os\nfor number in (15, 1, 2): os.kill(os.getpid(), number)\n"
     arguments = [f"address=unix://{tmp_path}/server.sock", "memory.size=1MiB"]
-    with subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert _line(process).startswith("ready")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
@@ -191,7 +190,7 @@ def test_a_server_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     script = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SERVE
     arguments = [f"address=unix://{tmp_path}/server.sock", "memory.size=1MiB"]
     with subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert _line(process).startswith("ready")
         ignored = next(

@@ -10,8 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ from lmcache_trio.adapters.scheduler import lookup_table
 from lmcache_trio.adapters.scheduler import polling as polling_module
 from lmcache_trio.adapters.scheduler.lookup_machine import LookupStage
 from lmcache_trio.adapters.specs import LoadSpec
+from lmcache_trio.testing.forks import engines
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
 
 MakeSide = Callable[..., Side]
@@ -400,7 +399,7 @@ side.scheduler.check_lookup_result("r")
 def test_when_the_first_asker_is_killed_the_second_gets_its_hit_from_the_same_loads(
     stalled: Stalled, sides: MakeSide
 ) -> None:
-    first = subprocess.Popen([sys.executable, "-c", ASKER, stalled.server.address], stdout=subprocess.PIPE, text=True)
+    first = engines.start(["-c", ASKER, stalled.server.address])
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "asked\n"
@@ -418,8 +417,7 @@ def test_when_the_first_asker_is_killed_the_second_gets_its_hit_from_the_same_lo
         assert same_blocks(make_kv(3), AT, one.kv, THERE)
     finally:
         first.kill()
-        first.wait()
-        first.stdout.close() if first.stdout is not None else None
+        first.close()
 
 
 def test_a_slow_disk_gives_a_smaller_hit_and_not_a_timeout(

@@ -20,6 +20,7 @@ from lmcache_trio._server import supervise
 from lmcache_trio._wire.messages import AnswerState, Role
 from lmcache_trio.abc import ChunkKey
 from lmcache_trio.client import open_client
+from lmcache_trio.testing.forks import Fork, servers
 
 SERVE = """
 import logging, sys, trio
@@ -49,12 +50,12 @@ THREADS = 3
 class Process:
     """A server in a process. `line` waits for a line of what it says."""
 
-    def __init__(self, popen: "subprocess.Popen[str]") -> None:
-        self.popen = popen
+    def __init__(self, fork: Fork) -> None:
+        self.fork = fork
 
     def line(self, beginning: str) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
+        assert self.fork.stdout is not None
+        for line in self.fork.stdout:
             if line.startswith(beginning):
                 return
         raise AssertionError(f"it ended, and never said {beginning!r}")
@@ -64,8 +65,8 @@ class Process:
 
     def end(self) -> int:
         """Ask it to, once; its status."""
-        self.popen.send_signal(signal.SIGTERM)
-        return self.popen.wait(60)
+        self.fork.send_signal(signal.SIGTERM)
+        return self.fork.wait(60)
 
 
 Start = Callable[..., Process]
@@ -82,10 +83,9 @@ def start(address: str) -> Iterator[Start]:
 
         def run(*sets: str, hanging: int = 1) -> Process:
             settings = [f"address={address}", "memory.size=64MiB", "prefetch_budget=20.0", *sets]
-            command = [sys.executable, "-c", SERVE, str(hanging), *settings]
-            popen = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-            stack.callback(popen.kill)
-            process = Process(popen)
+            fork = stack.enter_context(servers.start(["-c", SERVE, str(hanging), *settings]))
+            stack.callback(fork.kill)
+            process = Process(fork)
             process.line("ready")
             return process
 
@@ -146,16 +146,16 @@ def _fill(start: Start, address: str, path: Path, chain: list[bytes]) -> None:
 def _ends(process: Process, grace: float, signals: int) -> None:
     """By itself, and says how long it took; on a second signal at once."""
     began = time.monotonic()
-    process.popen.send_signal(signal.SIGTERM)
+    process.fork.send_signal(signal.SIGTERM)
     if signals == 2:
         process.line("SIGTERM: ending")
         with pytest.raises(subprocess.TimeoutExpired):  # within its grace it waits for what is queued
-            process.popen.wait(supervise.REPEAT)
+            process.fork.wait(supervise.REPEAT)
         for _ in range(10):  # the first of them may still repeat the signal before
-            process.popen.send_signal(signal.SIGTERM)
+            process.fork.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.popen.wait(supervise.REPEAT)
-    assert process.popen.wait(50) == 128 + signal.SIGTERM
+                process.fork.wait(supervise.REPEAT)
+    assert process.fork.wait(50) == 128 + signal.SIGTERM
     took = time.monotonic() - began
     print(f"grace {grace:g} s, {signals} SIGTERM: ended after {took:.3f} s")
 
