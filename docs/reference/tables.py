@@ -1,10 +1,11 @@
 """Writes the lists and tables of the reference from the code; `tests/docs/test_docs.py` fails while a page differs.
 
-    python docs/reference/tables.py        # after a setting or a sentence of the protocol has changed
+    python docs/reference/tables.py        # after a setting, a figure or a sentence has changed
 
-A page asks for a list of settings with `<!-- table: settings MODULE:CLASS -->`, and for the table of the protocol with
-`<!-- table: sentences -->`; the text from there to `<!-- end -->` is replaced. Settings are a list, because a line of a
-page has at most 100 columns and a cell of a table cannot be broken.
+A page asks for a list of settings with `<!-- table: settings MODULE:CLASS -->`, for a table of a server's figures with
+`<!-- table: figures CLASS -->`, and for the table of the protocol with `<!-- table: sentences -->`; the text from there
+to `<!-- end -->` is replaced. Settings are a list, because a line of a page has at most 100 columns and a cell of a
+table cannot be broken.
 """
 
 import re
@@ -12,16 +13,22 @@ import textwrap
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import attrs
 
+from lmcache_trio import statistics
 from lmcache_trio._wire import messages
 from lmcache_trio._wire.messages import Message, Role
 from lmcache_trio._wire.protocol import PUSHES, REPLIES, speakers
 
 HERE = Path(__file__).parent
-PAGES = (HERE / "configuration.md", HERE / "protocol.md", HERE.parent / "howto" / "vllm.md")
+PAGES = (
+    HERE / "configuration.md",
+    HERE / "protocol.md",
+    HERE / "statistics.md",
+    HERE.parent / "howto" / "vllm.md",
+)
 _TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -33,7 +40,8 @@ def render(page: str) -> str:
 def _table(kind: str, *args: str) -> str:
     if kind == "settings":
         return "\n".join(_settings(*args)) or "It has no settings.\n"
-    head, *body = ([cell.replace("|", "\\|") for cell in row] for row in _sentences())
+    rows = _figures(*args) if kind == "figures" else _sentences()
+    head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body))
 
 
@@ -69,6 +77,24 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else "[]" if value == () else str(value)
+
+
+def _figures(name: str) -> Iterator[list[str]]:
+    yield ["Key", "Unit", "Meaning"]
+    for key, (unit, meaning) in figures_of(getattr(statistics, name)).items():
+        yield [f"`{key}`", unit, meaning]
+
+
+def figures_of(cls: type[Any]) -> dict[str, tuple[str, str]]:
+    """Unit and meaning of each figure of *cls* and of its parts, by key."""
+    found: dict[str, tuple[str, str]] = {}
+    for key, hint in get_type_hints(cls, include_extras=True).items():
+        parts = [part for part in (hint, *get_args(hint)) if isinstance(part, type) and attrs.has(part)]
+        if parts:
+            found |= figures_of(parts[0])
+        else:
+            found[key] = getattr(hint, "__metadata__", ("", ""))
+    return found
 
 
 def _sentences() -> Iterator[list[str]]:

@@ -8,26 +8,22 @@ import attrs
 from lmcache_trio._server.peer import Peer
 from lmcache_trio.config import Limits
 from lmcache_trio.errors import Misuse
+from lmcache_trio.statistics import Events
 
 __all__ = ["Counts"]
 
 log = logging.getLogger("lmcache_trio.server")
-
-_EVENTS = (
-    *("lookups", "hits", "misses", "resets", "refused", "withdrawn", "turned_away", "exits_seen", "rebound"),
-    *("protocol_errors", "handler_bugs", "connection_bugs", "device_bugs"),
-    *("attaches_refused", "layouts_too_large"),
-)
 
 
 @attrs.define(eq=False)
 class Counts:
     """Monotonic since the start. The index counts its own events."""
 
-    events: Counter[str] = attrs.field(factory=lambda: Counter(dict.fromkeys(_EVENTS, 0)))
+    events: Counter[str] = attrs.field(factory=lambda: Counter({f.name: 0 for f in attrs.fields(Events)}))
     dropped: Counter[str] = attrs.field(factory=Counter)
     """Chunks of stores that got no slots, by the server's reason."""
     limits: Counter[str] = attrs.field(factory=lambda: Counter({f.name: 0 for f in attrs.fields(Limits)}))
+    """Requests that exceeded a limit, by the limit's name."""
 
     def over_limit(self, peer: Peer, name: str, what: str) -> Misuse:
         """*peer* would exceed the limit *name* with *what*: counts it, logs it once per peer, returns the error."""

@@ -92,7 +92,7 @@ def _ping(parts: Parts, peer: Peer, message: Ping) -> Message:
 
 
 def _statistics(parts: Parts, peer: Peer, message: Statistics) -> Message:
-    return StatisticsReply(message.id, json.dumps(statistics_of(parts)).encode())
+    return StatisticsReply(message.id, json.dumps(statistics_of(parts).table()).encode())
 
 
 # --- a worker's -------------------------------------------------------------------------------------------------------

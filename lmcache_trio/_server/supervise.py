@@ -89,7 +89,7 @@ class Server:
 
     def statistics(self) -> dict[str, Any]:
         """`held` and `counted`, as `lmcache-trio status` prints them."""
-        return statistics_of(self._parts)
+        return statistics_of(self._parts).table()
 
     def remove_files(self) -> None:
         """Unlink what other processes can see of this server. For an end in a hurry; sync, safe to call twice."""

@@ -14,8 +14,10 @@ from typing import Any
 import attrs
 import pytest
 
+from lmcache_trio import open_server
 from lmcache_trio.adapters.vllm.settings import ConnectorSettings
 from lmcache_trio.config import Access, ClientConfig, Config, Limits
+from lmcache_trio.statistics import ServerCounted, ServerHeld, TierStatistics
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -32,9 +34,10 @@ def tables() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["reference/configuration.md", "reference/protocol.md", "howto/vllm.md"])
-def test_the_tables_of_the_reference_are_those_of_the_code(tables: ModuleType, page: str) -> None:
-    text = (DOCS / page).read_text()
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table: " in page.read_text()], ids=lambda p: p.stem)
+def test_the_tables_of_the_reference_are_those_of_the_code(tables: ModuleType, page: Path) -> None:
+    assert page in tables.PAGES
+    text = page.read_text()
     assert text == tables.render(text), "run python docs/reference/tables.py"
 
 
@@ -48,6 +51,24 @@ def test_every_setting_of_the_server_and_of_each_built_in_backend_has_help_and_s
         assert f"<!-- table: settings {cls.__module__}:{cls.__name__} -->" in text
     for cls in (*found, Access, ClientConfig, ConnectorSettings, Limits):
         assert [field.name for field in attrs.fields(cls) if not field.metadata.get("help")] == []
+
+
+async def test_every_figure_that_a_server_tells_has_a_unit_and_a_meaning_in_the_reference(
+    tables: ModuleType, tmp_path: Path
+) -> None:
+    tier = {"backend": "disk", "path": str(tmp_path / "d"), "size": 1 << 28, "slab_size": 1 << 26}
+    memory = {"backend": "cpu", "size": 1 << 20}
+    config = Config(address="memory://figures", memory=memory, tiers=(tier,), grace=0.1)
+    async with open_server(config) as server:
+        found = server.statistics()
+    text = (DOCS / "reference" / "statistics.md").read_text()
+    told_by = {ServerHeld: found["held"], ServerCounted: found["counted"], TierStatistics: found["tiers"][0]}
+    for cls, told in told_by.items():
+        assert f"<!-- table: figures {cls.__name__} -->" in text
+        figures = tables.figures_of(cls)
+        assert set(told) == set(figures)
+        assert [key for key, (_, meaning) in figures.items() if not meaning] == []
+        assert [key for key, (unit, _) in figures.items() if not unit and type(told[key]) is int] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))

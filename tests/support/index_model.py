@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.index import Hold, Index
 from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio.statistics import table
 
 PATHS = ["abcd", "abce", "afg", "hij"]
 PAGES = 10
@@ -163,7 +164,7 @@ class IndexModel(RuleBasedStateMachine):
 
     @invariant()
     def held_is_as_the_model_says(self) -> None:
-        held = self.index.statistics()["held"]
+        held = table(self.index.statistics().held)
         assert held["leases"] == len(self.leases)
         assert held["leases_offered"] == sum(not lease["taken"] for lease in self.leases.values())
         assert held["pins"] == len(self.pins)

@@ -12,6 +12,7 @@ from enum import IntEnum
 
 from lmcache_trio._core.index.spread import spread
 from lmcache_trio.errors import Misuse
+from lmcache_trio.statistics import ChunksHeld
 
 __all__ = ["DOOMED", "READY", "WRITING", "Generations", "Namespace", "State"]
 
@@ -131,10 +132,10 @@ class Generations:
         del self.numbered[namespace.number]
         self._spare.append(namespace.number)
 
-    def held(self) -> dict[str, int]:
+    def held(self) -> ChunksHeld:
         """Chunks, slots and bytes by state, and the bytes that readers retain."""
         held = {f"{what}_{state}": 0 for state in _STATES for what in ("chunks", "slots", "bytes")}
-        held["bytes_retained"] = 0
+        retained = 0
         for namespace in self.numbered.values():
             for name, state in _STATES.items():
                 if state == READY and namespace.replaced != (name == "stale"):
@@ -144,8 +145,8 @@ class Generations:
                 held[f"slots_{name}"] += chunks * namespace.shards
                 held[f"bytes_{name}"] += chunks * namespace.extent
             if not namespace.replaced:
-                held["bytes_retained"] += namespace.retained * namespace.extent
-        return held
+                retained += namespace.retained * namespace.extent
+        return ChunksHeld(**held, bytes_retained=retained)
 
     def _number(self) -> int:
         return self._spare.pop() if self._spare else len(self.numbered)

@@ -22,7 +22,6 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import Any
 
 import attrs
 
@@ -32,22 +31,12 @@ from lmcache_trio._core.index.generations import READY, WRITING, Namespace
 from lmcache_trio._core.index.grants import SERVER, Hold, HoldNumber, Lease, Pin, Reservation, SessionKey, Slot
 from lmcache_trio._core.keys import DIGEST_BYTES, ChunkKey
 from lmcache_trio.errors import Gone, Misuse
+from lmcache_trio.statistics import IndexCounted, IndexHeld, IndexStatistics
 
 __all__ = ["SERVER", "Hold", "Index", "Lease", "Pin", "Reservation", "SessionKey", "Slot"]
 
 EXPIRED_AT_ONCE = 4096
 """Chunks, about: leases of more are not ended in one go, which takes some 1 ms, when their time is up together."""
-
-_COUNTERS = (
-    "chunks_hit",
-    "chunks_missed",
-    "stored_chunks",
-    "loaded_chunks",
-    "reset_chunks",
-    "leases_expired",
-    "reservations_expired",
-    "namespaces_dropped",
-)
 
 _REASONS = ("present", "writing", "no_space", "orphan", "too_large", "share")
 """Why a chunk gets no slot; the numbered cases of `Index.reserve` say when."""
@@ -548,27 +537,39 @@ class Index:
 
     # --- status -----------------------------------------------------------------------------------------------------
 
-    def statistics(self) -> dict[str, dict[str, Any]]:
-        """Two parts: `held` goes up and down, `counted` only up. The cost does not depend on how much is held."""
-        held = {
-            "leases": len(self._leases),
-            "leases_offered": self._leases_offered,
-            "pins": len(self._pins),
-            "holds": len(self._holds),
-            "reservations": len(self._live),
-            "reservations_ending": len(self._ending),
-            **self._chunks.generations.held(),
-            "bytes_offered": self._chunks.bytes_offered,
-            "namespaces": len(self._chunks.generations.present),
-            "bytes_taken": self.arena.taken,
-            "bytes_free": self.arena.free_bytes,
-            "largest_hole": self.arena.largest_hole,
-        }
-        counted: dict[str, Any] = {name: self._counted[name] for name in _COUNTERS}
-        counted["aborted_chunks"] = self._chunks.aborted
-        counted["evictions"] = self._chunks.evictions
-        counted["dropped"] = {reason: self._dropped[reason] for reason in _REASONS}
-        return {"held": held, "counted": counted}
+    def statistics(self) -> IndexStatistics:
+        """The cost does not depend on how much is held."""
+        generations, counted = self._chunks.generations, self._counted
+        held = IndexHeld(
+            leases=len(self._leases),
+            leases_offered=self._leases_offered,
+            pins=len(self._pins),
+            holds=len(self._holds),
+            reservations=len(self._live),
+            reservations_ending=len(self._ending),
+            chunks=generations.held(),
+            bytes_offered=self._chunks.bytes_offered,
+            namespaces=len(generations.present),
+            bytes_taken=self.arena.taken,
+            bytes_free=self.arena.free_bytes,
+            largest_hole=self.arena.largest_hole,
+        )
+        return IndexStatistics(
+            held,
+            IndexCounted(
+                stored_chunks=counted["stored_chunks"],
+                loaded_chunks=counted["loaded_chunks"],
+                reset_chunks=counted["reset_chunks"],
+                leases_expired=counted["leases_expired"],
+                reservations_expired=counted["reservations_expired"],
+                aborted_chunks=self._chunks.aborted,
+                evictions=self._chunks.evictions,
+            ),
+            chunks_hit=counted["chunks_hit"],
+            chunks_missed=counted["chunks_missed"],
+            namespaces_dropped=counted["namespaces_dropped"],
+            dropped={reason: self._dropped[reason] for reason in _REASONS},
+        )
 
 
 def _discard(held: dict[int, set[bytes]], worker: int, ident: bytes) -> None:

@@ -27,6 +27,7 @@ from itertools import takewhile
 import attrs
 
 from lmcache_trio.errors import Misuse
+from lmcache_trio.statistics import QueueHeld
 
 __all__ = ["Batch", "Direction", "Part", "Transfer", "TransferState", "Transfers"]
 
@@ -216,14 +217,9 @@ class Transfers:
                 return True
         return False
 
-    def statistics(self) -> dict[str, int]:
-        """What is held now."""
+    def statistics(self) -> QueueHeld:
         queued = sum(len(queue) for queue in self._queues.values())
-        return {
-            "transfers_queued": queued,
-            "copies_running": len(self._running),
-            "copy_bytes_running": self._bytes_running,
-        }
+        return QueueHeld(queued, copies_running=len(self._running), copy_bytes_running=self._bytes_running)
 
     def _turn(self) -> Direction | None:
         loads, stores = self._queues[Direction.LOAD], self._queues[Direction.STORE]

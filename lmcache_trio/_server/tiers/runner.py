@@ -11,8 +11,6 @@ has, and the deletions that it owes are carried out; then it serves. A call that
 tier fenced, until it returns.
 """
 
-from typing import Any
-
 import trio
 
 from lmcache_trio._core.keys import DIGEST_BYTES, ChunkKey
@@ -24,6 +22,7 @@ from lmcache_trio._server.tiers.loader import TierLoader
 from lmcache_trio._server.tiers.writer import Deletion, TierWriter
 from lmcache_trio.abc import Tier
 from lmcache_trio.errors import ConfigError, Unavailable
+from lmcache_trio.statistics import TierStatistics
 
 __all__ = ["TierRunner"]
 
@@ -97,33 +96,32 @@ class TierRunner:
         self.loader.give_up(namespace)
         return deletion
 
-    def statistics(self) -> dict[str, Any]:
-        """The tier's table in `lmcache-trio status`; the backend's own figures stand under `backend`."""
+    def statistics(self) -> TierStatistics:
         fence, loader, writer = self.calls.fence, self.loader, self.writer
-        return {
-            "name": self.name,
-            "state": fence.state.value,
-            "fenced": fence.state is not FenceState.OPEN,
-            "reason": fence.reason,
-            "failures": fence.failures,
-            "bugs": self.calls.bugs,
-            "calls": fence.under_way,
-            "questions": len(self.contains),
-            "loads_held": len(loader.loads),
-            "loads_in_flight": loader.loads.in_flight,
-            "bytes_in_flight": loader.loads.bytes_in_flight,
-            "loads": loader.landed,
-            "loads_missed": loader.missed,
-            "loads_without_room": loader.no_room,
-            "bytes_loaded": loader.bytes_loaded,
-            "stores": writer.stored,
-            "stores_refused": writer.refused,
-            "bytes_stored": writer.bytes_stored,
-            "bytes_queued": writer.queue.bytes_queued + writer.queue.bytes_writing,
-            "dropped": writer.queue.dropped + writer.dropped_fenced,
-            "deletions_owed": len(writer.deletions),
-            "backend": self.tier.statistics(),
-        }
+        return TierStatistics(
+            name=self.name,
+            state=fence.state.value,
+            fenced=fence.state is not FenceState.OPEN,
+            reason=fence.reason,
+            failures=fence.failures,
+            bugs=self.calls.bugs,
+            calls=fence.under_way,
+            questions=len(self.contains),
+            loads_held=len(loader.loads),
+            loads_in_flight=loader.loads.in_flight,
+            bytes_in_flight=loader.loads.bytes_in_flight,
+            loads=loader.landed,
+            loads_missed=loader.missed,
+            loads_without_room=loader.no_room,
+            bytes_loaded=loader.bytes_loaded,
+            stores=writer.stored,
+            stores_refused=writer.refused,
+            bytes_stored=writer.bytes_stored,
+            bytes_queued=writer.queue.bytes_queued + writer.queue.bytes_writing,
+            dropped=writer.queue.dropped + writer.dropped_fenced,
+            deletions_owed=len(writer.deletions),
+            backend=self.tier.statistics(),
+        )
 
 
 def _refusal_in(exc: Exception) -> ConfigError | None:

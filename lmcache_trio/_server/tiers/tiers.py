@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import trio
 
@@ -21,6 +20,7 @@ from lmcache_trio._server.tiers.writer import Deletion, TierWriter
 from lmcache_trio.abc import LocalTier, Memory, Tier
 from lmcache_trio.config import Config
 from lmcache_trio.errors import ConfigError
+from lmcache_trio.statistics import TierStatistics
 
 __all__ = ["FIRST_OPENING", "Tiers", "make_tiers"]
 
@@ -115,6 +115,5 @@ class Tiers:
         """Bytes that are still to be written to tiers."""
         return sum(runner.writer.queue.bytes_queued + runner.writer.queue.bytes_writing for runner in self.runners)
 
-    def statistics(self) -> list[dict[str, Any]]:
-        """One table a tier."""
-        return [runner.statistics() for runner in self.runners]
+    def statistics(self) -> tuple[TierStatistics, ...]:
+        return tuple(runner.statistics() for runner in self.runners)

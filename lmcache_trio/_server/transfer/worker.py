@@ -36,6 +36,7 @@ from lmcache_trio._server.transfer.events import Events
 from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, LayersDone, Message, Retrieved, Stored
 from lmcache_trio.abc import ArenaDevice, Copy, Device, EventDevice, Ticket
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
+from lmcache_trio.statistics import TransfersHeld
 
 __all__ = ["TransferWorker"]
 
@@ -323,7 +324,7 @@ class TransferWorker:
         """Does a copy run, or wait to?"""
         return bool(self._work)
 
-    def statistics(self) -> dict[str, int]:
+    def statistics(self) -> TransfersHeld:
         """What is held now."""
         attaching = self.attachments.unanswered.total()
-        return {"attached": len(self.attachments), "attaching": attaching, **self._queue.statistics()}
+        return TransfersHeld(self._queue.statistics(), attached=len(self.attachments), attaching=attaching)

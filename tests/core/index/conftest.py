@@ -10,6 +10,7 @@ import pytest
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.index import Index, Lease, Reservation
 from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio.statistics import table
 
 PAGE = 4096
 
@@ -72,18 +73,15 @@ class World:
 
     @property
     def held(self) -> dict[str, int]:
-        held: dict[str, int] = self.index.statistics()["held"]
-        return held
+        return table(self.index.statistics().held)
 
     @property
     def counted(self) -> dict[str, int]:
-        counted: dict[str, int] = self.index.statistics()["counted"]
-        return counted
+        return table(self.index.statistics())
 
     @property
     def dropped(self) -> dict[str, int]:
-        dropped: dict[str, int] = self.index.statistics()["counted"]["dropped"]
-        return {reason: count for reason, count in dropped.items() if count}
+        return {reason: count for reason, count in self.index.statistics().dropped.items() if count}
 
 
 @pytest.fixture

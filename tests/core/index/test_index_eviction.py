@@ -282,5 +282,5 @@ def test_a_chunk_costs_at_most_300_bytes_beyond_its_digest() -> None:
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert index.statistics()["held"]["chunks_ready"] == count
+    assert index.statistics().held.chunks.chunks_ready == count
     assert (after - before) / count - 32 <= 300

@@ -8,6 +8,7 @@ from support.index_model import LEASE, PAGES, PATHS, SHARE, WRITE, Chunk, IndexM
 from lmcache_trio._core.index.index import SERVER
 from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio.errors import Gone
+from lmcache_trio.statistics import table
 
 
 class IndexMachine(IndexModel):
@@ -333,7 +334,7 @@ class IndexMachine(IndexModel):
         self.drop_swept()
         if not more:
             assert not self.stale_and_idle()
-            assert self.index.statistics()["held"]["chunks_stale"] == 0
+            assert self.index.statistics().held.chunks.chunks_stale == 0
 
     @rule(step=st.sampled_from([1, 4, 9]))
     def expire(self, step: int) -> None:
@@ -371,7 +372,7 @@ class IndexMachine(IndexModel):
             pass
         self.drop_swept()
         self.held_is_as_the_model_says()
-        held = self.index.statistics()["held"]
+        held = table(self.index.statistics().held)
         for what in ("leases", "pins", "holds", "reservations", "reservations_ending", "bytes_offered"):
             assert held[what] == 0
         for state in ("retained", "writing", "quarantined", "stale"):

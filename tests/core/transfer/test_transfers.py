@@ -6,6 +6,7 @@ import pytest
 
 from lmcache_trio._core.transfer.transfers import Batch, Direction, Transfer, Transfers, TransferState
 from lmcache_trio.errors import Misuse
+from lmcache_trio.statistics import QueueHeld
 
 LOAD, STORE = Direction.LOAD, Direction.STORE
 
@@ -143,7 +144,7 @@ def test_a_batch_whose_end_is_lost_makes_room_and_never_ends_what_it_was_for() -
     transfers = queue(in_flight=10, batch=10)
     lost, after = submit(transfers, STORE, [10, 10]), submit(transfers, STORE, [10], "b")
     transfers.lost(take(transfers))
-    assert transfers.statistics()["copy_bytes_running"] == 0
+    assert transfers.statistics().copy_bytes_running == 0
     assert not transfers.abort(lost)
     assert [part.transfer for part in take(transfers).parts] == [after]
     assert lost.state is TransferState.ENDING
@@ -198,4 +199,4 @@ def test_what_is_not_so_is_refused_and_changes_nothing() -> None:
         transfers.allow(load, 2)
     with pytest.raises(Misuse):
         transfers.allow(Transfer(LOAD, "a", [1], allowed=0), 1)
-    assert transfers.statistics() == {"transfers_queued": 0, "copies_running": 0, "copy_bytes_running": 0}
+    assert transfers.statistics() == QueueHeld(0, 0, 0)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from lmcache_trio._core.transfer.transfers import Batch, Direction, Transfer, Transfers, TransferState
+from lmcache_trio.statistics import QueueHeld
 
 LOAD, STORE = Direction.LOAD, Direction.STORE
 IN_FLIGHT, BATCH, TURNS, REACH = 40, 20, 3, 2
@@ -155,11 +156,11 @@ class QueueModel(RuleBasedStateMachine):
 
     @invariant()
     def it_says_what_it_holds(self) -> None:
-        assert self.transfers.statistics() == {
-            "transfers_queued": sum(map(len, self.order.values())),
-            "copies_running": len(self.running),
-            "copy_bytes_running": sum(batch.size for batch in self.running),
-        }
+        assert self.transfers.statistics() == QueueHeld(
+            transfers_queued=sum(map(len, self.order.values())),
+            copies_running=len(self.running),
+            copy_bytes_running=sum(batch.size for batch in self.running),
+        )
 
     def teardown(self) -> None:
         """Whatever happened, everything ends once the engines and the device go on."""

@@ -1,0 +1,218 @@
+"""The figures of a server: what it holds now, what it has counted since it started, and a table per tier.
+
+Each figure is `Annotated` with its unit and its meaning. The reference of the keys is made from these classes, and a
+test refuses a figure without them. `table` makes the plain table that goes over the wire and that `lmcache-trio status
+--json` prints.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import attrs
+
+__all__ = [
+    "ChunksHeld",
+    "Events",
+    "IndexCounted",
+    "IndexHeld",
+    "IndexStatistics",
+    "MemoryHeld",
+    "QueueHeld",
+    "ServerCounted",
+    "ServerHeld",
+    "Statistics",
+    "TierStatistics",
+    "TransfersHeld",
+    "table",
+]
+
+
+@attrs.frozen
+class ChunksHeld:
+    """Chunks by state. A chunk has one slot per shard, and takes their bytes, each rounded up to 4 KiB."""
+
+    chunks_ready: Annotated[int, "chunks", "Chunks that can be read."]
+    slots_ready: Annotated[int, "slots", "Slots of these chunks."]
+    bytes_ready: Annotated[int, "bytes", "Bytes of these chunks."]
+    chunks_writing: Annotated[int, "chunks", "Chunks with a shard that is not committed yet."]
+    slots_writing: Annotated[int, "slots", "Slots of these chunks."]
+    bytes_writing: Annotated[int, "bytes", "Bytes of these chunks."]
+    chunks_quarantined: Annotated[int, "chunks", "Dropped chunks, of which a copy or a read has not ended."]
+    slots_quarantined: Annotated[int, "slots", "Slots of these chunks."]
+    bytes_quarantined: Annotated[int, "bytes", "Bytes of these chunks."]
+    chunks_stale: Annotated[int, "chunks", "Chunks that a reset dropped, and that are not swept yet."]
+    slots_stale: Annotated[int, "slots", "Slots of these chunks."]
+    bytes_stale: Annotated[int, "bytes", "Bytes of these chunks."]
+    bytes_retained: Annotated[int, "bytes", "Bytes of ready chunks that a lease, a pin or a hold keeps from eviction."]
+
+
+@attrs.frozen
+class IndexHeld:
+    """What the index of chunks in memory holds."""
+
+    leases: Annotated[int, "leases", "Leases: answers whose chunks are kept for the engine that asked."]
+    leases_offered: Annotated[int, "leases", "Leases for which the engine has not allocated blocks yet."]
+    pins: Annotated[int, "reads", "Reads by workers that are under way."]
+    holds: Annotated[int, "reads", "Reads by the server itself, for tiers."]
+    reservations: Annotated[int, "stores", "Stores that may still commit."]
+    reservations_ending: Annotated[int, "stores", "Aborted stores whose copies have not ended."]
+    chunks: ChunksHeld
+    bytes_offered: Annotated[int, "bytes", "Bytes of the chunks of offered leases, which `lease_share` bounds."]
+    namespaces: Annotated[int, "namespaces", "Layouts of a model that hold chunks or that an engine uses."]
+    bytes_taken: Annotated[int, "bytes", "Bytes of the arena that the system has given so far."]
+    bytes_free: Annotated[int, "bytes", "Bytes of `bytes_taken` that no chunk takes."]
+    largest_hole: Annotated[int, "bytes", "Bytes of the longest free range."]
+
+
+@attrs.frozen
+class IndexCounted:
+    """What the index of chunks in memory has counted."""
+
+    stored_chunks: Annotated[int, "chunks", "Chunks that engines stored, with all their shards."]
+    loaded_chunks: Annotated[int, "chunks", "Chunks that were loaded from tiers into memory."]
+    reset_chunks: Annotated[int, "chunks", "Chunks that resets dropped."]
+    leases_expired: Annotated[int, "leases", "Leases that `lease_timeout` ended."]
+    reservations_expired: Annotated[int, "stores", "Stores that `reservation_timeout` aborted."]
+    aborted_chunks: Annotated[int, "chunks", "Chunks that were begun, and given up before all shards were committed."]
+    evictions: Annotated[int, "chunks", "Chunks that were evicted from memory."]
+
+
+@attrs.frozen
+class IndexStatistics:
+    """The index's own word. A server counts hits, misses, limits and drops more widely, so it tells its own."""
+
+    held: IndexHeld
+    counted: IndexCounted
+    chunks_hit: int
+    chunks_missed: int
+    namespaces_dropped: int
+    """By the limit `namespaces`."""
+    dropped: Mapping[str, int]
+    """Chunks of stores that got no slots, by reason."""
+
+
+@attrs.frozen
+class QueueHeld:
+    """The queue of copies that the server makes itself, between engines' KV and the arena."""
+
+    transfers_queued: Annotated[int, "transfers", "Transfers that wait for the device."]
+    copies_running: Annotated[int, "copies", "Batches of copies that the device makes now."]
+    copy_bytes_running: Annotated[int, "bytes", "Bytes of these batches."]
+
+
+@attrs.frozen
+class TransfersHeld:
+    """What the server has to do with engines' KV."""
+
+    queue: QueueHeld
+    attached: Annotated[int, "workers", "Workers whose KV the server has opened."]
+    attaching: Annotated[int, "requests", "Requests to open a worker's KV that have no answer yet."]
+
+
+@attrs.frozen
+class MemoryHeld:
+    """What the memory backend says."""
+
+    bytes_taken: Annotated[int, "bytes", "Bytes of the arena that the system has given so far."]
+    bytes_size: Annotated[int, "bytes", "Bytes of the whole arena."]
+
+
+@attrs.frozen
+class ServerHeld:
+    """What a server holds now. These figures go up and down."""
+
+    connections: Annotated[int, "clients", "Clients that are connected."]
+    welcomes: Annotated[int, "clients", "Clients that were let in, and have not taken up their connection yet."]
+    engines: Annotated[int, "engines", "Engines that have a connected client."]
+    sessions: Annotated[int, "requests", "Open requests of engines."]
+    tasks: Annotated[int, "tasks", "Running tasks of the server."]
+    lost_writers: Annotated[int, "workers", "Workers that were lost in a store, and whose copies may still run."]
+    prefetches: Annotated[int, "lookups", "Lookups that wait for tiers."]
+    queued_messages: Annotated[int, "messages", "Messages that wait for clients that do not read."]
+    transfers: TransfersHeld | None
+    index: IndexHeld
+    memory: MemoryHeld
+
+
+@attrs.frozen
+class Events:
+    """What a server counts itself. The names are those of `Counts.events`."""
+
+    lookups: Annotated[int, "lookups", "Lookups of at least one chunk that were answered."]
+    hits: Annotated[int, "chunks", "Chunks that were offered to lookups."]
+    misses: Annotated[int, "chunks", "Chunks that lookups asked for, and that were not offered."]
+    resets: Annotated[int, "resets", "Resets that were carried out in memory."]
+    refused: Annotated[int, "clients", "Clients that were refused. The log says why."]
+    withdrawn: Annotated[int, "clients", "Clients that were let in, and did not take up their connection in time."]
+    turned_away: Annotated[int, "clients", "Clients that were dropped before they introduced themselves."]
+    exits_seen: Annotated[int, "workers", "Workers that were lost in a store, and whose process then exited."]
+    rebound: Annotated[int, "times", "Times that the server listened anew, because the file of its socket was gone."]
+    protocol_errors: Annotated[int, "clients", "Clients whose connection ended because of what they sent."]
+    handler_bugs: Annotated[int, "requests", "Requests that failed by a bug of the server. The log has it."]
+    connection_bugs: Annotated[int, "connections", "Connections that a bug of the server ended. The log has it."]
+    device_bugs: Annotated[int, "failures", "Failures of the device by a bug. The log has it."]
+    attaches_refused: Annotated[int, "requests", "Requests to open a worker's KV that the device refused."]
+    layouts_too_large: Annotated[int, "layouts", "Layouts whose chunk is longer than the memory."]
+
+
+@attrs.frozen
+class ServerCounted:
+    """What a server has counted since it started. These figures only go up."""
+
+    index: IndexCounted
+    limits: Annotated[Mapping[str, int], "requests", "Requests that a limit refused, by its name in `[limits]`."]
+    events: Events
+    drops: Annotated[Mapping[str, int], "chunks", "Chunks of stores that were dropped, by reason."]
+
+
+@attrs.frozen
+class TierStatistics:
+    """One tier. `loads`, `stores`, `failures`, `bugs`, `dropped` and bytes loaded and stored are counted."""
+
+    name: Annotated[str, "", "Name of the tier, as in the log."]
+    state: Annotated[str, "", "`open`, `fenced` (out of use), or `probing` (opening, or about to be used again)."]
+    fenced: Annotated[bool, "", "Whether the tier is out of use."]
+    reason: Annotated[str, "", "Why the tier is fenced, or was last."]
+    failures: Annotated[int, "calls", "Calls into the tier that failed or were overdue."]
+    bugs: Annotated[int, "calls", "Calls into the tier that failed by a bug of it."]
+    calls: Annotated[int, "calls", "Calls into the tier that are under way."]
+    questions: Annotated[int, "lookups", "Lookups that wait for the tier's answer."]
+    loads_held: Annotated[int, "loads", "Loads that are wanted, under way, or landed for an unanswered lookup."]
+    loads_in_flight: Annotated[int, "loads", "Loads that are under way."]
+    bytes_in_flight: Annotated[int, "bytes", "Bytes of these loads."]
+    loads: Annotated[int, "chunks", "Chunks that were loaded."]
+    loads_missed: Annotated[int, "chunks", "Chunks that the tier could not load."]
+    loads_without_room: Annotated[int, "chunks", "Chunks that were not loaded, because memory had no room."]
+    bytes_loaded: Annotated[int, "bytes", "Bytes of the loaded chunks."]
+    stores: Annotated[int, "chunks", "Chunks that were written."]
+    stores_refused: Annotated[int, "chunks", "Chunks that the tier did not take."]
+    bytes_stored: Annotated[int, "bytes", "Bytes of the written chunks."]
+    bytes_queued: Annotated[int, "bytes", "Bytes that wait to be written, or are being written."]
+    dropped: Annotated[int, "chunks", "Chunks that were not written, because the tier was too slow or fenced."]
+    deletions_owed: Annotated[int, "resets", "Resets that the tier has not carried out yet."]
+    backend: Annotated[Mapping[str, int | str], "", "The backend's own figures."]
+
+
+@attrs.frozen
+class Statistics:
+    """All figures of a server."""
+
+    held: ServerHeld
+    counted: ServerCounted
+    tiers: tuple[TierStatistics, ...]
+
+    def table(self) -> dict[str, Any]:
+        """As `status --json` prints them."""
+        return {"held": table(self.held), "counted": table(self.counted), "tiers": [table(tier) for tier in self.tiers]}
+
+
+def table(figures: Any) -> dict[str, Any]:
+    """*figures* by name. Those of a part stand among those of the whole; a part that is None has none."""
+    found: dict[str, Any] = {}
+    for field in attrs.fields(type(figures)):
+        value = getattr(figures, field.name)
+        if attrs.has(type(value)):
+            found |= table(value)
+        elif value is not None:
+            found[field.name] = value
+    return found
