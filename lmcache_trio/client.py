@@ -63,7 +63,7 @@ from lmcache_trio._wire.messages import (
 )
 from lmcache_trio._wire.protocol import check_welcome, error_of
 from lmcache_trio.config import default_addresses, load_client_config
-from lmcache_trio.config.addresses import IpcAddress, TcpAddress, parse_address
+from lmcache_trio.config.addresses import TcpAddress, parse_address
 from lmcache_trio.errors import ConfigError, Gone, Misuse, ProtocolError, Unavailable
 
 __all__ = ["Client", "Storing", "connect", "open_client", "places_of", "sentence", "serve_connection", "wait_server"]
@@ -429,10 +429,10 @@ async def _introduce(address: str, hello: bytes, trusted: Collection[int], descr
 @asynccontextmanager
 async def connect(address: str, hello: Hello, server_uids: Collection[int] | None = None) -> AsyncIterator[Client]:
     """As `open_client`, from a ready introduction: the same token again tells the server that this is a reconnect."""
-    if hello.role is not Role.OBSERVER and isinstance(parse_address(address), IpcAddress | TcpAddress):
+    if hello.role is not Role.OBSERVER and isinstance(parse_address(address), TcpAddress):
         raise ConfigError(
             "address",
-            f"a {hello.role.name.lower()} cannot use {address}: ipc:// and tcp:// carry no descriptors, so the arena "
+            f"a {hello.role.name.lower()} cannot use {address}: tcp:// carries no descriptors, so the arena "
             "could not come along; use a unix:// address, at which observers are served too",
         )
     trusted = load_client_config().server_uids if server_uids is None else server_uids
@@ -487,7 +487,7 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     The server must run as this process' uid, as root, or as one of *server_uids*, by default those that the setting
     `client.server_uids` names.
     `Unavailable`: nobody listens there, or somebody else does, or this process may not connect. `Misuse`: the server
-    does not let such a client in, and says why, or listens under another scheme; or the scheme is ipc or tcp, and the
+    does not let such a client in, and says why, or listens under another scheme; or the scheme is tcp, and the
     role not an observer's. `ProtocolError`: it is another release's, or none.
     """
     if not isinstance(address, str):

@@ -78,7 +78,7 @@ def welcome(parts: Parts, peer: Peer, address: str) -> Welcome:
 def _check_carried(introduction: Introduction, hello: Hello) -> None:
     if hello.role is not Role.OBSERVER and not introduction.carries_descriptors:
         raise Misuse(
-            f"a {hello.role.name.lower()} cannot connect over ipc:// or tcp://, which carry no descriptors, so the "
+            f"a {hello.role.name.lower()} cannot connect over tcp://, which carries no descriptors, so the "
             "arena could not come along: have the server listen at a unix:// address, which observers may use too"
         )
 

@@ -2,8 +2,8 @@
 
 A server listens at a well-known address, the *rendezvous*, where a client introduces itself with one request and gets
 one reply. The reply names an address made for this client alone, where the two then hold one ordered, full-duplex
-*connection* (a *pair*). What carries it is chosen by the address: `unix://` by unix-domain sockets, `ipc://` and
-`tcp://` by pynng, `memory://` inside one process. Every function here is called in the Trio loop; only
+*connection* (a *pair*). What carries it is chosen by the address: `unix://` by unix-domain sockets, `tcp://`
+by pynng, `memory://` inside one process. Every function here is called in the Trio loop; only
 `Connection.send_nowait` may be called elsewhere.
 
 A message may bring *descriptors* of open files along, over `unix://` and `memory://` alone: the arena goes to a client
@@ -201,7 +201,7 @@ class _Transport(Protocol):
 
 
 def listen(address: str, access: Access = PRIVATE) -> Rendezvous:
-    """Listen at *address* (`unix:///absolute`, `ipc://…`, `tcp://127.0.0.1:PORT`) for those whom *access* names; by
+    """Listen at *address* (`unix:///absolute`, `tcp://127.0.0.1:PORT`) for those whom *access* names; by
     default for this user and root. `ConfigError` says why not.
     """
     wanted = parse_rendezvous(address)
@@ -227,7 +227,7 @@ async def introduce(
     *descriptors*, the caller's to close.
 
     A server must run as this process' uid, as root or as one of *trusted*: else `Unavailable`, and nothing is sent.
-    `Unavailable` at once when nobody listens or the server goes, `ConfigError` when it listens under another scheme;
+    `Unavailable` at once when nobody listens or the server goes, `ConfigError` when another kind of program listens;
     unbounded otherwise: use a deadline. Cancelled, it leaves nothing behind.
     """
     wanted = parse_address(address)
@@ -235,7 +235,7 @@ async def introduce(
 
 
 async def wait_listening(address: str) -> None:
-    """Wait until a server accepts at *address*, however long it takes; `ConfigError` if one of another scheme does."""
+    """Wait until a server accepts at *address*, however long it takes."""
     wanted = parse_address(address)
     await _transport(wanted).wait_listening(wanted)
 

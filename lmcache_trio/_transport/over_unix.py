@@ -22,8 +22,8 @@ from lmcache_trio._transport.unix import UnixLink
 from lmcache_trio._transport.unix_sockets import Listener, inherited, open_epoll, open_socket
 from lmcache_trio._transport.watching import wait_bound, wait_lost
 from lmcache_trio.config import Access
-from lmcache_trio.config.addresses import IpcAddress, UnixAddress
-from lmcache_trio.errors import Gone, Misuse, Unavailable
+from lmcache_trio.config.addresses import UnixAddress
+from lmcache_trio.errors import ConfigError, Gone, Misuse, Unavailable
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
 
@@ -271,7 +271,7 @@ async def _connect(address: UnixAddress, limit: int, trusted: Collection[int]) -
     except OSError as exc:
         sock.close()
         if exc.errno == errno.EPROTOTYPE:
-            raise socket_files.wrong_scheme(address, IpcAddress(address.path)) from exc
+            raise ConfigError("address", f"{address} is the socket of another program: name the server's") from exc
         if exc.errno in (errno.EACCES, errno.EPERM):
             raise socket_files.forbidden(address) from exc
         raise Unavailable(f"no server listens at {address}: {exc.strerror}") from exc

@@ -1,4 +1,4 @@
-"""The socket files behind `unix://` and `ipc://` addresses, and why one can't be used. It opens no connection."""
+"""The socket files behind `unix://` addresses, and why one can't be used. It opens no connection."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import secrets
 import socket
 import stat
 
-from lmcache_trio.config.addresses import Address, FileAddress, TcpAddress
+from lmcache_trio.config.addresses import Address, UnixAddress
 from lmcache_trio.errors import ConfigError, Unavailable
 
 __all__ = [
@@ -17,12 +17,9 @@ __all__ = [
     "forbidden",
     "fresh_path",
     "in_use",
-    "is_forbidden",
     "is_listening",
-    "takes_packets",
     "untrusted",
     "withdraw",
-    "wrong_scheme",
 ]
 
 
@@ -31,7 +28,7 @@ def fresh_path(beside: str) -> str:
     return f"{beside}.{secrets.token_hex(6)}"
 
 
-def claim(address: FileAddress) -> None:
+def claim(address: UnixAddress) -> None:
     """Make way for a server at *address*: remove what a dead one left, touch nothing that is anyone else's."""
     path = address.path
     try:
@@ -58,16 +55,11 @@ def in_use(address: Address) -> ConfigError:
     return ConfigError("address", f"{address} is in use: stop the server that listens there or choose another address")
 
 
-def wrong_scheme(address: FileAddress, right: FileAddress) -> ConfigError:
-    """The error for an *address* where a server listens, but at *right*."""
-    return ConfigError("address", f"{address} is a server's of another kind: use {right}")
-
-
 class NotToBeUsed(Unavailable):
     """Something listens there, but not for this process, or not what it believes: somebody must change a setting."""
 
 
-def forbidden(address: FileAddress) -> NotToBeUsed:
+def forbidden(address: UnixAddress) -> NotToBeUsed:
     """The error for an *address* that this process may not reach."""
     return NotToBeUsed(
         f"permission denied at {address} for uid {os.geteuid()}: run as the server's user, name this uid or a group of "
@@ -75,7 +67,7 @@ def forbidden(address: FileAddress) -> NotToBeUsed:
     )
 
 
-def untrusted(address: FileAddress | TcpAddress, uid: int) -> NotToBeUsed:
+def untrusted(address: UnixAddress, uid: int) -> NotToBeUsed:
     """The error for an *address* where a process of *uid* listens, which nobody said is the server."""
     return NotToBeUsed(
         f"a process of uid {uid} listens at {address}, not one of this process' uid {os.geteuid()} or of root: nothing "
@@ -85,29 +77,12 @@ def untrusted(address: FileAddress | TcpAddress, uid: int) -> NotToBeUsed:
 
 
 def is_listening(path: str) -> bool:
-    """Whether a living process has bound the socket at *path*, NNG's or ours. The process notices nothing.
+    """Whether a living process has bound the socket at *path*. The process notices nothing.
 
     Connecting a *datagram* socket tells: the kernel refuses it for a dead file, and has the wrong type for a live one.
-    A real connection would cost an NNG listener a pause of 100 ms.
     """
-    return _probe(path) not in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR)
-
-
-def is_forbidden(path: str) -> bool:
-    """Whether this process may not reach the socket at *path*."""
-    return _probe(path) in (errno.EACCES, errno.EPERM)
-
-
-def _probe(path: str) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
-        return probe.connect_ex(path)
-
-
-def takes_packets(path: str) -> bool:
-    """Whether a server of our own transport's listens at *path*, which sees a client come and go; NNG's sees none."""
-    kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-    with socket.socket(socket.AF_UNIX, kind) as probe:
-        return probe.connect_ex(path) in (0, errno.EAGAIN)
+        return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR)
 
 
 def withdraw(path: str) -> None:

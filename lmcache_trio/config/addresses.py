@@ -17,8 +17,6 @@ from lmcache_trio.errors import ConfigError
 
 __all__ = [
     "Address",
-    "FileAddress",
-    "IpcAddress",
     "MemoryAddress",
     "TcpAddress",
     "UnixAddress",
@@ -34,27 +32,17 @@ _SUN_PATH = 107
 """Bytes that the kernel takes for a socket's path, without the closing zero."""
 _SUFFIX = 13
 """Bytes that a pair's own path has beyond the rendezvous': a dot and 12 hexadecimal digits."""
-_USE = "use unix:///absolute/path, ipc:///absolute/path or tcp://127.0.0.1:PORT"
+_USE = "use unix:///absolute/path or tcp://127.0.0.1:PORT"
 
 
 @attrs.frozen
 class UnixAddress:
-    """A socket file of our own transport."""
+    """A socket file."""
 
     path: str
 
     def __str__(self) -> str:
         return f"unix://{self.path}"
-
-
-@attrs.frozen
-class IpcAddress:
-    """A socket file of NNG."""
-
-    path: str
-
-    def __str__(self) -> str:
-        return f"ipc://{self.path}"
 
 
 @attrs.frozen
@@ -78,8 +66,7 @@ class MemoryAddress:
         return f"memory://{self.name}"
 
 
-FileAddress = UnixAddress | IpcAddress
-Address = FileAddress | TcpAddress | MemoryAddress
+Address = UnixAddress | TcpAddress | MemoryAddress
 
 
 def default_address(environ: Mapping[str, str] | None = None) -> str:
@@ -114,17 +101,15 @@ def parse_rendezvous(address: str) -> Address:
 
 
 def socket_path(address: str) -> Path | None:
-    """The file of a `unix://` or `ipc://` address; None for others."""
+    """The file of a `unix://` address; None for others."""
     parsed = parse_address(address)
-    return Path(parsed.path) if isinstance(parsed, FileAddress) else None
+    return Path(parsed.path) if isinstance(parsed, UnixAddress) else None
 
 
 def _parse(address: str, limit: int) -> Address:
     scheme, separator, rest = address.partition("://")
     if separator and scheme == "unix":
         return UnixAddress(_checked_path(address, limit))
-    if separator and scheme == "ipc":
-        return IpcAddress(_checked_path(address, limit))
     if separator and scheme == "tcp":
         return _parse_tcp(address)
     if rest and scheme == "memory":

@@ -137,7 +137,7 @@ class Config:
 
     address: str = setting(
         attrs.Factory(default_address),
-        "Where clients find the server: unix://PATH; or, for observers alone, ipc://PATH or tcp:// on loopback.",
+        "Where clients find the server: unix://PATH; or, for observers alone, tcp:// on loopback.",
         check=check_address,
     )
     access: Access = setting(attrs.Factory(Access), "Who may connect, beside the server's own uid and root.")

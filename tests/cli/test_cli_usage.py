@@ -104,7 +104,7 @@ def test_a_wrong_flag_ends_in_one_line_that_names_it(arguments: list[str], word:
 def test_a_wrong_setting_ends_in_one_line_that_names_the_key_and_the_fix(
     setting: str, key: str, fix: str, tmp_path: Path
 ) -> None:
-    address = [] if setting.startswith("address") else ["--address", f"ipc://{tmp_path}/s.ipc"]
+    address = [] if setting.startswith("address") else ["--address", f"unix://{tmp_path}/s.sock"]
     refused(run("serve", *address, "--set", setting), key, fix)
 
 
@@ -112,30 +112,32 @@ def test_a_wrong_setting_ends_in_one_line_that_names_the_key_and_the_fix(
 def test_the_file_is_named_as_a_path_is_in_a_shell(how: list[str], tmp_path: Path) -> None:
     (tmp_path / "server.toml").write_text("grace = -1\n")
     env = {"HOME": str(tmp_path)} | ({} if how else {"LMCACHE_TRIO_CONFIG": "~/server.toml"})
-    refused(run("serve", "--address", f"ipc://{tmp_path}/s.ipc", *how, env=env), "grace", "out of range")
+    refused(run("serve", "--address", f"unix://{tmp_path}/s.sock", *how, env=env), "grace", "out of range")
 
 
 def test_a_wrong_key_in_the_file_is_named_too(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text("[memory]\nbackend = 'cpu'\nsise = '1GiB'\n")
-    refused(run("serve", "--address", f"ipc://{tmp_path}/s.ipc", "--config", str(file)), "memory.sise", "size")
+    refused(run("serve", "--address", f"unix://{tmp_path}/s.sock", "--config", str(file)), "memory.sise", "size")
 
 
 def test_the_environment_names_the_file_and_is_named_itself(tmp_path: Path) -> None:
     absent = str(tmp_path / "absent.toml")
     refused(run("serve", env={"LMCACHE_TRIO_CONFIG": absent}), f"LMCACHE_TRIO_CONFIG: cannot read {absent!r}")
     refused(run("serve", env={"LMCACHE_TRIO_CHUNK_TOKENS": "many"}), "chunk_tokens", "LMCACHE_TRIO_CHUNK_TOKENS")
-    refused(run("serve", "--address", f"ipc://{tmp_path}/s.ipc", env={"LMCACHE_TRIO_LOG": "loud"}), "LMCACHE_TRIO_LOG")
+    refused(
+        run("serve", "--address", f"unix://{tmp_path}/s.sock", env={"LMCACHE_TRIO_LOG": "loud"}), "LMCACHE_TRIO_LOG"
+    )
 
 
 @pytest.mark.parametrize("level", ["INFO", "Warning", "debug", "", "WARN", "Critical"])
 def test_a_level_of_log_is_understood_in_either_case(level: str, tmp_path: Path) -> None:
-    arguments = ["serve", "--address", f"ipc://{tmp_path}/s.ipc", "--set", "tiers.0.backend=nope"]
+    arguments = ["serve", "--address", f"unix://{tmp_path}/s.sock", "--set", "tiers.0.backend=nope"]
     refused(run(*arguments, env={"LMCACHE_TRIO_LOG": level}), "tiers.0.backend")  # the next thing that is wrong
 
 
 def test_several_settings_follow_one_flag(tmp_path: Path) -> None:
-    refused(run("serve", "--set", f"address=ipc://{tmp_path}/s.ipc", "grace=1", "chunk_tokens=0"), "chunk_tokens")
+    refused(run("serve", "--set", f"address=unix://{tmp_path}/s.sock", "grace=1", "chunk_tokens=0"), "chunk_tokens")
 
 
 @pytest.mark.parametrize("module", ["lmcache_trio.cli", "lmcache_trio._server.supervise", "lmcache_trio_backends.disk"])

@@ -18,21 +18,20 @@ from lmcache_trio.testing.sides import ServerProcess, wait_until
 
 
 @pytest.fixture
-async def welcoming(tmp_path: Path) -> AsyncIterator[str]:
+async def welcoming() -> AsyncIterator[str]:
     """The address of a server whose welcomes name a socket behind which nobody speaks NNG's protocol."""
-    front = listen(f"ipc://{tmp_path}/front")
-    with socket.socket(socket.AF_UNIX) as mute:
-        mute.bind(f"{tmp_path}/pair")
-        mute.listen()
+    front = listen("tcp://127.0.0.1:0")
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        pair = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
 
         async def welcome() -> None:
             while True:
                 introduction = await front.accept()
-                introduction.reply(encode(Welcome(PROTOCOL_VERSION, f"ipc://{tmp_path}/pair", b"boot", 256)))
+                introduction.reply(encode(Welcome(PROTOCOL_VERSION, pair, b"boot", 256)))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(welcome)
-            yield f"ipc://{tmp_path}/front"
+            yield front.address
             nursery.cancel_scope.cancel()
     front.close()
 

@@ -52,7 +52,7 @@ def test_a_class_that_is_no_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_missing_directory_is_made_private_to_the_user(tmp_path: Path) -> None:
-    prepare_directory(f"ipc://{tmp_path}/a/b/server.ipc")
+    prepare_directory(f"unix://{tmp_path}/a/b/server.sock")
     assert stat.S_IMODE((tmp_path / "a/b").stat().st_mode) == 0o700
 
 
@@ -61,9 +61,9 @@ def test_a_directory_that_others_can_write_in_is_refused_unless_it_is_sticky(tmp
     folder.mkdir()
     folder.chmod(0o777)
     with pytest.raises(ConfigError, match="chmod go-w"):
-        prepare_directory(f"ipc://{folder}/server.ipc")
+        prepare_directory(f"unix://{folder}/server.sock")
     folder.chmod(0o1777)
-    prepare_directory(f"ipc://{folder}/server.ipc")
+    prepare_directory(f"unix://{folder}/server.sock")
 
 
 def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
     else:
         monkeypatch.setattr(os, "getuid", lambda: theirs + 1)
     with pytest.raises(ConfigError, match="belongs to another user"):
-        prepare_directory(f"ipc://{tmp_path}/server.ipc")
+        prepare_directory(f"unix://{tmp_path}/server.sock")
 
 
 def test_other_addresses_need_no_directory() -> None:

@@ -13,8 +13,8 @@ from lmcache_trio import Config, ConfigError, Server, open_client, open_server
 from lmcache_trio._transport import listen
 
 
-def config_at(path: Path, scheme: str = "unix") -> Config:
-    return Config(address=f"{scheme}://{path}", memory={"backend": "cpu", "size": 1 << 20}, grace=0.1)
+def config_at(path: Path) -> Config:
+    return Config(address=f"unix://{path}", memory={"backend": "cpu", "size": 1 << 20}, grace=0.1)
 
 
 def remove(path: Path) -> None:
@@ -51,16 +51,15 @@ async def rebound(server: Server) -> None:
             await trio.lowlevel.checkpoint()
 
 
-@pytest.mark.parametrize("scheme", ["unix", "ipc"])
 @pytest.mark.parametrize(
     "lose",
     [remove, remove_directory, move, move_directory, move_the_directory_above, put_a_dead_socket_in_its_place],
 )
 async def test_a_server_whose_socket_is_lost_listens_anew_and_its_clients_notice_nothing(
-    tmp_path: Path, lose: Callable[[Path], None], scheme: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, lose: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "a" / "run" / "server.sock"
-    async with open_server(config_at(path, scheme)) as server, open_client(server.address) as before:
+    async with open_server(config_at(path)) as server, open_client(server.address) as before:
         lose(path)
         await rebound(server)
         async with open_client(server.address) as after:

@@ -1,22 +1,26 @@
 """What only NNG can break, and rude peers of it. What it shares with unix sockets is in `test_processes`."""
 
 import socket
-from pathlib import Path
 
 import pynng
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache_trio import _transport
-from lmcache_trio._transport import MAX_MESSAGE
-from lmcache_trio.errors import Gone, LMCacheTrioError
+from lmcache_trio._transport import MAX_MESSAGE, over_nng
+from lmcache_trio.errors import Gone, LMCacheTrioError, Unavailable
 
 
 @pytest.fixture
-def near(tmp_path: Path) -> str:
-    return f"ipc://{tmp_path}/s"
+def near() -> str:
+    return "tcp://127.0.0.1:0"
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return host, int(port)
 
 
 async def test_an_oversize_message_ends_its_own_connection_and_no_other(near: str) -> None:
@@ -39,27 +43,27 @@ async def test_an_oversize_message_ends_its_own_connection_and_no_other(near: st
 
 async def test_an_oversize_or_garbled_introduction_does_not_disturb_the_rendezvous(near: str) -> None:
     rendezvous = _transport.listen(near)
-    with trio.fail_after(60), socket.socket(socket.AF_UNIX) as garbled, pynng.Req0() as rude:
-        garbled.connect(near.removeprefix("ipc://"))
+    with trio.fail_after(60), socket.socket() as garbled, pynng.Req0() as rude:
+        garbled.connect(_host_and_port(rendezvous.address))
         garbled.send(b"GET / HTTP/1.1\r\n\r\n")
-        rude.dial(near, block=True)
+        rude.dial(rendezvous.address, block=True)
         rude.send(bytes(65_537))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_transport.introduce, near, b"hello")
+            nursery.start_soon(_transport.introduce, rendezvous.address, b"hello")
             introduction = await rendezvous.accept()
             assert introduction.hello == b"hello"
             introduction.reply(b"")
     rendezvous.close()
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(st.binary(max_size=64))
-def test_raw_bytes_on_a_pairs_socket_end_at_most_themselves(tmp_path: Path, noise: bytes) -> None:
+def test_raw_bytes_on_a_pairs_socket_end_at_most_themselves(noise: bytes) -> None:
     async def main() -> None:
-        listener = _transport.listen_pair(f"ipc://{tmp_path}/s")
+        listener = _transport.listen_pair("tcp://127.0.0.1:0")
         with trio.fail_after(60):
-            with socket.socket(socket.AF_UNIX) as raw:
-                raw.connect(listener.address.removeprefix("ipc://"))
+            with socket.socket() as raw:
+                raw.connect(_host_and_port(listener.address))
                 raw.send(noise)
             try:
                 client = await _transport.dial_pair(listener.address)
@@ -75,3 +79,12 @@ def test_raw_bytes_on_a_pairs_socket_end_at_most_themselves(tmp_path: Path, nois
                 listener.close()
 
     trio.run(main)
+
+
+async def test_a_listener_that_does_not_speak_nngs_protocol_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(over_nng, "_HANDSHAKE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as mute, trio.fail_after(60):
+        with pytest.raises(Unavailable, match="does not speak NNG"):
+            await _transport.introduce(f"tcp://127.0.0.1:{mute.getsockname()[1]}", b"hello")

@@ -1,4 +1,4 @@
-"""What every transport promises, over memory, unix, ipc and tcp alike."""
+"""What every transport promises, over memory, unix and tcp alike."""
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,7 +24,7 @@ class Ends:
     client: Connection
 
 
-ADDRESSES = {"memory": "memory://server", "unix": "unix://{}/s", "ipc": "ipc://{}/s", "tcp": "tcp://127.0.0.1:0"}
+ADDRESSES = {"memory": "memory://server", "unix": "unix://{}/s", "tcp": "tcp://127.0.0.1:0"}
 
 
 @pytest.fixture(params=list(ADDRESSES))

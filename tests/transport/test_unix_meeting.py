@@ -15,7 +15,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from lmcache_trio import _transport
-from lmcache_trio._transport import Rendezvous, over_nng, over_unix, socket_files, watching
+from lmcache_trio._transport import Rendezvous, over_unix, socket_files, watching
 from lmcache_trio._transport.unix import PACKET
 from lmcache_trio._transport.unix_sockets import open_socket
 from lmcache_trio.errors import ConfigError, Unavailable
@@ -225,62 +225,18 @@ async def test_a_server_that_appeared_meanwhile_is_not_replaced(
     first.close()
 
 
-async def test_one_scheme_does_not_take_the_others_file_and_says_what_is_there(
-    near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(over_nng, "_HANDSHAKE", 600.0)  # nobody waits for it, or the test ends before it does
-    ipc = f"ipc://{tmp_path}/s"
-    rendezvous = _transport.listen(ipc)
-    with pytest.raises(ConfigError, match="in use"):
-        _transport.listen(near)
-    with pytest.raises(ConfigError, match=f"use {ipc}$"):
-        await _transport.introduce(near, b"hello")
-    rendezvous.close()
-    rendezvous = _transport.listen(near)
-    with pytest.raises(ConfigError, match="in use"):
-        _transport.listen(ipc)
-    for ask in (_transport.introduce(ipc, b"hello"), _transport.wait_listening(ipc)):
-        with trio.fail_after(60), pytest.raises(ConfigError, match=f"use {near}$"):
-            await ask
-    rendezvous.close()
-
-
-async def test_who_waits_for_an_ipc_server_is_told_when_another_kind_comes(
-    near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(over_nng, "_HANDSHAKE", 0.05)
-    told: list[ConfigError] = []
-
-    async def wait() -> None:
-        with pytest.raises(ConfigError, match=f"use {near}$") as caught:
-            await _transport.wait_listening(f"ipc://{tmp_path}/s")
-        told.append(caught.value)
-
-    with trio.fail_after(60), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mute:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(wait)
-            await wait_all_tasks_blocked()
-            mute.bind(str(tmp_path / "s"))  # the first to come shakes no hands
-            mute.listen()
-            await trio.sleep(0.1)
-            assert not told
-            mute.close()
-            rendezvous = _transport.listen(near)
-    assert told
-    rendezvous.close()
-
-
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
-async def test_what_does_not_speak_nngs_protocol_is_not_waited_for_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: socket.SocketKind
+async def test_a_file_of_another_program_is_left_to_it_and_told(
+    near: str, tmp_path: Path, kind: socket.SocketKind
 ) -> None:
-    monkeypatch.setattr(over_nng, "_HANDSHAKE", 0.1)
-    with socket.socket(socket.AF_UNIX, kind) as mute, trio.fail_after(60):
-        mute.bind(str(tmp_path / "s"))
+    with socket.socket(socket.AF_UNIX, kind) as other, trio.fail_after(60):
+        other.bind(str(tmp_path / "s"))
         if kind == socket.SOCK_STREAM:
-            mute.listen()
-        with pytest.raises(Unavailable, match="does not speak NNG"):
-            await _transport.introduce(f"ipc://{tmp_path}/s", b"hello")
+            other.listen()
+        with pytest.raises(ConfigError, match="in use"):
+            _transport.listen(near)
+        with pytest.raises(ConfigError, match="is the socket of another program"):
+            await _transport.introduce(near, b"hello")
 
 
 # --- waiting for a server ---------------------------------------------------------------------------------------------

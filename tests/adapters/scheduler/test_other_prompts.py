@@ -244,7 +244,7 @@ def test_a_prompt_that_only_grows_is_one_request_and_is_hashed_once(
 )
 def test_an_identity_that_names_no_model_is_refused(identity: object) -> None:
     with pytest.raises(Misuse, match="identity"):
-        SchedulerAdapter("ipc:///nowhere", engine_id="e", identity=identity, block_tokens=16)  # type: ignore[arg-type]
+        SchedulerAdapter("unix:///nowhere", engine_id="e", identity=identity, block_tokens=16)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("given", "fix"), [(64, "leave the engine's out"), (None, "restart the engine")])

@@ -19,7 +19,7 @@ def test_every_setting_has_a_default() -> None:
 
 def test_all_settings_are_taken_over() -> None:
     extra = {
-        "address": "ipc:///run/x.ipc",
+        "address": "unix:///run/x.sock",
         "sync_lookup": True,
         "lookup_timeout": 2,
         "poll_interval": 0.01,
@@ -31,7 +31,7 @@ def test_all_settings_are_taken_over() -> None:
         "server_uids": [1000, 7],
     }
     found = ConnectorSettings(
-        address="ipc:///run/x.ipc",
+        address="unix:///run/x.sock",
         sync_lookup=True,
         lookup_timeout=2.0,
         poll_interval=0.01,
@@ -62,14 +62,14 @@ def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None
     with pytest.raises(
         ConfigError, match=r"kv_connector_extra_config\.adress: is not a setting; did you mean 'address'"
     ):
-        parse_settings({"adress": "ipc:///run/x.ipc"})
+        parse_settings({"adress": "unix:///run/x.sock"})
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("address", 7),
-        ("address", "/run/x.ipc"),
+        ("address", "/run/x.sock"),
         ("sync_lookup", "yes"),
         ("lookup_timeout", 0),
         ("lookup_timeout", True),
