@@ -16,7 +16,7 @@ class Gate:
 
     def __init__(self, fifo: str) -> None:
         self._fifo = Path(fifo) if fifo else None
-        self._hold: _Hold | None = None
+        self._barrier: _Barrier | None = None
         self._token: trio.lowlevel.TrioToken | None = None
         self._released = False
         self._event = trio.Event()
@@ -28,8 +28,8 @@ class Gate:
         if self._fifo is not None:
             with suppress(FileExistsError):
                 os.mkfifo(self._fifo, 0o600)
-        if not self._released and self._hold is None:
-            self._hold = _Hold(self._fifo)
+        if not self._released and self._barrier is None:
+            self._barrier = _Barrier(self._fifo)
 
     def release(self) -> None:
         self._released = True
@@ -42,9 +42,9 @@ class Gate:
 
     def _let_go(self) -> None:
         self._event.set()
-        hold, self._hold = self._hold, None
-        if hold is not None:
-            hold.release()
+        barrier, self._barrier = self._barrier, None
+        if barrier is not None:
+            barrier.release()
 
     async def wait_hanging(self, count: int) -> None:
         if self.hanging < count:
@@ -61,12 +61,12 @@ class Gate:
 
     def block(self) -> None:
         """In a thread."""
-        hold, token = self._hold, self._token
-        if hold is None or token is None:
+        barrier, token = self._barrier, self._token
+        if barrier is None or token is None:
             return
         token.run_sync_soon(self._note, 1)
         try:
-            hold.block()
+            barrier.block()
         finally:
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(self._note, -1)
@@ -79,7 +79,7 @@ class Gate:
         self._waiters = [(count, event) for count, event in self._waiters if not event.is_set()]
 
 
-class _Hold:
+class _Barrier:
     """Blocks threads, once, until its release. Its files are closed when the last thread is out."""
 
     def __init__(self, fifo: Path | None) -> None:

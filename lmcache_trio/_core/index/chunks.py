@@ -73,7 +73,7 @@ class Chunks:
         self._arena = arena
         self.generations = Generations()
         self.state = bytearray(1)
-        self.refs = array("i", [0])  # leases, pins and holds of it; or copies into it that have not ended
+        self._refs = array("i", [0])  # leases, pins and holds of it; or copies into it that have not ended
         self._offered = array("i", [0])  # leases of it that were not taken
         self._namespace = array("i", [-1])  # the number of its generation
         self.offset = array("Q", [0])
@@ -151,7 +151,7 @@ class Chunks:
             small += bytes(_BLOCK * width)
         for links in (self.parent, self._first_child, self._next_sibling, self._previous_sibling, self._older):
             links.frombytes(bytes(_BLOCK * links.itemsize))
-        for field in (self.refs, self._offered, self._namespace, self.offset):
+        for field in (self._refs, self._offered, self._namespace, self.offset):
             field.frombytes(bytes(_BLOCK * field.itemsize))
         self._newer.extend(array("i", [-1]) * _BLOCK)
         self._spare.extend(range(made + _BLOCK - 1, made - 1, -1))
@@ -199,7 +199,7 @@ class Chunks:
         if deadline > writing.deadline:
             writing.deadline = deadline
             self.writing.move_to_end(row)
-        self.refs[row] += 1
+        self._refs[row] += 1
         return self.offset[row] + namespace.starts[shard]
 
     def publish(self, rows: Sequence[int], namespace: Namespace, shards: int) -> list[int]:
@@ -207,7 +207,7 @@ class Chunks:
 
         A row that was doomed meanwhile, as by another shard's abort, only has its copies counted as ended.
         """
-        state, refs, published = self.state, self.refs, []
+        state, refs, published = self.state, self._refs, []
         for row in rows:
             if state[row] != WRITING:
                 self.let_go_doomed(row, shards)
@@ -241,7 +241,7 @@ class Chunks:
 
         The run is cut where all offered chunks together would hold more than *limit* bytes.
         """
-        state, refs, offered, table_of = self.state, self.refs, self._offered, namespace.table_of
+        state, refs, offered, table_of = self.state, self._refs, self._offered, namespace.table_of
         extent, room = namespace.extent, limit - self.bytes_offered
         run: list[int] = []
         fresh: list[int] = []
@@ -274,7 +274,7 @@ class Chunks:
 
     def retain(self, rows: Sequence[int], namespace: Namespace) -> None:
         """One more reader of each of *rows*, which are READY or read already."""
-        refs = self.refs
+        refs = self._refs
         fresh = [row for row in rows if not refs[row]]
         for row in rows:
             refs[row] += 1
@@ -289,7 +289,7 @@ class Chunks:
 
     def let_go(self, rows: Sequence[int], *, touch: bool) -> None:
         """One reader less of each of *rows*, which stand ancestors first. *touch*: they were used just now."""
-        namespace, refs, idle = self.namespace_of(rows[0]), self.refs, []
+        namespace, refs, idle = self.namespace_of(rows[0]), self._refs, []
         if namespace.replaced:  # a sweep may have met some of them
             doomed = [row for row in rows if self.state[row] == DOOMED]
             rows = [row for row in rows if self.state[row] != DOOMED]
@@ -331,8 +331,8 @@ class Chunks:
 
     def let_go_doomed(self, row: int, count: int) -> None:
         """*count* copies into, or readers of, a DOOMED chunk ended; the last one frees it."""
-        self.refs[row] -= count
-        if not self.refs[row]:
+        self._refs[row] -= count
+        if not self._refs[row]:
             namespace = self.namespace_of(row)
             namespace.counts[DOOMED] -= 1
             if row in self._quarantined:
@@ -353,7 +353,7 @@ class Chunks:
             # a chunk that was read may be gone already, and its row another chunk's
             if self.state[row] == READY and self._namespace[row] == namespace.number:
                 self._unlink(row)
-                if self.refs[row]:
+                if self._refs[row]:
                     self.state[row] = DOOMED
                     namespace.counts[READY] -= 1
                     namespace.counts[DOOMED] += 1
@@ -408,7 +408,7 @@ class Chunks:
 
     def _touch(self, rows: Sequence[int]) -> None:
         """Bring *rows* (ancestors first) and all their idle ancestors to the recent end, deepest first."""
-        parent, state, refs, newer, older = self.parent, self.state, self.refs, self._newer, self._older
+        parent, state, refs, newer, older = self.parent, self.state, self._refs, self._newer, self._older
         top, at = older[0], len(rows)
         while at:
             at -= 1
@@ -433,7 +433,7 @@ class Chunks:
 
     def _put_back(self, row: int) -> None:
         """Put *row* just below its nearest ancestor in order, and before it the parked ancestors that it kept out."""
-        newer, older, parent, state, refs = self._newer, self._older, self.parent, self.state, self.refs
+        newer, older, parent, state, refs = self._newer, self._older, self.parent, self.state, self._refs
         chain = []
         while row and newer[row] < 0 and state[row] == READY and not refs[row]:
             chain.append(row)
