@@ -198,4 +198,5 @@ PHASES: dict[str, Callable[[Host, int], Timed]] = {
     "load_disk_warm": tiers.load_warm,
     "load_disk_cold": tiers.load_cold,
     "direct_read": tiers.direct_read,
+    "direct_write": tiers.direct_write,
 }

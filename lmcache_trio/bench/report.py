@@ -17,12 +17,13 @@ _OTHERS = 0.1
 """Cores that everyone else kept busy."""
 
 _DEVICE_SPEED, _DEVICE_SHARE = 0.8, 0.05
-_COLD_SPEED, _WARM_SPEED = 0.9, 0.6
+_COLD_SPEED, _WARM_SPEED, _WRITE_SPEED = 0.9, 0.6, 0.8
 """Goals of the project's own."""
 _PARKED_RATIO = 2.0
 _READY_SECONDS = 1.0
 _UNCACHED = 512 << 20
 
+_DISK_LIMITS = (("direct_read", "bandwidth"), ("direct_write", "bandwidth"))
 _COMPARED = {"p50_us": "p50 µs", "ops_s": "ops/s", "gb_s": "GB/s", "ratio": "ratio"}
 _COLUMNS = ("row", "clients", "n", "p50 µs", "p99 µs", "ops/s", "GB/s", "client µs", "server µs", "ratio")
 
@@ -46,7 +47,7 @@ def table(rows: Sequence[ResultRow], settings: BenchSettings) -> Table:
 def doubts(rounds: Mapping[str, Sequence[Round]], others: float) -> list[str]:
     """Why the figures should not be quoted: one sentence each; none on a quiet machine."""
     found = []
-    for name, figure in (("memcpy", "bandwidth"), ("bare_round_trip", "p50"), ("direct_read", "bandwidth")):
+    for name, figure in (("memcpy", "bandwidth"), ("bare_round_trip", "p50"), *_DISK_LIMITS):
         if name in rounds and len(rounds[name]) > 1:
             width = spread([getattr(r, figure) for r in rounds[name]])
             if width > _SPREAD:
@@ -68,10 +69,14 @@ def verdicts(rounds: Mapping[str, Sequence[Round]], settings: BenchSettings) -> 
                 f"{name} is {speed:.2f} x memcpy (goal {_DEVICE_SPEED:g}); of the copy's processor time the engine's"
                 f" process spent {share:.1%} (goal {_DEVICE_SHARE:.0%} at most)"
             )
-    loads = [("load_disk_cold", "direct_read", _COLD_SPEED), ("load_disk_warm", "memcpy", _WARM_SPEED)]
+    disk = [
+        ("load_disk_cold", "direct_read", _COLD_SPEED),
+        ("load_disk_warm", "memcpy", _WARM_SPEED),
+        ("writeback_disk", "direct_write", _WRITE_SPEED),
+    ]
     found = [
         f"{name} is {speed:.2f} x {limit} (goal {goal:g})"
-        for name, limit, goal in loads
+        for name, limit, goal in disk
         if (speed := speed_of(rounds.get(name, ()), rounds.get(limit, ()))) is not None
     ]
     return told + ([", ".join(found)] if found else [])

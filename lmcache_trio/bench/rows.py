@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _COPYING = frozenset((*COPIES, *DISK))
-_WITHOUT_SERVER = ("memcpy", "memcpy_shm", "direct_read")
+_WITHOUT_SERVER = ("memcpy", "memcpy_shm", "direct_read", "direct_write")
 
 
 @attrs.frozen

@@ -28,7 +28,9 @@ LOOKUPS = (
     *("bare_round_trip", "ping", "lookup_8k_hit", "lookup_8k_miss"),
     *("sync_lookup_8k_hit", "lookup_8k_extend", "end_session_8k"),
 )
-DISK = ("writeback_disk", "load_disk_warm", "load_disk_cold", "direct_read")
+DISK = ("writeback_disk", "load_disk_warm", "load_disk_cold", "direct_read", "direct_write")
+_BESIDE = {"load_disk_cold": "direct_read", "writeback_disk": "direct_write"}
+"""Rows that are related to a limit of their own, and that limit."""
 ROWS = (*COPIES[:2], *LOOKUPS, *COPIES[2:], *DISK)
 """In the order in which a round measures them: a load finds what the writeback before it left."""
 
@@ -131,7 +133,7 @@ class BenchSettings:
     @property
     def wanted(self) -> tuple[str, ...]:
         """The rows to measure, in order."""
-        limits = {"memcpy", "bare_round_trip", *(["direct_read"] if "load_disk_cold" in self.rows else [])}
+        limits = {"memcpy", "bare_round_trip", *(_BESIDE[row] for row in self.rows if row in _BESIDE)}
         return tuple(name for name in ROWS if name in self.rows or name in limits)
 
     @property

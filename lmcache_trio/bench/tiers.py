@@ -2,8 +2,8 @@
 
 A writeback is timed from the moment at which the worker's copy ended until the tier counts the chunks; a load from the
 lookup until its answer: tier to slots, hit by hit, through the prefetch of the server. Warm is read from the page
-cache, cold after it was told to drop the tier's files. Beside the cold load stands what it is held to: a plain direct
-read of as many of the tier's bytes, without index, checksums or slots.
+cache, cold after it was told to drop the tier's files. Each stands beside a limit without index, checksums or slots: a
+cold load beside a plain direct read of as many of the tier's bytes, a writeback beside plain writes of as many bytes.
 """
 
 import mmap
@@ -14,11 +14,12 @@ from pathlib import Path
 
 from lmcache_trio.bench import files
 from lmcache_trio.bench.host import Host, Timed
+from lmcache_trio.bench.settings import ROTATION
 from lmcache_trio.bench.site import Site
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.threads import Handoff
 
-__all__ = ["direct_read", "load_cold", "load_warm", "writeback"]
+__all__ = ["direct_read", "direct_write", "load_cold", "load_warm", "writeback"]
 
 _SECONDS = 60.0
 _PAUSE = 0.004
@@ -26,6 +27,7 @@ _PAUSE = 0.004
 DIRECT_PIECE = 32 << 20
 """Bytes of one direct read: a chunk of the default shape, as a load asks for them in a row. The kernel splits it
 anyway: 8, 32 and 128 MiB read alike here, within what the disk varied by of itself."""
+WRITE_PIECE = 1 << 20
 
 
 def writeback(host: Host, n: int) -> Timed:
@@ -109,6 +111,37 @@ def direct_read(host: Host, n: int) -> Timed:
         return times
 
     return Timed(run, n * size)
+
+
+def direct_write(host: Host, n: int) -> Timed:
+    """As many bytes as a writeback of this round, into a file beside the tier's: one thread per client, no checksum.
+
+    The bytes go through the page cache, into room that was set aside, in pieces of 1 MiB: as the tier's do by default.
+    """
+    _forget(host)
+    size = host.settings.operation_bytes
+    path = Path(host.directory) / f"direct-write-{host.rank}"
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    os.posix_fallocate(file, 0, n * size)
+    sources = [memoryview(buffer.numpy().data) for buffer in host.buffers[:ROTATION]]
+
+    def run() -> list[float]:
+        times = []
+        for number in range(n):
+            began = time.perf_counter()
+            source, start = sources[number % ROTATION], number * size
+            for at in range(0, size, WRITE_PIECE):
+                piece = source[at : at + WRITE_PIECE]
+                if os.pwrite(file, piece, start + at) != len(piece):
+                    raise Unavailable(f"a write into {path} was cut short: is the disk full?")
+            times.append(time.perf_counter() - began)
+        return times
+
+    def finish() -> None:
+        os.close(file)
+        path.unlink()
+
+    return Timed(run, n * size, finish)
 
 
 def _forget(host: Host) -> None:

@@ -67,10 +67,11 @@ def test_every_row_is_measured_printed_and_written_and_nothing_is_left(folder: P
         assert row["ops_s"] > 0
         assert row["ratio"] > 0
         assert (row["gb_s"] is not None) == copying
-        assert (row["cpu_server_us"] is None) == (name.startswith("memcpy") or name == "direct_read")
+        assert (row["cpu_server_us"] is None) == name.startswith(("memcpy", "direct"))
     assert rows["memcpy"]["ratio"] == rows["bare_round_trip"]["ratio"] == 1
     assert "of the copy's processor time the engine's process spent" in done.stdout
     assert "load_disk_warm is" in done.stdout
+    assert "x direct_write (goal 0.8)" in done.stdout
     assert list(folder.iterdir()) == []
 
 

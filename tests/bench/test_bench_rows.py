@@ -122,12 +122,17 @@ def test_goals_of_copies_are_told_beside_the_table() -> None:
         "load_disk_warm": [a_round([2.0], moved=10**9)] * 3,
         "load_disk_cold": [a_round([4.0], moved=10**9)] * 3,
         "direct_read": [a_round([2.0], moved=10**9)] * 3,
+        "writeback_disk": [a_round([2.0], moved=10**9)] * 3,
+        "direct_write": [a_round([1.5], moved=10**9)] * 3,
     }
     device, disk = verdicts(rounds, BenchSettings())
     assert device.startswith("store_device is 0.80 x memcpy (goal 0.8); ")
     assert "spent 100.0% (goal 5% at most)" in device
-    assert disk == "load_disk_cold is 0.50 x direct_read (goal 0.9), load_disk_warm is 0.50 x memcpy (goal 0.6)"
-    del rounds["direct_read"], rounds["store_device"]
+    assert disk == (
+        "load_disk_cold is 0.50 x direct_read (goal 0.9), load_disk_warm is 0.50 x memcpy (goal 0.6),"
+        " writeback_disk is 0.75 x direct_write (goal 0.8)"
+    )
+    del rounds["direct_read"], rounds["direct_write"], rounds["store_device"]
     assert verdicts(rounds, BenchSettings()) == ["load_disk_warm is 0.50 x memcpy (goal 0.6)"]
     assert verdicts({}, BenchSettings()) == []
     assert "caches" in verdicts({}, BenchSettings(operation=1))[0]
@@ -214,6 +219,12 @@ def test_the_two_limits_are_always_measured() -> None:
         "bare_round_trip",
         "load_disk_cold",
         "direct_read",
+    )
+    assert BenchSettings(rows=("writeback_disk",)).wanted == (
+        "memcpy",
+        "bare_round_trip",
+        "writeback_disk",
+        "direct_write",
     )
     assert BenchSettings().wanted == ROWS
 

@@ -7,18 +7,13 @@ from typing import Protocol
 
 from lmcache_trio.abc import ChunkKey
 
-__all__ = ["ADMISSIONS", "Admission", "admit_all", "make_admission"]
+__all__ = ["ADMISSIONS", "Admission", "make_admission"]
 
 
 class Admission(Protocol):
     """Asked once for each chunk that is offered and not there."""
 
     def __call__(self, key: ChunkKey) -> bool: ...
-
-
-def admit_all(key: ChunkKey) -> bool:
-    """Take every chunk."""
-    return True
 
 
 class SecondHit:
@@ -52,6 +47,6 @@ class SecondHit:
 ADMISSIONS = ("all", "second_hit")
 
 
-def make_admission(name: str) -> Admission:
-    """The policy by its name in the configuration."""
-    return SecondHit() if name == "second_hit" else admit_all
+def make_admission(name: str) -> Admission | None:
+    """The policy by its name in the configuration. None takes every chunk."""
+    return SecondHit() if name == "second_hit" else None

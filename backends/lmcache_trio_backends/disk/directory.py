@@ -1,41 +1,55 @@
-"""What the disk tier knows and decides, without waiting: which chunk lies where, who uses it, and what goes first.
+"""What the disk tier knows and decides, without waiting: where each chunk lies, who uses it, and what is evicted first.
 
     ABSENT --reserve--> WRITING --publish--> PUBLISHED --evict / quarantine / forget--> DOOMED --erased--> ABSENT
                            |`--abort--> ABSENT                                            ^
                            `--forget------------------------------------------------------'
 
-Rule 1: a chunk's bytes are written before its row stands in the index file, and its row is gone from there before its
-bytes are given to another. So whenever a kill comes, each row of the file names bytes that nobody else was given.
-Rule 2: a DOOMED chunk is out of the directory at once; its extent stays taken until its last holder let go of it and
-its row is erased. Rule 3: no I/O and no clock here.
+Rule 1: a chunk's bytes are written before its row stands in the index file, and its row is erased there before its
+bytes are given to another chunk. So after a kill at any time, each row of the file names bytes of its own.
+Rule 2: a DOOMED chunk is out of the directory at once. Its extent stays taken until its last holder has let go of it
+and its row is erased. Rule 3: no I/O and no clock here.
 
-A namespace that is forgotten is absent at once; its rows are doomed a batch at a time, as `take_doomed` is asked for
-them. The index file keeps up to which generation it was: what a kill leaves of it is dead, and its bytes are free.
+A forgotten namespace is absent at once; its rows are doomed a batch at a time, when `take_doomed` is called. The index
+file keeps the generation up to which it was forgotten: rows that a kill leaves are dead, and their bytes are free.
 """
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
 
 from lmcache_trio.abc import Arena, ChunkKey
-from lmcache_trio.errors import Misuse
-from lmcache_trio_backends.disk.eviction import Leaves
-from lmcache_trio_backends.disk.records import Doomed, Lost, Read, Row, Write, extent_of, index_cost
-from lmcache_trio_backends.disk.rows import FREE, Rows, Space
-from lmcache_trio_backends.disk.scanner import SLICE, Places, by_place
+from lmcache_trio_backends.disk.admission import Admission
+from lmcache_trio_backends.disk.eviction import EvictionHeap
+from lmcache_trio_backends.disk.records import MAX_SHARDS, NAME, Doomed, Lost, Read, Row, Write, extent_of, index_cost
+from lmcache_trio_backends.disk.rows import FREE, ChunkRows, Space
+from lmcache_trio_backends.disk.scanner import SLICE, SlabScanner, by_place
 
-__all__ = ["Directory"]
+__all__ = ["Directory", "Refusal"]
 
 _WRITING, _PUBLISHED, _DOOMED = range(FREE + 1, FREE + 4)
 
 
-class Directory:
-    """All chunks of one disk. *index_room* is in bytes of the index file, see `index_cost`."""
+class Refusal(Enum):
+    """Why a chunk gets no extent. Growth or eviction may end `NO_HOLE` and `NO_INDEX_ROOM`; else it is `NO_SPACE`."""
 
-    def __init__(self, arena: Arena, index_room: int) -> None:
+    PUBLISHED = "published"
+    WRITING = "writing"
+    SIZE = "size"
+    ADMISSION = "admission"
+    NO_INDEX_ROOM = "no_index_room"
+    NO_HOLE = "no_hole"
+    NO_SPACE = "no_space"
+
+
+class Directory:
+    """All chunks of one disk. *capacity* is in bytes of slabs, *index_room* of the index file, see `index_cost`."""
+
+    def __init__(self, arena: Arena, *, capacity: int, index_room: int) -> None:
         self._arena = arena
+        self._capacity = capacity
         self._index_room = index_room
-        self._rows = Rows()
-        self._leaves = Leaves(self._rows, _PUBLISHED)
+        self._rows = ChunkRows()
+        self._leaves = EvictionHeap(self._rows, _PUBLISHED)
         self._doomed: list[int] = []
         self._forgotten: list[Space] = []  # their rows that go by a name are to be doomed
         self._buried: dict[bytes, int] = {}  # namespace -> generation up to which the index file's rows are dead
@@ -57,19 +71,12 @@ class Directory:
         row = self._rows.find(key.namespace, key.digest)
         return row >= 0 and self._rows.state[row] == _PUBLISHED
 
-    def knows(self, key: ChunkKey) -> bool:
-        """Whether *key* is published or being written."""
-        return self._rows.find(key.namespace, key.digest) >= 0
-
     def begin_read(self, key: ChunkKey, lengths: Sequence[int]) -> Read | None:
         """Hold *key*'s extent in place; None if it is absent or of other *lengths*."""
-        rows = self._rows
-        row = rows.find(key.namespace, key.digest)
-        if row < 0 or rows.state[row] != _PUBLISHED:
+        row = self._rows.find(key.namespace, key.digest)
+        if row < 0 or self._rows.state[row] != _PUBLISHED or self._rows.lengths(row) != tuple(lengths):
             return None
-        if rows.lengths(row) != tuple(lengths):
-            return None
-        rows.holders[row] += 1
+        self._rows.holders[row] += 1
         return self._read(key, row, row)
 
     def glance(self, key: ChunkKey, lengths: Sequence[int]) -> Read | None:
@@ -78,9 +85,11 @@ class Directory:
         return self._read(key, row, -1) if row >= 0 and self._rows.lengths(row) == tuple(lengths) else None
 
     def end_read(self, read: Read) -> bool:
-        """Let go of it. Whether the chunk was there the whole time: False, and its bytes must not be served."""
-        if read.row >= 0:
-            self._let_go(read.row)
+        """Let go of it. Whether the chunk was there the whole time: if not, its bytes must not be served."""
+        if read.number >= 0:
+            self._rows.holders[read.number] -= 1
+            if not self._rows.holders[read.number] and self._rows.state[read.number] == _DOOMED:
+                self._doomed.append(read.number)
         return self._is_current(read)
 
     def touch(self, key: ChunkKey) -> None:
@@ -92,60 +101,69 @@ class Directory:
             self._touched.add(row)
 
     def take_touched(self, limit: int) -> list[tuple[int, bytes, int]]:
-        """Up to *limit* (recency, key, generation) that the index file does not have yet, in the file's order."""
+        """Up to *limit* (recency, name, generation) that the index file does not have yet, in the file's order."""
         rows = self._rows
         taken = [self._touched.pop() for _ in range(min(limit, len(self._touched)))]
-        live = [(rows.recency[r], rows.key(r), rows.generation[r]) for r in taken if rows.state[r] == _PUBLISHED]
+        live = [(rows.recency[r], rows.name(r), rows.generation[r]) for r in taken if rows.state[r] == _PUBLISHED]
         return sorted(live, key=lambda t: t[1])
 
     # ---- writing
 
-    def has_index_room(self, shards: int) -> bool:
-        """Whether the index file can take one more record."""
-        return self._rows.index_used + index_cost(shards) <= self._index_room
+    def reserve(
+        self, key: ChunkKey, parent: bytes, lengths: Sequence[int], admit: Admission | None = None
+    ) -> Write | Refusal:
+        """An extent for *key*, of the shards' *lengths*, or the reason why not.
 
-    def reserve(self, key: ChunkKey, parent: bytes, lengths: Sequence[int]) -> Write | None:
-        """An extent for *key*, of the shards' *lengths*; None when no hole is large enough, or the index is full."""
-        if self.knows(key):
-            raise Misuse(f"chunk {key.digest.hex()} is known already: ask `knows` first")
-        if not self.has_index_room(len(lengths)):
-            return None
+        *admit* is asked last of all that is for good. So a caller that makes room and tries again leaves it out.
+        """
+        row = self._rows.find(key.namespace, key.digest)
+        if row >= 0:
+            return Refusal.PUBLISHED if self._rows.state[row] == _PUBLISHED else Refusal.WRITING
         extent = extent_of(lengths)
+        if len(lengths) > MAX_SHARDS or not 0 < extent <= self._capacity:
+            return Refusal.SIZE
+        if admit is not None and not admit(key):
+            return Refusal.ADMISSION
+        if self._rows.index_used + index_cost(len(lengths)) > self._index_room:
+            return Refusal.NO_INDEX_ROOM
         offset = self._arena.allocate(extent)
         if offset is None:
-            return None
+            return Refusal.NO_HOLE
         self._last_generation += 1
         self._clock += 1
-        write = Write(-1, key, parent, tuple(lengths), offset, self._last_generation, self._clock)
-        row = self._rows.add(write.as_row([0] * len(lengths)), _WRITING)
+        name, sums = key.namespace + key.digest, (0,) * len(lengths)
+        record = Row(name, parent, offset, self._last_generation, self._clock, tuple(lengths), sums)
+        row = self._rows.add(record, _WRITING)
         self._rows.holders[row] = 1
-        return Write(row, key, parent, write.lengths, offset, write.generation, write.recency)
+        return Write(row, key, record)
 
     def publish(self, write: Write, sums: Sequence[int]) -> bool:
-        """Its row stands in the index file now. False when it was forgotten meanwhile: it is to be erased again."""
-        rows, row = self._rows, write.row
-        published = rows.state[row] == _WRITING and not rows.space(row).gone
-        if published:
+        """Its row stands in the index file now. False: it was forgotten meanwhile, and is to be erased again."""
+        rows, row = self._rows, write.number
+        rows.holders[row] = 0
+        if rows.state[row] == _DOOMED:
+            self._doomed.append(row)
+        elif rows.space(row).gone:
+            self._doom(row)
+        else:
             rows.set_sums(row, sums)
             rows.state[row] = _PUBLISHED
             self._chunks += 1
             self._leaves.link(row)
             self._leaves.offer(row)
-        elif rows.state[row] == _WRITING:
-            self._doom(row)
-        self._let_go(row)
-        return published
+            return True
+        return False
 
     def abort(self, write: Write) -> None:
-        """Nothing of it stands in the index file, and nobody writes it any more: its extent is free."""
-        if self._rows.state[write.row] == _WRITING:
-            self._rows.remove_name(write.row)
-        self._release(write.row)
+        """Free the extent of a chunk that is not in the index file, and that no thread writes any more."""
+        if self._rows.state[write.number] == _WRITING:
+            self._rows.remove_name(write.number)
+        self._release(write.number)
 
     # ---- leaving
 
     def evict(self, length: int) -> int:
-        """Doom the least recent leaves until *length* bytes of slabs go with them. How many; 0: see `searching`."""
+        """Doom the least recent leaves until they hold *length* bytes of slabs. How many; 0: see `searching`."""
         count = 0
         while length > 0 and (row := self._leaves.victim()) >= 0:
             length -= self._rows.extent[row]
@@ -155,18 +173,18 @@ class Directory:
 
     @property
     def searching(self) -> bool:
-        """`evict` stopped early, after about 1 ms: call it again. Else, when it gave 0, nothing can go."""
+        """`evict` stopped early, after about 1 ms: call it again. Else, if it gave 0, no chunk can be evicted."""
         return self._leaves.searching
 
     def quarantine(self, read: Read) -> bool:
-        """Doom what failed verification, unless another goes by its name now."""
+        """Doom a chunk that failed verification, unless another chunk has its name now."""
         if not self._is_current(read):
             return False
         self._doom(self._rows.find(read.key.namespace, read.key.digest))
         return True
 
     def forget(self, namespace: bytes) -> int:
-        """All of *namespace* is absent from now on, and `take_doomed` gives it. Returns its newest generation."""
+        """All of *namespace* is absent from now on, and `take_doomed` gives its rows. Returns the newest generation."""
         space = self._rows.forget(namespace)
         if space is not None:
             self._forgotten.append(space)
@@ -178,11 +196,6 @@ class Directory:
         """Whether `take_doomed` has something to look at."""
         return bool(self._doomed or self._forgotten)
 
-    @property
-    def has_touched(self) -> bool:
-        """Whether `take_touched` would give something."""
-        return bool(self._touched)
-
     def take_doomed(self, limit: int) -> list[Doomed]:
         """Up to *limit* records to be erased from the index file; then call `erased`."""
         while self._forgotten and len(self._doomed) < limit:
@@ -192,12 +205,12 @@ class Directory:
             else:
                 self._doom(row)
         taken = [self._doomed.pop() for _ in range(min(limit, len(self._doomed)))]
-        return [Doomed(row, self._rows.key(row), self._rows.generation[row]) for row in taken]
+        return [Doomed(row, self._rows.name(row), self._rows.generation[row]) for row in taken]
 
     def erased(self, doomed: Iterable[Doomed]) -> None:
-        """Their rows are gone from the index file: their extents are free."""
+        """Free the extents of records whose rows are gone from the index file."""
         for one in doomed:
-            self._release(one.row)
+            self._release(one.number)
 
     # ---- rebuilding
 
@@ -208,18 +221,18 @@ class Directory:
         self._last_generation = max(self._last_generation, generation)
 
     def is_dead(self, row: Row) -> bool:
-        """Whether it was forgotten, and a kill came before it was erased."""
-        return bool(self._buried) and row[3] <= self._buried.get(row[0][:32], -1)
+        """Whether *row* was forgotten, and a kill came before it was erased."""
+        return bool(self._buried) and row.generation <= self._buried.get(row.name[:NAME], -1)
 
     def restore(self, found: Iterable[Row]) -> None:
         """Add rows of the index file, before anything else; `rebuild` ends it."""
         rows = self._rows
         for row in found:
-            self._last_generation = max(self._last_generation, row[3])
-            self._clock = max(self._clock, row[4])
+            self._last_generation = max(self._last_generation, row.generation)
+            self._clock = max(self._clock, row.recency)
             there = rows.add(row, _PUBLISHED)
             if self.is_dead(row):
-                self._erased.discard(row[0][:32])
+                self._erased.discard(row.name[:NAME])
                 rows.remove_name(there)
                 rows.state[there], rows.extent[there] = _DOOMED, 0  # its bytes may be another's already
                 self._doomed.append(there)
@@ -227,7 +240,7 @@ class Directory:
                 self._chunks += 1
 
     def take_erased(self) -> list[bytes]:
-        """Namespaces that were buried, and of which no row was left to restore. After `rebuild`."""
+        """Buried namespaces without a row that was left to restore. After `rebuild`."""
         taken, self._erased = list(self._erased), set()
         return taken
 
@@ -241,10 +254,10 @@ class Directory:
         A row whose bytes lie outside of the slabs, in what is *lost* of them, or over another's, is doomed. Rule 1
         leaves none such; a smaller disk or a file changed from outside does.
         """
-        rows, places = self._rows, Places(self._rows, _PUBLISHED, self._arena, lost)
-        yield from places.claim(taken, order)
-        self.overlaid = places.overlaid
-        self.lost = len(places.strays) - places.overlaid
+        rows, scanner = self._rows, SlabScanner(self._rows, _PUBLISHED, self._arena, lost)
+        yield from scanner.claim(taken, order)
+        self.overlaid = scanner.overlaid
+        self.lost = len(scanner.strays) - scanner.overlaid
         self._unusable = sum(one.end - one.start for one in lost if not one.usable)
         for do in (self._leaves.link, self._leaves.offer):
             for i in range(0, rows.count, SLICE):
@@ -252,7 +265,7 @@ class Directory:
                     if rows.state[row] == _PUBLISHED:
                         do(row)
                 yield
-        for row in places.strays:
+        for row in scanner.strays:
             rows.extent[row] = 0  # it has no bytes to give back
             self._doom(row)
 
@@ -289,11 +302,6 @@ class Directory:
             self._chunks -= not rows.space(row).gone  # else they were all subtracted at once
             self._leaves.unlink(row)
         if not rows.holders[row]:
-            self._doomed.append(row)
-
-    def _let_go(self, row: int) -> None:
-        self._rows.holders[row] -= 1
-        if not self._rows.holders[row] and self._rows.state[row] == _DOOMED:
             self._doomed.append(row)
 
     def _release(self, row: int) -> None:

@@ -1,7 +1,11 @@
-"""The disk tier between one `open()` and its end: its calls, and the tasks that keep house.
+"""The engine of the disk tier: its calls, the room that they need, and the task that keeps house.
 
-Every decision is `directory`'s, every wait for a thread `io_threads`'s; this module joins the two in the order
-that survives a kill: bytes before their row, a row's end before its bytes are given to another.
+`directory` makes every decision and `io_threads` makes every wait for a thread. This module joins the two in the order
+that survives a kill: bytes are written before their row, and a row is erased before its bytes are given to another
+chunk. docs/reference/disk-tier.md says how the bytes lie, what each durability level promises, and what each kind of
+failure does.
+
+It refuses to share its directory, to grow beyond its size, and to guess: bytes that fail their checksum are dropped.
 """
 
 import errno
@@ -10,27 +14,28 @@ import logging
 import math
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import attrs
 import trio
 
-from lmcache_trio.abc import Arena, ChunkKey, Load, Record
-from lmcache_trio.errors import Unavailable
-from lmcache_trio_backends.disk.admission import Admission
-from lmcache_trio_backends.disk.config import Budget, DiskConfig, failure_of
-from lmcache_trio_backends.disk.directory import Directory
+from lmcache_trio.abc import Arena, ChunkKey, Load, LocalTier, Record
+from lmcache_trio.errors import ConfigError, Unavailable
+from lmcache_trio.threads import offload
+from lmcache_trio_backends.disk.admission import make_admission
+from lmcache_trio_backends.disk.config import Budget, DiskConfig, failure_of, usable_size
+from lmcache_trio_backends.disk.directory import Directory, Refusal
 from lmcache_trio_backends.disk.files import Files
 from lmcache_trio_backends.disk.home import Home
 from lmcache_trio_backends.disk.index_file import Full
-from lmcache_trio_backends.disk.io_threads import Worker
-from lmcache_trio_backends.disk.reclaimer import Room
-from lmcache_trio_backends.disk.records import MAX_SHARDS, Read, Write, extent_of, name_of
-from lmcache_trio_backends.disk.recovery import Reading
+from lmcache_trio_backends.disk.io_threads import DIRECT_PIECES, IOThreads, SlabTransfer
+from lmcache_trio_backends.disk.records import Read, Write, extent_of, name_of
+from lmcache_trio_backends.disk.recovery import Recovery
 from lmcache_trio_backends.disk.slabs import NO_SPACE, ByteIO
-from lmcache_trio_backends.disk.transfer import Transfer, flat
 
-__all__ = ["FLUSH_SECONDS", "DiskLife"]
+__all__ = ["FLUSH_SECONDS", "DiskTier"]
 
 log = logging.getLogger("lmcache_trio.disk")
 
@@ -39,76 +44,115 @@ FLUSH_SECONDS = 5.0
 CONTAINS_KEYS = 2000
 """Keys looked up between two turns of the loop: about 1 ms."""
 DELETE_BATCHES = 40
-"""Batches of rows that a deletion erases itself, 10,000 chunks: it is for good before, and should not take long."""
+"""Batches erased inside `delete` itself, 10,000 chunks; the rest is erased in the background: it is durable already."""
 GROUP_BYTES = 64 << 20
 """Bytes written before their rows are published: what a cancelled or killed store loses at most."""
 CLOSE_SECONDS = 5.0
+COUNTS = (
+    *("hits", "misses", "stored", "evicted", "disk_full"),
+    *("corrupt", "lost_slabs", "lost_index", "lost_changes"),
+    *("dropped_admission", "dropped_no_space", "dropped_not_ready", "dropped_size", "dropped_writing"),
+)
 
 
-class DiskLife:
-    """*home* and *counts* outlive this life; *wrap* stands between the tier and its slabs."""
+class DiskTier(LocalTier):
+    """Chunks on one disk. Every call but `statistics` is made inside `open()`, and ends there."""
 
-    def __init__(
-        self,
-        config: DiskConfig,
-        home: Home,
-        admit: Admission,
-        counts: "Counter[str]",
-        wrap: Callable[[ByteIO], ByteIO],
-    ) -> None:
-        self._config = config
-        self._admit = admit
-        self._counts = counts
-        self._wrap = wrap
-        self.budget = Budget.of(config.size)
-        self._directory = Directory(Arena(), self.budget.index)
-        self._files = Files(config, self.budget, home)
-        self._io: ByteIO = self._files.slabs
-        self._worker = Worker(Path(config.path), config.threads, self._files.check)
-        self._room = Room(self._directory, self._files, self._worker, counts)
+    Config = DiskConfig
+
+    def __init__(self, config: DiskConfig) -> None:
+        super().__init__(config)
+        self.wrap_io: Callable[[ByteIO], ByteIO] = lambda io: io
+        """Stands between the tier and its slabs from the next `open()` on: for fault injection below the checksums."""
+        self._home = Home(config.path)
+        self._admit = make_admission(config.admission)
+        self._pieces = DIRECT_PIECES if config.direct else 1
+        self._counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
+        self._was_open = self._is_open = self._anew = False
+        self._begin(config)
+
+    def _begin(self, config: DiskConfig) -> None:
+        """Forget the last opening: all parts are made again, and nothing is open yet."""
+        budget = Budget.of(config.size)
+        self._directory = Directory(Arena(), capacity=budget.slabs, index_room=budget.index)
+        self._files = Files(config, budget, self._home)
+        self._index, self._slabs = self._files.index, self._files.slabs
+        self._threads = IOThreads(Path(config.path), config.threads, self._home.check)
+        self._recovery = Recovery(self._directory, self._files, self._threads, self._counts)
+        self._ready = self._recovery.ready
+        self._io: ByteIO = self._slabs
         self._wake = trio.Event()
         self._due = math.inf
         self._unflushed = False
         self._failed = 0  # chunks that failed verification since the last flush
-        self.reading = Reading(self._directory, self._files, self._worker, counts)
-        self.ready = self.reading.ready
+        self._is_full = False
+        self._growing, self._erasing = trio.Lock(), trio.Lock()
 
-    @property
-    def corrupt(self) -> bool:
-        """The index file is no sound database: the next life is to begin empty."""
-        return self._worker.corrupt
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Lock the directory and read its index; a large one is read on in the background, while stores are dropped.
 
-    # ---- the calls
+        ConfigError for a setting that does not fit this machine, at the first time; after that, whatever is wrong is
+        `Unavailable`, because it may pass.
+        """
+        self._anew = self._anew or self._threads.corrupt
+        try:
+            size = await offload(usable_size, self.config)
+            self._begin(attrs.evolve(self.config, size=size))
+            await self._open_files()
+        except (OSError, ConfigError) as exc:
+            raise self._refused(exc) from exc
+        self._was_open, self._anew = True, False
+        failure: Exception | None = None
+        try:
+            async with trio.open_nursery() as house:
+                house.start_soon(self._recovery.run)
+                house.start_soon(self._keep_house)
+                await self._recovery.under_way.wait()
+                self._is_open = True
+                try:
+                    yield
+                except Exception as exc:  # noqa: BLE001 - raised again below: the nursery would wrap it in a group
+                    failure = exc
+                house.cancel_scope.cancel()
+        finally:
+            self._is_open = False
+            await self._close()
+        if failure is not None:
+            raise failure
 
     async def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
-        self._worker.check()
+        """Which of *keys* are published."""
+        self._check()
         there: list[bool] = []
         for i in range(0, len(keys), CONTAINS_KEYS):
             some = keys[i : i + CONTAINS_KEYS]
-            found = await self.reading.query(some)
+            found = await self._recovery.query(some)
             there += [self._directory.contains(key) or name_of(key) in found for key in some]
         return there
 
     async def load(self, loads: Sequence[Load]) -> list[bool]:
-        self._worker.check()
-        views = [[flat(view) for view in load.shards] for load in loads]
-        lengths = [tuple(len(view) for view in some) for some in views]
-        reads = await self._begin(loads, lengths)
+        """Read and verify; what fails is dropped from the disk and counted (`corrupt`)."""
+        self._check()
+        views = [[_flat(view) for view in load.shards] for load in loads]
+        reads = await self._begin_reads(loads, [tuple(len(view) for view in some) for some in views])
         held = [(i, read) for i, read in enumerate(reads) if read is not None]
-        transfer = self._transfer([(read.offset, views[i]) for i, read in held])
+        transfer = SlabTransfer([(read.offset, views[i]) for i, read in held], self._io.read, self._pieces)
         try:
-            await self._worker.carry(transfer, transfer.read)
+            await self._threads.carry(transfer)
         finally:
-            transfer.release()
-            alive = [self._directory.end_read(read) if self.ready.is_set() else True for _, read in held]
+            alive = [not self._ready.is_set() or self._directory.end_read(read) for _, read in held]
             if self._directory.has_doomed:
                 self._wake.set()
         if transfer.error is not None:
-            self._after_failed_read(transfer, [read for _, read in held])
+            if transfer.error.errno == errno.EIO:  # a bad sector must not fence the tier again each time it is back
+                for n in transfer.failed_chunks:
+                    self._suspect(held[n][1])
+            raise self._threads.unavailable(transfer.error) from transfer.error
         hits = [False] * len(loads)
         for n, (i, read) in enumerate(held):
             if alive[n]:
-                hits[i] = transfer.sums_of(n) == list(read.sums)
+                hits[i] = transfer.sums_of(n) == read.sums
                 if hits[i]:
                     self._directory.touch(read.key)
                 else:
@@ -120,171 +164,216 @@ class DiskLife:
         return hits
 
     async def store(self, records: Sequence[Record]) -> list[bool]:
-        self._worker.check()
+        """Write, evicting what was least recently used; True once a restart would find it."""
+        self._check()
         taken = [False] * len(records)
-        if not self.ready.is_set():
+        if not self._ready.is_set():
             self._counts["dropped_not_ready"] += len(records)
             await trio.lowlevel.checkpoint()
             return taken
-        group: list[int] = []
+        group: dict[int, list[memoryview]] = {}
         size = 0
         for i, record in enumerate(records):
-            group.append(i)
-            size += sum(view.nbytes for view in record.shards)
-            if size >= GROUP_BYTES or len(group) == self._files.index.batch or i == len(records) - 1:
+            group[i] = [_flat(view) for view in record.shards]
+            size += sum(map(len, group[i]))
+            if size >= GROUP_BYTES or len(group) == self._index.batch or i == len(records) - 1:
                 await self._store_group(records, group, taken)
-                group, size = [], 0
+                group, size = {}, 0
         return taken
 
     async def delete(self, namespace: bytes) -> None:
-        self._worker.check()
-        await self.ready.wait()
-        self._worker.check()
+        """Forget every chunk of *namespace*; when it returns, for good."""
+        self._check()
+        await self._ready.wait()
+        self._check()
         generation = self._directory.forget(namespace)
         with trio.CancelScope(shield=True):
-            await self._worker.ask(self._files.index.forget, namespace, generation)
-        self._wake.set()  # the housekeeper goes on with what is more, or when this call is cancelled
-        await self._room.settle(DELETE_BATCHES)
+            await self._threads.ask(self._index.forget, namespace, generation)
+        self._wake.set()  # `_keep_house` goes on with the rest, also when this call is cancelled
+        for _ in range(DELETE_BATCHES):
+            if not await self._erase_batch():
+                break
 
     def statistics(self) -> dict[str, int | str]:
-        return {
-            **self._directory.statistics(),
-            "bytes_capacity": self.budget.slabs,
-            "bytes_taken": self._files.slabs.taken,
-            "ready": int(self.ready.is_set()),
-        }
+        """Held: `chunks`, `bytes_used`, `bytes_taken` by slabs, `ready` (0: the index is read). The rest is counted."""
+        held: dict[str, int | str] = {"chunks": 0, "bytes_used": 0, "bytes_capacity": Budget.of(self.config.size).slabs}
+        if self._is_open:
+            held |= {
+                **self._directory.statistics(),
+                "bytes_capacity": self._slabs.capacity,
+                "bytes_taken": self._slabs.taken,
+                "ready": int(self._ready.is_set()),
+            }
+        return held | {name: self._counts[name] for name in COUNTS}
+
+    def _check(self) -> None:
+        """Unavailable while it is not open, and once its index file or a flush has failed."""
+        if not self._is_open:
+            raise Unavailable(f"the disk tier in {self.config.path!r} is not open")
+        if self._threads.failed is not None:
+            raise Unavailable(str(self._threads.failed))
 
     # ---- loading
 
-    async def _begin(self, loads: Sequence[Load], lengths: Sequence[tuple[int, ...]]) -> list[Read | None]:
-        rows = {} if self.ready.is_set() else await self.reading.query([load.key for load in loads])
+    async def _begin_reads(self, loads: Sequence[Load], lengths: Sequence[tuple[int, ...]]) -> list[Read | None]:
+        rows = {} if self._ready.is_set() else await self._recovery.query([load.key for load in loads])
         reads: list[Read | None] = []
         for load, n in zip(loads, lengths, strict=True):
             row = rows.get(name_of(load.key))
-            if self.ready.is_set():
+            if self._ready.is_set():
                 reads.append(self._directory.begin_read(load.key, n))
             elif row is None:
                 reads.append(self._directory.glance(load.key, n))
+            elif row.lengths == n:
+                reads.append(Read(load.key, -1, row.offset, row.generation, n, row.sums))
             else:
-                read = Read.of_row(row)
-                reads.append(read if read.lengths == n else None)
+                reads.append(None)
         return reads
-
-    def _transfer(self, chunks: Sequence[tuple[int, Sequence[memoryview]]]) -> Transfer:
-        return Transfer(self._io, chunks, direct=self._config.direct, check=self._files.check)
 
     def _suspect(self, read: Read) -> None:
         self._counts["corrupt"] += 1
         if not self._failed:
             what = read.key.digest.hex()[:16]
-            log.warning("chunk %s of %s failed verification and is dropped", what, self._config.path)
+            log.warning("chunk %s of %s failed verification and is dropped", what, self.config.path)
             self._expect_flush()
         self._failed += 1
-        if not self.ready.is_set():
-            self.reading.suspects.append(read)
+        if not self._ready.is_set():
+            self._recovery.suspects.append(read)
         elif self._directory.quarantine(read):
             self._wake.set()
 
-    def _after_failed_read(self, transfer: Transfer, reads: Sequence[Read]) -> None:
-        assert transfer.error is not None
-        if transfer.error.errno == errno.EIO:  # a bad sector must not fence the tier again each time it is back
-            for n, read in enumerate(reads):
-                if n in transfer.failed_chunks:
-                    self._suspect(read)
-        raise self._worker.unavailable(transfer.error) from transfer.error
-
     # ---- storing
 
-    async def _store_group(self, records: Sequence[Record], group: Sequence[int], taken: list[bool]) -> None:
+    async def _store_group(
+        self, records: Sequence[Record], group: dict[int, list[memoryview]], taken: list[bool]
+    ) -> None:
+        """Store those of *records* that stand in *group*, with their buffers: bytes first, then all rows at once."""
         writes: dict[int, Write] = {}
-        views = {i: [flat(view) for view in records[i].shards] for i in group}
         try:
-            for i in group:
-                if self._directory.contains(records[i].key):
+            for i, views in group.items():
+                found = await self._make_room(records[i], [len(view) for view in views])
+                if isinstance(found, Write):
+                    writes[i] = found
+                elif found is Refusal.PUBLISHED:
                     taken[i] = True
-                elif (write := await self._reserve(records[i], [len(view) for view in views[i]])) is not None:
-                    writes[i] = write
-            if writes:
-                chunks = [(write.offset, views[i]) for i, write in writes.items()]
-                transfer = self._transfer(chunks)
-                try:
-                    await self._worker.carry(transfer, transfer.write)
-                finally:
-                    transfer.release()
-                if transfer.error is not None and transfer.error.errno in NO_SPACE:
-                    self._drop_full(len(writes))  # a disk that writes elsewhere each time, in spite of fallocate
-                    return
-                if transfer.error is not None:
-                    raise self._worker.unavailable(transfer.error) from transfer.error
-                with trio.CancelScope(shield=True):
-                    await self._publish(writes, transfer, taken)
-            else:
+                else:
+                    self._counts[f"dropped_{found.value}"] += 1
+            if not writes:
                 await trio.lowlevel.checkpoint()
+                return
+            chunks = [(write.row.offset, group[i]) for i, write in writes.items()]
+            transfer = SlabTransfer(chunks, self._io.write, self._pieces)
+            await self._threads.carry(transfer)
+            if transfer.error is not None and transfer.error.errno in NO_SPACE:
+                self._drop_full(len(writes))  # a disk that writes elsewhere each time, in spite of fallocate
+                return
+            if transfer.error is not None:
+                raise self._threads.unavailable(transfer.error) from transfer.error
+            with trio.CancelScope(shield=True):
+                await self._publish(writes, transfer, taken)
         finally:
             for write in writes.values():
                 self._directory.abort(write)
             if self._directory.has_doomed:
                 self._wake.set()
 
-    async def _publish(self, writes: dict[int, Write], transfer: Transfer, taken: list[bool]) -> None:
+    async def _publish(self, writes: dict[int, Write], transfer: SlabTransfer, taken: list[bool]) -> None:
         """Rows into the index file, then into the directory. What is published, or may be, leaves *writes*."""
-        if self._config.durability == "power":
-            await self._worker.flush(self._files.slabs.flush)
-        done = [(i, write, transfer.sums_of(n)) for n, (i, write) in enumerate(writes.items())]
-        whole = [(i, write, sums) for i, write, sums in done if sums is not None]
-        for i, _, _ in whole:
-            del writes[i]
+        if self.config.durability == "power":
+            await self._threads.flush(self._slabs.flush)
+        sums = {i: transfer.sums_of(n) for n, i in enumerate(writes)}
+        whole = [(i, writes.pop(i), found) for i, found in sums.items() if found is not None]
         try:
-            await self._worker.ask(self._files.index.publish, [write.as_row(sums) for _, write, sums in whole])
+            await self._threads.ask(self._index.publish, [write.row._replace(sums=found) for _, write, found in whole])
         except Full:
             writes.update((i, write) for i, write, _ in whole)
             self._drop_full(len(whole))
-            freed = self._directory.evict(sum(extent_of(write.lengths) for _, write, _ in whole))
-            self._counts["evicted"] += freed  # their pages are for those that come next
+            freed = self._directory.evict(sum(extent_of(write.row.lengths) for _, write, _ in whole))
+            self._counts["evicted"] += freed  # the next stores take their pages
             return
-        for i, write, sums in whole:
-            taken[i] = self._directory.publish(write, sums)
+        for i, write, found in whole:
+            taken[i] = self._directory.publish(write, found)
             self._counts["stored"] += taken[i]
         self._unflushed = True
         self._expect_flush()
 
+    async def _make_room(self, record: Record, lengths: Sequence[int]) -> Write | Refusal:
+        """An extent for *record*: in a hole, in a new slab, or in place of what was least recently used; or why not."""
+        directory = self._directory
+        found = directory.reserve(record.key, record.parent, lengths, self._admit)
+        while found is Refusal.NO_HOLE or found is Refusal.NO_INDEX_ROOM:
+            if found is Refusal.NO_INDEX_ROOM or not await self._grow():
+                evicted = directory.evict(extent_of(lengths))
+                self._counts["evicted"] += evicted
+                if not evicted and directory.searching:
+                    await trio.lowlevel.checkpoint()
+                elif evicted or directory.has_doomed or self._erasing.locked():
+                    await self._erase_batch()
+                else:
+                    return Refusal.NO_SPACE
+            found = directory.reserve(record.key, record.parent, lengths)
+        return found
+
+    async def _grow(self) -> bool:
+        """Take another slab, or a part of one. Whether there is one."""
+        before = self._slabs.taken
+        async with self._growing:
+            if self._slabs.taken > before:
+                return True  # another call did
+            if before >= self._slabs.capacity:
+                return False
+            with trio.CancelScope(shield=True):
+                taken = await self._threads.run(self._files.grow)
+                self._directory.grow(taken)
+        if taken == before:
+            self._note_full()
+        elif self._is_full:
+            self._is_full = False
+            log.info("the disk of %s has space again: %d bytes are used", self._index.path.parent, taken)
+        return taken > before
+
     def _drop_full(self, count: int) -> None:
         self._counts["dropped_no_space"] += count
-        self._room.note_full()
+        self._note_full()
 
-    async def _reserve(self, record: Record, lengths: Sequence[int]) -> Write | None:
-        """Room for *record*: in a hole, in a new slab, or in place of what was least recently used."""
-        if (reason := self._refusal(record.key, lengths)) is None:
-            found = await self._room.make(record.key, record.parent, lengths)
-            if isinstance(found, Write):
-                return found
-            reason = found
-        self._counts[f"dropped_{reason}"] += 1
-        return None
-
-    def _refusal(self, key: ChunkKey, lengths: Sequence[int]) -> str | None:
-        if len(lengths) > MAX_SHARDS or not 0 < extent_of(lengths) <= self.budget.slabs:
-            return "size"
-        if self._directory.knows(key):
-            return "writing"
-        return None if self._admit(key) else "admission"
+    def _note_full(self) -> None:
+        """The file system has no room, which is capacity reached. One line tells when it begins, one when it ends."""
+        self._counts["disk_full"] += 1
+        if not self._is_full:
+            self._is_full = True
+            text = "the disk of %s has no space: %d of %d bytes are used, and chunks evict each other within them"
+            log.warning(text, self._index.path.parent, self._slabs.taken, self._slabs.capacity)
 
     # ---- keeping house
 
-    async def keep_house(self) -> None:
+    async def _keep_house(self) -> None:
         """Erase what is doomed as it comes; write recency, and flush, when it is due. A failure fails the tier."""
-        await self.ready.wait()
+        await self._ready.wait()
         try:
             while True:
                 with trio.move_on_at(self._due):
                     await self._wake.wait()
                 self._wake = trio.Event()
-                await self._room.settle()
+                while await self._erase_batch():
+                    pass
                 if trio.current_time() >= self._due:
                     self._due = math.inf
                     await self._flush()
         except Unavailable as exc:
-            log.warning("%s", self._worker.fail(exc))  # nobody waits for this task: the next call is told
+            log.warning("%s", self._threads.fail(exc))  # nobody awaits this task: the next call raises it
+
+    async def _erase_batch(self) -> bool:
+        """Erase a batch of the doomed rows that nobody holds, so that their bytes are free. Whether there were any.
+
+        One batch: a store that needs room for one chunk does not wait for the end of a whole namespace.
+        """
+        async with self._erasing:
+            doomed = self._directory.take_doomed(self._index.batch)
+            if doomed:
+                with trio.CancelScope(shield=True):
+                    await self._threads.ask(self._index.erase, doomed)
+                    self._directory.erased(doomed)
+            return bool(doomed)
 
     def _expect_flush(self) -> None:
         if self._due == math.inf:
@@ -293,49 +382,63 @@ class DiskLife:
 
     async def _flush(self) -> None:
         self._tell_failed()
-        while touched := self._directory.take_touched(self._files.index.batch):
-            await self._worker.ask(self._files.index.touch, touched)
-        if self._config.durability == "periodic" and self._unflushed:
+        while touched := self._directory.take_touched(self._index.batch):
+            await self._threads.ask(self._index.touch, touched)
+        if self.config.durability == "periodic" and self._unflushed:
             self._unflushed = False
-            await self._worker.flush(self._files.slabs.flush)
-            await self._worker.ask(self._files.index.checkpoint)
+            await self._threads.flush(self._slabs.flush)
+            await self._threads.ask(self._index.checkpoint)
 
     def _tell_failed(self) -> None:
         """One line for all that failed since the first of them, which had its own."""
         if self._failed > 1:
-            log.warning("%d more chunks of %s failed verification and are dropped", self._failed - 1, self._config.path)
+            log.warning("%d more chunks of %s failed verification and are dropped", self._failed - 1, self.config.path)
         self._failed = 0
 
-    # ---- files
+    # ---- opening and closing
 
-    async def start(self, *, anew: bool) -> None:
-        """Open everything. *anew*: the index was found corrupt, begin empty."""
+    async def _open_files(self) -> None:
+        """Open everything; where the index was found corrupt, begin empty."""
         try:
-            await self._worker.index_thread.run(self._files.open, anew)
-        except (OSError, sqlite3.Error) as exc:
-            raise failure_of(self._config.path, exc) from exc
-        self._io = self._wrap(self._files.slabs)
+            await self._threads.index_thread.run(self._files.open, self._anew)
+        except sqlite3.Error as exc:
+            await self._close()
+            raise failure_of(self.config.path, exc) from exc
+        except BaseException:
+            await self._close()
+            raise
+        self._io = self.wrap_io(self._slabs)
         self._counts["lost_index"] += self._files.index_lost
         self._counts["lost_changes"] += self._files.lost_changes
 
-    async def end(self) -> None:
+    async def _close(self) -> None:
         """Write what is owed and close; a disk that hangs is left behind after 5 s, still locked by this process."""
         self._tell_failed()
         owed: list[Callable[[], None]] = []
-        index = self._files.index
-        if self._worker.failed is None and self.ready.is_set():
-            while len(owed) < DELETE_BATCHES and (doomed := self._directory.take_doomed(index.batch)):
-                owed.append(functools.partial(index.erase, doomed))
-            while touched := self._directory.take_touched(index.batch):
-                owed.append(functools.partial(index.touch, touched))
-        close = functools.partial(
-            self._files.close, owed, flush=self._unflushed and self._config.durability == "periodic"
-        )
+        if self._threads.failed is None and self._ready.is_set():
+            while len(owed) < DELETE_BATCHES and (doomed := self._directory.take_doomed(self._index.batch)):
+                owed.append(functools.partial(self._index.erase, doomed))
+            while touched := self._directory.take_touched(self._index.batch):
+                owed.append(functools.partial(self._index.touch, touched))
+        flush = self._unflushed and self.config.durability == "periodic"
+        close = functools.partial(self._files.close, owed, flush=flush)
         with trio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
             try:
-                await self._worker.index_thread.run_owned(close, on_return=lambda: None)
+                await self._threads.index_thread.run_owned(close, on_return=lambda: None)
             except (OSError, sqlite3.Error) as exc:
-                log.warning("closing %s: %s", self._config.path, exc)
+                log.warning("closing %s: %s", self.config.path, exc)
         if scope.cancelled_caught:
-            log.warning("closing %s has not ended after %g s: its disk hangs", self._config.path, CLOSE_SECONDS)
-        self._worker.index_thread.close()
+            log.warning("closing %s has not ended after %g s: its disk hangs", self.config.path, CLOSE_SECONDS)
+        self._threads.index_thread.close()
+
+    def _refused(self, exc: OSError | ConfigError) -> ConfigError | Unavailable:
+        """Why it can't be opened, or, once it was open, can't be now."""
+        failure = exc if isinstance(exc, ConfigError) else failure_of(self.config.path, exc)
+        if isinstance(failure, ConfigError) and self._was_open:
+            return Unavailable(f"the disk tier in {self.config.path!r}: {failure}")
+        return failure
+
+
+def _flat(view: memoryview) -> memoryview:
+    """*view* as bytes."""
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")

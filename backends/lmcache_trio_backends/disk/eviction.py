@@ -1,15 +1,15 @@
-"""Which published chunk goes first: the least recently used of those that have no child on this disk.
+"""Which published chunk is evicted first: the least recently used one of those that have no child on this disk.
 
 Only leaves stand in the heap, and a parent inherits the recency of the last child that left it. So touching a chunk is
-O(1), an eviction O(log n), and nothing walks a prefix. An entry whose chunk was used since is late: it is put right
-when it comes to the top, a bounded number at a time, because a million may be.
+O(1), an eviction O(log n), and nothing walks a prefix. If a chunk was used since, its entry is late. It is put right
+when it comes to the top: a bounded number at a time, because a million entries may be late.
 """
 
 import heapq
 
-from lmcache_trio_backends.disk.rows import Rows
+from lmcache_trio_backends.disk.rows import ChunkRows
 
-__all__ = ["Leaves"]
+__all__ = ["EvictionHeap"]
 
 _ROW_BITS = 32
 _ROW_MASK = (1 << _ROW_BITS) - 1
@@ -17,10 +17,10 @@ _GLANCES = 500
 """Entries that one call of `victim` looks at: about 1 ms."""
 
 
-class Leaves:
-    """The tree over *rows* of one *published* state, and its leaves by recency."""
+class EvictionHeap:
+    """The prefix tree over the *rows* in state *published*, and its leaves by recency."""
 
-    def __init__(self, rows: Rows, published: int) -> None:
+    def __init__(self, rows: ChunkRows, published: int) -> None:
         self._rows = rows
         self._published = published
         self._heap: list[int] = []  # recency << 32 | row
@@ -28,7 +28,7 @@ class Leaves:
         """The last `victim` stopped early: ask again."""
 
     def link(self, row: int) -> None:
-        """It is published: its parent is no leaf any more. `offer` follows, once all that come with it are linked."""
+        """*row* is published, so its parent is not a leaf any more. Call `offer` once its whole group is linked."""
         rows = self._rows
         space = rows.space(row)
         space.chunks += 1
@@ -42,7 +42,7 @@ class Leaves:
                 space.orphans[parent] = space.orphans.get(parent, 0) + 1
 
     def unlink(self, row: int) -> None:
-        """It is published no more, and its name is removed."""
+        """*row* is not published any more, and its name is removed."""
         rows = self._rows
         space = rows.space(row)
         space.chunks -= 1
@@ -63,14 +63,14 @@ class Leaves:
             space.orphans[parent] = left
 
     def offer(self, row: int) -> None:
-        """Put it into the heap if it is a leaf."""
+        """Put *row* into the heap if it is a leaf."""
         rows = self._rows
         if not rows.children[row] and not rows.queued[row]:
             rows.queued[row] = 1
             heapq.heappush(self._heap, rows.recency[row] << _ROW_BITS | row)
 
     def victim(self) -> int:
-        """The leaf that goes first, out of the heap; -1: there is none, or `searching`."""
+        """The leaf that is evicted first, taken out of the heap; -1: there is none, or `searching`."""
         rows, aside, victim, glances = self._rows, list[int](), -1, _GLANCES
         while self._heap and victim < 0 and glances:
             glances -= 1

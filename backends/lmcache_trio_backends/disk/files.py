@@ -1,8 +1,8 @@
-"""The files of one disk tier, opened and closed together. Both block, and run in the index file's thread.
+"""The files of one disk tier, opened and closed together. Both calls block, and run in the index file's thread.
 
 In the directory that `home` keeps:
 
-lmcache-trio-index[-wal]   SQLite: one row a chunk
+lmcache-trio-index[-wal]   SQLite: one row per chunk
 lmcache-trio-slab-00000…   the chunks' bytes
 """
 
@@ -21,7 +21,7 @@ from lmcache_trio_backends.disk.slabs import NO_SPACE, Slabs, fallocate, probe
 __all__ = ["Files"]
 
 _RESERVE = "lmcache-trio-reserve"
-"""Keeps the log's space while no server runs, when there is no log: so a full disk can be opened, and read."""
+"""A file that keeps the log's space while no server runs. So a tier on a full disk can be opened, and read."""
 _OTHER_DESCRIPTORS = 64
 """File descriptors that a server needs beside those of the slabs, for its own files and a few engines."""
 log = logging.getLogger("lmcache_trio.disk")
@@ -43,7 +43,7 @@ class Files:
         """`open` found an index that was damaged, or none for the slabs that are there: the tier begins empty."""
 
     def open(self, anew: bool) -> None:
-        """Lock the directory, try what is asked of its file system, open all. *anew*: begin empty."""
+        """Lock the directory, try what the settings ask of its file system, open all files. *anew*: begin empty."""
         self._home.open(flush=self._config.durability == "power")
         try:
             probe(self._home, direct=self._config.direct)
@@ -85,8 +85,8 @@ class Files:
             raise ConfigError("slab_size", problem)
 
     def grow(self) -> int:
-        """As `Slabs.grow`, but for what the index may need yet; OSError also when the directory is gone."""
-        self.check()
+        """As `Slabs.grow`, less the bytes that the index may still need; OSError also when the directory is gone."""
+        self._home.check()
         return self.slabs.grow(self.index.spare)
 
     def _keep_reserve(self) -> None:
@@ -103,12 +103,8 @@ class Files:
             if fd >= 0:
                 os.close(fd)
 
-    def check(self) -> None:
-        """OSError when the directory is gone."""
-        self._home.check()
-
     def close(self, owed: Sequence[Callable[[], None]] = (), *, flush: bool = False) -> None:
-        """Do what is *owed* to the index, *flush* the slabs, close. Idempotent; a failure leaves nothing open."""
+        """Write what is *owed* to the index, *flush* the slabs, close. Idempotent; a failure leaves nothing open."""
         try:
             for write in owed:
                 write()

@@ -346,7 +346,7 @@ class Home:
             raise FileNotFoundError(errno.ENOENT, "the directory was replaced by another")
         for name, fd in ((LOCK_NAME, self._lock), (self.inside.name, self._in)):
             try:
-                is_same = _place(os.stat(name, dir_fd=self._top, follow_symlinks=False)) == _place(os.fstat(fd))
+                is_same = os.path.samestat(os.stat(name, dir_fd=self._top, follow_symlinks=False), os.fstat(fd))
             except FileNotFoundError:
                 is_same = False
             if not is_same:

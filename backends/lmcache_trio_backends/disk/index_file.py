@@ -1,24 +1,24 @@
-"""The index file: SQLite in WAL mode, one row a chunk. Every method blocks, and all run in one thread of its own.
+"""The index file: SQLite in WAL mode, one row per chunk. Every method blocks, and all run in one thread of its own.
 
-It keeps what `directory` decided and decides nothing; but what can be no row of ours is erased. One connection,
-opened exclusively, so there is no shared memory file beside it, every checkpoint completes, and the WAL stays as small
-as it was promised to: it is written back into the file whenever half of its room is filled, and no transaction is
-larger than a quarter.
+It keeps what `directory` decided and decides nothing itself, but it erases what cannot be a row of ours. It has one
+connection, opened exclusively. So there is no shared memory file beside it, every checkpoint completes, and the WAL
+keeps within its room: it is written back into the file whenever half of the room is filled, and no transaction takes
+more than a quarter.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import sqlite3
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import xxhash
 
 from lmcache_trio_backends.disk.home import FORMAT, open_own
-from lmcache_trio_backends.disk.records import Doomed, Row, is_sound
+from lmcache_trio_backends.disk.records import ALIGNMENT, MAX_SHARDS, NAME, Doomed, Row
 from lmcache_trio_backends.disk.slabs import set_aside
 
 __all__ = ["PAGE", "Damaged", "Full", "IndexFile", "is_corrupt"]
@@ -47,12 +47,16 @@ _MARK = "-mark"
 _AHEAD = 64
 """Pages of the index file that the disk gives before they are needed, 256 KiB: each time costs a transaction."""
 _ROW = struct.Struct("<QQ")
+_SHARD_BYTES = 16
+"""Of a packed shard: its length and its checksum."""
 _SUM = struct.Struct("<Q")
 _NOTE = struct.Struct("<QQ")
 """The number of the last change, and of the log that it went into."""
 _LOG_NUMBERS = 1 << 32
 _MAX_ROWS = 400
 """Rows that one statement names: SQLite takes 32,766 variables."""
+_LIMIT = 1 << 61
+"""No generation, recency or place is as large. A flipped bit below it leaves room to count on from there."""
 
 
 class Damaged(sqlite3.DatabaseError):
@@ -69,17 +73,42 @@ def is_corrupt(exc: BaseException) -> bool:
     return isinstance(exc, Damaged) or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def _sum(row: Row) -> bytes:
-    """Checksum of a row, but for its recency, which is changed by itself. It stands behind the shards."""
-    key, parent, offset, generation, _, shards = row
-    return _SUM.pack(xxhash.xxh3_64_intdigest(b"".join((key, parent, _ROW.pack(offset, generation), shards))))
+def _pack(row: Row) -> bytes:
+    """The shards of *row* as the file has them: each one's length and checksum, and a checksum of the row behind them.
+
+    That one covers all but the recency, which is changed by itself.
+    """
+    numbers = itertools.chain.from_iterable(zip(row.lengths, row.sums, strict=True))
+    shards = struct.pack(f"<{2 * len(row.lengths)}Q", *numbers)
+    return shards + _sum(row.name, row.parent, row.offset, row.generation, shards)
 
 
-T = TypeVar("T")
+def _unpack(fields: Sequence[str]) -> Row | None:
+    """The row that *fields* are, as `_AS_TEXT` gives them; None unless we may have written it.
+
+    Where other rows lie, and where the slabs end, this can't tell. A server looks at a million rows when it starts, so
+    this is written for speed.
+    """
+    name, parent, packed = bytes.fromhex(fields[0]), bytes.fromhex(fields[1]), bytes.fromhex(fields[5])
+    offset, generation, recency = int(fields[2]), int(fields[3]), int(fields[4])
+    shards = packed[: -_SUM.size]
+    if len(name) != 2 * NAME or len(parent) not in (0, NAME):
+        return None
+    if not 0 < len(shards) <= MAX_SHARDS * _SHARD_BYTES or len(shards) % _SHARD_BYTES:
+        return None
+    if not (0 <= offset < _LIMIT and 0 < generation < _LIMIT and 0 <= recency < _LIMIT) or offset % ALIGNMENT:
+        return None
+    if any(shards[6::_SHARD_BYTES]) or any(shards[7::_SHARD_BYTES]):  # a shard of 2**48 bytes or more
+        return None
+    if _sum(name, parent, offset, generation, shards) != packed[-_SUM.size :]:
+        return None
+    numbers = struct.unpack(f"<{len(shards) // 8}Q", shards)
+    lengths = numbers[::2]
+    return Row(name, parent, offset, generation, recency, lengths, numbers[1::2]) if any(lengths) else None
 
 
-def _pieces(many: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (many[i : i + _MAX_ROWS] for i in range(0, len(many), _MAX_ROWS))
+def _sum(name: bytes, parent: bytes, offset: int, generation: int, shards: bytes) -> bytes:
+    return _SUM.pack(xxhash.xxh3_64_intdigest(b"".join((name, parent, _ROW.pack(offset, generation), shards))))
 
 
 class IndexFile:
@@ -87,8 +116,11 @@ class IndexFile:
 
     def __init__(self, path: Path, *, room: int, wal_room: int, flush: bool) -> None:
         self.path = path
+        self._wal = path.with_name(path.name + "-wal")
         self._room = room
         self._wal_room = wal_room
+        self._log_limit = wal_room * 3 // 4
+        """Bytes of the log past which a checkpoint has failed: it is due at half, and a transaction takes a quarter."""
         self._flush = flush
         self._db: sqlite3.Connection | None = None
         self._mark = -1  # a file beside it, with the number of the last change
@@ -98,15 +130,12 @@ class IndexFile:
         self.spare = room
         """Bytes of *room* that the disk has not given yet. May be read in any thread."""
         self.damaged = 0
-        """Rows that were none, and are erased."""
-
-    @property
-    def batch(self) -> int:
+        """Rows that were damaged, and are erased."""
+        self.batch = min(_MAX_ROWS, max(1, wal_room // 4 // (2 * (PAGE + 24)) - 2))
         """Rows that one transaction may change: each dirties about two pages, all a quarter of the WAL's room.
 
         With very many shards they are three, and more than a quarter; half of the room is still free for them.
         """
-        return max(1, self._wal_room // 4 // (2 * (PAGE + 24)) - 2)
 
     def open(self) -> str:
         """Open or make it. One that is corrupt, or larger than its room, is made anew: it all can be computed again.
@@ -170,7 +199,8 @@ class IndexFile:
         db.execute("DELETE FROM chunks WHERE key <= x''")  # keys that are no bytes: `page` would never come to them
         self.damaged += db.execute("SELECT changes()").fetchone()[0]
         self._count_changes(db)
-        self._write_back_if_due()  # a former server may have had more room for the log
+        if self._wal.stat().st_size > self._log_limit:  # a former server may have had more room for it
+            self._shorten_log()
         set_aside(self._wal, self._wal_room)
         self._take_pages(0)
 
@@ -180,7 +210,7 @@ class IndexFile:
         self._changes = self.fact("changes") or 0
         self.behind += max(0, self._noted - self._changes)
         self._noted = 0
-        self._note_changes()
+        self._note(self._changes, self._log_number())
 
     def _read_mark(self) -> None:
         """Before SQLite reads: it would lay an older copy of the log over the file, whose pages are newer."""
@@ -195,7 +225,7 @@ class IndexFile:
         if there and log_number and (there - log_number) % _LOG_NUMBERS > _LOG_NUMBERS // 2:
             log.warning("%s is an older copy, and is not read", self._wal)
             self._wal.unlink()
-        self._note(_NOTE.pack(self._noted, 0))  # the next log may begin with any number
+        self._note(self._noted, 0)  # the next log may begin with any number
 
     def _log_number(self) -> int:
         """Which log it is: the next begins with one more ("WAL Header" in SQLite's file format: salt-1). 0: none."""
@@ -207,16 +237,9 @@ class IndexFile:
                 os.close(fd)
         return 0
 
-    def _note_changes(self) -> None:
-        self._note(_NOTE.pack(self._changes, self._log_number()))
-
-    def _note(self, note: bytes) -> None:
+    def _note(self, changes: int, log_number: int) -> None:
         with contextlib.suppress(OSError):  # it is a witness: a change must not fail for it
-            os.pwrite(self._mark, 2 * note, 0)
-
-    @property
-    def _wal(self) -> Path:
-        return self.path.with_name(self.path.name + "-wal")
+            os.pwrite(self._mark, 2 * _NOTE.pack(changes, log_number), 0)
 
     def _take_pages(self, rows: int) -> bool:
         """See that *rows* more find free pages in the file, which the disk has given. False: it has no more now.
@@ -261,7 +284,8 @@ class IndexFile:
     def find(self, keys: Sequence[bytes]) -> list[Row]:
         """The rows of those *keys* that are there, in any order."""
         found: list[Row] = []
-        for some in _pieces(keys):
+        for i in range(0, len(keys), _MAX_ROWS):
+            some = keys[i : i + _MAX_ROWS]
             marks = ",".join("?" * len(some))
             found += self._rows(f"chunks WHERE key IN ({marks})", some)
         return found
@@ -271,17 +295,12 @@ class IndexFile:
         (text,) = self._do(f"{_AS_TEXT} {source}", parameters).fetchone()
         sound: list[Row] = []
         damaged: list[bytes] = []
-        blob = bytes.fromhex
         for line in () if text is None else text.split(","):
             fields = line.split(" ")
-            if len(fields) == 6:
-                k, p, o, g, r, s = fields
-                packed = blob(s)
-                row = blob(k), blob(p), int(o), int(g), int(r), packed[: -_SUM.size]
-                if is_sound(row) and _sum(row) == packed[-_SUM.size :]:
-                    sound.append(row)
-                    continue
-            damaged.append(blob(fields[0]))
+            if len(fields) == 6 and (row := _unpack(fields)) is not None:
+                sound.append(row)
+            else:
+                damaged.append(bytes.fromhex(fields[0]))
         self.damaged += len(damaged)
         for i in range(0, len(damaged), self.batch):
             with self._transaction() as db:
@@ -292,19 +311,19 @@ class IndexFile:
         """Keep *rows*, all or none, at most `batch`. Full: none, for want of space on the disk."""
         if not self._take_pages(len(rows)):
             raise Full
+        if not rows:
+            return
         with self._transaction() as db:
-            for some in _pieces(sorted(rows)):
-                values = ",".join(["(?, ?, ?, ?, ?, ?)"] * len(some))
-                fields = [field for row in some for field in (*row[:-1], row[-1] + _sum(row))]
-                db.execute(f"INSERT OR REPLACE INTO chunks VALUES {values}", fields)
+            values = ",".join(["(?, ?, ?, ?, ?, ?)"] * len(rows))
+            fields = [field for row in sorted(rows) for field in (*row[:5], _pack(row))]
+            db.execute(f"INSERT OR REPLACE INTO chunks VALUES {values}", fields)
 
     def erase(self, doomed: Sequence[Doomed]) -> None:
         """Remove their rows, all or none, at most `batch`; a newer generation under the same key stays."""
         with self._transaction() as db:
-            for some in _pieces(sorted((one.key, one.generation) for one in doomed)):
-                marks = ",".join("?" * len(some))  # a generation is one record's: if both are among ours, it is ours
-                sql = f"DELETE FROM chunks WHERE key IN ({marks}) AND +generation IN ({marks})"
-                db.execute(sql, [key for key, _ in some] + [generation for _, generation in some])
+            marks = ",".join("?" * len(doomed))  # a generation is one record's: if both are among ours, it is ours
+            sql = f"DELETE FROM chunks WHERE key IN ({marks}) AND +generation IN ({marks})"
+            db.execute(sql, [*sorted(one.name for one in doomed), *(one.generation for one in doomed)])
 
     def touch(self, touched: Sequence[tuple[int, bytes, int]]) -> None:
         """Keep the recency of (recency, key, generation), at most `batch`."""
@@ -368,22 +387,19 @@ class IndexFile:
             self._db.execute("UPDATE facts SET value = value + 1 WHERE name = 'changes'")
             self._db.execute("COMMIT")
             self._changes += 1
-            self._note_changes()
-            self._write_back_if_due()
+            self._note(self._changes, self._log_number())
+            if self._wal.stat().st_size > self._log_limit:
+                self._shorten_log()
         except BaseException:
             if self._db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):  # the first error is the one to tell
                     self._db.execute("ROLLBACK")
             raise
 
-    def _write_back_if_due(self) -> None:
-        """SQLite says nothing when a checkpoint of its own fails, and the log grows on: then make one that says so.
-
-        They are due at half of the room, and a transaction takes a quarter: past both, one is likely to have failed.
-        """
-        if self._wal.stat().st_size > self._wal_room * 3 // 4:
-            self._checkpoint("TRUNCATE")
-            set_aside(self._wal, self._wal_room)
+    def _shorten_log(self) -> None:
+        """SQLite says nothing when a checkpoint of its own fails, and the log grows on: make one that says so."""
+        self._checkpoint("TRUNCATE")
+        set_aside(self._wal, self._wal_room)
 
     def _checkpoint(self, mode: str) -> None:
         (busy, _, _) = self._do(f"PRAGMA wal_checkpoint({mode})").fetchone()

@@ -1,7 +1,8 @@
-"""How the disk tier reads its index file into the directory at the start, and answers meanwhile.
+"""How the disk tier reads its index file into the directory when it is opened, and answers meanwhile.
 
-A million rows take a while, so most of it happens in the background. What was read already is known from memory, the
-rest by query, which waits for one page of the reading at most. Until the end nothing is stored, evicted or deleted.
+A million rows take a while, so most of them are read in the background. Rows that were read are known from memory; the
+others are found by query, which waits for one page of the recovery at most. Until the end nothing is stored, evicted or
+deleted.
 """
 
 import logging
@@ -14,10 +15,10 @@ from lmcache_trio.abc import ChunkKey
 from lmcache_trio.errors import Unavailable
 from lmcache_trio_backends.disk.directory import Directory
 from lmcache_trio_backends.disk.files import Files
-from lmcache_trio_backends.disk.io_threads import Worker
+from lmcache_trio_backends.disk.io_threads import IOThreads
 from lmcache_trio_backends.disk.records import Read, Row, name_of
 
-__all__ = ["PAGE_ROWS", "SMALL", "Reading"]
+__all__ = ["PAGE_ROWS", "SMALL", "Recovery"]
 
 log = logging.getLogger("lmcache_trio.disk")
 
@@ -27,39 +28,39 @@ SMALL = 1 << 20
 """Bytes of an index that is read before the tier is open: some 5,000 rows, 80 ms. A larger one is read after that."""
 
 
-class Reading:
-    """`ready` is set at the end, or when the index file failed; `under_way` when the tier may be used.
+class Recovery:
+    """Sets `under_way` when the tier may be used, and `ready` at the end or when the index file failed.
 
-    Rows that are damaged are dropped, and counted in *counts* as `corrupt`.
+    Damaged rows are dropped, and counted in *counts* as `corrupt`.
     """
 
-    def __init__(self, directory: Directory, files: Files, worker: Worker, counts: "Counter[str]") -> None:
+    def __init__(self, directory: Directory, files: Files, threads: IOThreads, counts: "Counter[str]") -> None:
         self._directory = directory
         self._files = files
-        self._worker = worker
+        self._threads = threads
         self._counts = counts
         self._read_to = b""  # names up to this one are in the directory
         self._all_read = False
         self.ready = trio.Event()
         self.under_way = trio.Event()
         self.suspects: list[Read] = []
-        """What failed verification meanwhile."""
+        """Chunks that failed verification meanwhile."""
 
     async def run(self) -> None:
-        """Read it, in small steps, and be ready."""
+        """Read the index file in small steps."""
         try:
             await self._read()
-            await self._worker.ask(self._files.index.check)
-            order = await self._worker.run(self._directory.order)
+            await self._threads.ask(self._files.index.check)
+            order = await self._threads.run(self._directory.order)
             slabs = self._files.slabs
             for _ in self._directory.rebuild(slabs.taken, order, slabs.lost):
                 await trio.lowlevel.checkpoint()
             for namespace in self._directory.take_erased():
-                await self._worker.ask(self._files.index.all_erased, namespace)
+                await self._threads.ask(self._files.index.all_erased, namespace)
             for read in self.suspects:
                 self._directory.quarantine(read)
         except Unavailable as exc:
-            log.warning("%s", exc)  # whoever waits for it is told the same
+            log.warning("%s", exc)  # each call raises the same
         if damaged := self._files.index.damaged + self._directory.overlaid:
             log.warning("%s: %d rows were damaged and are dropped", self._files.index.path, damaged)
             self._counts["corrupt"] += damaged
@@ -81,21 +82,21 @@ class Reading:
             )
 
     async def query(self, keys: Sequence[ChunkKey]) -> dict[bytes, Row]:
-        """The index file's rows of those *keys* that were not read into the directory yet, by name."""
+        """The index file's rows for those of *keys* that were not read into the directory yet, by name."""
         names = [] if self._all_read else [name for name in map(name_of, keys) if name > self._read_to]
         if not names:
             await trio.lowlevel.checkpoint()
             return {}
-        rows = await self._worker.ask(self._files.index.find, names)
-        return {row[0]: row for row in rows if not self._directory.is_dead(row)}
+        rows = await self._threads.ask(self._files.index.find, names)
+        return {row.name: row for row in rows if not self._directory.is_dead(row)}
 
     async def _read(self) -> None:
         index = self._files.index
-        for namespace, generation in await self._worker.ask(index.forgotten):
+        for namespace, generation in await self._threads.ask(index.forgotten):
             self._directory.bury(namespace, generation)
-        if await self._worker.ask(index.size) > SMALL:
+        if await self._threads.ask(index.size) > SMALL:
             self.under_way.set()
-        while page := await self._worker.ask(index.page, self._read_to, PAGE_ROWS):
+        while page := await self._threads.ask(index.page, self._read_to, PAGE_ROWS):
             self._directory.restore(page)
-            self._read_to = page[-1][0]
+            self._read_to = page[-1].name
         self._all_read = True

@@ -1,25 +1,25 @@
-"""The disk tier's records as rows of flat arrays.
+"""The chunks of the disk tier as rows of flat arrays, and the names that lead to them.
 
-A million rows are a few flat arrays, and dicts of bytes, to the garbage collector: it has nothing to visit. This module
-keeps names and rows in order and decides nothing: what a state means, and when it changes, stands in `directory`.
+To the garbage collector a million rows are a few flat arrays and dicts of bytes, so it has nothing to visit. This
+module decides nothing: `directory` decides what a state means and when it changes.
 """
 
 from array import array
 from collections.abc import Sequence
 
-from lmcache_trio_backends.disk.records import NAME, Row, extent_of, index_cost, unpack
+from lmcache_trio_backends.disk.records import NAME, Row, extent_of, index_cost
 
-__all__ = ["FREE", "Rows", "Space"]
+__all__ = ["FREE", "ChunkRows", "Space"]
 
 FREE = 0
 _TABLES = 256
-"""Tables a namespace, by the digest's first byte: growing or sorting a million entries at once would stop the loop."""
+"""Tables per namespace, by the digest's first byte: to grow or sort one of a million entries would stop the loop."""
 _BLOCK = 256
 """Rows by which the arrays grow."""
 
 
 class Space:
-    """A namespace's names. *gone*: forgotten, its rows are on their way out, and its name may be another's."""
+    """The names of one namespace. *gone*: it was forgotten; its rows are to be erased, and its name may be reused."""
 
     __slots__ = ("_leaving", "chunks", "gone", "name", "number", "orphans", "rows", "tables")
 
@@ -29,16 +29,16 @@ class Space:
         self.gone = False
         self.rows = 0  # that are not free
         self.chunks = 0  # published ones
-        self.orphans: dict[bytes, int] = {}  # digest of a parent that is not published -> its children that are
+        self.orphans: dict[bytes, int] = {}  # digest of a parent that is not published -> its published children
         self.tables: list[dict[bytes, int]] = [{} for _ in range(_TABLES)]
         self._leaving: list[tuple[bytes, int]] = []
 
     def find(self, digest: bytes) -> int:
-        """The row that goes by this name, or -1."""
+        """The row of this name, or -1."""
         return self.tables[digest[0]].get(digest, -1) if digest else -1
 
     def pop(self) -> int:
-        """Take a name away and give its row, about in the index file's order; -1 when there is none."""
+        """Take a name away and give its row, about in the index file's order; -1 if there is none."""
         while True:
             while self._leaving:
                 digest, row = self._leaving.pop()
@@ -51,7 +51,7 @@ class Space:
 
 
 class _Shape:
-    """Rows of the same shard lengths; their checksums lie side by side."""
+    """Rows with the same shard lengths; their checksums lie side by side."""
 
     __slots__ = ("cost", "extent", "free", "lengths", "number", "rows", "sums")
 
@@ -65,8 +65,8 @@ class _Shape:
         self.free: list[int] = []
 
 
-class Rows:
-    """The arrays, public to the directory, and the names that lead to them. Rows are 0 and on; -1 is none."""
+class ChunkRows:
+    """The arrays, and the names. Rows count from 0; -1 stands for none."""
 
     def __init__(self) -> None:
         self.state = bytearray()
@@ -87,71 +87,70 @@ class Rows:
         self._place = array("i")  # among the checksums of its shape
         self._free: list[int] = []
         self._by_name: dict[bytes, Space] = {}
-        self._spaces: list[Space | None] = []
+        self._spaces: dict[int, Space] = {}
         self._by_lengths: dict[tuple[int, ...], _Shape] = {}
-        self._shapes: list[_Shape | None] = []
+        self._shapes: dict[int, _Shape] = {}
 
     def find(self, namespace: bytes, digest: bytes) -> int:
-        """The row that goes by this name, or -1."""
+        """The row of this name, or -1."""
         space = self._by_name.get(namespace)
-        return -1 if space is None else space.find(digest)
+        return -1 if space is None else space.tables[digest[0]].get(digest, -1)
 
     def space(self, row: int) -> Space:
-        """Where its name stands."""
-        space = self._spaces[self._space[row]]
-        assert space is not None, "a row that is not free keeps its space"
-        return space
+        """The namespace of *row*."""
+        return self._spaces[self._space[row]]
 
     def digest(self, row: int) -> bytes:
         return bytes(self._digest[row * NAME : (row + 1) * NAME])
 
     def parent(self, row: int) -> bytes:
-        """Its parent's digest; empty: none."""
+        """Its parent's digest; empty if it has none."""
         return bytes(self._parent[row * NAME : (row + 1) * NAME]) if self._has_parent[row] else b""
 
-    def key(self, row: int) -> bytes:
+    def name(self, row: int) -> bytes:
         """Its name as the index file has it."""
         return self.space(row).name + self.digest(row)
 
     def lengths(self, row: int) -> tuple[int, ...]:
         """Bytes of each shard."""
-        return self._shape_of(row).lengths
+        return self._shapes[self._shape[row]].lengths
 
     def sums(self, row: int) -> tuple[int, ...]:
         """The shards' checksums."""
-        shape = self._shape_of(row)
+        shape = self._shapes[self._shape[row]]
         at = self._place[row] * len(shape.lengths)
         return tuple(shape.sums[at : at + len(shape.lengths)])
 
     def set_sums(self, row: int, sums: Sequence[int]) -> None:
-        """Now that they are known."""
-        shape = self._shape_of(row)
+        """Set the shards' checksums."""
+        shape = self._shapes[self._shape[row]]
         at = self._place[row] * len(shape.lengths)
         shape.sums[at : at + len(shape.lengths)] = array("Q", sums)
 
     def add(self, found: Row, state: int) -> int:
-        """A new row that goes by its name from now on."""
-        key, parent, offset, generation, recency, shards = found
-        row = self._free.pop() if self._free else self._next()
-        namespace, digest = key[:NAME], key[NAME:]
+        """A new row, which has its name from now on."""
+        if not self._free and self.count == len(self.state):
+            self._grow()
+        row = self._free.pop() if self._free else self.count
+        self.count = max(self.count, row + 1)
+        namespace, digest = found.name[:NAME], found.name[NAME:]
         space = self._by_name.get(namespace) or self._new_space(namespace)
-        lengths, sums = unpack(shards)
-        shape = self._by_lengths.get(lengths) or self._new_shape(lengths)
+        shape = self._by_lengths.get(found.lengths) or self._new_shape(found.lengths)
         self.state[row] = state
-        self.offset[row], self.extent[row] = offset, shape.extent
-        self.generation[row], self.recency[row] = generation, recency
+        self.offset[row], self.extent[row] = found.offset, shape.extent
+        self.generation[row], self.recency[row] = found.generation, found.recency
         at = row * NAME
         self._digest[at : at + NAME] = digest
-        self._has_parent[row] = bool(parent)
-        if parent:
-            self._parent[at : at + NAME] = parent
+        self._has_parent[row] = bool(found.parent)
+        if found.parent:
+            self._parent[at : at + NAME] = found.parent
         self._space[row], self._shape[row] = space.number, shape.number
         if shape.free:
             self._place[row] = shape.free.pop()
-            self.set_sums(row, sums)
+            self.set_sums(row, found.sums)
         else:
             self._place[row] = shape.rows
-            shape.sums.extend(sums)
+            shape.sums.extend(found.sums)
         space.rows += 1
         shape.rows += 1
         self.index_used += shape.cost
@@ -159,7 +158,7 @@ class Rows:
         return row
 
     def forget(self, namespace: bytes) -> Space | None:
-        """Nothing goes by a name in *namespace* any more, at once; the rows are still there, under the Space given."""
+        """No row has a name in *namespace* from now on. The rows are still there, in the Space that is returned."""
         space = self._by_name.pop(namespace, None)
         if space is not None:
             space.gone = True
@@ -171,27 +170,21 @@ class Rows:
         self.space(row).tables[digest[0]].pop(digest, None)
 
     def drop(self, row: int) -> None:
-        """The row is free for another; its name was removed before."""
-        space, shape = self.space(row), self._shape_of(row)
+        """Free the row; its name was removed before."""
+        space, shape = self.space(row), self._shapes[self._shape[row]]
         shape.free.append(self._place[row])
         shape.rows -= 1
         self.index_used -= shape.cost
         if not shape.rows:
-            del self._by_lengths[shape.lengths]
-            self._shapes[shape.number] = None
+            del self._by_lengths[shape.lengths], self._shapes[shape.number]
         space.rows -= 1
         if not space.rows:
             if not space.gone:
                 del self._by_name[space.name]
-            self._spaces[space.number] = None
+            del self._spaces[space.number]
         self.state[row] = FREE
         self.children[row] = self.holders[row] = 0
         self._free.append(row)
-
-    def _shape_of(self, row: int) -> _Shape:
-        shape = self._shapes[self._shape[row]]
-        assert shape is not None, "a row that is not free keeps its shape"
-        return shape
 
     def _new_space(self, name: bytes) -> Space:
         space = self._by_name[name] = Space(name, _vacant(self._spaces))
@@ -203,24 +196,17 @@ class Rows:
         self._shapes[shape.number] = shape
         return shape
 
-    def _next(self) -> int:
-        if self.count == len(self.state):
-            for small in (self.state, self.queued, self._has_parent):
-                small += bytes(_BLOCK)
-            for name in (self._digest, self._parent):
-                name += bytes(NAME * _BLOCK)
-            for numbers in (self.offset, self.extent, self.generation, self.recency):
-                numbers.frombytes(bytes(8 * _BLOCK))
-            for counts in (self.children, self.holders, self._space, self._shape, self._place):
-                counts.frombytes(bytes(4 * _BLOCK))
-        self.count += 1
-        return self.count - 1
+    def _grow(self) -> None:
+        for small in (self.state, self.queued, self._has_parent):
+            small += bytes(_BLOCK)
+        for name in (self._digest, self._parent):
+            name += bytes(NAME * _BLOCK)
+        for numbers in (self.offset, self.extent, self.generation, self.recency):
+            numbers.frombytes(bytes(8 * _BLOCK))
+        for counts in (self.children, self.holders, self._space, self._shape, self._place):
+            counts.frombytes(bytes(4 * _BLOCK))
 
 
-def _vacant(places: "list[Space | None] | list[_Shape | None]") -> int:
-    """The number of a free place; few are ever in use."""
-    for number, there in enumerate(places):
-        if there is None:
-            return number
-    places.append(None)
-    return len(places) - 1
+def _vacant(numbered: dict[int, Space] | dict[int, _Shape]) -> int:
+    """A number that is not taken; few ever are."""
+    return next(number for number in range(len(numbered) + 1) if number not in numbered)

@@ -1,6 +1,6 @@
-"""Where the rows of the index file lie in the slabs: found once, at the start, in the order of their places.
+"""Where the rows of the index file lie in the slabs: scanned once, at the start, in the order of their places.
 
-It claims what sound rows name and says which cannot be sound; what becomes of those is `directory`'s to decide.
+The scanner claims the bytes of sound rows and names the rows that cannot be sound; `directory` decides about those.
 """
 
 from array import array
@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from lmcache_trio.abc import Arena
 from lmcache_trio.errors import Misuse
 from lmcache_trio_backends.disk.records import ALIGNMENT, Lost
-from lmcache_trio_backends.disk.rows import Rows
+from lmcache_trio_backends.disk.rows import ChunkRows
 
-__all__ = ["SLICE", "Places", "by_place"]
+__all__ = ["SLICE", "SlabScanner", "by_place"]
 
 SLICE = 400
 """Rows that one step handles: about 2 ms of the loop."""
@@ -21,7 +21,7 @@ _STRETCHES = 4096
 """The most stretches: they are sorted too."""
 
 
-def by_place(rows: Rows) -> "array[int]":
+def by_place(rows: ChunkRows) -> "array[int]":
     """All rows by their place on the disk. May run in a thread while nobody changes them.
 
     numpy would take a tenth of the second that a million take here, and a fifth of a server's start to be imported.
@@ -40,10 +40,10 @@ def by_place(rows: Rows) -> "array[int]":
     return found
 
 
-class Places:
+class SlabScanner:
     """The bytes that rows of one *state* name, claimed from an *arena* that has given nothing yet."""
 
-    def __init__(self, rows: Rows, state: int, arena: Arena, lost: Sequence[Lost]) -> None:
+    def __init__(self, rows: ChunkRows, state: int, arena: Arena, lost: Sequence[Lost]) -> None:
         self._rows = rows
         self._state = state
         self._arena = arena

@@ -165,7 +165,9 @@ class Slabs:
             if self._direct:
                 _write_direct(fd, place, part)
             else:
-                _write(fd, place, part)
+                done = 0
+                while done < len(part):
+                    done += os.pwritev(fd, [part[done:]], place + done)
 
     def flush(self) -> None:
         """All that was written is on the disk itself when this returns."""
@@ -255,12 +257,6 @@ def _read(fd: int, place: int, view: memoryview) -> int:
     while done < len(view) and (got := os.preadv(fd, [view[done:]], place + done)):
         done += got
     return done
-
-
-def _write(fd: int, place: int, view: memoryview) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwritev(fd, [view[done:]], place + done)
 
 
 def _is_aligned(view: memoryview) -> bool:

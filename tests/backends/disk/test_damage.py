@@ -12,7 +12,7 @@ from lmcache_trio_backends.disk import DiskConfig, DiskTier
 from lmcache_trio_backends.disk.config import Budget
 from lmcache_trio_backends.disk.files import Files
 from lmcache_trio_backends.disk.home import INDEX_NAME, Home
-from lmcache_trio_backends.disk.records import pack
+from lmcache_trio_backends.disk.records import Row
 
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
@@ -184,7 +184,7 @@ async def test_an_index_that_is_larger_than_its_share_of_a_smaller_size_is_begun
     files = Files(config, Budget.of(config.size), Home(config.path))
     files.open(False)
     random = Random(0)
-    rows = sorted((random.randbytes(64), b"", n * 4096, n + 1, n + 1, pack([4096], [1])) for n in range(60_000))
+    rows = sorted(Row(random.randbytes(64), b"", n * 4096, n + 1, n + 1, (4096,), (1,)) for n in range(60_000))
     for n in range(0, len(rows), files.index.batch):
         files.index.publish(rows[n : n + files.index.batch])
     files.close()

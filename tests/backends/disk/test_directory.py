@@ -7,15 +7,13 @@ byte has two owners, no row of the index file names bytes that are another's, an
 from itertools import pairwise
 
 import hypothesis.strategies as st
-import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from lmcache_trio_backends.disk.directory import Directory
+from lmcache_trio_backends.disk.directory import Directory, Refusal
 from lmcache_trio_backends.disk.records import Doomed, Read, Row, Write, extent_of, index_cost
 
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio.abc import ChunkKey
-from lmcache_trio.errors import Misuse
 
 PAGE = 4096
 TAKEN = 24 * PAGE
@@ -37,7 +35,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.boot()
 
     def boot(self) -> None:
-        self.directory = Directory(Arena(), ROWS * index_cost(1))
+        self.directory = Directory(Arena(), capacity=TAKEN, index_room=ROWS * index_cost(1))
         for namespace, generation in self.tombs.items():
             self.directory.bury(namespace, generation)
         self.directory.restore(self.file[key] for key in sorted(self.file))
@@ -52,50 +50,52 @@ class DiskMachine(RuleBasedStateMachine):
         self.erasing: list[Doomed] = []
         self.erased: list[Doomed] = []
         alive = self._alive()
-        self.published: dict[ChunkKey, Write | None] = {ChunkKey(row[0][:32], row[0][32:]): None for row in alive}
+        self.published: dict[ChunkKey, Write | None] = {ChunkKey(row.name[:32], row.name[32:]): None for row in alive}
         self.forgotten: set[int] = set()  # generations of writes
         assert self.directory.statistics()["bytes_used"] == sum(self._range(row)[1] for row in alive)
         assert self.directory.statistics()["chunks"] == len(alive)
 
     def _alive(self) -> list[Row]:
-        return [row for row in self.file.values() if row[3] > self.tombs.get(row[0][:32], -1)]
+        return [row for row in self.file.values() if row.generation > self.tombs.get(row.name[:32], -1)]
 
     @staticmethod
     def _range(row: Row) -> tuple[int, int]:
-        lengths = [int.from_bytes(row[5][i : i + 8], "little") for i in range(0, len(row[5]), 16)]
-        return row[2], sum(-(-length // PAGE) * PAGE for length in lengths)
+        return row.offset, sum(-(-length // PAGE) * PAGE for length in row.lengths)
 
     @rule(key=keys, parent=st.sampled_from([b"", *DIGESTS]), lengths=st.sampled_from(LENGTHS))
     def reserve(self, key: ChunkKey, parent: bytes, lengths: tuple[int, ...]) -> None:
-        if self.directory.knows(key):
-            with pytest.raises(Misuse):
-                self.directory.reserve(key, parent, lengths)
-            return
         write = self.directory.reserve(key, parent, lengths)
-        if write is None:
+        being_written = any(w.key == key and w.row.generation not in self.forgotten for w in self._writing())
+        if key in self.published or being_written:
+            assert write is (Refusal.PUBLISHED if key in self.published else Refusal.WRITING)
             return
-        taken = (write.offset, extent_of(lengths))
+        if not isinstance(write, Write):
+            assert write in (Refusal.NO_HOLE, Refusal.NO_INDEX_ROOM)
+            return
+        taken = (write.row.offset, extent_of(lengths))
         for row in self._alive():
             assert not _overlap(taken, self._range(row)), "bytes were given away that a row still names"
-        for other in [*self.writes, *self.written]:
-            assert not _overlap(taken, (other.offset, extent_of(other.lengths)))
+        for other in self._writing():
+            assert not _overlap(taken, self._range(other.row))
         self.writes.append(write)
+
+    def _writing(self) -> list[Write]:
+        return [*self.writes, *self.written]
 
     @precondition(lambda self: self.writes)
     @rule(data=st.data())
     def write_the_row(self, data: st.DataObject) -> None:
         write = self.writes.pop(data.draw(st.integers(0, len(self.writes) - 1)))
-        row = write.as_row([7] * len(write.lengths))
-        self.file[row[0]] = row
+        self.file[write.row.name] = write.row._replace(sums=(7,) * len(write.row.lengths))
         self.written.append(write)
 
     @precondition(lambda self: self.written)
     @rule()
     def publish(self) -> None:
         write = self.written.pop(0)
-        alive = self.directory.publish(write, [7] * len(write.lengths))
-        assert alive == (write.generation not in self.forgotten)
-        assert self.directory.contains(write.key) == alive or write.generation in self.forgotten
+        alive = self.directory.publish(write, [7] * len(write.row.lengths))
+        assert alive == (write.row.generation not in self.forgotten)
+        assert self.directory.contains(write.key) == alive or write.row.generation in self.forgotten
         if alive:
             self.published[write.key] = write
 
@@ -104,15 +104,15 @@ class DiskMachine(RuleBasedStateMachine):
     def abort(self) -> None:
         write = self.writes.pop()
         self.directory.abort(write)
-        if write.generation not in self.forgotten:
-            assert not self.directory.knows(write.key)
+        if write.row.generation not in self.forgotten:
+            assert self.directory._rows.find(write.key.namespace, write.key.digest) < 0
 
     @rule(key=keys, lengths=st.sampled_from(LENGTHS))
     def begin_read(self, key: ChunkKey, lengths: tuple[int, ...]) -> None:
         read = self.directory.begin_read(key, lengths)
         if read is not None:
             assert key in self.published
-            assert self.file[key.namespace + key.digest][2] == read.offset
+            assert self.file[key.namespace + key.digest].offset == read.offset
             self.reads.append(read)
 
     @precondition(lambda self: self.reads)
@@ -121,7 +121,7 @@ class DiskMachine(RuleBasedStateMachine):
         read = self.reads.pop(data.draw(st.integers(0, len(self.reads) - 1)))
         alive = self.directory.end_read(read)
         row = self.file.get(read.key.namespace + read.key.digest)
-        assert not alive or (row is not None and row[3] == read.generation)
+        assert not alive or (row is not None and row.generation == read.generation)
         if alive and wrong:
             assert self.directory.quarantine(read)
             assert not self.directory.quarantine(read)
@@ -143,7 +143,7 @@ class DiskMachine(RuleBasedStateMachine):
         assert count or not self._leaves(held)
 
     def _parent(self, key: ChunkKey) -> bytes:
-        return self.file[key.namespace + key.digest][1]
+        return self.file[key.namespace + key.digest].parent
 
     def _leaves(self, held: set[ChunkKey]) -> list[ChunkKey]:
         parents = {(key.namespace, self._parent(key)) for key in self.published}
@@ -153,9 +153,9 @@ class DiskMachine(RuleBasedStateMachine):
     def forget(self, namespace: bytes) -> None:
         self.due.append((namespace, self.directory.forget(namespace)))
         self.published = {key: write for key, write in self.published.items() if key.namespace != namespace}
-        for write in [*self.writes, *self.written]:
+        for write in self._writing():
             if write.key.namespace == namespace:
-                self.forgotten.add(write.generation)
+                self.forgotten.add(write.row.generation)
 
     @precondition(lambda self: self.due)
     @rule()
@@ -171,9 +171,9 @@ class DiskMachine(RuleBasedStateMachine):
     @rule()
     def erase_the_row(self) -> None:
         one = self.erasing.pop(0)
-        row = self.file.get(one.key)
-        if row is not None and row[3] == one.generation:
-            del self.file[one.key]
+        row = self.file.get(one.name)
+        if row is not None and row.generation == one.generation:
+            del self.file[one.name]
         self.erased.append(one)
 
     @precondition(lambda self: self.erased)
@@ -185,8 +185,8 @@ class DiskMachine(RuleBasedStateMachine):
     def write_recency(self, limit: int) -> None:
         for recency, name, generation in self.directory.take_touched(limit):
             row = self.file.get(name)
-            if row is not None and row[3] == generation:
-                self.file[name] = (*row[:4], recency, row[5])
+            if row is not None and row.generation == generation:
+                self.file[name] = row._replace(recency=recency)
 
     @rule()
     def kill(self) -> None:
@@ -240,13 +240,13 @@ def _key(number: int) -> ChunkKey:
 
 def _store(directory: Directory, number: int, parent: int | None = None) -> Row:
     write = directory.reserve(_key(number), b"" if parent is None else DIGESTS[parent], (PAGE,))
-    assert write is not None
+    assert isinstance(write, Write)
     assert directory.publish(write, [0])
-    return write.as_row([0])
+    return write.row
 
 
 def _directory() -> Directory:
-    directory = Directory(Arena(), 1 << 20)
+    directory = Directory(Arena(), capacity=TAKEN, index_room=1 << 20)
     for _ in directory.rebuild(TAKEN, directory.order()):
         pass
     return directory
@@ -289,9 +289,9 @@ def test_what_is_being_read_is_not_evicted() -> None:
 
 def test_rows_that_lie_over_each_other_or_outside_are_dropped_and_their_bytes_given_once() -> None:
     rows = [_store(_directory(), n) for n in range(3)]
-    rows[1] = (*rows[1][:2], 0, 99, *rows[1][4:])  # over the first
-    rows[2] = (*rows[2][:2], TAKEN, *rows[2][3:])  # behind the end
-    directory = Directory(Arena(), 1 << 20)
+    rows[1] = rows[1]._replace(offset=0, generation=99)  # over the first
+    rows[2] = rows[2]._replace(offset=TAKEN)  # behind the end
+    directory = Directory(Arena(), capacity=TAKEN, index_room=1 << 20)
     directory.restore(rows)
     for _ in directory.rebuild(TAKEN, directory.order()):
         pass

@@ -16,7 +16,7 @@ from lmcache_trio_backends.disk import DiskConfig, DiskTier, engine, slabs
 from lmcache_trio_backends.disk.admission import SecondHit
 from lmcache_trio_backends.disk.home import INDEX_NAME, Home, slab_name
 from lmcache_trio_backends.disk.index_file import IndexFile
-from lmcache_trio_backends.disk.recovery import Reading
+from lmcache_trio_backends.disk.recovery import Recovery
 from lmcache_trio_backends.disk.slabs import Slabs
 from support import disk_worker
 
@@ -172,14 +172,14 @@ async def test_lookups_are_answered_by_query_while_the_index_is_read(
     async with (tier := disk_tier(tmp_path)).open():
         await stored(tier, *range(10))
     gate = trio.Event()
-    run = Reading.run
+    run = Recovery.run
 
-    async def held_back(self: Reading) -> None:
+    async def held_back(self: Recovery) -> None:
         self.under_way.set()
         await gate.wait()
         await run(self)
 
-    monkeypatch.setattr(Reading, "run", held_back)
+    monkeypatch.setattr(Recovery, "run", held_back)
     flip_a_bit(tmp_path, content(key_of(5))[0])
     async with tier.open():
         assert tier.statistics()["ready"] == 0
@@ -443,10 +443,9 @@ async def test_an_index_that_cannot_be_written_fails_the_tier_until_it_is_opened
     tier = disk_tier(tmp_path)
     async with tier.open():
         await stored(tier, 1)
-        assert tier._life is not None
-        db = tier._life._files.index._db
+        db = tier._index._db
         assert db is not None
-        await tier._life._worker.index_thread.run(db.execute, "PRAGMA query_only = 1")
+        await tier._threads.index_thread.run(db.execute, "PRAGMA query_only = 1")
         with pytest.raises(Unavailable, match="readonly"):
             await stored(tier, 2)
         with pytest.raises(Unavailable, match="readonly"):
@@ -475,8 +474,7 @@ async def test_a_disk_that_hangs_when_it_is_closed_is_left_behind(
     blocked, release = os.pipe()
     async with trio.open_nursery() as nursery:
         async with tier.open():
-            assert tier._life is not None
-            nursery.start_soon(tier._life._worker.index_thread.run, os.read, blocked, 1)
+            nursery.start_soon(tier._threads.index_thread.run, os.read, blocked, 1)
             await trio.testing.wait_all_tasks_blocked()
         assert "its disk hangs" in caplog.text
         with pytest.raises(Unavailable, match=f"in use by process {os.getpid()}"):

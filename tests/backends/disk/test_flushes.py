@@ -12,7 +12,7 @@ import pytest
 import trio
 from lmcache_trio_backends.disk import DiskConfig, DiskTier, engine
 from lmcache_trio_backends.disk.index_file import IndexFile
-from lmcache_trio_backends.disk.records import Row, pack
+from lmcache_trio_backends.disk.records import Row
 from lmcache_trio_backends.disk.slabs import Slabs
 
 from lmcache_trio.errors import Unavailable
@@ -95,7 +95,7 @@ async def test_a_flush_that_fails_in_one_store_fails_those_that_come_after_it(
 def some_rows(count: int, generation: int) -> list[Row]:
     random = Random(0)
     keys = [random.randbytes(64) for _ in range(count)]
-    return sorted((key, b"", 4096 * n, generation, 1, pack([1], [0])) for n, key in enumerate(keys))
+    return sorted(Row(key, b"", 4096 * n, generation, 1, (1,), (0,)) for n, key in enumerate(keys))
 
 
 def test_a_log_that_cannot_be_written_back_fails_and_stays_within_its_room(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 from lmcache_trio_backends.disk.config import Budget
 from lmcache_trio_backends.disk.index_file import IndexFile
-from lmcache_trio_backends.disk.records import MAX_SHARDS, Doomed, Row, index_cost, pack
+from lmcache_trio_backends.disk.records import MAX_SHARDS, Doomed, Row, index_cost
 
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
 
@@ -16,8 +16,8 @@ MIB = 1 << 20
 
 def some_row(random: Random, number: int, shards: int) -> Row:
     sums = [random.randrange(1 << 64) for _ in range(shards)]
-    place, packed = 4096 * random.randrange(1 << 40), pack([MIB] * shards, sums)
-    return random.randbytes(64), random.randbytes(32), place, number, number, packed
+    place, lengths = 4096 * random.randrange(1 << 40), (MIB,) * shards
+    return Row(random.randbytes(64), random.randbytes(32), place, number, number, lengths, tuple(sums))
 
 
 @pytest.mark.parametrize("shards", [1, 8, 50, 51, 52, 53, 54, 55, 56, 64, 100, 200, MAX_SHARDS])

@@ -38,8 +38,7 @@ async def filled(tier: DiskTier) -> list[tuple[int, int]]:
     """Store all. Where each lies: its first byte, and the one behind its last."""
     async with tier.open():
         assert all(await tier.store([record_of(key_of(n), (LENGTH,)) for n in range(COUNT)]))
-        assert tier._life is not None
-        directory = tier._life._directory
+        directory = tier._directory
         places = [directory.begin_read(key_of(n), (LENGTH,)) for n in range(COUNT)]
         assert all(place is not None for place in places)
         for place in places:

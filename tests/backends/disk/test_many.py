@@ -21,8 +21,8 @@ from lmcache_trio_backends.disk.eviction import _GLANCES
 from lmcache_trio_backends.disk.files import Files
 from lmcache_trio_backends.disk.home import INDEX_NAME, Home, slab_name
 from lmcache_trio_backends.disk.index_file import PAGE, IndexFile
-from lmcache_trio_backends.disk.io_threads import Worker
-from lmcache_trio_backends.disk.records import Row, pack
+from lmcache_trio_backends.disk.io_threads import IOThreads
+from lmcache_trio_backends.disk.records import Row
 
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio.abc import ChunkKey
@@ -43,7 +43,7 @@ def rows(count: int) -> list[Row]:
     for i in range(count):
         digest = random.randbytes(32)
         parent = parent if i % 8 else b""
-        found.append((NAMESPACE + digest, parent, places[i] * LENGTH, i + 1, i + 1, pack([LENGTH], [i])))
+        found.append(Row(NAMESPACE + digest, parent, places[i] * LENGTH, i + 1, i + 1, (LENGTH,), (i,)))
         parent = digest
     return sorted(found)
 
@@ -166,7 +166,7 @@ def publish(path: Path, found: list[Row], forgotten_to: int) -> None:
 
 
 async def test_what_a_killed_deletion_left_is_dead_and_its_bytes_are_free(tmp_path: Path, many: list[Row]) -> None:
-    newer = (many[7][0], b"", 0, MANY + 1, MANY + 1, pack([LENGTH], [0]))  # in bytes that were another's
+    newer = Row(many[7][0], b"", 0, MANY + 1, MANY + 1, (LENGTH,), (0,))  # in bytes that were another's
     publish(tmp_path, [newer], MANY)
     for _ in range(3):
         tier = disk_tier(tmp_path)
@@ -229,14 +229,14 @@ async def test_a_deletion_that_is_cancelled_early_is_for_good(tmp_path: Path, ma
 def pieces(monkeypatch: pytest.MonkeyPatch) -> trio.Semaphore:
     """Each erasure of a batch of rows takes one of these, and waits where none is left."""
     permitted = trio.Semaphore(0)
-    ask = Worker.ask
+    ask = IOThreads.ask
 
-    async def gated(worker: Worker, fn: Any, *args: Any) -> Any:
+    async def gated(worker: IOThreads, fn: Any, *args: Any) -> Any:
         if fn.__name__ == "erase":
             await permitted.acquire()
         return await ask(worker, fn, *args)
 
-    monkeypatch.setattr(Worker, "ask", gated)
+    monkeypatch.setattr(IOThreads, "ask", gated)
     return permitted
 
 
@@ -273,7 +273,7 @@ async def test_who_needs_room_waits_for_one_piece_of_a_deletion_and_not_for_its_
 
 
 def full_directory(count: int) -> Directory:
-    directory = Directory(Arena(), 1 << 30)
+    directory = Directory(Arena(), capacity=1 << 40, index_room=1 << 30)
     directory.restore(rows(count))
     for _ in directory.rebuild(count * LENGTH, directory.order()):
         pass
@@ -295,7 +295,7 @@ def test_a_million_late_entries_are_put_right_a_few_at_a_time() -> None:
 
 
 def test_every_step_of_the_rebuilding_is_small() -> None:
-    directory = Directory(Arena(), 1 << 30)
+    directory = Directory(Arena(), capacity=1 << 40, index_room=1 << 30)
     directory.restore(rows(MANY))
     steps: Iterator[None] = directory.rebuild(MANY * LENGTH, directory.order())
     assert sum(1 for _ in steps) > 2 * MANY // recovery.PAGE_ROWS
@@ -307,8 +307,8 @@ def test_what_is_read_of_a_page_is_what_was_written(tmp_path: Path) -> None:
     assert index.page(b"", 10) == []
     assert index.find([b"x" * 64]) == []
     odd: list[Row] = [
-        (b"\0" * 64, b"", 0, 1, 0, pack([1], [0])),
-        (b"\xff" * 64, b"\0" * 32, (1 << 60), (1 << 60) + 1, 5, pack([0, (1 << 48) - 1], [(1 << 64) - 1, 0])),
+        Row(b"\0" * 64, b"", 0, 1, 0, (1,), (0,)),
+        Row(b"\xff" * 64, b"\0" * 32, (1 << 60), (1 << 60) + 1, 5, (0, (1 << 48) - 1), ((1 << 64) - 1, 0)),
     ]
     index.publish(odd)
     assert index.page(b"", 10) == odd

@@ -48,11 +48,10 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Files, Files]:
         tier = disk_tier(path)
         async with tier.open():
             assert all(await tier.store([record_of(key_of(n), LENGTHS) for n in range(1000, 1000 + COUNT // 2)]))
-            assert tier._life is not None
             older.update(copy_of(path))
             await tier.delete(key_of(0).namespace)
             assert all(await tier.store([record_of(key_of(n), LENGTHS) for n in range(COUNT * 2 // 3)]))
-            await tier._life._worker.ask(tier._life._files.index.checkpoint)
+            await tier._threads.ask(tier._index.checkpoint)
             for n in range(COUNT * 2 // 3, COUNT):
                 assert all(await tier.store([record_of(key_of(n), LENGTHS)]))
             newer.update(copy_of(path))
