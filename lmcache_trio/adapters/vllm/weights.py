@@ -113,7 +113,8 @@ class WeightsWatch:
         self._loaded_from = self._source()
         self.begin()
         models = [model for model in (each() for each in self._models) if model is not None]
-        tensors: list[torch.Tensor] = [*{id(each): each for model in models for each in model.parameters()}.values()]
+        parameters = {id(each): each for model in models for each in model.parameters() if _can_be_read(each)}
+        tensors: list[torch.Tensor] = [*parameters.values()]
         kept = [
             _Kept(weakref.ref(module), name, id(value))
             for model in models
@@ -149,14 +150,33 @@ class WeightsWatch:
         )
 
     def _values(self, tensors: list[torch.Tensor]) -> list[int]:
+        samples: dict[torch.device, list[torch.Tensor]] = {}
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            samples = [_sample(tensor) for tensor in tensors if tensor.numel() and tensor.is_contiguous()]
-            found: list[int] = torch.cat(samples).tolist() if samples else []
-            return found
+            for tensor in tensors:
+                if tensor.numel() and _is_dense(tensor):
+                    samples.setdefault(tensor.device, []).append(_sample(tensor))
+            return [value for some in samples.values() for value in torch.cat(some).tolist()]
+
+
+def _can_be_read(tensor: torch.Tensor) -> bool:
+    """Does it have plain values in memory? One that is not loaded yet, or a sparse one, has none."""
+    return (
+        not isinstance(tensor, nn.UninitializedParameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_meta
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+    )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Do its values, in whatever order, fill one range of memory? A transposed one's do."""
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return reach == tensor.numel() and min(tensor.stride(), default=1) > 0
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """At most 2 * SAMPLES values, spread evenly, as whole numbers."""
-    flat = tensor.detach().view(-1)
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
     bits = flat.view(_WHOLE_NUMBERS[flat.element_size()])
     return bits[:: max(1, bits.numel() // SAMPLES)].to(torch.int64)

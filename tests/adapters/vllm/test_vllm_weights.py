@@ -119,3 +119,41 @@ def test_a_model_is_found_by_its_layers_and_not_kept_alive() -> None:
     watch = WeightsWatch([model], lambda: "here")
     del model, layers
     assert watch.changed(), "nobody has these weights any more"
+
+
+def holding(tensor: torch.Tensor) -> nn.Module:
+    model = nn.Module()
+    model.register_parameter("plain", nn.Parameter(torch.zeros(100)))
+    odd = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    model.register_parameter("odd", odd)
+    return model
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(100, device="meta"),
+        torch.zeros(10, 10).to_sparse(),
+        torch.zeros(100, dtype=torch.complex128),
+        torch.zeros(0),
+        torch.tensor(1.0),
+        torch.zeros(1, 4).expand(10, 4),
+        nn.UninitializedParameter(),
+    ],
+    ids=["meta", "sparse", "complex", "empty", "scalar", "expanded", "not loaded"],
+)
+def test_a_parameter_without_plain_values_ends_nothing_and_the_others_are_seen(tensor: torch.Tensor) -> None:
+    model = holding(tensor)
+    watch = WeightsWatch([model], lambda: 0)
+    assert not watch.changed()
+    model.get_parameter("plain").data.add_(1)
+    assert watch.changed()
+
+
+def test_a_transposed_parameter_is_seen() -> None:
+    """Kernels of float8 keep their weights so."""
+    model = holding(torch.zeros(10, 20).t())
+    watch = WeightsWatch([model], lambda: 0)
+    assert not watch.changed()
+    model.get_parameter("odd").data.add_(1)
+    assert watch.changed()
