@@ -28,6 +28,8 @@ class Engine:
     namespace: bytes = b""
     last_layout: tuple[bytes, ...] = ()
     """The latest fingerprints that were known of all shards: what was granted is of these."""
+    is_told_of: bool = False
+    """Was it logged that a shard's layout is missing?"""
     sessions: Sessions = attrs.field(factory=Sessions)
     digests: int = 0  # of all sessions
     resets_due: set[bytes] = attrs.field(factory=set)

@@ -151,8 +151,14 @@ class Engines:
             del engine.layouts[shard]
             self.settle_namespace(engine)
 
+    def tell_missing(self, engine: Engine) -> None:
+        """Log, once until it is complete, that *engine* asks for chunks, and no layout of its workers is known."""
+        if not engine.namespace and not engine.is_told_of:
+            self._tell_layout(engine)
+
     def _tell_layout(self, engine: Engine) -> None:
         """Log what can be cached for *engine*, or why nothing can."""
+        engine.is_told_of = not engine.namespace
         if not engine.namespace:
             missing = sorted(set(range(engine.shards)) - set(engine.layouts))
             log.info("engine %r has no cache until its shards %s are registered", engine.name, missing)

@@ -51,6 +51,8 @@ def _lookup(parts: Parts, peer: Peer, message: Lookup) -> Message:
     wanted = session.lookup(message.start, message.digests, message.upto, message.id)
     engine.sessions.open(session)
     engine.digests += more
+    if not engine.namespace:
+        parts.engines.tell_missing(engine)
     if former:
         parts.index.release(former)
     if was_pending:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from lmcache_trio._wire.messages import ErrorReply, Register
+from lmcache_trio._wire.messages import ErrorReply, Lookup, Register
 
 INFO, WARNING = logging.INFO, logging.WARNING
+DIGEST = b"d" * 32
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,18 @@ async def test_an_engine_that_leaves_has_a_line_and_one_that_lost_a_shard_has_an
     scheduler.connection.close()
     await rig.until(engines=0)
     assert lines(caplog, "left") == [(INFO, "engine 'e1' left")]
+
+
+async def test_an_engine_that_asks_before_its_workers_are_registered_is_told_of_once(
+    rig: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its workers may have another engine id, or be fewer than it has shards: nothing else would say so."""
+    scheduler, _ = await rig.scheduler("e1"), await rig.worker("e1")
+    for session in range(3):
+        await scheduler.ask(Lookup, session, 0, DIGEST, 1)
+    assert lines(caplog, "no cache until its shards") == [
+        (INFO, "engine 'e1' has no cache until its shards [0] are registered")
+    ]
 
 
 async def test_an_engine_whose_chunks_are_larger_than_the_memory_is_told_of_with_what_to_raise(
