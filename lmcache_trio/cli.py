@@ -59,9 +59,10 @@ def serve(*, config: ConfigFile = None, sets: Sets = (), address: str | None = N
     Parameters
     ----------
     config
-        A TOML file with settings; by default the one that LMCACHE_TRIO_CONFIG names.
+        A TOML file with settings; by default the one that LMCACHE_TRIO_CONFIG names. ~ and $NAME are expanded in
+        both.
     sets
-        Settings as key=value, as in --set memory.size=4GiB; they win over the file and the environment.
+        Settings as key=value, as in --set memory.size=4GiB. They win over the file and the environment.
     address
         Short for --set address=….
     """
@@ -86,11 +87,11 @@ def status(
     Parameters
     ----------
     config
-        The server's own TOML file: its address is read from there.
+        The server's own TOML file, which has its address; by default the one that LMCACHE_TRIO_CONFIG names.
     sets
         Settings as key=value, as for serve.
     address
-        The server's address.
+        The server's address; short for --set address=….
     json
         Print one JSON object with the keys "held", "counted" and "tiers".
     timeout
@@ -140,11 +141,11 @@ def demo(  # noqa: PLR0913  (flags)
     threads
         Threads that the engine computes with; by default one for two cores, 4 at most.
     seed
-        Of the model's weights and of the prompts.
+        Seed of the model's weights and of the prompts.
     path
-        Who copies the KV: the server (device), the engine (shm), or the server where it can (auto).
+        Which process copies the KV: the server (device), the engine (shm), or the server if it can (auto).
     deadline
-        Seconds after which it is given up, with exit status 1; by default it is not.
+        Seconds after which the demo gives up, with exit status 1; by default never.
     """
     from lmcache_trio.demo import command as job
 
@@ -180,24 +181,28 @@ def bench_rows(  # noqa: PLR0913  (flags)
     Parameters
     ----------
     address
-        Of a server that runs already; by default the benchmark starts its own.
+        Measure a server that runs already, with its own chunk_tokens and without the rows of a disk; by default the
+        benchmark starts its own.
     clients
         Engines, each a process, that do the same at the same time.
     kv
         The KV's shape: a name (llama3-8b, llama3-70b, qwen2.5-7b, qwen2.5-0.5b), or numbers, as in
-        layers=32,kv_heads=8,head_dim=128,dtype=bfloat16,block_tokens=16,chunk_tokens=256.
+        layers=32,kv_heads=8,head_dim=128,dtype=bfloat16,block_tokens=16,chunk_tokens=256. Numbers that are left out are
+        those of llama3-8b.
     operation
-        Bytes of one store or retrieve.
+        Bytes of one store or retrieve, rounded up to whole chunks. With less, caches help the copies.
     rounds
-        How often every row is measured; the table shows medians.
+        How often every row is measured. A row's figures are medians over its rounds.
     lookups
         Lookups of one client in one round.
     rows
-        Only these rows, and the two limits.
+        Only these rows, the two limits, direct_read with load_disk_cold, and direct_write with writeback_disk; by
+        default all.
     disk
-        A folder on the disk to be measured; by default where temporary files lie.
+        Folder for the disk tier's files, on the disk to be measured; by default where temporary files lie.
     json
-        Write the rows to this file, as a list of objects.
+        Also write the rows to this file: a list of objects with name, clients, n, p50_us, p99_us, ops_s, gb_s,
+        cpu_client_us, cpu_server_us and ratio. A figure that does not apply is null.
     """
     from lmcache_trio.bench import command
     from lmcache_trio.bench.settings import ROWS, BenchSettings, KVShape, size_of
@@ -215,9 +220,9 @@ def bench_compare(before: Path, after: Path) -> None:
     Parameters
     ----------
     before
-        The first run's rows.
+        The file of the first run.
     after
-        The second run's rows.
+        The file of the second run.
     """
     from lmcache_trio.bench import command
 
@@ -248,7 +253,7 @@ def bench_parked(count: int = 1000, *, rounds: int = 3) -> None:
     count
         How many lookups wait at the same time.
     rounds
-        How often it is measured; the table shows medians.
+        How often it is measured. The table shows medians.
     """
     from lmcache_trio.bench import command
 
@@ -265,7 +270,7 @@ def bench_records(count: int = 1_000_000, *, disk: Path | None = None) -> None:
     count
         How many chunks the tier holds; a million take 5 GiB of disk.
     disk
-        A folder on the disk to be measured; by default where temporary files lie.
+        Folder for the disk tier's files, on the disk to be measured; by default where temporary files lie.
     """
     from lmcache_trio.bench import command
 

@@ -2,10 +2,13 @@
 
     python docs/reference/tables.py        # after a setting, a figure or a sentence has changed
 
-A page asks for a list of settings with `<!-- table: settings MODULE:CLASS -->`, for a table of a server's figures with
-`<!-- table: figures CLASS -->`, and for the table of the protocol with `<!-- table: sentences -->`; the text from there
-to `<!-- end -->` is replaced. Settings are a list, because a line of a page has at most 100 columns and a cell of a
-table cannot be broken.
+A page asks for one of these, and the text from there to `<!-- end -->` is replaced:
+
+    <!-- table: settings MODULE:CLASS -->      a list: a line of a page has at most 100 columns, a cell can't be broken
+    <!-- table: figures CLASS -->              what a server tells, of `lmcache_trio.statistics`
+    <!-- table: flags COMMAND -->              as the parser of the command line has them
+    <!-- table: rows -->                       the benchmark's
+    <!-- table: sentences -->                  the protocol's
 """
 
 import re
@@ -13,22 +16,26 @@ import textwrap
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import attrs
 
-from lmcache_trio import statistics
+from lmcache_trio import cli, statistics
 from lmcache_trio._wire import messages
 from lmcache_trio._wire.messages import Message, Role
 from lmcache_trio._wire.protocol import PUSHES, REPLIES, speakers
+from lmcache_trio.bench.settings import ROWS
 
 HERE = Path(__file__).parent
 PAGES = (
+    HERE / "command_line.md",
     HERE / "configuration.md",
     HERE / "protocol.md",
     HERE / "statistics.md",
     HERE.parent / "howto" / "vllm.md",
 )
+_CODE = re.compile(r"(?<!\S)(--[\w-]+(?: [\w.]+=[^\s;]*?)?|\$\w+|~|[\w.-]*\w[=_][^\s;]*?)(?=[.,;:)]*(?:\s|$))")
+"""Flags, variables and names in a line of help, which is plain text."""
 _TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -40,6 +47,11 @@ def render(page: str) -> str:
 def _table(kind: str, *args: str) -> str:
     if kind == "settings":
         return "\n".join(_settings(*args)) or "It has no settings.\n"
+    if kind == "flags":
+        return "\n".join(_flags(*args))
+    if kind == "rows":
+        names = " ".join(f"`{name}`," for name in ROWS).removesuffix(",")
+        return textwrap.fill(f"The rows are {names}.", 100) + "\n"
     rows = _figures(*args) if kind == "figures" else _sentences()
     head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body))
@@ -48,8 +60,35 @@ def _table(kind: str, *args: str) -> str:
 def _settings(where: str) -> Iterator[str]:
     module, _, name = where.partition(":")
     for field in attrs.fields(getattr(import_module(module), name)):
-        text = textwrap.fill(str(field.metadata.get("help", "")), 99, initial_indent=": ", subsequent_indent="  ")
-        yield f"`{field.name}` ({_default(field.default)})\n{text}\n"
+        yield _item(f"`{field.name}` ({_default(field.default)})", str(field.metadata.get("help", "")))
+
+
+def _flags(*command: str) -> Iterator[str]:
+    """What *command* takes, as its parser has it."""
+    app = cli.app
+    for name in command:
+        app = app[name]
+    for argument in app.assemble_argument_collection(parse_docstring=True):
+        names = " ".join(f"`{name}{_value(argument.hint)}`" for name in argument.names)
+        if argument.field_info.kind is not argument.field_info.KEYWORD_ONLY:
+            names = f"`{argument.field_info.name.upper()}`"
+        default = argument.field_info.default
+        is_shown = default not in (None, (), argument.field_info.empty) and default is not False
+        text = _CODE.sub(r"`\1`", " ".join(str(argument.parameter.help).split()))
+        yield _item(names + (f" (default: `{default}`)" if is_shown else ""), text)
+
+
+def _value(hint: Any) -> str:
+    """What stands behind a flag of the type *hint*."""
+    kinds = {bool: "", int: " N", float: " NUMBER", str: " TEXT", Path: " PATH", tuple[str, ...]: " TEXT …"}
+    if get_origin(hint) is Literal:
+        return f" {'|'.join(get_args(hint))}"
+    plain = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    return kinds[hint] if hint in kinds else kinds[plain[0]]
+
+
+def _item(term: str, text: str) -> str:
+    return f"{term}\n{textwrap.fill(text, 99, initial_indent=': ', subsequent_indent='  ', break_on_hyphens=False)}\n"
 
 
 def _default(value: Any) -> str:

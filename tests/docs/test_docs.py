@@ -122,7 +122,9 @@ def test_no_line_of_a_page_but_a_row_of_a_table_is_wider_than_a_hundred_columns(
 def test_every_command_and_each_of_its_flags_stands_in_the_reference() -> None:
     commands = set(re.findall(r"^│ ([a-z]+) ", usage(), re.MULTILINE))
     assert {"serve", "status", "demo"} <= commands
-    sections = (DOCS / "reference" / "command_line.md").read_text().split("\n## lmcache-trio ")[1:]
+    text = (DOCS / "reference" / "command_line.md").read_text()
+    assert "\n: None" not in text, "a flag has no help"
+    sections = text.split("\n## lmcache-trio ")[1:]
     documented = {section.split()[0]: section for section in sections}
     assert set(documented) == commands
     for name in commands:
