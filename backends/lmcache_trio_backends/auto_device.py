@@ -23,7 +23,7 @@ class AutoConfig:
 
 
 @attrs.frozen(eq=False)
-class _Ticket(Ticket):
+class _AnyTicket(Ticket):
     device: Device
     ticket: Ticket
 
@@ -61,10 +61,10 @@ class AutoDevice(EventDevice, ArenaDevice):
 
     def start(self, copy: Copy) -> Ticket:
         device = self._owner[copy.attached]
-        return _Ticket(device, device.start(copy))
+        return _AnyTicket(device, device.start(copy))
 
     async def wait_ended(self, ticket: Ticket) -> None:
-        if not isinstance(ticket, _Ticket):
+        if not isinstance(ticket, _AnyTicket):
             raise Misuse("this ticket is another device's")
         await ticket.device.wait_ended(ticket.ticket)
 

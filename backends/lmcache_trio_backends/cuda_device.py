@@ -57,7 +57,7 @@ class _Lane:
         self.stream = call(driver().cuStreamCreate, driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
 
 
-class _Opened(Attached):
+class AttachedCuda(Attached):
     """*bases*: where each allocation begins, in this process' view of the device."""
 
     def __init__(self, export: Export, context: Context) -> None:
@@ -87,7 +87,7 @@ class CudaDevice(EventDevice, ArenaDevice):
         super().__init__(config)
         self._memory: Memory | None = None
         self._thread: DedicatedThread | None = None
-        self._attached: set[_Opened] = set()
+        self._attached: set[AttachedCuda] = set()
         self._contexts: dict[bytes, Context] = {}  # by UUID
         self._pinning = trio.Lock()
         self._pinned = _PAGE  # bytes of the arena that are registered
@@ -121,7 +121,7 @@ class CudaDevice(EventDevice, ArenaDevice):
         thread = self._thread
         if thread is None:
             raise Unavailable("the cuda device is not open")
-        made: list[_Opened] = []
+        made: list[AttachedCuda] = []
         try:
             await thread.run(self._open, export, made)
             await self._pin_arena()
@@ -134,7 +134,7 @@ class CudaDevice(EventDevice, ArenaDevice):
 
     def start(self, copy: Copy) -> Ticket:
         opened, memory = copy.attached, self._memory
-        if not isinstance(opened, _Opened) or opened not in self._attached or memory is None:
+        if not isinstance(opened, AttachedCuda) or opened not in self._attached or memory is None:
             raise Unavailable("this memory is not open")
         ticket = _CudaTicket()
         opened.lanes[copy.direction].thread.post(
@@ -152,7 +152,7 @@ class CudaDevice(EventDevice, ArenaDevice):
             raise Unavailable(f"a copy failed: {ticket.error}") from ticket.error
 
     async def wait_event(self, attached: Attached, event: bytes) -> None:
-        if not isinstance(attached, _Opened) or attached not in self._attached:
+        if not isinstance(attached, AttachedCuda) or attached not in self._attached:
             raise Unavailable("this memory is not open")
         await attached.events.run_owned(_wait_event, attached.context, event, on_return=lambda: None)
 
@@ -161,7 +161,7 @@ class CudaDevice(EventDevice, ArenaDevice):
             await self._pin_arena()
 
     def detach(self, attached: Attached) -> None:
-        if isinstance(attached, _Opened) and attached in self._attached and self._thread is not None:
+        if isinstance(attached, AttachedCuda) and attached in self._attached and self._thread is not None:
             self._attached.remove(attached)
             if not attached.lost:
                 self._thread.post(_close, attached, on_return=lambda: None)
@@ -169,7 +169,7 @@ class CudaDevice(EventDevice, ArenaDevice):
     def statistics(self) -> dict[str, int | str]:
         return {"attached": len(self._attached), "copies": self._copies, "bytes_copied": self._bytes}
 
-    def _ended(self, opened: _Opened, ticket: _CudaTicket) -> None:
+    def _ended(self, opened: AttachedCuda, ticket: _CudaTicket) -> None:
         opened.lost = opened.lost or ticket.lost is not None
         if ticket.error is None and ticket.lost is None:
             self._copies += 1
@@ -207,7 +207,7 @@ class CudaDevice(EventDevice, ArenaDevice):
             self._registered.append(address)
             self._pinned = end
 
-    def _open(self, export: Export, made: list[_Opened]) -> None:
+    def _open(self, export: Export, made: list[AttachedCuda]) -> None:
         first = export.memory[0]
         if not isinstance(first, CudaMemory):
             raise Unavailable("the cuda device opens CUDA memory alone")
@@ -215,7 +215,7 @@ class CudaDevice(EventDevice, ArenaDevice):
             self._contexts[first.uuid] = make_context(first.uuid)
         context = self._contexts[first.uuid]
         context.enter()
-        opened = _Opened(export, context)
+        opened = AttachedCuda(export, context)
         try:
             for memory in export.memory:
                 if not isinstance(memory, CudaMemory) or memory.uuid != first.uuid:
@@ -239,7 +239,7 @@ class CudaDevice(EventDevice, ArenaDevice):
 
     # --- in a lane's thread -----------------------------------------------------------------------------------------
 
-    def _run(self, opened: _Opened, copy: Copy, memory: Memory, ticket: _CudaTicket) -> None:
+    def _run(self, opened: AttachedCuda, copy: Copy, memory: Memory, ticket: _CudaTicket) -> None:
         stream, begun = opened.lanes[copy.direction].stream, False
         try:
             opened.context.enter()
@@ -263,7 +263,7 @@ def _wait_event(context: Context, event: bytes) -> None:
     wait_event(event)
 
 
-def _close(opened: _Opened) -> None:
+def _close(opened: AttachedCuda) -> None:
     """Nothing of it runs. What fails is logged, and the rest closed nevertheless."""
     _try(opened.context.enter)
     opened.events.close()

@@ -72,7 +72,7 @@ class _Run:
         return (first[:, None] + blocks[None, :]).ravel()
 
 
-class _Opened(Attached):
+class AttachedHost(Attached):
     """The engine's memory, mapped."""
 
     def __init__(self, export: Export, maps: "Sequence[_Bytes]") -> None:
@@ -132,7 +132,7 @@ class HostDevice(ArenaDevice):
         self._thread: DedicatedThread | None = None
         self._unmapping: DedicatedThread | None = None
         """Where memory is let go: what a lost engine leaves behind (0.1 s for 16 GiB) keeps nobody waiting."""
-        self._attached: set[_Opened] = set()
+        self._attached: set[AttachedHost] = set()
         self._limiter = trio.CapacityLimiter(1)
         self._populating = trio.Lock()
         self._copies = 0
@@ -159,7 +159,7 @@ class HostDevice(ArenaDevice):
         maps: list[_Bytes] = []
         try:
             await self._open(export, maps)
-            opened = _Opened(export, maps)
+            opened = AttachedHost(export, maps)
         except BaseException:
             self._unmap(maps.clear)
             raise
@@ -204,7 +204,7 @@ class HostDevice(ArenaDevice):
             raise Unavailable(f"a copy failed: {ticket.error!r}") from ticket.error
 
     def detach(self, attached: Attached) -> None:
-        if isinstance(attached, _Opened) and attached in self._attached:
+        if isinstance(attached, AttachedHost) and attached in self._attached:
             self._attached.remove(attached)
             self._unmap(attached.close)
 
@@ -230,7 +230,7 @@ def copy_blocks(copy: Copy, memory: Memory) -> int:
     import numpy as np
 
     attached = copy.attached
-    assert isinstance(attached, _Opened)
+    assert isinstance(attached, AttachedHost)
     count, (first, end) = copy.chunk_blocks, copy.layers
     before = count * sum(piece.length for layer in attached.export.pieces[:first] for piece in layer)
     length = count * sum(piece.length for layer in attached.export.pieces[first:end] for piece in layer)

@@ -135,7 +135,7 @@ class _Socket:
             self.sock.close()
 
 
-class _Link(Connection):
+class NngLink(Connection):
     """A socket with one peer for its life: PAIR0 on both sides, and REQ0 while a client introduces itself."""
 
     def __init__(self, *, introducing: bool = False) -> None:
@@ -261,7 +261,7 @@ class _Link(Connection):
 
 class _PairListener(PairListener):
     def __init__(self, near: TcpAddress) -> None:
-        self._link: _Link | None = _Link()
+        self._link: NngLink | None = NngLink()
         self._connected = self._link.connected
         try:
             self.address = self._link.listen(TcpAddress(near.host, 0))
@@ -352,7 +352,7 @@ def listen_pair(near: TcpAddress, access: Access) -> PairListener:
 
 async def dial_pair(address: TcpAddress, trusted: Collection[int]) -> Connection:
     await _refuse_unless_listening(address)
-    link = _Link()
+    link = NngLink()
     try:
         await link.dial(address)
     except BaseException:
@@ -365,7 +365,7 @@ async def introduce(
     address: TcpAddress, hello: bytes, trusted: Collection[int], descriptors: list[int] | None
 ) -> bytes:
     await _refuse_unless_listening(address)
-    link = _Link(introducing=True)
+    link = NngLink(introducing=True)
     try:
         with trio.move_on_after(_HANDSHAKE) as handshake:
             await link.dial(address)
@@ -381,7 +381,7 @@ async def introduce(
 
 async def wait_listening(address: TcpAddress) -> None:
     try:
-        link = _Link(introducing=True)
+        link = NngLink(introducing=True)
         try:
             await link.dial(address)
         finally:

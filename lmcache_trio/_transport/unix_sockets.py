@@ -14,17 +14,17 @@ from lmcache_trio.config import Access
 from lmcache_trio.config.addresses import UnixAddress
 from lmcache_trio.errors import ConfigError, Unavailable
 
-__all__ = ["Inherited", "Listener", "inherited", "open_epoll", "open_socket"]
+__all__ = ["Listener", "OwnsDescriptors", "inherited", "open_epoll", "open_socket"]
 
 
-class Inherited(Protocol):
+class OwnsDescriptors(Protocol):
     """Something with descriptors, which a forked child inherits too."""
 
     def forget(self) -> None:
         """In the child: close them there. The peer, the parent's loop and the socket's file must not notice."""
 
 
-inherited: "weakref.WeakSet[Inherited]" = weakref.WeakSet()
+inherited: "weakref.WeakSet[OwnsDescriptors]" = weakref.WeakSet()
 """Who is to be told in a forked child."""
 
 

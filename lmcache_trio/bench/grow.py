@@ -21,7 +21,7 @@ from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio.bench.light import CHUNK_TOKENS, DOCUMENT_CHUNKS
 from lmcache_trio.bench.machine import anonymous_bytes
 from lmcache_trio.bench.rows import HostPart, Round
-from lmcache_trio.bench.run import Child, child, scratch, serving
+from lmcache_trio.bench.run import BenchProcess, child, scratch, serving
 
 __all__ = ["Grown", "GrowthPlan", "Point", "grow"]
 
@@ -127,7 +127,7 @@ async def _by_clients(plan: GrowthPlan, folder: Path, tell: Tell) -> list[Point]
     address = f"unix://{folder}/clients.sock"
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(serving(address, _sets(2), folder))
-        clients: list[Child] = []
+        clients: list[BenchProcess] = []
         for i, count in enumerate(plan.clients):
             tell(f"{count} clients", i, len(plan.clients))
             while len(clients) < count:
@@ -139,7 +139,7 @@ async def _by_clients(plan: GrowthPlan, folder: Path, tell: Tell) -> list[Point]
     return points
 
 
-async def _pair(stack: AsyncExitStack, folder: Path, name: str, documents: int) -> tuple[Child, Child]:
+async def _pair(stack: AsyncExitStack, folder: Path, name: str, documents: int) -> tuple[BenchProcess, BenchProcess]:
     """A watched server with room for *documents*, and a client of it."""
     address = f"unix://{folder}/{name}.sock"
     server = await stack.enter_async_context(
@@ -157,7 +157,7 @@ def _sets(documents: int) -> list[str]:
     return [f"memory.size={size}", f"chunk_tokens={CHUNK_TOKENS}", "lease_timeout=3600", "lease_share=1"]
 
 
-async def _point(series: str, x: int, plan: GrowthPlan, clients: Sequence[Child], do: str, tokens: int) -> Point:
+async def _point(series: str, x: int, plan: GrowthPlan, clients: Sequence[BenchProcess], do: str, tokens: int) -> Point:
     rounds = [await _round(clients, do, tokens, plan.lookups) for _ in range(plan.rounds + 1)][1:]
     return Point(
         series,
@@ -168,7 +168,7 @@ async def _point(series: str, x: int, plan: GrowthPlan, clients: Sequence[Child]
     )
 
 
-async def _full_to_empty(plan: GrowthPlan, small: Child, large: Child) -> float:
+async def _full_to_empty(plan: GrowthPlan, small: BenchProcess, large: BenchProcess) -> float:
     """A lookup's p50 with all those chunks and sessions, as a share of an empty server's: by turns, in one minute."""
     shares = []
     for _ in range(2 * plan.rounds):
@@ -178,19 +178,19 @@ async def _full_to_empty(plan: GrowthPlan, small: Child, large: Child) -> float:
     return median(shares)
 
 
-async def _round(clients: Sequence[Child], do: str, tokens: int, n: int) -> Round:
+async def _round(clients: Sequence[BenchProcess], do: str, tokens: int, n: int) -> Round:
     for client in clients:
         await client.say(do=do, tokens=tokens, n=n)
     return Round([HostPart(**await client.hear()) for client in clients], None)
 
 
-async def _pauses(server: Child) -> dict[str, float]:
+async def _pauses(server: BenchProcess) -> dict[str, float]:
     server.process.send_signal(signal.SIGUSR1)
     said: dict[str, float] = await server.hear()
     return said
 
 
-async def _do(client: Child, what: str, **arguments: Any) -> dict[str, Any]:
+async def _do(client: BenchProcess, what: str, **arguments: Any) -> dict[str, Any]:
     await client.say(do=what, **arguments)
     with trio.fail_after(600):
         return await client.hear()

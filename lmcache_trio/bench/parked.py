@@ -23,7 +23,7 @@ from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio._wire.messages import MAX_RESERVED, Role
 from lmcache_trio.bench.machine import Meter
 from lmcache_trio.bench.rows import Round
-from lmcache_trio.bench.run import Child, ask, child, play, scratch, serving, wait_open
+from lmcache_trio.bench.run import BenchProcess, ask, child, play, scratch, serving, wait_open
 from lmcache_trio.bench.settings import BenchSettings, KVShape
 from lmcache_trio.client import Client, open_client
 from lmcache_trio.errors import Unavailable
@@ -249,7 +249,7 @@ async def _park(client: Client, digest: bytes) -> None:
         client.end(session)
 
 
-async def _round(host: Child, settled: Callable[[], Awaitable[None]]) -> dict[str, Round]:
+async def _round(host: BenchProcess, settled: Callable[[], Awaitable[None]]) -> dict[str, Round]:
     """*settled* comes before each verb: whatever can be written back of the one before has been by then."""
     found = {}
     for verb, row in VERBS.items():

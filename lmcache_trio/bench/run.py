@@ -27,7 +27,18 @@ from lmcache_trio.bench.settings import COPIES, DISK, BenchSettings
 from lmcache_trio.client import Client, open_client
 from lmcache_trio.errors import Unavailable
 
-__all__ = ["Child", "Measured", "ask", "child", "look_until", "measure", "play", "scratch", "serving", "wait_open"]
+__all__ = [
+    "BenchProcess",
+    "Measured",
+    "ask",
+    "child",
+    "look_until",
+    "measure",
+    "play",
+    "scratch",
+    "serving",
+    "wait_open",
+]
 
 _READY_SECONDS = 60.0
 _PHASE_SECONDS = 300.0
@@ -46,7 +57,7 @@ class Measured:
     left_out: dict[str, str]
 
 
-class Child:
+class BenchProcess:
     """A process that answers lines of JSON with lines of JSON."""
 
     def __init__(self, process: trio.Process, log: Path) -> None:
@@ -86,7 +97,7 @@ class Child:
 
 
 @asynccontextmanager
-async def child(arguments: Sequence[str], log: Path) -> AsyncIterator[Child]:
+async def child(arguments: Sequence[str], log: Path) -> AsyncIterator[BenchProcess]:
     """A Python process of our own; ended by SIGTERM with the block, killed 5 s later."""
     with log.open("ab") as stderr:
         async with trio.open_nursery() as nursery:
@@ -104,14 +115,14 @@ async def child(arguments: Sequence[str], log: Path) -> AsyncIterator[Child]:
                 )
 
             process: trio.Process = await nursery.start(run)
-            yield Child(process, log)
+            yield BenchProcess(process, log)
             nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
 async def serving(
     address: str, sets: Sequence[str], folder: Path, module: str = "lmcache_trio", verb: Sequence[str] = ("serve",)
-) -> AsyncIterator[Child]:
+) -> AsyncIterator[BenchProcess]:
     """A server at *address* with the settings *sets*, ready."""
     arguments = ["-m", module, *verb, "--address", address]
     for item in ("grace=0", *sets):
@@ -190,7 +201,7 @@ async def measure(
 async def _rounds(
     settings: BenchSettings,
     wanted: Sequence[str],
-    hosts: Sequence[Child],
+    hosts: Sequence[BenchProcess],
     servers: Sequence[int | None],
     tell: Callable[[str, int, int], None],
 ) -> tuple[dict[str, list[Round]], float]:
@@ -210,7 +221,7 @@ async def _rounds(
     return rounds, Meter.read(everyone).others_since(before)
 
 
-async def play(name: str, n: int, hosts: Sequence[Child], server: int | None) -> Round:
+async def play(name: str, n: int, hosts: Sequence[BenchProcess], server: int | None) -> Round:
     """*n* operations of row *name* by each of *hosts*, all at the same time."""
     await ask(hosts, prepare=name, n=n)
     before = cpu_seconds(server) if server else None
@@ -219,7 +230,7 @@ async def play(name: str, n: int, hosts: Sequence[Child], server: int | None) ->
     return Round(parts, None if before is None or after is None else after - before)
 
 
-async def ask(hosts: Sequence[Child], **what: object) -> list[dict[str, Any]]:
+async def ask(hosts: Sequence[BenchProcess], **what: object) -> list[dict[str, Any]]:
     """Say it to all of *hosts*, and hear their answers."""
     for host in hosts:
         await host.say(**what)

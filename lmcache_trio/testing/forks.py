@@ -138,7 +138,7 @@ engines = Forks("torch", "lmcache_trio.adapters", "lmcache_trio._transport.over_
 
 
 @attrs.frozen
-class _Child:
+class _ChildProgram:
     arguments: list[str]
     environment: dict[str, str]
     directory: str
@@ -167,7 +167,7 @@ class _Child:
             runpy.run_path(kind, run_name="__main__")
 
 
-def _serve(channel: socket.socket) -> _Child | None:
+def _serve(channel: socket.socket) -> _ChildProgram | None:
     """Fork until the other end is closed. In a child: what it shall run."""
     gc.freeze()
     alive: dict[int, tuple[int, int]] = {}
@@ -195,7 +195,7 @@ def _serve(channel: socket.socket) -> _Child | None:
                     os.close(inherited)
                     os.close(other)
                 os.close(tell)
-                return _Child(**json.loads(packet), descriptors=(stdin, stdout, stderr))
+                return _ChildProgram(**json.loads(packet), descriptors=(stdin, stdout, stderr))
             pidfd = os.pidfd_open(pid)
             poller.register(pidfd, select.POLLIN)
             alive[pidfd] = pid, tell

@@ -4,17 +4,17 @@ import os
 import weakref
 from typing import Protocol
 
-__all__ = ["Inherited", "inherited"]
+__all__ = ["OwnsThread", "inherited"]
 
 
-class Inherited(Protocol):
+class OwnsThread(Protocol):
     """Something that owns a thread."""
 
     def forked(self) -> None:
         """In the child: the thread is not there."""
 
 
-inherited: "weakref.WeakSet[Inherited]" = weakref.WeakSet()
+inherited: "weakref.WeakSet[OwnsThread]" = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:

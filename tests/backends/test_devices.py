@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmcache_trio_backends.auto_device import AutoConfig, AutoDevice
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
-from lmcache_trio_backends.host_device import HostConfig, HostDevice, _Opened, copy_blocks
+from lmcache_trio_backends.host_device import AttachedHost, HostConfig, HostDevice, copy_blocks
 
 from lmcache_trio._core.transfer.exports import DType, TensorView
 from lmcache_trio.abc import Copy, CudaMemory, Device, Direction, Export, Memory, SharedMemory
@@ -175,7 +175,7 @@ async def test_what_was_attached_is_unmapped_when_it_is_detached() -> None:
             with trio.fail_after(5):
                 await device.wait_ended(ticket)
             in_loop: list[bool] = []
-            assert isinstance(attached, _Opened)
+            assert isinstance(attached, AttachedHost)
             weakref.finalize(attached.runs[0].items, lambda: in_loop.append(trio.lowlevel.in_trio_run()))
             device.detach(attached)
             del attached, ticket
@@ -399,7 +399,7 @@ def test_the_host_device_moves_every_layout_byte_for_byte(case: Case) -> None:
     engine, arena = [bytearray(held) for held in case.held], bytearray(memory.bytes)
     byte_by_byte(case, slots, engine, arena)
     maps = [np.frombuffer(bytearray(held), dtype=np.uint8) for held in case.held]
-    copy = Copy(_Opened(case.export, maps), case.direction, slots, case.blocks, case.chunk_blocks, case.layers)
+    copy = Copy(AttachedHost(case.export, maps), case.direction, slots, case.blocks, case.chunk_blocks, case.layers)
     of_layers = case.export.pieces[case.layers[0] : case.layers[1]]
     assert copy_blocks(copy, memory) == chunks * case.chunk_blocks * sum(p.length for layer in of_layers for p in layer)
     assert [held.tobytes() for held in maps] == [bytes(held) for held in engine]

@@ -17,7 +17,7 @@ from lmcache_trio._server.transfer.attachments import Attachment
 from lmcache_trio.abc import EventDevice
 from lmcache_trio.errors import LMCacheTrioError
 
-__all__ = ["Events"]
+__all__ = ["CopyEvents"]
 
 log = logging.getLogger("lmcache_trio.server")
 
@@ -32,7 +32,7 @@ class _Wait:
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
 
-class Events:
+class CopyEvents:
     """All that are waited for. *happened* is told what may be copied now, *failed* what never may."""
 
     def __init__(

@@ -32,7 +32,7 @@ from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.tasks import Starter
 from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._server.transfer.attachments import Attachment, Attachments, Work
-from lmcache_trio._server.transfer.events import Events
+from lmcache_trio._server.transfer.events import CopyEvents
 from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, LayersDone, Message, Retrieved, Stored
 from lmcache_trio.abc import ArenaDevice, Copy, Device, EventDevice, Ticket
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
@@ -65,7 +65,7 @@ class TransferWorker:
         self._queue = Transfers()
         self.attachments = Attachments(device, index, numbers, start, counts, self._abort_all)
         self._work: dict[Transfer, tuple[Attachment, Work]] = {}
-        self._events = Events(start, counts, happened=self._allow, failed=self._abort)
+        self._events = CopyEvents(start, counts, happened=self._allow, failed=self._abort)
         self._moving: Counter[bytes] = Counter()  # works by their client's token
         self._asking: list[tuple[bytes, Peer, int]] = []  # LetGo questions
         self._wake = trio.Event()

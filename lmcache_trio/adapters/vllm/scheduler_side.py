@@ -118,7 +118,7 @@ class _Tracked:
 
 
 @attrs.frozen
-class _Started:
+class _AllocatedRequest:
     """A request whose blocks were allocated and which was in no step since: *known* tokens are ours or vLLM's own."""
 
     request: EngineRequest
@@ -166,7 +166,7 @@ class SchedulerSide:
         self._closing: list[str] = []
         self._last: list[_Last] = []
         self._local: dict[str, int] = {}  # what the engine had itself, by request, until its blocks are allocated
-        self._started: dict[str, _Started] = {}
+        self._started: dict[str, _AllocatedRequest] = {}
         self._step = 0
         self._settled = 0
         self._borrowed = 0  # the latest step that began with KV of another connector
@@ -214,7 +214,7 @@ class SchedulerSide:
         if local is None:
             local = request.num_computed_tokens
         else:
-            self._started[request.request_id] = _Started(request, local + external_tokens)
+            self._started[request.request_id] = _AllocatedRequest(request, local + external_tokens)
         self._written += block_ids[local // self._block_tokens :]
         tracked = self._track(request)
         if tracked is None:
