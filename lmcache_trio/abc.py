@@ -162,7 +162,7 @@ class Copy:
 
     *slots* are arena offsets, one a chunk, each of *chunk_blocks* blocks. *blocks* has one entry for each of a chunk's
     blocks, chunk after chunk: the engine's block number, or -1 for one that is not to be touched (in a load alone).
-    *layers* (first, end) are those to be moved. What the copy has to wait for has ended when it is started.
+    What the copy has to wait for has ended when it is started.
     """
 
     attached: Attached
@@ -170,7 +170,6 @@ class Copy:
     slots: Sequence[int]
     blocks: Sequence[int]
     chunk_blocks: int
-    layers: tuple[int, int]
 
 
 class Ticket:

@@ -16,9 +16,8 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import attrs
@@ -64,11 +63,11 @@ class _Run:
         """The same, one item a block."""
         self.first: list[int] = []
 
-    def index(self, pieces: slice, blocks: "_Index") -> "_Index":
+    def index(self, blocks: "_Index") -> "_Index":
         """The rows of *blocks*, piece after piece, as they stand in a slot."""
         import numpy as np
 
-        first = np.asarray(self.first[pieces], dtype=np.int64)
+        first = np.asarray(self.first, dtype=np.int64)
         return (first[:, None] + blocks[None, :]).ravel()
 
 
@@ -78,7 +77,6 @@ class AttachedHost(Attached):
     def __init__(self, export: Export, maps: "Sequence[_Bytes]") -> None:
         super().__init__(export)
         self.runs: list[_Run] = []
-        self._places: list[tuple[_Run, int]] = []  # of each piece, in the order of a slot
         last: Piece | None = None
         for layer in export.pieces:
             for piece in layer:
@@ -86,22 +84,11 @@ class AttachedHost(Attached):
                 if last is None or not _in_line(last, piece):
                     start = piece.offset % stride
                     self.runs.append(_Run(maps[piece.allocation][start:], stride, piece.length))
-                last, run = piece, self.runs[-1]
-                self._places.append((run, len(run.first)))
-                run.first.append(piece.offset // stride)
-
-    def parts(self, layers: tuple[int, int]) -> "Iterator[tuple[_Run, slice]]":
-        """What is to be moved of *layers*: runs, and which of their pieces."""
-        before = [0, *accumulate(len(layer) for layer in self.export.pieces)]
-        at, end = before[layers[0]], before[layers[1]]
-        while at < end:
-            run, first = self._places[at]
-            count = min(len(run.first) - first, end - at)
-            yield run, slice(first, first + count)
-            at += count
+                last = piece
+                self.runs[-1].first.append(piece.offset // stride)
 
     def close(self) -> None:
-        self.runs, self._places = [], []  # the mappings go with their last view
+        self.runs = []  # the mappings go with their last view
 
 
 def _stride(piece: Piece) -> int:
@@ -231,27 +218,26 @@ def copy_blocks(copy: Copy, memory: Memory) -> int:
 
     attached = copy.attached
     assert isinstance(attached, AttachedHost)
-    count, (first, end) = copy.chunk_blocks, copy.layers
-    before = count * sum(piece.length for layer in attached.export.pieces[:first] for piece in layer)
-    length = count * sum(piece.length for layer in attached.export.pieces[first:end] for piece in layer)
+    count = copy.chunk_blocks
+    length = count * attached.export.block_bytes
     every = np.asarray(copy.blocks, dtype=np.int64).reshape(len(copy.slots), count)
     for offset, blocks in zip(copy.slots, every, strict=True):
-        slot = np.frombuffer(memory.view(offset + before, length), dtype=np.uint8)
+        slot = np.frombuffer(memory.view(offset, length), dtype=np.uint8)
         at = 0
-        for run, pieces in attached.parts(copy.layers):
-            size = (pieces.stop - pieces.start) * count * run.length
+        for run in attached.runs:
+            size = len(run.first) * count * run.length
             if copy.direction is Direction.STORE:
-                _gather(run, pieces, blocks, slot[at : at + size])
+                _gather(run, blocks, slot[at : at + size])
             else:
-                _scatter(slot[at : at + size], run, pieces, blocks)
+                _scatter(slot[at : at + size], run, blocks)
             at += size
     return length * len(copy.slots)
 
 
-def _gather(run: _Run, pieces: slice, blocks: "_Index", part: "_Bytes") -> None:
+def _gather(run: _Run, blocks: "_Index", part: "_Bytes") -> None:
     import numpy as np
 
-    index, out = run.index(pieces, blocks), part.reshape(-1, run.length)
+    index, out = run.index(blocks), part.reshape(-1, run.length)
     if run.dense:
         np.take(run.rows, index, axis=0, out=out, mode="clip")
     else:  # take() would first make a copy of everything that is there
@@ -259,15 +245,13 @@ def _gather(run: _Run, pieces: slice, blocks: "_Index", part: "_Bytes") -> None:
             out[i] = run.rows[row]
 
 
-def _scatter(part: "_Bytes", run: _Run, pieces: slice, blocks: "_Index") -> None:
+def _scatter(part: "_Bytes", run: _Run, blocks: "_Index") -> None:
     source = part.view(f"V{run.length}")
     if blocks.min() >= 0:
-        run.items[run.index(pieces, blocks)] = source
+        run.items[run.index(blocks)] = source
         return
-    wanted = (
-        blocks >= 0
-    )  # the rest is not to be written; a piece at a time, since what is left out is cut out of a copy
-    for first, piece in zip(run.first[pieces], source.reshape(-1, len(blocks)), strict=True):
+    wanted = blocks >= 0  # what is left out is cut out of a copy, a piece at a time
+    for first, piece in zip(run.first, source.reshape(-1, len(blocks)), strict=True):
         run.items[first + blocks[wanted]] = piece[wanted]
 
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from lmcache_trio._core.keys import split_digests
 from lmcache_trio._core.transfer.exports import CudaMemory, Export
+from lmcache_trio._core.transfer.transfers import Direction
 from lmcache_trio._server.engine import Engine
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.transfer.attachments import Attachment, Work
 from lmcache_trio._server.transfer.worker import TransferWorker
-from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
+from lmcache_trio._wire.codec import unpack_positions
 from lmcache_trio._wire.handles import decode_export
 from lmcache_trio._wire.messages import (
     Attach,
-    LayersWritten,
     LetGo,
     Message,
     Register,
@@ -87,15 +87,13 @@ def _store_blocks(parts: Parts, peer: Peer, message: StoreBlocks) -> Message | N
         raise Misuse(f"{len(blocks)} blocks for {len(digests)} chunks: give {count} a chunk, one chunk or more")
     _check_blocks(blocks, attachment.attached.export.num_blocks)
     _check_begin(attachment, message)
-    if message.layered and message.event:
-        raise Misuse("a layered store follows the events of its layers: it has none of its own")
     made = parts.engines.reserve(peer, engine, attachment.writer, message.session, message.parent, digests)
     if not made.id:
         return Stored(message.id, 0, 0, dict(made.dropped))
     chosen = [block for slot in made.slots for block in blocks[slot.position * count : (slot.position + 1) * count]]
     offsets = [slot.offset for slot in made.slots]
     work = Work(message.id, made.id, offsets, chosen, message.event, dict(made.dropped))
-    transfer.store(attachment, work, layered=message.layered)
+    transfer.submit(attachment, work, Direction.STORE)
     return None
 
 
@@ -114,20 +112,8 @@ def _retrieve_blocks(parts: Parts, peer: Peer, message: RetrieveBlocks) -> Messa
     reader, shard = attachment.reader, peer.hello.shard
     pin = parts.index.pin(message.lease, engine.name, engine.namespace, reader, shard, message.start, message.count)
     every = [-1] * message.skip + list(blocks) + [-1] * rest
-    transfer.load(attachment, Work(message.id, pin.id, pin.offsets, every, message.event), layered=message.layered)
+    transfer.submit(attachment, Work(message.id, pin.id, pin.offsets, every, message.event), Direction.LOAD)
     return None
-
-
-def _layers_written(parts: Parts, peer: Peer, message: LayersWritten) -> None:
-    transfer = _transfer(parts)
-    attachment = transfer.attachments.find(peer)
-    if attachment is None:  # what it speaks of has been answered, or will be, without it
-        return
-    _check_event(attachment, message.event)
-    layers = len(attachment.attached.export.layers)
-    if message.layers > layers:
-        raise Misuse(f"{message.layers} layers were written: there are {layers}")
-    transfer.layers_written(attachment, unpack_offsets(message.requests), message.layers, message.event)
 
 
 def _withdraw(parts: Parts, peer: Peer, message: Withdraw) -> None:
@@ -162,13 +148,9 @@ def _check_slots(parts: Parts, engine: Engine, peer: Peer, attachment: Attachmen
 def _check_begin(attachment: Attachment, message: StoreBlocks | RetrieveBlocks) -> None:
     if message.id in attachment.works:
         raise Misuse(f"request {message.id} is under way")
-    _check_event(attachment, message.event)
-
-
-def _check_event(attachment: Attachment, event: bytes) -> None:
-    if len(event) not in (0, EVENT_BYTES):
-        raise Misuse(f"an event has {EVENT_BYTES} bytes, not {len(event)}")
-    if event and not isinstance(attachment.attached.export.memory[0], CudaMemory):
+    if len(message.event) not in (0, EVENT_BYTES):
+        raise Misuse(f"an event has {EVENT_BYTES} bytes, not {len(message.event)}")
+    if message.event and not isinstance(attachment.attached.export.memory[0], CudaMemory):
         raise Misuse("an event orders work on a GPU, and the memory that was attached is the host's")
 
 
@@ -181,7 +163,6 @@ HANDLERS: dict[type[Message], Callable[[Parts, Peer, Any], Message | None]] = {
     Attach: _attach,
     StoreBlocks: _store_blocks,
     RetrieveBlocks: _retrieve_blocks,
-    LayersWritten: _layers_written,
     Withdraw: _withdraw,
     LetGo: _let_go,
 }

@@ -39,8 +39,6 @@ __all__ = [
     "Finished",
     "Hello",
     "Identify",
-    "LayersDone",
-    "LayersWritten",
     "LetGo",
     "Lookup",
     "LookupStatus",
@@ -68,7 +66,7 @@ __all__ = [
     "Withdraw",
 ]
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_DIGESTS = 65_536
 """Most chunks one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
 
@@ -352,9 +350,7 @@ class StoreBlocks(Message):
     """Reserve, copy, commit: *digests* as in Reserve, and the blocks that hold them, whole chunks in order.
 
     *blocks* are packed as positions. *event* is empty, or names what the copy must wait for: the pass that writes the
-    blocks. *layered*: slots are reserved now, and each layer is copied once a LayersWritten says so, with an event of
-    its own; the chunks are committed after the last. Answered by Stored when the copy has ended, or will not begin: the
-    blocks are the engine's own again.
+    blocks. Answered by Stored when the copy has ended, or will not begin: the blocks are the engine's own again.
     """
 
     opcode: ClassVar[int] = 29
@@ -363,7 +359,6 @@ class StoreBlocks(Message):
     parent: bytes = attrs.field(validator=_ID)
     digests: bytes = attrs.field(validator=_RESERVED)
     blocks: bytes = attrs.field(validator=_POSITIONS)
-    layered: bool = False
     event: bytes = attrs.field(default=b"", validator=max_len(64))
 
 
@@ -371,9 +366,8 @@ class StoreBlocks(Message):
 class RetrieveBlocks(Message):
     """Pin, copy, done: *count* chunks from position *start* of a lease go into *blocks*, and into no other block.
 
-    *skip*: the leading blocks of the first chunk that are not to be written. *layered*: a LayersDone follows each
-    layer. *event* is empty, or names what the copy must wait for: what still uses the blocks. Answered by Retrieved
-    when the copy has ended, or will not begin.
+    *skip*: the leading blocks of the first chunk that are not to be written. *event* is empty, or names what the copy
+    must wait for: what still uses the blocks. Answered by Retrieved when the copy has ended, or will not begin.
     """
 
     opcode: ClassVar[int] = 30
@@ -383,7 +377,6 @@ class RetrieveBlocks(Message):
     count: int = attrs.field(validator=ge(1))
     skip: int = attrs.field(validator=ge(0))
     blocks: bytes = attrs.field(validator=_POSITIONS)
-    layered: bool = False
     event: bytes = attrs.field(default=b"", validator=max_len(64))
 
 
@@ -436,20 +429,6 @@ class Withdraw(Message):
 
     opcode: ClassVar[int] = 43
     request: RequestId
-
-
-@attrs.frozen
-class LayersWritten(Message):
-    """The first *layers* layers of the layered StoreBlocks *requests* are in their blocks: they may be copied.
-
-    *requests* are packed as offsets; one that was answered already is left out. *event* is empty, or names what the
-    copy of these layers must wait for.
-    """
-
-    opcode: ClassVar[int] = 44
-    requests: bytes = attrs.field(validator=_OFFSETS)
-    layers: int = attrs.field(validator=ge(0))
-    event: bytes = attrs.field(default=b"", validator=max_len(64))
 
 
 # --- replies and pushes, from the server ----------------------------------------------------------------------------
@@ -600,12 +579,3 @@ class Retrieved(Message):
     opcode: ClassVar[int] = 76
     id: Number
     valid: bool
-
-
-@attrs.frozen
-class LayersDone(Message):
-    """Push: the first *layers* layers of the RetrieveBlocks *request* are in their blocks."""
-
-    opcode: ClassVar[int] = 77
-    request: RequestId
-    layers: int = attrs.field(validator=ge(0))

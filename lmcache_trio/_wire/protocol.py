@@ -49,7 +49,7 @@ REPLIES: Mapping[type[Message], type[Message]] = {
 }
 """Each request and the one kind of reply that answers it; an ErrorReply answers any."""
 
-PUSHES = frozenset({m.NamespaceKnown, m.Answer, m.ArenaGrown, m.LayersDone, m.ErrorReply})
+PUSHES = frozenset({m.NamespaceKnown, m.Answer, m.ArenaGrown, m.ErrorReply})
 """What the server says unasked, with id 0. An ErrorReply of that kind is its last word on the connection."""
 
 _ANYONE = frozenset({m.Ping, m.Statistics, m.CopiesEnded})
@@ -58,7 +58,7 @@ FROM_CLIENT: Mapping[Role, frozenset[type[Message]]] = {
     Role.SCHEDULER: _ANYONE | {m.Lookup, m.LookupStatus, m.Reset, m.Identify, m.Taken, m.Release, m.Ended},
     Role.WORKER: _ANYONE
     | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort}
-    | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.LayersWritten, m.Withdraw},
+    | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.Withdraw},
 }
 """What a client of each role may say on its own connection. Whose copies a CopiesEnded speaks of, its token says."""
 

@@ -9,7 +9,6 @@ made by hand.
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from operator import index
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio._wire.messages import MAX_NUMBER
 from lmcache_trio.errors import Misuse
 
-__all__ = ["ChunkTarget", "LoadSpec", "StoreSpec", "own_numbers"]
+__all__ = ["LoadSpec", "StoreSpec", "own_numbers"]
 
 
 MOST = 2**32 - 1
@@ -180,26 +179,6 @@ class LoadSpec:
             made.append(attrs.evolve(self, start=self.start + first, count=count, skip_blocks=skip, block_ids=blocks))
             at, skip = end, 0
         return made
-
-    def targets(self, slots: Sequence[memoryview]) -> Iterator["ChunkTarget"]:
-        """Where each chunk's bytes go. *slots*: one per chunk. `Misuse` if the blocks do not lie within them."""
-        chunk_blocks = self.chunk_blocks
-        if len(slots) != self.count or len(self.block_ids) > self.count * chunk_blocks - self.skip_blocks:
-            raise Misuse(f"{len(self.block_ids)} blocks do not lie within {len(slots)} chunks of {chunk_blocks} blocks")
-        at, skip = 0, self.skip_blocks
-        for slot in slots:
-            end = at + chunk_blocks - skip
-            yield ChunkTarget(slot, skip, self.block_ids[at:end])
-            at, skip = end, 0
-
-
-@attrs.frozen
-class ChunkTarget:
-    """One chunk of a load: its slot, how many of its leading blocks are left out, and where the next ones go."""
-
-    slot: memoryview
-    skip: int
-    block_ids: Sequence[int]
 
 
 def _planned_for(spec: _S, chunk_tokens: int, block_tokens: int) -> _S:

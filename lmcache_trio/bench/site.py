@@ -12,7 +12,7 @@ from lmcache_trio._wire.messages import Message
 from lmcache_trio.adapters import PollingSchedulerAdapter, WorkerAdapter
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
-from lmcache_trio.adapters.worker.dispatcher import Path
+from lmcache_trio.adapters.worker.adapter import Path
 from lmcache_trio.bench.settings import ROTATION, BenchSettings
 from lmcache_trio.client import Client
 from lmcache_trio.errors import Unavailable

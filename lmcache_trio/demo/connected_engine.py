@@ -11,7 +11,7 @@ import torch
 
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
 from lmcache_trio.adapters.shared_kv import shared_tensor
-from lmcache_trio.adapters.worker.dispatcher import Path
+from lmcache_trio.adapters.worker.adapter import Path
 from lmcache_trio.demo.engine import EngineConfig, SmallEngine
 
 __all__ = ["ConnectedEngine", "connect"]

@@ -13,7 +13,7 @@ from typing import cast
 import attrs
 import torch
 
-from lmcache_trio.adapters.worker.dispatcher import Path
+from lmcache_trio.adapters.worker.adapter import Path
 from lmcache_trio.demo.command import DemoSettings
 from lmcache_trio.demo.connected_engine import connect
 from lmcache_trio.demo.engine import EngineConfig

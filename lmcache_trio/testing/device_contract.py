@@ -136,9 +136,8 @@ class Rig:
         pieces = [self.piece(block) for block in blocks]
         return b"".join(pieces[i][p] for p in range(len(pieces[0])) for i in range(len(blocks)))
 
-    def copy(self, direction: Direction, slots: list[int], blocks: list[int], layers: range | None = None) -> Copy:
-        part = (0, len(self.export.layers)) if layers is None else (layers.start, layers.stop)
-        return Copy(self.attached, direction, slots, blocks, CHUNK_BLOCKS, part)
+    def copy(self, direction: Direction, slots: list[int], blocks: list[int]) -> Copy:
+        return Copy(self.attached, direction, slots, blocks, CHUNK_BLOCKS)
 
     async def run(self, copy: Copy) -> None:
         with trio.fail_after(20):
@@ -210,17 +209,6 @@ class DeviceContract:
             assert {block: it.block(block) for block in range(BLOCKS)} == before | expected
             changed = sum(a != b for a, b in zip(engine, it.engine.read(0, size), strict=True))
             assert changed <= 5 * it.export.block_bytes
-
-    async def test_layers_may_be_moved_apart_and_make_up_the_whole(self, rig: "OpenRig") -> None:
-        async with rig(Layout()) as it:
-            blocks = [7, 0, 12, 3]
-            await it.run(it.copy(Direction.STORE, [4096], blocks, range(1, 3)))
-            whole, first = it.slot(blocks), 2 * CHUNK_BLOCKS * it.export.pieces[0][0].length
-            found = bytes(it.memory.view(4096, it.slot_bytes))
-            assert found[first:] == whole[first:]
-            assert found[:first] == bytes(first)
-            await it.run(it.copy(Direction.STORE, [4096], blocks, range(1)))
-            assert bytes(it.memory.view(4096, it.slot_bytes)) == whole
 
     async def test_copies_of_one_engine_in_one_direction_run_in_the_order_in_which_they_were_started(
         self, rig: "OpenRig"

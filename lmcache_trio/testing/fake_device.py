@@ -98,14 +98,13 @@ class FakeCopy(Ticket):
     def _plan(self) -> Iterator[tuple[int, int, int, int, int]]:
         """(slot, offset in it, allocation, offset in it, length), layer after layer."""
         copy, at = self.copy, 0
-        for number, layer in enumerate(self.copy.attached.export.pieces):
+        for layer in copy.attached.export.pieces:
             for piece in layer:
-                if copy.layers[0] <= number < copy.layers[1]:
-                    for i, block in enumerate(copy.blocks):
-                        if block >= 0:
-                            chunk, place = divmod(i, copy.chunk_blocks)
-                            source = piece.offset + block * piece.stride
-                            yield copy.slots[chunk], at + place * piece.length, piece.allocation, source, piece.length
+                for i, block in enumerate(copy.blocks):
+                    if block >= 0:
+                        chunk, place = divmod(i, copy.chunk_blocks)
+                        source = piece.offset + block * piece.stride
+                        yield copy.slots[chunk], at + place * piece.length, piece.allocation, source, piece.length
                 at += copy.chunk_blocks * piece.length
 
 

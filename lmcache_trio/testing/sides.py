@@ -13,7 +13,7 @@ import torch
 import trio
 
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
-from lmcache_trio.adapters.worker.mover import Probe
+from lmcache_trio.adapters.worker.shm_mover import Probe, no_probe
 from lmcache_trio.client import open_client
 from lmcache_trio.testing.forks import Fork, servers
 from lmcache_trio.threads import Handoff
@@ -104,7 +104,7 @@ class Side:
         *,
         scheduler: type[SchedulerAdapter] = PollingSchedulerAdapter,
         worker: type[WorkerAdapter] = WorkerAdapter,
-        probe: Probe | None = None,
+        probe: Probe = no_probe,
         identity: Sequence[str | bytes] = ("a model",),
         **settings: Any,
     ) -> None:

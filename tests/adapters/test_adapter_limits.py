@@ -75,28 +75,20 @@ def test_a_prompt_of_more_chunks_than_a_lookup_can_name_is_a_shorter_hit(server:
 def store(adapter: WorkerAdapter, spec: StoreSpec, how: str) -> None:
     if how == "now":
         adapter.store_now([spec])
-    elif how == "in the background":
-        adapter.submit_store(spec)
     else:
-        adapter.layered.start_stores([spec])
-        adapter.layered.layer_written("layer")
-        adapter.layered.finish_stores()
+        adapter.submit_store(spec)
 
 
 def retrieve(adapter: WorkerAdapter, spec: LoadSpec, how: str) -> None:
     if how == "now":
         adapter.retrieve_now([spec])
-    elif how == "in the background":
+    else:
         adapter.submit_retrieve(spec)
         wait_until(lambda: adapter.take_finished()[1] == {spec.request_id})
-    else:
-        adapter.layered.start_retrieves([spec])
-        adapter.layered.wait_layer("layer")
-        adapter.layered.wait_retrieves()
 
 
 @pytest.mark.parametrize("kv", [private, shared], ids=["shm", "device"])
-@pytest.mark.parametrize("how", ["now", "in the background", "by layers"])
+@pytest.mark.parametrize("how", ["now", "in the background"])
 def test_more_blocks_than_a_message_can_name_are_moved_by_several(
     server: Callable[..., ServerProcess], kv: Callable[[int], torch.Tensor], how: str
 ) -> None:

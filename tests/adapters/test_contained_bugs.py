@@ -88,45 +88,6 @@ def test_a_bug_in_a_retrieves_copy_fails_its_blocks_and_no_more(
     works(one)
 
 
-def test_a_bug_in_a_store_by_layers_drops_that_step_and_no_more(
-    live_server: ServerProcess, sides: MakeSide, caplog: pytest.LogCaptureFixture
-) -> None:
-    one, bug = buggy(sides, live_server)
-    worker = one.worker
-    bug.point, bug.bugs = NAMES[1], 1
-    one.scheduler.extend("r", TOKENS)
-    worker.layered.start_stores([one.scheduler.store_spec("r", 0, FROM)])
-    for name in NAMES:
-        worker.layered.layer_written(name)
-    worker.layered.finish_stores()
-    worker.wait_stores()
-    wait_until(lambda: worker.statistics() == {"running": 0, "dropped_unavailable": 3, "copy_bugs": 1})
-    assert told(caplog) == 1
-    assert one.lookup("q", TOKENS) == 0
-    wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
-    works(one)
-
-
-def test_a_bug_in_a_retrieve_by_layers_fails_its_blocks_and_keeps_no_layer_waiting(
-    live_server: ServerProcess, sides: MakeSide, caplog: pytest.LogCaptureFixture
-) -> None:
-    one, bug = buggy(sides, live_server)
-    worker = one.worker
-    one.store("r", TOKENS, FROM)
-    assert one.lookup("q", TOKENS) == 3 * CHUNK
-    spec = one.scheduler.update_after_alloc("q", 3 * CHUNK, block_ids=INTO)
-    assert spec is not None
-    bug.point, bug.bugs = NAMES[1], 1
-    worker.layered.start_retrieves([spec])
-    for name in NAMES:
-        worker.layered.wait_layer(name)
-    worker.layered.wait_retrieves()
-    assert worker.take_failed_blocks() == set(INTO)
-    assert worker.statistics()["copy_bugs"] == told(caplog) == 1
-    wait_until(lambda: live_server.held["pins"] == 0)
-    works(one)
-
-
 @pytest.mark.parametrize(
     ("failure", "when"),
     [

@@ -11,11 +11,11 @@ from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.host_device import HostConfig, HostDevice
 from support.counting import Tap, tap, tracing
 
-from lmcache_trio._wire.messages import LayersWritten, RetrieveBlocks, StoreBlocks
+from lmcache_trio._wire.messages import RetrieveBlocks, StoreBlocks
 from lmcache_trio.abc import Copy, Direction
 from lmcache_trio.adapters import StoreSpec
 from lmcache_trio.adapters.shared_kv import export_of, shared_tensor
-from lmcache_trio.testing.sides import CHUNK, LAYERS, ServerProcess, Side, make_kv, wait_until
+from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, wait_until
 
 TOKENS = list(range(3 * CHUNK))
 BLOCKS = [5, 9, 1, 33, 34, 35, 36, 60, 2, 7, 8, 3]
@@ -71,33 +71,6 @@ def test_a_retrieve_is_one_request_and_one_reply_however_many_chunks(side: Side)
     assert side.worker.take_failed_blocks() == set()
 
 
-def test_a_step_of_stores_by_layers_is_one_request_each_and_one_notice_a_layer_for_all_of_them(side: Side) -> None:
-    specs = [store_spec(side, name, [ord(name), *TOKENS[1:]]) for name in "abc"]
-    messages = tapped(side)
-    side.worker.layered.start_stores(specs)
-    wait_until(lambda: len(messages.said) == len(specs))
-    for name in side.kv:
-        side.worker.layered.layer_written(name)
-    side.worker.layered.finish_stores()
-    side.worker.wait_stores()
-    assert messages.take() == ([StoreBlocks] * 3 + [LayersWritten] * LAYERS, 3)
-    assert side.worker.statistics()["stored_chunks"] == 9
-
-
-def test_a_retrieve_by_layers_is_one_request_and_at_most_one_push_a_layer(side: Side) -> None:
-    side.store("r", TOKENS, BLOCKS)
-    assert side.lookup("q", TOKENS) == 3 * CHUNK
-    spec = side.scheduler.update_after_alloc("q", 3 * CHUNK, block_ids=BLOCKS)
-    assert spec is not None
-    messages = tapped(side)
-    side.worker.layered.start_retrieves([spec])
-    side.worker.layered.wait_retrieves()
-    said, heard = messages.take()
-    assert said == [RetrieveBlocks]
-    assert 1 < heard <= 1 + LAYERS
-    assert side.worker.take_failed_blocks() == set()
-
-
 # --- temporaries ------------------------------------------------------------------------------------------------------
 
 PIECES, COUNT, CHUNK_BLOCKS = 8, 64, 16
@@ -133,7 +106,7 @@ async def test_the_host_device_makes_no_temporary_as_large_as_a_chunk(
             slots = [4096 + i * CHUNK_BYTES for i in range(3)]
             for direction in Direction:
                 which = [max(0, block) for block in blocks] if direction is Direction.STORE else blocks
-                copy = Copy(attached, direction, slots, which, CHUNK_BLOCKS, (0, len(kv)))
+                copy = Copy(attached, direction, slots, which, CHUNK_BLOCKS)
                 with trio.fail_after(20):
                     await device.wait_ended(device.start(copy))  # what is imported and cached is no temporary
                     with tracing() as peak:

@@ -8,18 +8,17 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import trio
 import trio.testing
 
 from lmcache_trio._transport.conversation import Reply
-from lmcache_trio._wire.codec import pack_offsets
 from lmcache_trio._wire.messages import (
     PROTOCOL_VERSION,
     Ack,
+    ArenaGrown,
     Hello,
-    LayersDone,
-    LayersWritten,
     Message,
     RetrieveBlocks,
     Retrieved,
@@ -30,9 +29,7 @@ from lmcache_trio._wire.messages import (
 )
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.adapters.worker.device_mover import DeviceMover
-from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, StoreJob
-from lmcache_trio.adapters.worker.mover import RegisteredKV
-from lmcache_trio.adapters.worker.store_step import StoreStep
+from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, RegisteredKV, StoreJob
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 TIMEOUT = 5.0
@@ -84,11 +81,22 @@ class World:
 
     def store(self, fence: Any = None) -> StoreJob:
         spec = StoreSpec("r", 1, b"", b"d" * 32, (0, 1), chunk_tokens=64)
-        return self.jobs.begin_store(spec, reported=True, fence=fence, kv=KV)
+        job = StoreJob(spec, np.arange(2), kv=KV, fence=fence, reported=True)
+        self.jobs.begin(job)
+        return job
 
     def load(self, fence: Any = None) -> LoadJob:
         spec = LoadSpec("r", 1, b"a lease", 0, 1, 0, (0, 1), chunk_tokens=64)
-        return self.jobs.begin_load(spec, reported=True, fence=fence, kv=KV)
+        job = LoadJob(spec, np.arange(2), kv=KV, fence=fence, reported=True)
+        self.jobs.begin(job)
+        return job
+
+    async def move(self, server: Any, job: StoreJob | LoadJob) -> None:
+        with self.jobs.contained(job):
+            if isinstance(job, StoreJob):
+                await self.mover.store(server, job)
+            else:
+                await self.mover.load(server, job)
 
 
 @pytest.fixture
@@ -103,7 +111,7 @@ async def test_a_request_is_late_when_nothing_comes_of_any_not_when_it_waits_beh
     copied: list[int] = []
 
     async def one(job: StoreJob) -> None:
-        await world.mover.store(server, [job])
+        await world.move(server, job)
         copied.append(world.jobs.statistics()["stored_chunks"])  # by then, over all of them
 
     async with trio.open_nursery() as nursery:
@@ -114,7 +122,7 @@ async def test_a_request_is_late_when_nothing_comes_of_any_not_when_it_waits_beh
             server.asked.pop(number)(Stored(number, 1, 1, {}))
         await trio.sleep(0.8 * TIMEOUT)
         assert server.noticed == [], "the third waited for 2.4 times as long as nothing may come"
-        world.mover._said(LayersDone(99, 1))  # another request's layer counts, too
+        world.mover._said(ArenaGrown(1))  # whatever the server says counts, too
         began = trio.current_time()
     assert copied == [1, 2, 2]
     assert world.jobs.statistics() == {"running": 0, "stored_chunks": 2, "dropped_failed": 1}
@@ -148,10 +156,7 @@ async def test_what_a_living_server_says_nothing_of_is_waited_for_without_end_an
     over = trio.Event()
 
     async def move() -> None:
-        if what == "store":
-            await world.mover.store(server, [world.store()])
-        else:
-            await world.mover.load(server, [world.load()])
+        await world.move(server, world.store() if what == "store" else world.load())
         over.set()
 
     try:
@@ -177,65 +182,11 @@ async def test_what_a_living_server_says_nothing_of_is_waited_for_without_end_an
     assert world.jobs.statistics() == {"running": 0, "dropped_unavailable" if what == "store" else "failed_chunks": 1}
 
 
-async def test_a_store_by_layers_is_not_late_while_its_engine_computes(
-    world: World, autojump_clock: trio.testing.MockClock
-) -> None:
-    server: Any = Server()
-    job = world.store(Fence())
-    step = StoreStep(2)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(world.mover.store, server, [job], step)
-        await trio.sleep(10 * TIMEOUT)
-        (asked,) = server.said
-        assert (asked.layered, asked.event) == (True, b""), "it is each layer that follows an event"
-        step.layer_written(0, Fence())
-        await trio.sleep(10 * TIMEOUT)
-        assert [message for _, message in server.noticed] == [LayersWritten(pack_offsets([1]), 1, b"e" * 64)]
-        step.finish(Fence(), drop=False)
-        finished = trio.current_time()
-    assert server.noticed[1:] == [
-        (finished, LayersWritten(pack_offsets([1]), 2, b"e" * 64)),
-        (finished + TIMEOUT, Withdraw(1)),
-    ]
-
-
-async def test_a_store_that_is_answered_in_the_middle_of_its_step_is_over(world: World) -> None:
-    """As when its connection is lost: nothing more is to be waited for, and the next one may be made."""
-    server: Any = Server()
-    job = world.store()
-    step = StoreStep(2)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(world.mover.store, server, [job], step)
-        await trio.testing.wait_all_tasks_blocked()
-        server.asked.pop(1)(Stored(1, 0, 0, {"present": 1}))
-    step.layer_written(0, None)
-    step.finish(drop=False)
-    assert server.noticed == []
-
-
-async def test_a_store_whose_step_was_dropped_before_it_could_begin_does_not(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "lmcache_trio")
-    server: Any = Server()
-    first, second = world.store(), world.store()
-    step = StoreStep(2)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(world.mover.store, server, [second], step)
-        await trio.testing.wait_all_tasks_blocked()
-        step.finish(drop=True)
-        first.asked.set()
-    assert "its step was dropped before it began" in caplog.text
-    assert second.ended.done
-    assert world.jobs.statistics() == {"running": 1, "dropped_unavailable": 1}
-    assert server.said == server.noticed == []
-
-
 async def test_what_the_engine_submitted_goes_before_its_copies(world: World) -> None:
     server: Any = Server()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(world.mover.store, server, [world.store(Fence())])
-        nursery.start_soon(world.mover.load, server, [world.load(Fence())])
+        nursery.start_soon(world.move, server, world.store(Fence()))
+        nursery.start_soon(world.move, server, world.load(Fence()))
         await trio.testing.wait_all_tasks_blocked()
         kinds = {type(message): message for message in server.said}
         assert kinds[StoreBlocks].event == kinds[RetrieveBlocks].event == b"e" * 64

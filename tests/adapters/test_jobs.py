@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from lmcache_trio.adapters.specs import LoadSpec
@@ -28,7 +29,10 @@ class Meanwhile(Handoff[bool]):
 
 
 def load(jobs: Jobs, request_id: str) -> LoadJob:
-    return jobs.begin_load(LoadSpec(request_id, 1, b"a lease", 0, 1, 0, (0, 1)), reported=True, fence=None, kv=None)
+    kv: Any = None
+    job = LoadJob(LoadSpec(request_id, 1, b"a lease", 0, 1, 0, (0, 1)), np.arange(2), kv=kv, fence=None, reported=True)
+    jobs.begin(job)
+    return job
 
 
 @pytest.fixture

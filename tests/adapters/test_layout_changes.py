@@ -54,31 +54,23 @@ def adapters() -> Iterator[Callable[..., Any]]:
 def store(worker: WorkerAdapter, specs: Sequence[StoreSpec], how: str) -> None:
     if how == "now":
         worker.store_now(specs)
-    elif how == "submitted":
+    else:
         for spec in specs:
             worker.submit_store(spec)
-    else:
-        worker.layered.start_stores(specs)
-        for name in ("layer 0", "layer 1", "layer 2"):
-            worker.layered.layer_written(name)
-        worker.layered.finish_stores()
     wait_until(lambda: worker.statistics()["running"] == 0)
 
 
 def retrieve(worker: WorkerAdapter, specs: Sequence[LoadSpec], how: str) -> set[int]:
     if how == "now":
         worker.retrieve_now(specs)
-    elif how == "submitted":
+    else:
         for spec in specs:
             worker.submit_retrieve(spec)
-    else:
-        worker.layered.start_retrieves(specs)
-        worker.layered.wait_retrieves()
     wait_until(lambda: worker.statistics()["running"] == 0)
     return worker.take_failed_blocks()
 
 
-WAYS = ("now", "submitted", "by layers")
+WAYS = ("now", "submitted")
 every_way = pytest.mark.parametrize("how", WAYS)
 
 
@@ -316,10 +308,11 @@ def test_an_answer_that_was_given_before_other_kv_was_registered_comes_back_as_f
         assert not any(tensor.any() for tensor in caches.values())
         assert live_server.held["leases"] == 0
         assert one.lookup("again", TOKENS) == 0
-        one.worker.register_kv_caches(kv(2))
+        back = kv(2)
+        one.worker.register_kv_caches(back)
         assert one.lookup("back", TOKENS) == 3 * CHUNK
         assert one.load("back", 3 * CHUNK, INTO) == set()
-        assert same_blocks(writer.kv, FROM, one.worker._dispatcher.kv.tensors, INTO)
+        assert same_blocks(writer.kv, FROM, back, INTO)
         one.scheduler.end_session("back")
 
 

@@ -190,8 +190,6 @@ def test_a_slot_of_another_length_than_the_chunk_is_neither_written_nor_read(mak
         moves: list[Callable[[], None]] = [
             partial(kv.gather, blocks, slot),
             partial(kv.scatter, slot, 4, 1, blocks[:2]),
-            *(partial(kv.gather, blocks, slot, layer=i) for i in range(len(caches))),
-            *(partial(kv.scatter, slot, 4, 1, blocks[:2], layer=i) for i in range(len(caches))),
         ]
         for move in moves:
             with pytest.raises(Misuse, match=f"slot has {size} bytes"):

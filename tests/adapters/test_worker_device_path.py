@@ -50,7 +50,8 @@ class Stopping(HostDevice):
         self.seen += 1
         if self.seen == self.at:
             first = type(ticket)()
-            super()._run(attrs.evolve(copy, layers=(0, 1)), memory, first)
+            one = attrs.evolve(copy, slots=copy.slots[:1], blocks=copy.blocks[: copy.chunk_blocks])
+            super()._run(one, memory, first)
             print("half", flush=True)
             sys.stdin.readline()
         super()._run(copy, memory, ticket)
@@ -76,9 +77,6 @@ if sys.argv[2] != "retrieve":
     spec = side.scheduler.store_spec("b", 0, FROM)
 if sys.argv[2] == "store":
     side.worker.submit_store(spec)
-elif sys.argv[2] == "store by layers":
-    side.worker.layered.start_stores([spec])
-    side.worker.layered.layer_written("layer 0")
 else:
     side.lookup("b", TOKENS)
     side.worker.submit_retrieve(side.scheduler.update_after_alloc("b", 3 * CHUNK, block_ids=INTO))
@@ -287,30 +285,6 @@ def test_a_server_killed_in_the_middle_of_a_copy_gives_the_blocks_back(
     assert one.worker.take_failed_blocks() == set(INTO)
 
 
-def test_a_layer_is_copied_before_the_next_is_written(
-    stopping: Callable[[int], StoppingServer], sides: MakeSide
-) -> None:
-    server = stopping(1)
-    one, other = sides(server.address, shared_kv(1)), sides(server.address, shared_kv())
-    written = {name: tensor.clone() for name, tensor in one.kv.items()}
-    for name in ("layer 1", "layer 2"):
-        one.kv[name].zero_()
-    one.scheduler.extend("r", TOKENS)
-    one.worker.layered.start_stores([one.scheduler.store_spec("r", 0, FROM)])
-    one.worker.layered.layer_written("layer 0")
-    server.wait_for("half")  # it copies the first, and waits in the middle of that
-    for name in ("layer 1", "layer 2"):
-        one.kv[name].copy_(written[name])
-        one.worker.layered.layer_written(name)
-    one.worker.layered.finish_stores()
-    server.go_on()
-    wait_until(lambda: one.worker.take_finished() == ({"r"}, set()))
-    assert one.worker.statistics() == {"running": 0, "stored_chunks": 3}
-    assert other.lookup("q", TOKENS) == 3 * CHUNK
-    assert other.load("q", 3 * CHUNK, INTO) == set()
-    assert same_blocks(written, FROM, other.kv, INTO)
-
-
 def noted(side: Side) -> list[Message]:
     """What *side*'s worker withdraws, from now on."""
     client, withdrawn = side.worker._link.client, list[Message]()
@@ -408,7 +382,7 @@ def test_a_shutdown_does_not_wait_for_ever_for_a_copy_that_does_not_end_and_give
     assert server.held["copies_running"] == 1
 
 
-@pytest.mark.parametrize("what", ["store", "store by layers", "retrieve"])
+@pytest.mark.parametrize("what", ["store", "retrieve"])
 def test_an_engine_killed_in_the_middle_of_a_copy_leaves_nothing_half_written_and_nothing_held(
     stopping: Callable[[int], StoppingServer], sides: MakeSide, what: str
 ) -> None:

@@ -59,13 +59,6 @@ def test_a_cache_hands_nothing_over_that_must_be_delivered() -> None:
     assert not connector().requires_kv_delivery
 
 
-@pytest.mark.parametrize(("extra", "needed"), [({"load": "sync", "layerwise": True}, True), ({"load": "sync"}, False)])
-def test_layer_by_layer_captured_graphs_are_refused_for_they_would_skip_the_hooks(
-    extra: dict[str, Any], needed: bool
-) -> None:
-    assert LMCacheTrioConnector.requires_piecewise_for_cudagraph(extra) is needed
-
-
 def test_a_load_failure_policy_other_than_recompute_is_refused_with_the_line_to_paste() -> None:
     with pytest.raises(ConfigError, match='"kv_load_failure_policy": "recompute"'):
         connector(policy="fail")

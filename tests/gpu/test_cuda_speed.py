@@ -52,7 +52,7 @@ async def test_copies_are_as_fast_as_a_plain_pinned_one(
             attached = await device.attach(Export((engine.named,), tuple(views), BLOCKS))
             slots = [4096 + i * SLOT for i in range(8)]
             scattered = [(i * 37) % BLOCKS for i in range(WIDTH * len(slots))]
-            copy = Copy(attached, direction, slots, scattered, WIDTH, (0, LAYERS))
+            copy = Copy(attached, direction, slots, scattered, WIDTH)
             seconds = [await _timed(device, copy) for _ in range(8)]
             device.detach(attached)
     moved, plain = SLOT * len(slots) / min(seconds[1:]) / 1e9, _plain(SLOT * len(slots), direction)

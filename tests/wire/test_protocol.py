@@ -46,7 +46,7 @@ SAID_BY: dict[Role, dict[Kind, Kind | None]] = {
     Role.WORKER: ANYONE
     | {m.Register: m.NamespaceKnown, m.Retrieve: m.Pinned, m.Done: m.Finished, m.Reserve: m.Reserved}
     | {m.Commit: m.Committed, m.Abort: m.Ack, m.Attach: m.Ack, m.StoreBlocks: m.Stored}
-    | {m.RetrieveBlocks: m.Retrieved, m.LayersWritten: None, m.Withdraw: None},
+    | {m.RetrieveBlocks: m.Retrieved, m.Withdraw: None},
 }
 ERRORS = {
     ErrorKind.UNAVAILABLE: Unavailable,
@@ -56,7 +56,7 @@ ERRORS = {
 }
 FROM_CLIENTS = SAID_BY[Role.OBSERVER] | SAID_BY[Role.SCHEDULER] | SAID_BY[Role.WORKER]
 REPLY_TO = {said: reply for said, reply in FROM_CLIENTS.items() if reply is not None}
-PUSHED = (m.NamespaceKnown, m.Answer, m.ArenaGrown, m.LayersDone)
+PUSHED = (m.NamespaceKnown, m.Answer, m.ArenaGrown)
 SENTENCES = [c for c in vars(m).values() if isinstance(c, type) and issubclass(c, Message) and c is not Message]
 
 
@@ -322,7 +322,7 @@ class Conversations(RuleBasedStateMachine):
             del self.right[number], self.told[number]
 
     @precondition(lambda self: not self.over)
-    @rule(kind=st.sampled_from([m.Taken, m.Release, m.Ended, m.LayersWritten, m.Withdraw]))
+    @rule(kind=st.sampled_from([m.Taken, m.Release, m.Ended, m.Withdraw]))
     def notice(self, kind: Kind) -> None:
         self.do(self.client.notice_nowait, example(kind))
         assert self.heard_by_peer() == example(kind)

@@ -4,19 +4,16 @@
        |                              `--abort, or a copy failed--> ENDING --copies that run have ended--> ENDED
        `--abort--> ENDED                                              `--the end of one is lost--> stays ENDING
 
-A *transfer* is the copies of one request, between an engine's blocks and slots: a list of *units* (chunks, or layers),
-started in order. A unit may start once it is *allowed*: everything that its copy must follow is done. A transfer
-without an allowed unit waits outside the queue, where it keeps no other transfer waiting. A *batch* is given to the
-device at once: units of one transfer, or of neighbours in the queue that move the same engine's memory.
+A *transfer* is the copies of one request, between an engine's blocks and slots: a list of *units*, one per chunk. They
+start in order once the transfer is *allowed*: everything that its copies must follow is done. Until then it waits
+outside the queue, where it keeps no other transfer waiting. A *batch* is given to the device at once: units of one
+transfer, or of neighbours in the queue that move the same engine's memory.
 
 Rule 1: only the device ends a copy. An abort keeps units that have not begun from beginning, and no more. Until ENDED,
 slots and blocks stay owned: for good, if the device can't tell any more. Rule 2: loads go ahead of stores, because an
 engine waits for them; after *turns* batches of loads in a row one batch of stores goes, if there is one. So neither
 starves. Rule 3: no more than *in_flight* bytes are with the device, so a load never queues behind more than that; a
-unit that is larger goes alone. Rule 4: layered loads of one owner go layer by layer, the first layer of all of them
-before the second layer of any, because the engine waits for layers in that order. Only the loads among the first
-*reach* places of the queue take part, so each transfer that waits is overtaken by fewer than *reach* others. Rule 5: no
-I/O and no clock here; a method that raises has changed nothing.
+unit that is larger goes alone. Rule 4: no I/O and no clock here; a method that raises has changed nothing.
 """
 
 from collections import deque
@@ -57,19 +54,15 @@ def _has_bytes(transfer: object, attribute: "attrs.Attribute[Sequence[int]]", un
 class Transfer:
     """One request's copies. *units* are their sizes in bytes; *owner* is the memory that they move.
 
-    *layered*: the units are layers of the same chunks, and share a batch with no other transfer; each layer of a load
-    has a batch of its own, because an engine waits for it. *allowed*: how many leading units may start, all by default.
+    *allowed*: its units may start.
     """
 
     direction: Direction
     owner: Hashable
     units: Sequence[int] = attrs.field(validator=_has_bytes)
-    layered: bool = False
-    allowed: int = attrs.field(default=attrs.Factory(lambda self: len(self.units), takes_self=True))
+    allowed: bool = True
     state: TransferState = attrs.field(default=TransferState.QUEUED, init=False)
     submitted: bool = attrs.field(default=False, init=False)
-    place: int = attrs.field(default=0, init=False)
-    """Its number in its queue, among all transfers that were ever queued there."""
     started: int = attrs.field(default=0, init=False)
     """Units that were given to the device."""
     running: int = attrs.field(default=0, init=False)
@@ -100,19 +93,16 @@ class Transfers:
 
     Two batches fit, so that the second is with the device when the first ends. Between two batches the host's device
     loses 0.3 ms to the loop, and 32 MiB take it 4.5 ms; a new load waits for 128 MiB at most, 18 ms. A batch has half
-    as many bytes while transfers of the other direction wait. *reach* is more than the loads of most steps, and few
-    enough for the transfers behind them.
+    as many bytes while transfers of the other direction wait.
     """
 
-    def __init__(self, *, in_flight: int = 128 << 20, batch: int = 64 << 20, turns: int = 4, reach: int = 64) -> None:
-        if in_flight < 1 or batch < 1 or turns < 1 or reach < 1:
-            raise Misuse("in_flight, batch, turns and reach must be 1 or more")
+    def __init__(self, *, in_flight: int = 128 << 20, batch: int = 64 << 20, turns: int = 4) -> None:
+        if in_flight < 1 or batch < 1 or turns < 1:
+            raise Misuse("in_flight, batch and turns must be 1 or more")
         self._in_flight = in_flight
         self._batch = batch
         self._turns = turns
-        self._reach = reach
         self._queues: dict[Direction, deque[Transfer]] = {direction: deque() for direction in Direction}
-        self._came = dict.fromkeys(Direction, 0)
         self._running: set[Batch] = set()
         self._bytes_running = 0
         self._loads_in_a_row = 0
@@ -123,17 +113,15 @@ class Transfers:
             raise Misuse("a transfer is submitted once")
         transfer.submitted = True
         if transfer.allowed:
-            self._queue(transfer)
+            self._queues[transfer.direction].append(transfer)
 
-    def allow(self, transfer: Transfer, units: int) -> None:
-        """Its first *units* units may start; units that are newly allowed queue behind the transfers that wait now."""
-        if not transfer.submitted or units > len(transfer.units):
-            raise Misuse("only units of a transfer that was submitted can be allowed")
-        if transfer.state in (TransferState.QUEUED, TransferState.RUNNING) and units > transfer.allowed:
-            in_queue = transfer.started < transfer.allowed
-            transfer.allowed = units
-            if not in_queue:
-                self._queue(transfer)
+    def allow(self, transfer: Transfer) -> None:
+        """Everything that *transfer* must follow is done: it is queued behind those that wait now. Idempotent."""
+        if not transfer.submitted:
+            raise Misuse("only a transfer that was submitted can be allowed")
+        if transfer.state is TransferState.QUEUED and not transfer.allowed:
+            transfer.allowed = True
+            self._queues[transfer.direction].append(transfer)
 
     def next(self) -> Batch | None:
         """The batch to start now, which counts as running; None when there is nothing to start, or no room."""
@@ -141,22 +129,19 @@ class Transfers:
         if direction is None:
             return None
         queue = self._queues[direction]
-        candidates = self._candidates(queue)
-        if queue[0].layered:
-            candidates = iter([min(candidates, key=lambda each: each.started)])
         parts: list[Part] = []
         size = 0
-        for transfer in candidates:
+        for transfer in self._candidates(queue):
             if not parts and self._running and self._bytes_running + transfer.units[transfer.started] > self._in_flight:
                 return None
             part, more = self._cut(transfer, size)
             if part.end > part.first:
                 parts.append(part)
                 size += more
-            if part.end < transfer.allowed:
+            if part.end < len(transfer.units):
                 break
         for part in parts:
-            if part.end == part.transfer.allowed:
+            if part.end == len(part.transfer.units):
                 queue.remove(part.transfer)
         batch = Batch(direction, tuple(parts), size)
         for part in parts:
@@ -196,8 +181,7 @@ class Transfers:
             size = 0
             for transfer in self._candidates(queue):
                 yield transfer
-                if not transfer.layered:
-                    size += sum(transfer.units[transfer.started :])
+                size += sum(transfer.units[transfer.started :])
                 if size >= self._batch:
                     break
 
@@ -234,7 +218,7 @@ class Transfers:
     def _cut(self, transfer: Transfer, size: int) -> tuple[Part, int]:
         """The units of *transfer* that still fit into a batch that has *size* bytes, and their bytes."""
         at, more = transfer.started, 0
-        while at < transfer.allowed:
+        while at < len(transfer.units):
             unit = transfer.units[at]
             alone = not size and not more
             room = min(self._batch_now, self._in_flight - self._bytes_running)
@@ -242,8 +226,6 @@ class Transfers:
                 break
             more += unit
             at += 1
-            if transfer.layered and transfer.direction is Direction.LOAD:
-                break
         return Part(transfer, transfer.started, at), more
 
     def _leave(self, batch: Batch) -> None:
@@ -256,22 +238,11 @@ class Transfers:
         transfer.state = TransferState.ENDING
         self._unqueue(transfer)
 
-    def _queue(self, transfer: Transfer) -> None:
-        transfer.place = self._came[transfer.direction]
-        self._came[transfer.direction] += 1
-        self._queues[transfer.direction].append(transfer)
-
     def _unqueue(self, transfer: Transfer) -> None:
         queue = self._queues[transfer.direction]
         if transfer in queue:
             queue.remove(transfer)
 
     def _candidates(self, queue: deque[Transfer]) -> Iterator[Transfer]:
-        """Transfers that may go next, and together: layers of one owner, or neighbours that move one owner's memory."""
-        if not queue:
-            return iter(())
-        head = queue[0]
-        if head.layered:
-            near = takewhile(lambda each: each.place < head.place + self._reach, queue)
-            return (each for each in near if each.layered and each.owner == head.owner)
-        return takewhile(lambda each: not each.layered and each.owner == head.owner, queue)
+        """Transfers that may go next, and together: neighbours that move one owner's memory."""
+        return takewhile(lambda each: each.owner == queue[0].owner, queue)

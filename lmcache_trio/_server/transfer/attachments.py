@@ -56,11 +56,6 @@ class Work:
     blocks: Sequence[int]
     event: bytes = b""
     dropped: dict[str, int] = attrs.field(factory=dict)
-    layers_ended: set[int] = attrs.field(factory=set)
-    """Of a layered load."""
-    layers_told: int = 0
-    layers_written: int = 0
-    """Of a layered store: how many its engine said that it has written."""
 
 
 @attrs.define(eq=False)

@@ -8,8 +8,7 @@ meanwhile. What has not begun by then is not begun. The reply is what gives the 
     StoreBlocks     reserve --> its event --> queue --> device --> commit --> Stored
     RetrieveBlocks  pin     --> its event --> queue --> device --> unpin  --> Retrieved
 
-A layered store goes through the middle once for each LayersWritten. What its engine has not written yet, like what is
-waited for, stands in no queue: an engine that is stopped in the middle of a pass keeps no other from the device.
+A transfer whose event has not happened stands in no queue: an engine that is stopped keeps no other from the device.
 
 `_core.transfers` decides which copies run when; `attachments` has the memory that is open, `events` the waits for a
 GPU. A bug in the device ends neither this worker nor the server: where the end of a copy cannot be told, the copy keeps
@@ -20,7 +19,6 @@ gives it `start`.
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Sequence
 
 import trio
 
@@ -33,7 +31,7 @@ from lmcache_trio._server.tasks import Starter
 from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._server.transfer.attachments import Attachment, Attachments, Work
 from lmcache_trio._server.transfer.events import CopyEvents
-from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, LayersDone, Message, Retrieved, Stored
+from lmcache_trio._wire.messages import Ack, ErrorKind, ErrorReply, Message, Retrieved, Stored
 from lmcache_trio.abc import ArenaDevice, Copy, Device, EventDevice, Ticket
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
 from lmcache_trio.statistics import TransfersHeld
@@ -126,18 +124,13 @@ class TransferWorker:
         self._ended(batch, failed=failed)
 
     def _copy_of(self, batch: Batch) -> Copy:
-        attachment, work = self._work[batch.parts[0].transfer]
-        count, slots, blocks = attachment.chunk_blocks, [*work.slots], [*work.blocks]
-        layers = (0, len(attachment.attached.export.layers))
-        if batch.parts[0].transfer.layered:
-            layers = (batch.parts[0].first, batch.parts[0].end)
-        else:
-            slots, blocks = [], []
-            for part in batch.parts:
-                work = self._work[part.transfer][1]
-                slots += work.slots[part.first : part.end]
-                blocks += work.blocks[part.first * count : part.end * count]
-        return Copy(attachment.attached, batch.direction, slots, blocks, count, layers)
+        attachment = self._work[batch.parts[0].transfer][0]
+        count, slots, blocks = attachment.chunk_blocks, list[int](), list[int]()
+        for part in batch.parts:
+            work = self._work[part.transfer][1]
+            slots += work.slots[part.first : part.end]
+            blocks += work.blocks[part.first * count : part.end * count]
+        return Copy(attachment.attached, batch.direction, slots, blocks, count)
 
     # --- the arena --------------------------------------------------------------------------------------------------
 
@@ -164,57 +157,23 @@ class TransferWorker:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def store(self, attachment: Attachment, work: Work, *, layered: bool) -> None:
-        """Begin a store into the reservation `work.grant` of `attachment.writer`; *layered*: see `layers_written`."""
-        self._submit(attachment, work, Direction.STORE, layered=layered)
-
-    def load(self, attachment: Attachment, work: Work, *, layered: bool) -> None:
-        """Begin a load under the pin `work.grant` of `attachment.reader`."""
-        self._submit(attachment, work, Direction.LOAD, layered=layered)
-
-    def _submit(self, attachment: Attachment, work: Work, direction: Direction, *, layered: bool) -> None:
-        export, count = attachment.attached.export, attachment.chunk_blocks
-        if layered:
-            chunks = len(work.slots)
-            units = [chunks * count * sum(piece.length for piece in layer) for layer in export.pieces]
-        else:
-            units = [count * export.block_bytes] * len(work.slots)
-        waits = bool(work.event) and self.takes_events
-        later = waits or (layered and direction is Direction.STORE)
-        transfer = Transfer(direction, attachment, units, layered, allowed=0 if later else len(units))
+    def submit(self, attachment: Attachment, work: Work, direction: Direction) -> None:
+        """Begin a store into the reservation `work.grant` of `attachment.writer`, or a load under the pin `work.grant`
+        of `attachment.reader`.
+        """
+        chunk = attachment.chunk_blocks * attachment.attached.export.block_bytes
+        waits = bool(work.event) and isinstance(self._device, EventDevice)
+        transfer = Transfer(direction, attachment, [chunk] * len(work.slots), allowed=not waits)
         attachment.works[work.number] = transfer
         self._work[transfer] = (attachment, work)
         self._moving[attachment.peer.hello.token] += 1
         self._queue.submit(transfer)
         self._wake.set()
-        if waits:
-            self._follow(attachment, work.event, [transfer], len(units))
+        if work.event and isinstance(self._device, EventDevice):
+            self._events.wait(self._device, attachment, work.event, transfer)
 
-    def layers_written(self, attachment: Attachment, numbers: Sequence[int], layers: int, event: bytes) -> None:
-        """The first *layers* layers of the layered stores *numbers* may be copied, once *event* (b"": now) happened.
-
-        A number that is no such store's has been answered already. Each counts once, so that what is waited for is
-        bounded by what was asked for.
-        """
-        found = []
-        for transfer in filter(None, map(attachment.works.get, numbers)):
-            work = self._work[transfer][1]
-            if transfer.layered and transfer.direction is Direction.STORE and work.layers_written < layers:
-                work.layers_written = layers
-                found.append(transfer)
-        if found:
-            self._follow(attachment, event, found, layers)
-
-    def _follow(self, attachment: Attachment, event: bytes, transfers: Sequence[Transfer], units: int) -> None:
-        """Queue *units* units of *transfers* when what they must follow has ended."""
-        if event and isinstance(self._device, EventDevice):
-            self._events.wait(self._device, attachment, event, transfers, units)
-            return
-        for transfer in transfers:
-            self._allow(transfer, units)
-
-    def _allow(self, transfer: Transfer, units: int) -> None:
-        self._queue.allow(transfer, units)
+    def _allow(self, transfer: Transfer) -> None:
+        self._queue.allow(transfer)
         self._wake.set()
 
     def lose(self, peer: Peer) -> None:
@@ -254,9 +213,6 @@ class TransferWorker:
             self._abort(transfer)
 
     def _ended(self, batch: Batch, *, failed: bool) -> None:
-        for part in batch.parts:
-            if part.transfer.layered and batch.direction is Direction.LOAD and not failed:
-                self._layers_ended(*self._work[part.transfer], range(part.first, part.end))
         for transfer in self._queue.ended(batch, failed=failed):
             self._finish(transfer)
         self._wake.set()
@@ -268,14 +224,6 @@ class TransferWorker:
         self._queue.lost(batch)
         self._abort_all(attachment)
         attachment.registry.fenced(attachment.peer)
-
-    def _layers_ended(self, attachment: Attachment, work: Work, layers: range) -> None:
-        work.layers_ended.update(layers)
-        told = work.layers_told
-        while work.layers_told in work.layers_ended:
-            work.layers_told += 1
-        if work.layers_told > told:
-            attachment.peer.send(LayersDone(work.number, work.layers_told))
 
     def _finish(self, transfer: Transfer) -> None:
         """No copy of it runs: give back what it owned, and say what came of it."""

@@ -143,11 +143,6 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             workers=shards,
         )
 
-    @classmethod
-    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """A captured graph would skip the hooks that wait for a layer, and compute with what is not there yet."""
-        return bool(extra_config.get("layerwise", False))
-
     @property
     def requires_kv_delivery(self) -> bool:
         return False  # a store that is dropped is a later miss, and nothing else
@@ -260,10 +255,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         )
         self._worker_adapter.register_kv_caches(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
         self._kv_caches = kv_caches
-        layered = self._worker_adapter.layered if self._settings.layerwise else None
-        self._worker = WorkerSide(
-            self._worker_adapter, asynchronous=self._asynchronous, layered=layered, weights=self._watch_weights()
-        )
+        self._worker = WorkerSide(self._worker_adapter, asynchronous=self._asynchronous, weights=self._watch_weights())
 
     def _watch_weights(self) -> WeightsWatch | None:
         model = self._vllm_config.model_config
@@ -305,14 +297,12 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._on_worker().load()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        if layer_name in self._kv_caches:  # a layer that shares another's cache has none of its own
-            self._on_worker().wait_layer(layer_name)
+        return  # all of a load is there before the pass begins
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
     ) -> None:
-        if layer_name in self._kv_caches:
-            self._on_worker().layer_written(layer_name)
+        return  # stores begin once the step is computed
 
     def wait_for_save(self) -> None:
         self._on_worker().store()

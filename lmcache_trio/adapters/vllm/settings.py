@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from lmcache_trio.adapters.worker.dispatcher import Path
+from lmcache_trio.adapters.worker.adapter import Path
 from lmcache_trio.config import ClientConfig, default_address, load_client_config
 from lmcache_trio.config.addresses import check_address
 from lmcache_trio.config.tables import setting, structure
@@ -32,11 +32,6 @@ def _name(instance: object, attribute: Any, value: str | None) -> None:
         raise ConfigError(attribute.name, "is empty; give a name, as in 'step-1200', or leave it out")
 
 
-def _layers(instance: "ConnectorSettings", attribute: Any, value: bool) -> None:
-    if value and instance.load is not LoadMode.SYNC:
-        raise ConfigError(attribute.name, "is true, but an asynchronous load ends between steps; add 'load': 'sync'")
-
-
 @attrs.frozen(kw_only=True)
 class ConnectorSettings(ClientConfig):
     """One engine's settings: all that an engine may set in a file or its environment, and what vLLM alone can have."""
@@ -48,12 +43,6 @@ class ConnectorSettings(ClientConfig):
         LoadMode.ASYNC,
         '`"async"`: a hit is copied between steps, while other requests run. `"sync"`: a hit is copied before the step'
         " that needs it. That saves an idle engine one step and delays every other request.",
-    )
-    layerwise: bool = setting(
-        False,
-        'Only with `"load": "sync"`. A step begins before its last layer is loaded, and each layer is stored as it is'
-        " written. vLLM then captures piecewise CUDA graphs only.",
-        check=_layers,
     )
     path: Path = setting(
         "auto",

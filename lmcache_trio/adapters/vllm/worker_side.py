@@ -16,9 +16,6 @@ still reads them ends before their next owner writes the first byte: so vLLM may
 
 If the model's weights are others than at the last reset, nothing is stored until the next one: what they compute must
 not get the names of what the files say. A step is looked at before it is stored (`weights`).
-
-Layer by layer, both go on beside the forward pass: `wait_layer` returns when one layer is loaded, `layer_written` lets
-one be stored. Whether a load was valid is known at the step's end, and before any of its stores is committed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,19 +26,7 @@ import attrs
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.adapters.vllm.metadata import IDLE_SECONDS, StepPlan
 
-__all__ = ["LayeredMover", "Report", "WorkerSide", "WorkerVerbs"]
-
-
-class LayeredMover(Protocol):
-    """The part of `LayeredMoves` that is used here."""
-
-    def start_retrieves(self, specs: Sequence[LoadSpec]) -> None: ...
-    def wait_layer(self, name: str) -> None: ...
-    def wait_retrieves(self) -> None: ...
-    def start_stores(self, specs: Sequence[StoreSpec]) -> None: ...
-    def layer_written(self, name: str) -> None: ...
-    def finish_stores(self) -> None: ...
-    def drop_stores(self) -> None: ...
+__all__ = ["Report", "WorkerSide", "WorkerVerbs"]
 
 
 class Weights(Protocol):
@@ -73,27 +58,18 @@ class Report:
 
 
 class WorkerSide:
-    """State of one worker. *asynchronous*: loads are submitted, and end between steps. *layered*: moves by layers.
+    """State of one worker. *asynchronous*: loads are submitted, and end between steps.
 
     *weights*: tells whether they have changed; None where nobody can tell.
     """
 
-    def __init__(
-        self,
-        mover: WorkerVerbs,
-        *,
-        asynchronous: bool,
-        layered: LayeredMover | None = None,
-        weights: Weights | None = None,
-    ) -> None:
+    def __init__(self, mover: WorkerVerbs, *, asynchronous: bool, weights: Weights | None = None) -> None:
         self._mover = mover
         self._weights = weights
         self._resets = 0
         self.changed = False
         """Are the weights others than at the last reset?"""
         self._asynchronous = asynchronous
-        self._layered = layered
-        self._loading = False
         self._plan = StepPlan(step=0)
         self._planned: set[str] = set()  # this step's plan stores them, and nothing was submitted yet
         self._reading: dict[str, set[int]] = {}  # blocks by request: a copy out of them has not been named as ended
@@ -113,8 +89,6 @@ class WorkerSide:
                 self._submit(spec)
         busy = [request_id for request_id, blocks in self._reading.items() if not blocks.isdisjoint(plan.written)]
         if busy:
-            if self._layered is not None:
-                self._layered.drop_stores()  # of a step that was never stored; nothing otherwise
             self._mover.wait_stores(busy)
 
     def _may_store(self, plan: StepPlan) -> bool:
@@ -136,52 +110,18 @@ class WorkerSide:
         self._closing.update(plan.closing)
 
     def load(self) -> None:
-        if self._layered is not None:
-            self._layered.start_retrieves(self._plan.loads)
-            self._loading = bool(self._plan.loads)
-            self._start_stores(self._layered)
-        elif self._asynchronous:
+        if self._asynchronous:
             for spec in self._plan.loads:
                 self._mover.submit_retrieve(spec)
         elif self._plan.loads:
             self._mover.retrieve_now(self._plan.loads)
-            self._see_failures()
-
-    def _see_failures(self) -> None:
-        failed = self._mover.take_failed_blocks()
-        if failed:
-            self._failed_blocks |= failed
-            self._tainted = self._failed_now = self._plan.step
-
-    def _start_stores(self, layered: LayeredMover) -> None:
-        if self._plan.stores and self._may_store(self._plan):
-            for spec in self._plan.stores:
-                self._reading.setdefault(spec.request_id, set()).update(spec.block_ids)
-            layered.start_stores(self._plan.stores)
-
-    def wait_layer(self, name: str) -> None:
-        if self._layered is not None and self._loading:
-            self._layered.wait_layer(name)
-
-    def layer_written(self, name: str) -> None:
-        if self._layered is not None:
-            self._layered.layer_written(name)
-
-    def _end_layers(self, layered: LayeredMover) -> None:
-        """The step is computed: what it was loaded from is known to be valid, or nothing of it is stored."""
-        if self._loading:
-            self._loading = False
-            layered.wait_retrieves()
-            self._see_failures()
-        if not self.changed and self._tainted <= self._plan.settled:
-            layered.finish_stores()
-        else:
-            layered.drop_stores()
+            failed = self._mover.take_failed_blocks()
+            if failed:
+                self._failed_blocks |= failed
+                self._tainted = self._failed_now = self._plan.step
 
     def store(self) -> None:
-        if self._layered is not None:
-            self._end_layers(self._layered)
-        elif self._plan.stores and self._may_store(self._plan):
+        if self._plan.stores and self._may_store(self._plan):
             for spec in self._plan.stores:
                 self._submit(spec)
         self._planned = set()
@@ -197,8 +137,6 @@ class WorkerSide:
         return Report(closed, loaded)
 
     def take_failed_blocks(self) -> set[int]:
-        if self._layered is not None and self._loading:  # a step that was not stored
-            self._end_layers(self._layered)
         failed = self._failed_blocks | self._mover.take_failed_blocks()
         self._failed_blocks = set()
         return failed

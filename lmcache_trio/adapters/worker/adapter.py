@@ -12,19 +12,17 @@ import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+
+import trio
 
 from lmcache_trio._core.keys import seed_of
-from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Role
+from lmcache_trio._wire.messages import MAX_DIGESTS, MAX_RESERVED, PROTOCOL_VERSION, Hello, Role
 from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
-from lmcache_trio.adapters.worker.copiers import Copiers
 from lmcache_trio.adapters.worker.device_mover import ATTACH_TIMEOUT, DeviceMover
-from lmcache_trio.adapters.worker.dispatcher import Dispatcher, Path
-from lmcache_trio.adapters.worker.jobs import Jobs, wait_for
-from lmcache_trio.adapters.worker.layered import LayeredMoves
-from lmcache_trio.adapters.worker.mover import Probe, RegisteredKV, reply_within
-from lmcache_trio.adapters.worker.shm_mover import ShmMover
+from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, Mover, RegisteredKV, StoreJob, reply_within, wait_for
+from lmcache_trio.adapters.worker.shm_mover import Probe, ShmMover, no_probe
 from lmcache_trio.client import Client, sentence
 from lmcache_trio.config import format_size
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
@@ -32,10 +30,13 @@ from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, U
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WorkerAdapter"]
+    from lmcache_trio.adapters.worker.paged import BlockIndex, PagedKV
+
+__all__ = ["Path", "WorkerAdapter"]
 
 logger = logging.getLogger("lmcache_trio")
-
+Path = Literal["auto", "device", "shm"]
+_Spec = TypeVar("_Spec", StoreSpec, LoadSpec)
 
 _LAST_REPLIES = 3
 """Most replies that one store takes: `shutdown` waits for so many."""
@@ -64,7 +65,7 @@ class WorkerAdapter:
         connect_timeout: float = 5.0,
         path: Path = "auto",
         server_uids: Collection[int] | None = None,
-        probe: Probe | None = None,
+        probe: Probe = no_probe,
     ) -> None:
         check_whole("block_tokens", block_tokens, 1)
         check_whole("shards", shards, 1)
@@ -77,6 +78,8 @@ class WorkerAdapter:
         check_seconds("connect_timeout", connect_timeout)
         if isinstance(fingerprint_extra, str | bytes):
             raise Misuse(f"fingerprint_extra is {fingerprint_extra!r}: give a list, as [{fingerprint_extra!r}]")
+        if path not in get_args(Path):
+            raise Misuse(f"path is {path!r}: it must be one of {', '.join(get_args(Path))}")
         self._block_tokens = block_tokens
         self._wanted_chunk_tokens = chunk_tokens
         self._extra = tuple(fingerprint_extra)
@@ -91,14 +94,14 @@ class WorkerAdapter:
         self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None, server_uids=server_uids)
         self._jobs = Jobs()
         self._registered = RegisteredKV(chunk_tokens=chunk_tokens or 0)
-        self._copiers = Copiers(f"lmcache-trio copies {shard}")
-        self._shm = ShmMover(self._jobs, self._registered, self._copiers, reply_timeout, probe)
+        self._shm = ShmMover(f"lmcache-trio copies {shard}", self._jobs, self._registered, reply_timeout, probe)
         self._device = DeviceMover(address, hello, self._jobs, self._registered, reply_timeout, server_uids)
-        self._dispatcher = Dispatcher(
-            path, self._link, self._jobs, self._registered, block_tokens, self._shm, self._device
-        )
-        self.layered = LayeredMoves(self._link, self._jobs, self._dispatcher)
-        """Moves that go layer by layer beside the forward pass."""
+        self._wanted = path
+        self._path: Literal["device", "shm"] = "shm"
+        self._path_reason = "no KV is registered yet"
+        self._mover: Mover | None = None if path == "device" else self._shm
+        """The mover of `path`; None if that is not the path that was asked for."""
+        self._choices = 0
         self._link.start(connect_timeout)
 
     def register_kv_caches(self, kv_caches: "Mapping[str, torch.Tensor]", *, num_blocks: int | None = None) -> None:
@@ -109,7 +112,6 @@ class WorkerAdapter:
         from lmcache_trio.adapters.worker.cuda_kv import make_paged_kv  # the only import of torch
 
         kv = make_paged_kv(kv_caches, num_blocks=num_blocks)
-        self.layered.register(list(kv_caches))  # before the KV: a step that goes by layers ends with the former layers
         self._registered.latest = kv
         try:
             self._link.call(self._register_now, timeout=self._reply_timeout + ATTACH_TIMEOUT)
@@ -121,11 +123,11 @@ class WorkerAdapter:
 
     def submit_store(self, spec: StoreSpec) -> None:
         """Store *spec*'s blocks, which must not change until `take_finished` names it or `wait_stores` returns."""
-        self._dispatcher.store([spec], reported=True)
+        self._begin_stores([spec], reported=True)
 
     def submit_retrieve(self, spec: LoadSpec) -> None:
         """Fill *spec*'s blocks, which belong to this adapter until `take_finished` names the request."""
-        self._dispatcher.load([spec], reported=True)
+        self._begin_loads([spec], reported=True)
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Request ids whose stores, and whose retrieves, are all over since the last call; failed ones included."""
@@ -148,8 +150,8 @@ class WorkerAdapter:
     def wait_published(self, request_ids: Iterable[str] | None = None) -> None:
         """Block until every store of *request_ids* (default: of any) is over: published, or dropped and counted.
 
-        Published is what any engine may load from then on; with several shards, once all of them have stored it. Of a
-        layered store it is waited for from `finish_stores` on. A server that does not reply is given *reply_timeout*.
+        Published is what any engine may load from then on; with several shards, once all of them have stored it. A
+        server that does not reply is given *reply_timeout*.
         """
         wait_for([job.ended for job in self._jobs.stores(request_ids)], lambda: self._link.alive)
 
@@ -157,11 +159,69 @@ class WorkerAdapter:
 
     def store_now(self, specs: Sequence[StoreSpec]) -> None:
         """Store, and return when all is over: each reply has *reply_timeout* to come, each copy ends."""
-        self._dispatcher.wait(self._dispatcher.store(specs, reported=False))
+        self._wait_ended(self._begin_stores(specs, reported=False))
 
     def retrieve_now(self, specs: Sequence[LoadSpec]) -> None:
         """Fill the blocks, and return when all is over, bounded likewise; `take_failed_blocks` has the failed."""
-        self._dispatcher.wait(self._dispatcher.load(specs, reported=False))
+        self._wait_ended(self._begin_loads(specs, reported=False))
+
+    # --- jobs -------------------------------------------------------------------------------------------------------
+
+    def _begin_stores(self, specs: Sequence[StoreSpec], *, reported: bool) -> list[StoreJob]:
+        """Submit *specs*: a spec makes several jobs where one message cannot name all of it, 65,536 tokens at a time
+        in chunks of 256.
+        """
+        jobs = []
+        for spec, blocks, kv in self._planned(specs):
+            at, fence = 0, kv.fence()
+            for part in spec.parts(MAX_RESERVED, MAX_DIGESTS):
+                end = at + len(part.block_ids)
+                jobs.append(StoreJob(part, blocks[at:end], kv=kv, fence=fence, reported=reported))
+                at = end
+        self._begin(jobs)
+        return jobs
+
+    def _begin_loads(self, specs: Sequence[LoadSpec], *, reported: bool) -> list[LoadJob]:
+        """Submit *specs*, as `_begin_stores` does."""
+        jobs = []
+        for spec, blocks, kv in self._planned(specs):
+            at, fence = 0, kv.fence()
+            for part in spec.parts(MAX_DIGESTS):
+                end = at + len(part.block_ids)
+                jobs.append(LoadJob(part, blocks[at:end], kv=kv, fence=fence, reported=reported))
+                at = end
+        self._begin(jobs)
+        return jobs
+
+    def _planned(self, specs: Sequence[_Spec]) -> "list[tuple[_Spec, BlockIndex, PagedKV]]":
+        """*specs* with this worker's values, the blocks of each, and the KV that has them. `Misuse`: it has not."""
+        if (kv := self._registered.latest) is None:
+            raise Misuse("register_kv_caches comes before stores and retrieves")
+        planned = [spec.planned_for(self._registered.chunk_tokens, self._block_tokens) for spec in specs]
+        return [(spec, kv.check(spec.block_ids), kv) for spec in planned]
+
+    def _begin(self, jobs: Sequence[StoreJob | LoadJob]) -> None:
+        for job in jobs:
+            self._jobs.begin(job)
+        for job in jobs:
+            if not self._link.spawn(self._run, job, refused=partial(self._jobs.fail, job)):
+                self._jobs.fail(job)
+
+    def _wait_ended(self, jobs: Sequence[StoreJob | LoadJob]) -> None:
+        """Block until *jobs* are over; those that a dead loop leaves behind fail."""
+        wait_for([job.ended for job in jobs], lambda: self._link.alive)
+        for job in jobs:
+            self._jobs.fail(job)
+
+    async def _run(self, client: Client | None, job: StoreJob | LoadJob) -> None:
+        """In the loop: the whole of *job*. It fails without a server, or without a mover."""
+        with self._jobs.contained(job):
+            if client is None or client.arena is None or self._mover is None:
+                return
+            if isinstance(job, StoreJob):
+                await self._mover.store(client, job)
+            elif job.spec.lease:  # else its answer was used up before the engine allocated: a miss
+                await self._mover.load(client, job)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -173,12 +233,12 @@ class WorkerAdapter:
     @property
     def path(self) -> str:
         """Who moves the KV now: "device", the server; "shm", this process."""
-        return self._dispatcher.path
+        return self._path
 
     @property
     def path_reason(self) -> str:
         """Why `path` is what it is."""
-        return self._dispatcher.reason
+        return self._path_reason
 
     def statistics(self) -> dict[str, int]:
         """`running` jobs; chunks: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`.
@@ -195,7 +255,6 @@ class WorkerAdapter:
         Blocks that the server may still touch after that, because it is stopped or lost sight of a copy, stay its own
         until this process ends: they must not be used again.
         """
-        self.layered.drop_stores()
         jobs = self._jobs.running() if self._link.alive else []
         if wait_for([job.ended for job in jobs], lambda: self._link.alive, _LAST_REPLIES * self._reply_timeout):
             for job in jobs:
@@ -204,7 +263,7 @@ class WorkerAdapter:
             logger.warning("some of %d copies did not end: their blocks stay the server's", len(jobs))
         if self._link.stop(2 * self._reply_timeout):
             self._device.close()
-        self._copiers.close()
+        self._shm.close()
 
     # --- in the loop: connections and the registration ---------------------------------------------------------------
 
@@ -234,6 +293,31 @@ class WorkerAdapter:
         """In the loop, where a connection is either usable by now, or still to be looked after by `_on_connected`."""
         if self._link.client is not None:
             await self._register(self._link.client, self._reply_timeout)
+
+    async def _choose(self, client: Client, kv: "PagedKV") -> None:
+        """Choose the path for *client*'s connection, where the layout of *kv* is registered."""
+        path: Literal["device", "shm"] = "shm"
+        reason = "it was asked for"
+        if self._wanted != "shm":
+            self._choices = mine = self._choices + 1
+            try:
+                await self._device.attach(client, kv.tensors, kv.num_blocks)
+                path, reason = "device", "the server has opened this engine's KV"
+            except (Unavailable, Misuse, trio.TooSlowError) as exc:
+                if client.lost:
+                    raise
+                if mine != self._choices:  # the layout was registered anew meanwhile: that registration chooses
+                    return
+                reason = str(exc) or "the server took too long to open the KV"
+        if (path, reason) == (self._path, self._path_reason):
+            return
+        self._path, self._path_reason = path, reason
+        if path == "shm" and self._wanted == "device":
+            self._mover = None
+            logger.warning("working without a cache: the path 'device' was asked for, but %s", reason)
+        else:
+            self._mover = self._device if path == "device" else self._shm
+            logger.info("KV takes the path %r: %s", path, reason)
 
     def _see_room(self, client: Client) -> None:
         """Say once that no chunk fits, if so. The worker that completed the layout knows."""
@@ -267,14 +351,14 @@ class WorkerAdapter:
             parts = ("fingerprint 1", kv.layout, str(self._block_tokens), str(client.chunk_tokens), *self._extra)
             shard_bytes = kv.block_bytes * (client.chunk_tokens // self._block_tokens)
             # A worker that only the server can move for has no layout, and is offered nothing, before that can.
-            attaching = self._dispatcher.wanted == "device"
+            attaching = self._wanted == "device"
             register = partial(client.register, seed_of(*parts), shard_bytes, self._block_tokens, attaching=attaching)
             registered.known = kv  # before the request: what is asked behind it is asked of this layout
             try:
                 with reply_within(seconds):
                     await register()
-                await self._dispatcher.choose(client, kv)
-                if self._dispatcher.mover is None:
+                await self._choose(client, kv)
+                if self._mover is None:
                     with reply_within(seconds):
                         await register()  # an Attach that was given up must not succeed later
                 elif attaching:

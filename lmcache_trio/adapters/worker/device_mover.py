@@ -9,8 +9,8 @@ nothing any more, or its process has ended; so a server whose process cannot be 
 import contextlib
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import trio
@@ -22,7 +22,6 @@ from lmcache_trio._wire.messages import (
     Ack,
     Attach,
     Hello,
-    LayersDone,
     LetGo,
     Message,
     RetrieveBlocks,
@@ -32,9 +31,7 @@ from lmcache_trio._wire.messages import (
     Stored,
     Withdraw,
 )
-from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, StoreJob
-from lmcache_trio.adapters.worker.mover import RegisteredKV
-from lmcache_trio.adapters.worker.store_step import StoreStep, event_of
+from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, RegisteredKV, StoreJob
 from lmcache_trio.client import Client, connect, wait_server
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
 
@@ -77,8 +74,6 @@ class DeviceMover:
         self._pidfd = -1
         self._watching = trio.Lock()
         """Its holder waits for `_pidfd`: one descriptor takes one waiter."""
-        self._by_layers: dict[int, LoadJob] = {}
-        """By request: a load whose layers the server names as they come."""
 
     async def attach(self, client: Client, kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int) -> None:
         """Have the server open the engine's KV. `Unavailable`, `Misuse`, `TooSlowError`: it can't, and why."""
@@ -105,62 +100,29 @@ class DeviceMover:
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
-    async def store(self, client: Client, jobs: Sequence[StoreJob], step: StoreStep | None = None) -> None:
-        """See `Mover.store`. Returns when the blocks are the engine's own again."""
-        async with trio.open_nursery() as nursery:
-            for job in jobs:
-                nursery.start_soon(self._store, client, job, step)
+    async def store(self, client: Client, job: StoreJob) -> None:
+        """See `Mover.store`."""
+        if job.before is not None:
+            await job.before.asked.wait()
+        self._registered.check(client, job, alike=False)
+        spec, blocks = job.spec, pack_positions(job.spec.block_ids)
+        ask = StoreBlocks(client.new_id(), spec.session, spec.parent, spec.digests, blocks, event=_event_of(job.fence))
+        stored = await self._moved(client, job, ask, Stored)
+        self._jobs.stored(job, stored.copied, stored.dropped)
 
-    async def load(self, client: Client, jobs: Sequence[LoadJob]) -> None:
-        """See `Mover.load`. Returns when the blocks are the engine's own again."""
-        async with trio.open_nursery() as nursery:
-            for job in jobs:
-                nursery.start_soon(self._load, client, job)
-
-    async def _store(self, client: Client, job: StoreJob, step: StoreStep | None) -> None:
-        with self._jobs.contained(job):
-            await job.turn()
-            if step is not None and step.dropped:
-                raise Unavailable("its step was dropped before it began")
-            self._registered.check(client, job, alike=False)
-            spec, number = job.spec, client.new_id()
-            event = event_of(job.fence) if step is None else b""
-            blocks = pack_positions(spec.block_ids)
-            ask = StoreBlocks(number, spec.session, spec.parent, spec.digests, blocks, step is not None, event)
-            try:
-                stored = await self._moved(client, job, ask, Stored, step)
-            finally:
-                if step is not None:
-                    step.over(number)
-            self._jobs.stored(job, stored.copied, stored.dropped)
-
-    async def _load(self, client: Client, job: LoadJob) -> None:
-        with self._jobs.contained(job):
-            self._registered.check(client, job, alike=False)
-            spec, number, layered = job.spec, client.new_id(), bool(job.gates)
-            event, blocks = event_of(job.fence), pack_positions(spec.block_ids)
-            ask = RetrieveBlocks(number, spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, layered, event)
-            if layered:
-                self._by_layers[number] = job
-            try:
-                loaded = await self._moved(client, job, ask, Retrieved)
-            finally:
-                self._by_layers.pop(number, None)
-            if loaded.valid and job.kv is self._registered.latest:
-                self._jobs.loaded(job)
+    async def load(self, client: Client, job: LoadJob) -> None:
+        """See `Mover.load`."""
+        self._registered.check(client, job, alike=False)
+        spec, blocks, event = job.spec, pack_positions(job.spec.block_ids), _event_of(job.fence)
+        ask = RetrieveBlocks(client.new_id(), spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, event=event)
+        loaded = await self._moved(client, job, ask, Retrieved)
+        if loaded.valid and job.kv is self._registered.latest:
+            self._jobs.loaded(job)
 
     async def _moved(
-        self,
-        client: Client,
-        job: StoreJob | LoadJob,
-        ask: StoreBlocks | RetrieveBlocks,
-        kind: type[_M],
-        step: StoreStep | None = None,
+        self, client: Client, job: StoreJob | LoadJob, ask: StoreBlocks | RetrieveBlocks, kind: type[_M]
     ) -> _M:
-        """The server's reply to *ask*. Shielded: the blocks are not the engine's before this returns or raises.
-
-        Until *step* has finished it is the engine that is waited for, and the server is not late.
-        """
+        """The server's reply to *ask*. Shielded: the blocks are not the engine's before this returns or raises."""
         reply: list[Reply] = []
         come = trio.Event()
 
@@ -172,9 +134,6 @@ class DeviceMover:
         with trio.CancelScope(shield=True):
             client.request_nowait(ask, on_reply)
             job.asked.set()
-            if step is not None:
-                step.begun(ask.id, client.notice_nowait)
-                await _first_of(step.finished, come)
             begun = trio.current_time()
             while not come.is_set() and trio.current_time() < (late := self._late(begun)):
                 with trio.move_on_at(late):
@@ -240,15 +199,9 @@ class DeviceMover:
 
     def _said(self, message: Message) -> None:
         self._progress = trio.current_time()
-        if isinstance(message, LayersDone) and message.request in self._by_layers:
-            self._jobs.reached([self._by_layers[message.request]], message.layers)
 
 
-async def _first_of(*events: trio.Event) -> None:
-    async def wait(event: trio.Event, done: trio.CancelScope) -> None:
-        await event.wait()
-        done.cancel()
-
-    async with trio.open_nursery() as first:
-        for event in events:
-            first.start_soon(wait, event, first.cancel_scope)
+def _event_of(fence: Any) -> bytes:
+    """The event that the server must wait for: for KV on a GPU, that of what its engine submitted before *fence*."""
+    event: bytes = fence.ipc_handle() if fence is not None else b""
+    return event

@@ -1,6 +1,7 @@
-"""What a worker has under way and what came of it: one table, shared by the host's threads and the loop.
+"""A worker's jobs: what it has under way, what came of it, and which KV its jobs name.
 
-Only bookkeeping: nothing here waits but `StoreJob.turn`, and `wait_retrieve` and `wait_for` on behalf of a host thread.
+One table is shared by the host's threads and the loop. Nothing here copies or asks a server. Only `wait_retrieve` and
+`wait_for` wait, on behalf of a host thread.
 """
 
 import logging
@@ -9,15 +10,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+import attrs
 import trio
 
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
-from lmcache_trio.errors import LMCacheTrioError
+from lmcache_trio.client import Client
+from lmcache_trio.errors import Gone, LMCacheTrioError, Unavailable
 from lmcache_trio.threads import Handoff, Lock
 
-__all__ = ["Job", "Jobs", "LoadJob", "StoreJob", "wait_for"]
+if TYPE_CHECKING:
+    from lmcache_trio.adapters.worker.paged import BlockIndex, PagedKV
+
+__all__ = ["Job", "Jobs", "LoadJob", "Mover", "RegisteredKV", "StoreJob", "reply_within", "wait_for"]
 
 logger = logging.getLogger("lmcache_trio")
 _Spec = TypeVar("_Spec", StoreSpec, LoadSpec)
@@ -26,62 +32,91 @@ _Spec = TypeVar("_Spec", StoreSpec, LoadSpec)
 class Job(Generic[_Spec]):
     """One store or load from its submission to its end.
 
-    *copied* is set when its copy has ended, or will not begin; *ended* when all of it is over.
+    *blocks* are those that its spec names, in *kv*. *fence*, for KV on a GPU, is the event behind what the engine had
+    submitted by then. *reported*: `take_finished` names the job; it does not name one that its host waits for.
     """
 
-    __slots__ = ("asked", "copied", "ended", "fence", "kv", "reported", "spec")
+    __slots__ = ("asked", "blocks", "copied", "ended", "fence", "kv", "reported", "spec")
 
-    def __init__(self, spec: _Spec, *, reported: bool, fence: Any, kv: Any) -> None:
+    def __init__(self, spec: _Spec, blocks: "BlockIndex", *, kv: "PagedKV", fence: Any, reported: bool) -> None:
         self.spec: _Spec = spec
+        self.blocks = blocks
         self.kv = kv
-        """The `PagedKV` whose blocks it names: what was registered when it was submitted."""
         self.fence = fence
-        """For KV on a GPU: the event behind what its engine had submitted by then."""
         self.reported = reported
-        """Does `take_finished` name it? It does not name a job that its host waits for."""
         self.asked = trio.Event()
         """In the loop: its request to the server has gone out, or never will."""
         self.copied: Handoff[bool] = Handoff()
+        """Its copy has ended, or will not begin."""
         self.ended: Handoff[bool] = Handoff()
 
 
 class StoreJob(Job[StoreSpec]):
-    """One store. *before* is the store that was submitted before it: a chunk's parent must be reserved before it."""
+    """One store. Its mover waits for *before*, the store submitted before it, to have asked: tasks begin in any order,
+    and a chunk's parent must be reserved before it. *reason* is what the store is counted as if it fails.
+    """
 
     __slots__ = ("before", "reason")
 
-    def __init__(self, spec: StoreSpec, *, reported: bool, fence: Any, kv: Any) -> None:
-        super().__init__(spec, reported=reported, fence=fence, kv=kv)
+    def __init__(self, spec: StoreSpec, blocks: "BlockIndex", *, kv: "PagedKV", fence: Any, reported: bool) -> None:
+        super().__init__(spec, blocks, kv=kv, fence=fence, reported=reported)
         self.before: StoreJob | None = None
         self.reason = "unavailable"
-        """What it is counted as if it fails."""
-
-    async def turn(self) -> None:
-        """In the loop: wait until the store before this one has asked. Tasks begin in any order."""
-        if self.before is not None:
-            await self.before.asked.wait()
-            self.before = None
 
 
 class LoadJob(Job[LoadSpec]):
-    """One load. With *layers* it is loaded layer by layer: *gates* has a gate per layer, which `Jobs.reached` opens."""
+    """One load."""
 
-    __slots__ = ("_opened", "gates")
+    __slots__ = ()
 
-    def __init__(self, spec: LoadSpec, *, reported: bool, fence: Any, kv: Any, layers: int = 0) -> None:
-        super().__init__(spec, reported=reported, fence=fence, kv=kv)
-        self.gates: list[Handoff[bool]] = [Handoff() for _ in range(layers)]
-        self._opened = 0
 
-    def open(self, layers: int) -> None:
-        """Open the first *layers* gates, in one thread at a time."""
-        for gate in self.gates[self._opened : layers]:
-            gate.set(True)
-        self._opened = max(self._opened, layers)
+class Mover(Protocol):
+    """Moves the blocks of one job. Its caller contains the failures of the job (`Jobs.contained`).
+
+    A mover ends a job that went well, and raises for one that did not. It returns once nothing touches the blocks.
+    """
+
+    async def store(self, client: Client, job: StoreJob) -> None:
+        """Store the blocks of *job*."""
+        ...
+
+    async def load(self, client: Client, job: LoadJob) -> None:
+        """Fill the blocks of *job*."""
+        ...
+
+
+@attrs.define(eq=False)
+class RegisteredKV:
+    """Which KV the host registered, which one the server knows of, and the tokens of a chunk there."""
+
+    latest: "PagedKV | None" = None
+    """What the host registered last."""
+    known: "PagedKV | None" = None
+    """In the loop: the one whose layout the server of this connection was told last."""
+    chunk_tokens: int = 0
+    """0 before it is known."""
+
+    def check(self, client: Client, job: StoreJob | LoadJob, *, alike: bool) -> None:
+        """In the loop, as *job*'s request goes out: `Gone` if it was planned for another layout than the server's.
+
+        *alike*: other KV will do, if it has the same layout.
+        """
+        spec, known = job.spec, self.known
+        if spec.chunk_tokens != client.chunk_tokens:
+            why = f"its chunks have {spec.chunk_tokens} tokens, and the server's {client.chunk_tokens}"
+        elif known is None:
+            raise Unavailable("the layout is not registered")
+        elif job.kv is not known and not (alike and job.kv.layout == known.layout):
+            why = "other KV caches were registered"
+        else:
+            return
+        if isinstance(job, StoreJob):
+            job.reason = "layout"
+        raise Gone(f"the layout changed after it was planned: {why}")
 
 
 class Jobs:
-    """Stores and loads from their submission to their end."""
+    """The table of stores and loads, from their submission to their end."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -95,32 +130,21 @@ class Jobs:
         self._any_ended: Handoff[bool] = Handoff()
         """Renewed by each wait."""
 
-    def begin_store(self, spec: StoreSpec, *, reported: bool, fence: Any, kv: Any) -> StoreJob:
-        job = StoreJob(spec, reported=reported, fence=fence, kv=kv)
+    def begin(self, job: StoreJob | LoadJob) -> None:
+        """*job* is under way from now on."""
         with self._lock:
-            self._stores.add(job)
-            job.before, self._last_store = self._last_store, job
-        return job
+            if isinstance(job, StoreJob):
+                self._stores.add(job)
+                job.before, self._last_store = self._last_store, job
+            else:
+                self._loads.add(job)
 
-    def begin_load(self, spec: LoadSpec, *, reported: bool, fence: Any, kv: Any, layers: int = 0) -> LoadJob:
-        job = LoadJob(spec, reported=reported, fence=fence, kv=kv, layers=layers)
+    # --- ends: each is idempotent -----------------------------------------------------------------------------------
+
+    def copied(self, job: StoreJob | LoadJob) -> None:
+        """The copy of *job* has ended: nothing reads or writes its blocks any more."""
         with self._lock:
-            self._loads.add(job)
-        return job
-
-    # --- progress and ends: each end is idempotent ------------------------------------------------------------------
-
-    def reached(self, jobs: Iterable[LoadJob], layers: int) -> None:
-        """The first *layers* layers of *jobs* are in their blocks. Called in any thread."""
-        with self._lock:
-            for job in jobs:
-                job.open(layers)
-
-    def copied(self, jobs: Iterable[StoreJob | LoadJob]) -> None:
-        """The copies of *jobs* have ended: nothing reads or writes their blocks any more."""
-        with self._lock:
-            for job in jobs:
-                job.copied.set(True)
+            job.copied.set(True)
 
     def stored(self, job: StoreJob, kept: int, dropped: Mapping[str, int]) -> None:
         """*job* ended well: *kept* chunks are published, and the others *dropped*, each for its reason."""
@@ -151,19 +175,18 @@ class Jobs:
                 self._end(job)
 
     @contextmanager
-    def contained(self, *jobs: StoreJob | LoadJob) -> Iterator[None]:
-        """In the loop: whatever fails within costs *jobs*, those that have not ended, and nothing else."""
+    def contained(self, job: StoreJob | LoadJob) -> Iterator[None]:
+        """In the loop: whatever fails within costs *job*, unless it has ended, and nothing else."""
         try:
             yield
         except LMCacheTrioError as exc:
-            logger.info("%s failed: %s", _named(jobs), exc)
+            logger.info("a %s of %s failed: %s", type(job.spec).__name__, job.spec.request_id, exc)
         except Exception:
             self.count("copy_bugs")
-            logger.exception("bug in %s: it failed", _named(jobs))
+            logger.exception("bug in a %s of %s: it failed", type(job.spec).__name__, job.spec.request_id)
         finally:
-            for job in jobs:
-                job.asked.set()
-                self.fail(job)
+            job.asked.set()
+            self.fail(job)
 
     def count(self, what: str) -> None:
         with self._lock:
@@ -181,7 +204,6 @@ class Jobs:
             self._loads.discard(job)
             if job.reported:
                 self._loaded.add(job.spec.request_id)
-            job.open(len(job.gates))
         job.copied.set(True)
         job.ended.set(True)
         self._any_ended.set(True)
@@ -246,5 +268,10 @@ def wait_for(handoffs: Iterable[Handoff[bool]], alive: Callable[[], bool], secon
     return True
 
 
-def _named(jobs: Iterable[StoreJob | LoadJob]) -> str:
-    return ", ".join(f"a {type(job.spec).__name__} of {job.spec.request_id}" for job in jobs)
+@contextmanager
+def reply_within(seconds: float) -> Iterator[None]:
+    """`Unavailable` if what is awaited within takes longer than *seconds*."""
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise Unavailable(f"the server did not reply within {seconds} s")

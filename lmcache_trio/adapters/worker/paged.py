@@ -94,12 +94,9 @@ class PagedKV:
         self.tensors = dict(kv_caches)
         self.num_blocks = num_blocks or _guess_blocks(kv_caches)
         pieces: list[StoredPiece] = []
-        self._layers: list[tuple[int, list[PieceGroup]]] = []  # bytes of a block before it, and the layer's own
         layout = hashlib.sha256()
         for name, tensor in kv_caches.items():
             found, description = _read_layer(name, tensor, self.num_blocks, self._memory)
-            groups: list[PieceGroup] = [self._group(run) for run in _runs(found)]
-            self._layers.append((sum(piece.length for piece in pieces), groups))
             pieces += found
             layout.update(f"{name!r}: {description}".encode())
         self.layout = layout.digest()
@@ -133,19 +130,15 @@ class PagedKV:
                 f"the slot has {slot.size} bytes, which {blocks} blocks of {self.block_bytes} bytes do not fill exactly"
             )
 
-    def gather(
-        self, block_ids: BlockIndex, slot: Bytes, *, layer: int | None = None, half: Callable[[], None] | None = None
-    ) -> None:
-        """Copy the blocks of one chunk into *slot*, a writable array of their bytes; of one *layer*, or of all.
+    def gather(self, block_ids: BlockIndex, slot: Bytes, *, half: Callable[[], None] | None = None) -> None:
+        """Copy the blocks of one chunk into *slot*, a writable array of their bytes.
 
         *half* is called in the middle. `Misuse`, and nothing is copied, unless *slot* is as long as a chunk.
         """
-        count = len(block_ids)
+        count, at = len(block_ids), 0
         self._check_slot(slot, count)
-        before, groups = (0, self._groups) if layer is None else self._layers[layer]
-        at = before * count
-        for i, group in enumerate(groups):
-            if half is not None and i == len(groups) // 2:
+        for i, group in enumerate(self._groups):
+            if half is not None and i == len(self._groups) // 2:
                 half()
             size = group.pieces * count * group.length
             group.gather(block_ids, slot[at : at + size])
@@ -158,18 +151,16 @@ class PagedKV:
         skip: int,
         block_ids: BlockIndex,
         *,
-        layer: int | None = None,
         half: Callable[[], None] | None = None,
     ) -> None:
         """Copy the chunk's blocks from number *skip* on into the blocks *block_ids*, and into no other.
 
         *slot* holds *chunk_blocks* blocks; those behind the last of *block_ids* stay unread. Else as `gather`.
         """
+        at = 0
         self._check_slot(slot, chunk_blocks)
-        before, groups = (0, self._groups) if layer is None else self._layers[layer]
-        at = before * chunk_blocks
-        for i, group in enumerate(groups):
-            if half is not None and i == len(groups) // 2:
+        for i, group in enumerate(self._groups):
+            if half is not None and i == len(self._groups) // 2:
                 half()
             size = group.pieces * chunk_blocks * group.length
             group.scatter(slot[at : at + size], chunk_blocks, skip, block_ids)

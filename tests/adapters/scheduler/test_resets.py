@@ -98,23 +98,6 @@ def test_a_store_that_was_under_way_at_a_reset_is_dropped_and_counted(
         assert fresh(sides, live_server, **settings).lookup("q", TOKENS) == 0
 
 
-@both_paths
-def test_a_layered_store_that_was_planned_before_a_reset_is_dropped_and_counted(
-    live_server: ServerProcess, sides: MakeSide, kv: Callable[[int], KV]
-) -> None:
-    one = sides(live_server.address, kv(1))
-    one.scheduler.extend("r", TOKENS)
-    spec = one.scheduler.store_spec("r", 0, AT)
-    assert one.scheduler.reset_cache()
-    one.worker.layered.start_stores([spec])
-    for name in one.kv:
-        one.worker.layered.layer_written(name)
-    one.worker.layered.finish_stores()
-    stores_ended(one)
-    assert one.worker.statistics() == {"running": 0, "dropped_reset": 4}
-    assert fresh(sides, live_server).lookup("q", TOKENS) == 0
-
-
 def test_a_store_of_another_engine_of_that_model_is_dropped_too(live_server: ServerProcess, sides: MakeSide) -> None:
     one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv(2))
     other.scheduler.extend("r", TOKENS)

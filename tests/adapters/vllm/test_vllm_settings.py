@@ -25,7 +25,6 @@ def test_all_settings_are_taken_over() -> None:
         "poll_interval": 0.01,
         "load": "sync",
         "namespace": "mine",
-        "layerwise": True,
         "path": "device",
         "weights_version": "step 7",
         "server_uids": [1000, 7],
@@ -39,7 +38,6 @@ def test_all_settings_are_taken_over() -> None:
         namespace="mine",
         weights_version="step 7",
         server_uids=(1000, 7),
-        layerwise=True,
         path="device",
     )
     assert parse_settings(extra) == found
@@ -50,12 +48,6 @@ def test_all_settings_are_taken_over() -> None:
 def test_a_weights_version_is_a_name(version: object) -> None:
     with pytest.raises(ConfigError, match="weights_version"):
         parse_settings({"weights_version": version})
-
-
-def test_layer_by_layer_goes_with_synchronous_loads_alone() -> None:
-    assert parse_settings({"layerwise": False}) == ConnectorSettings()
-    with pytest.raises(ConfigError, match=r"layerwise: is true, but .* add 'load': 'sync'"):
-        parse_settings({"layerwise": True})
 
 
 def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None:
@@ -81,7 +73,6 @@ def test_an_unknown_key_is_refused_by_name_with_the_one_that_was_meant() -> None
         ("poll_interval", float("nan")),
         ("load", "lazy"),
         ("namespace", None),
-        ("layerwise", "yes"),
         ("path", "gpu"),
         ("path", ["shm"]),
         ("server_uids", 1000),

@@ -463,35 +463,20 @@ def test_an_engine_with_other_weights_is_offered_nothing_and_told_once_to_reset(
     assert scheduler.plan({}, [], blocks_of).resets == 1
 
 
-class Layers:
-    """A `LayeredMover` that writes down what it was asked for; loads into *bad* blocks fail."""
+class Recorder:
+    """`WorkerVerbs` that write down what they were asked for; loads into *bad* blocks fail."""
 
     def __init__(self, bad: tuple[int, ...] = ()) -> None:
         self.said: list[str] = []
-        self._bad = bad
+        self.bad = bad
         self._failed: set[int] = set()
 
-    def start_retrieves(self, specs: Sequence[LoadSpec]) -> None:
+    def retrieve_now(self, specs: Sequence[LoadSpec]) -> None:
         self.said.append(f"load {len(specs)}")
+        self._failed = set(self.bad)
 
-    def wait_layer(self, name: str) -> None:
-        self.said.append(f"wait {name}")
-
-    def wait_retrieves(self) -> None:
-        self.said.append("loaded")
-        self._failed = set(self._bad)
-
-    def start_stores(self, specs: Sequence[StoreSpec]) -> None:
-        self.said.append(f"store {len(specs)}")
-
-    def layer_written(self, name: str) -> None:
-        self.said.append(f"written {name}")
-
-    def finish_stores(self) -> None:
-        self.said.append("finish")
-
-    def drop_stores(self) -> None:
-        self.said.append("drop")
+    def submit_store(self, spec: StoreSpec) -> None:
+        self.said.append("store")
 
     def take_failed_blocks(self) -> set[int]:
         failed, self._failed = self._failed, set()
@@ -500,44 +485,37 @@ class Layers:
     def take_finished(self) -> tuple[set[str], set[str]]:
         return set(), set()
 
+    def submit_retrieve(self, spec: LoadSpec) -> None: ...
     def wait_retrieve(self, seconds: float) -> None: ...
     def wait_stores(self, request_ids: object = None) -> None: ...
-    def submit_store(self, spec: StoreSpec) -> None: ...
-    def submit_retrieve(self, spec: LoadSpec) -> None: ...
-    def retrieve_now(self, specs: Sequence[LoadSpec]) -> None: ...
 
 
-def layered_step(worker: WorkerSide, step: int, *, settled: int = 0) -> None:
+def synchronous_step(worker: WorkerSide, step: int, *, settled: int = 0) -> None:
     load = LoadSpec("r", 1, b"lease", 0, 1, 0, tuple(range(CHUNK // BLOCK)))
     store = StoreSpec("r", 1, b"", b"d" * 32, tuple(range(CHUNK // BLOCK)))
-    worker.begin(StepPlan(step, settled, (load,), (store,)))
+    worker.begin(StepPlan(step, settled, (load,), (store,), closing=("r",)))
     worker.load()
-    for name in ("a", "b"):
-        worker.wait_layer(name)
-        worker.layer_written(name)
     worker.store()
 
 
-def test_layer_by_layer_a_step_is_stored_after_its_loads_were_valid() -> None:
-    layers = Layers()
-    worker = WorkerSide(layers, asynchronous=False, layered=layers)
-    layered_step(worker, 1)
-    moves = ["load 1", "store 1", "wait a", "written a", "wait b", "written b"]
-    assert layers.said == [*moves, "loaded", "finish"]
+def test_a_step_is_stored_after_its_synchronous_loads_were_valid() -> None:
+    recorder = Recorder()
+    worker = WorkerSide(recorder, asynchronous=False)
+    synchronous_step(worker, 1)
+    assert recorder.said == ["load 1", "store"]
     assert worker.failed_step == 0
 
 
-def test_layer_by_layer_a_step_with_a_failed_load_is_not_stored_and_neither_is_the_next() -> None:
-    layers = Layers(bad=(1, 2))
-    worker = WorkerSide(layers, asynchronous=False, layered=layers)
-    layered_step(worker, 1)
-    assert layers.said[-2:] == ["loaded", "drop"]
+def test_a_step_with_a_failed_synchronous_load_is_not_stored_and_neither_is_the_next() -> None:
+    recorder = Recorder(bad=(1, 2))
+    worker = WorkerSide(recorder, asynchronous=False)
+    synchronous_step(worker, 1)
+    assert recorder.said == ["load 1"]
     assert worker.failed_step == 1
     assert worker.take_failed_blocks() == {1, 2}
-    layers._bad = ()
-    layers.said.clear()
-    layered_step(worker, 2)
-    assert "store 1" not in layers.said
-    assert layers.said[-1] == "drop"
-    layered_step(worker, 3, settled=1)
-    assert layers.said[-1] == "finish"
+    assert worker.report().closed == {"r"}, "a request whose store was not begun gets its blocks back"
+    recorder.bad = ()
+    synchronous_step(worker, 2)
+    assert "store" not in recorder.said
+    synchronous_step(worker, 3, settled=1)
+    assert recorder.said[-1] == "store"

@@ -89,7 +89,7 @@ class Engine:
         self.rig, self.kv, self.attached = rig, kv, attached
 
     async def move(self, direction: Direction, slot: int = 4096) -> None:
-        copy = Copy(self.attached, direction, [slot], [0, 2, 1, 3], 4, (0, 1))
+        copy = Copy(self.attached, direction, [slot], [0, 2, 1, 3], 4)
         with trio.fail_after(20):
             await self.rig.device.wait_ended(self.rig.device.start(copy))
 
@@ -177,7 +177,7 @@ async def test_many_scattered_blocks_of_all_layers_are_one_launch(cuda: FakeDriv
         assert not any(after == before + 1 for before, after in pairwise(scattered))
         cuda.calls.clear()
         with trio.fail_after(20):
-            copy = Copy(attached, direction, slots, scattered, CHUNK, (0, LAYERS))
+            copy = Copy(attached, direction, slots, scattered, CHUNK)
             await rig.device.wait_ended(rig.device.start(copy))
         assert cuda.calls == {"cuCtxSetCurrent": 1, "cuMemcpyBatchAsync": 1, "cuStreamSynchronize": 1}
 
@@ -191,7 +191,7 @@ async def test_without_batches_blocks_that_lie_together_are_one_launch_a_chunk_a
         attached, slots = await many_blocks(rig)
         cuda.calls.clear()
         with trio.fail_after(20):
-            copy = Copy(attached, direction, slots, list(range(MANY)), CHUNK, (0, LAYERS))
+            copy = Copy(attached, direction, slots, list(range(MANY)), CHUNK)
             await rig.device.wait_ended(rig.device.start(copy))
         one = "cuMemcpyDtoHAsync" if direction is Direction.STORE else "cuMemcpyHtoDAsync"
         assert cuda.calls == {"cuCtxSetCurrent": 1, one: LAYERS * MANY // CHUNK, "cuStreamSynchronize": 1}

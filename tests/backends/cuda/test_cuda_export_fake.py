@@ -10,15 +10,10 @@ from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
 from support.cuda_fake import Allocation, CUresult, FakeDriver
 
-from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Role
 from lmcache_trio.abc import Copy, CudaMemory, Direction
+from lmcache_trio.adapters import WorkerAdapter
 from lmcache_trio.adapters.shared_kv import export_of
 from lmcache_trio.adapters.worker.cuda_kv import cuda_memory_of
-from lmcache_trio.adapters.worker.device_mover import DeviceMover
-from lmcache_trio.adapters.worker.dispatcher import Dispatcher
-from lmcache_trio.adapters.worker.jobs import Jobs
-from lmcache_trio.adapters.worker.mover import RegisteredKV
-from lmcache_trio.adapters.worker.shm_mover import ShmMover
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.threads import offload
 
@@ -62,16 +57,15 @@ async def test_memory_that_cannot_be_exported_takes_shm_by_itself(cuda: FakeDriv
         cuda.fails["cuDeviceGet"] = RuntimeError("Failed to dlopen libcuda.so.1")
     with pytest.raises(Unavailable, match="driver"):
         export_of(layers(allocation), BLOCKS)
-    hello = Hello(PROTOCOL_VERSION, "w", b"t" * 16, Role.WORKER, "e", 0, 1)
-    jobs, registered = Jobs(), RegisteredKV()
-    device = DeviceMover("unix:///nowhere", hello, jobs, registered, 5.0)
-    not_asked: Any = SimpleNamespace(lost=False)
-    shm = ShmMover(jobs, registered, not_asked, 5.0)
-    dispatcher = Dispatcher("auto", not_asked, jobs, registered, 16, shm, device)
-    kv: Any = SimpleNamespace(tensors=layers(allocation), num_blocks=BLOCKS)
-    await dispatcher.choose(not_asked, kv)
-    assert (dispatcher.path, dispatcher.mover) == ("shm", shm)
-    assert "driver" in dispatcher.reason
+    worker = WorkerAdapter("unix:///nowhere", engine_id="e", block_tokens=16, connect_timeout=0.01)
+    try:
+        client: Any = SimpleNamespace(lost=False)
+        kv: Any = SimpleNamespace(tensors=layers(allocation), num_blocks=BLOCKS)
+        await worker._choose(client, kv)
+        assert (worker.path, worker._mover) == ("shm", worker._shm)
+        assert "driver" in worker.path_reason
+    finally:
+        worker.shutdown()
     assert cuda.leaked == {}
 
 
@@ -96,7 +90,7 @@ async def test_what_an_engine_exported_is_what_the_device_stores(cuda: FakeDrive
             assert all(isinstance(each, CudaMemory) for each in export.memory)
             attached = await device.attach(export)
             with trio.fail_after(20):
-                ticket = device.start(Copy(attached, Direction.STORE, [4096], [3, 1], 2, (0, 2)))
+                ticket = device.start(Copy(attached, Direction.STORE, [4096], [3, 1], 2))
                 await device.wait_ended(ticket)
             starts = [1024 + layer * BLOCKS * BLOCK + block * BLOCK for layer in range(2) for block in (3, 1)]
             expected = b"".join(bytes(allocation.bytes[at : at + BLOCK]) for at in starts)

@@ -73,61 +73,27 @@ def test_neighbours_of_one_owner_share_a_batch_and_others_do_not() -> None:
     assert b.succeeded
 
 
-def test_layers_go_one_by_one_and_share_with_nobody() -> None:
-    transfers = queue()
-    layered = Transfer(LOAD, "a", [5, 5, 5], layered=True)
-    transfers.submit(layered)
-    submit(transfers, LOAD, [5])
-    found = [[(part.transfer is layered, part.first, part.end) for part in take(transfers).parts] for _ in range(4)]
-    assert found == [[(True, 0, 1)], [(True, 1, 2)], [(True, 2, 3)], [(False, 0, 1)]]
-
-
-def test_layered_loads_of_one_owner_go_layer_by_layer() -> None:
-    transfers = queue()
-    loads = [Transfer(LOAD, owner, [5, 5, 5], layered=True) for owner in ("a", "b", "a")]
-    for load in loads:
-        transfers.submit(load)
-    order = [(loads.index(part.transfer), part.first) for _ in range(9) for part in take(transfers).parts]
-    assert [unit for unit in order if unit[0] != 1] == [(0, 0), (2, 0), (0, 1), (2, 1), (0, 2), (2, 2)]
-    assert [unit for unit in order if unit[0] == 1] == [(1, 0), (1, 1), (1, 2)]
-
-
-def test_units_that_are_not_allowed_yet_keep_no_other_waiting_and_come_behind_what_is_queued() -> None:
+def test_a_transfer_that_is_not_allowed_yet_keeps_no_other_waiting_and_comes_behind_what_is_queued() -> None:
     transfers = queue(batch=10)
-    layered = Transfer(STORE, "a", [10, 10, 10], layered=True, allowed=1)
-    transfers.submit(layered)
+    held = Transfer(STORE, "a", [10, 10], allowed=False)
+    transfers.submit(held)
     other = submit(transfers, STORE, [10], "b")
-    first = take(transfers)
-    assert [(part.transfer, part.first, part.end) for part in first.parts] == [(layered, 0, 1)]
-    assert transfers.ended(first) == []
     assert list(transfers.coming()) == [other]
-    transfers.allow(layered, 3)
+    transfers.allow(held)
+    transfers.allow(held)
     assert [part.transfer for part in take(transfers).parts] == [other]
     batches = [take(transfers), take(transfers)]
-    assert [part.first for batch in batches for part in batch.parts] == [1, 2]
-    assert [transfers.ended(batch) for batch in batches] == [[], [layered]]
-    assert layered.succeeded
-
-
-def test_layers_of_a_store_that_are_allowed_share_a_batch_with_each_other_alone() -> None:
-    transfers = queue(batch=20)
-    stores = [Transfer(STORE, "a", [10, 10, 10], layered=True, allowed=3) for _ in range(2)]
-    for store in stores:
-        transfers.submit(store)
-    found = [[(stores.index(part.transfer), part.first, part.end) for part in take(transfers).parts] for _ in range(4)]
-    assert found == [[(0, 0, 2)], [(1, 0, 2)], [(0, 2, 3)], [(1, 2, 3)]]
+    assert [(part.transfer, part.first) for batch in batches for part in batch.parts] == [(held, 0), (held, 1)]
+    assert [transfers.ended(batch) for batch in batches] == [[], [held]]
+    assert held.succeeded
 
 
 def test_what_is_allowed_after_its_end_is_not_started() -> None:
     transfers = queue()
-    store = Transfer(STORE, "a", [5, 5], layered=True, allowed=1)
+    store = Transfer(STORE, "a", [5, 5], allowed=False)
     transfers.submit(store)
-    batch = take(transfers)
-    assert not transfers.abort(store)
-    transfers.allow(store, 2)
-    assert transfers.next() is None
-    assert transfers.ended(batch) == [store]
-    transfers.allow(store, 2)
+    assert transfers.abort(store)
+    transfers.allow(store)
     assert transfers.next() is None
 
 
@@ -196,7 +162,5 @@ def test_what_is_not_so_is_refused_and_changes_nothing() -> None:
     with pytest.raises(Misuse):
         queue(turns=0)
     with pytest.raises(Misuse):
-        transfers.allow(load, 2)
-    with pytest.raises(Misuse):
-        transfers.allow(Transfer(LOAD, "a", [1], allowed=0), 1)
+        transfers.allow(Transfer(LOAD, "a", [1], allowed=False))
     assert transfers.statistics() == QueueHeld(0, 0, 0)

@@ -8,7 +8,7 @@ from lmcache_trio._core.transfer.transfers import Batch, Direction, Transfer, Tr
 from lmcache_trio.statistics import QueueHeld
 
 LOAD, STORE = Direction.LOAD, Direction.STORE
-IN_FLIGHT, BATCH, TURNS, REACH = 40, 20, 3, 2
+IN_FLIGHT, BATCH, TURNS = 40, 20, 3
 
 
 class QueueModel(RuleBasedStateMachine):
@@ -18,11 +18,10 @@ class QueueModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.transfers = Transfers(in_flight=IN_FLIGHT, batch=BATCH, turns=TURNS, reach=REACH)
+        self.transfers = Transfers(in_flight=IN_FLIGHT, batch=BATCH, turns=TURNS)
         self.running: list[Batch] = []
         self.order: dict[Direction, list[Transfer]] = {LOAD: [], STORE: []}  # with units to start, as they came
-        self.came: dict[Direction, list[Transfer]] = {LOAD: [], STORE: []}  # the same, with those that have left
-        self.allowed: dict[Transfer, int] = {}
+        self.held: set[Transfer] = set()  # not allowed yet
         self.started: dict[Transfer, int] = {}
         self.busy: dict[Transfer, int] = {}
         self.spoilt: set[Transfer] = set()
@@ -35,31 +34,24 @@ class QueueModel(RuleBasedStateMachine):
         direction=st.sampled_from(Direction),
         owner=st.sampled_from("ab"),
         units=st.lists(st.integers(1, 50), min_size=1, max_size=5),
-        layered=st.booleans(),
-        held_back=st.sampled_from([0, 0, 1, 5]),
+        allowed=st.booleans(),
     )
-    def submit(self, direction: Direction, owner: str, units: list[int], layered: bool, held_back: int) -> Transfer:
-        allowed = max(0, len(units) - held_back)
-        transfer = Transfer(direction, owner, units, layered, allowed=allowed)
+    def submit(self, direction: Direction, owner: str, units: list[int], allowed: bool) -> Transfer:
+        transfer = Transfer(direction, owner, units, allowed)
         self.transfers.submit(transfer)
         if allowed:
-            self.come(transfer)
-        self.allowed[transfer] = allowed
+            self.order[direction].append(transfer)
+        else:
+            self.held.add(transfer)
         self.started[transfer] = self.busy[transfer] = 0
         return transfer
 
-    @rule(transfer=submitted, more=st.integers(0, 5))
-    def allow(self, transfer: Transfer, more: int) -> None:
-        allowed = min(len(transfer.units), self.allowed[transfer] + more)
-        self.transfers.allow(transfer, allowed)
-        self.allowed[transfer] = allowed
-        over = transfer in self.spoilt or transfer in self.ended
-        if not over and self.started[transfer] < allowed and transfer not in self.order[transfer.direction]:
-            self.come(transfer)
-
-    def come(self, transfer: Transfer) -> None:
-        self.order[transfer.direction].append(transfer)
-        self.came[transfer.direction].append(transfer)
+    @rule(transfer=submitted)
+    def allow(self, transfer: Transfer) -> None:
+        self.transfers.allow(transfer)
+        if transfer in self.held and transfer not in self.spoilt:
+            self.order[transfer.direction].append(transfer)
+        self.held.discard(transfer)
 
     @rule()
     def start(self) -> None:
@@ -77,12 +69,6 @@ class QueueModel(RuleBasedStateMachine):
             assert not waiting[STORE] or self.loads_in_a_row < TURNS
         self.loads_in_a_row = 0 if batch.direction is STORE else self.loads_in_a_row + 1
         order = waiting[batch.direction]
-        if order[0].layered:  # layer 0 of every one of an owner's before layer 1 of any
-            place = {each: i for i, each in enumerate(self.came[batch.direction])}  # where it came last
-            head = order[0]
-            order = [each for each in order if each.layered and each.owner == head.owner]
-            order = [each for each in order if place[each] < place[head] + REACH]
-            order.sort(key=self.started.__getitem__)
         assert [part.transfer for part in batch.parts] == order[: len(batch.parts)]
         assert {part.transfer for part in batch.parts} <= coming
         assert len({part.transfer.owner for part in batch.parts}) == 1
@@ -90,13 +76,10 @@ class QueueModel(RuleBasedStateMachine):
         for part in batch.parts:
             assert part.first == self.started[part.transfer]
             assert part.first < part.end
-            assert part.end <= self.allowed[part.transfer]
-            assert not part.transfer.layered or len(batch.parts) == 1
-            assert not part.transfer.layered or batch.direction is STORE or part.end == part.first + 1
             total += sum(part.transfer.units[part.first : part.end])
             self.started[part.transfer] = part.end
             self.busy[part.transfer] += 1
-            if part.end == self.allowed[part.transfer]:
+            if part.end == len(part.transfer.units):
                 self.order[batch.direction].remove(part.transfer)
         assert total == batch.size
         units = sum(part.end - part.first for part in batch.parts)
@@ -165,7 +148,7 @@ class QueueModel(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever happened, everything ends once the engines and the device go on."""
         for transfer in self.started:
-            self.transfers.allow(transfer, len(transfer.units))
+            self.transfers.allow(transfer)
         for _ in range(1000):
             while (batch := self.transfers.next()) is not None:
                 self.running.append(batch)

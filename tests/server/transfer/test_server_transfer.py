@@ -28,7 +28,6 @@ from lmcache_trio._wire.messages import (
     Attach,
     ErrorKind,
     ErrorReply,
-    LayersDone,
     LetGo,
     Release,
     Reset,
@@ -62,23 +61,6 @@ def after_chunks(rig: Rig, count: int) -> dict[str, Any]:
     assert now["chunks_ready"] == count
     changed = ("chunks_ready", "slots_ready", "bytes_ready", "bytes_free", "largest_hole")
     return {name: now[name] for name in changed if name != "chunks_ready"} | {"chunks_ready": 0}
-
-
-async def test_a_layered_load_tells_of_each_layer_once_it_is_there(open_rig: Open, digests: Callable[..., Any]) -> None:
-    async with open_rig() as rig:
-        chain = digests(2)
-        fill(rig, chain, range(4))
-        await rig.stored(1, chain, range(4))
-        number = await rig.load(2, chain, [8, 9, 10, 11], layered=True)
-        first, second = rig.device.running
-        first.end()
-        await settled()
-        assert rig.said() == [LayersDone(number, 1)]
-        assert [rig.read(8 + i)[:PIECE] for i in range(4)] == [rig.read(i)[:PIECE] for i in range(4)]
-        second.end()
-        await settled()
-        assert rig.said() == [LayersDone(number, 2), Retrieved(number, True)]
-        assert [rig.read(8 + i) for i in range(4)] == [rig.read(i) for i in range(4)]
 
 
 # --- what is wrong is refused ---------------------------------------------------------------------------------------

@@ -350,7 +350,7 @@ async def test_an_event_is_one_and_memory_of_the_host_knows_none(
     async with open_rig(gpu=gpu) as rig:
         await rig.scheduler.lookup(1, digests(1))
         packed = pack_positions([0, 1])
-        reply = await rig.worker.ask(StoreBlocks, 1, b"", b"".join(digests(1)), packed, False, event)
+        reply = await rig.worker.ask(StoreBlocks, 1, b"", b"".join(digests(1)), packed, event)
         assert isinstance(reply, ErrorReply)
         assert reply.kind is ErrorKind.MISUSE
         assert rig.device.running == []

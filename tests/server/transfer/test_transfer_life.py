@@ -15,8 +15,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support.transfer.loop import Loop
-from support.transfer.rig import LAYERS, SHARD_BYTES, Open
-from support.transfer.world import CHUNKS, LENT, Request, World
+from support.transfer.rig import SHARD_BYTES, Open
+from support.transfer.world import CHUNKS, LENT, World
 
 from lmcache_trio._wire.messages import Ack, Reset
 
@@ -61,7 +61,7 @@ class TransferLife(RuleBasedStateMachine):
     @initialize(room=st.sampled_from([1, SHARD_BYTES, 3 * SHARD_BYTES, 1 << 20]))
     def begin(self, room: int) -> None:
         """With one chain to be loaded."""
-        self.do(self.world.store, 0, False, False)
+        self.do(self.world.store, 0, False)
         self.now(self.world.rig.end_copies)
         assert self.world.there == {0}
         self.room = room
@@ -72,27 +72,17 @@ class TransferLife(RuleBasedStateMachine):
     def lends(self) -> bool:
         return len(self.world.free) >= LENT
 
-    def layered_stores(self) -> list[Request]:
-        found = self.world.lent.values()
-        return [each for each in found if each.layered and not each.loads and each.layers < LAYERS]
-
     @precondition(lends)
-    @rule(choice=some, layered=st.booleans(), follows=st.booleans())
-    def store(self, choice: int, layered: bool, follows: bool) -> None:
+    @rule(choice=some, follows=st.booleans())
+    def store(self, choice: int, follows: bool) -> None:
         known = [*self.world.there, *(each.which for each in self.world.lent.values() if not each.loads)]
         which = pick([which for which in range(CHAINS) if which not in known] or range(CHAINS), choice)
-        self.do(self.world.store, which, layered, follows)
+        self.do(self.world.store, which, follows)
 
     @precondition(lambda self: self.lends() and self.world.there)
-    @rule(choice=some, layered=st.booleans(), follows=st.booleans())
-    def load(self, choice: int, layered: bool, follows: bool) -> None:
-        self.do(self.world.load, pick(sorted(self.world.there), choice), layered, follows)
-
-    @precondition(lambda self: self.layered_stores())
-    @rule(choice=some, more=st.integers(1, LAYERS), follows=st.booleans())
-    def write_layers(self, choice: int, more: int, follows: bool) -> None:
-        request = pick(self.layered_stores(), choice)
-        self.do(self.world.written, request, min(LAYERS, request.layers + more), follows)
+    @rule(choice=some, follows=st.booleans())
+    def load(self, choice: int, follows: bool) -> None:
+        self.do(self.world.load, pick(sorted(self.world.there), choice), follows)
 
     @precondition(lambda self: self.world.pending)
     @rule(choice=some)
@@ -169,8 +159,6 @@ class TransferLife(RuleBasedStateMachine):
     def go_on(self) -> None:
         """Whatever happened, all is answered once engine and device go on; nothing is held then that was not before."""
         world, rig = self.world, self.world.rig
-        for request in self.layered_stores():
-            self.do(world.written, request, LAYERS, False)
         while world.pending:
             self.now(world.happen, world.pending[0])
         while rig.device.running:

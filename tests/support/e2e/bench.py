@@ -63,7 +63,6 @@ KINDS: Mapping[str, Kind] = {
     "no connector": Kind(None),
     "async": Kind({}, {**ONE_PROCESS, "PYTHONHASHSEED": "0"}),
     "sync": Kind({"load": "sync", "sync_lookup": True}, {**ONE_PROCESS, "PYTHONHASHSEED": "1"}),
-    "layerwise": Kind({"load": "sync", "sync_lookup": True, "layerwise": True}),
     "small blocks": Kind({"sync_lookup": True}, arguments={"block_size": 32}),
     "few blocks": Kind({}, arguments={"block_size": 32, "num_gpu_blocks_override": 34, "max_model_len": 1024}),
     "few blocks, sync": Kind(

@@ -24,8 +24,6 @@ class FaultyWorkerAdapter(WorkerAdapter):
         super().__init__(*args, shard=shard, probe=self._stop, **settings)
 
     def _stop(self, point: str, spec: StoreSpec | LoadSpec) -> None:
-        if point.startswith("layer"):
-            return
         where = {
             "point": point,
             "copy": "store" if isinstance(spec, StoreSpec) else "load",

@@ -25,7 +25,7 @@ import attrs
 import numpy as np
 import torch
 
-from lmcache_trio.adapters import LoadSpec, PollingSchedulerAdapter, SchedulerAdapter, StoreSpec, WorkerAdapter
+from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.threads import Handoff
 
@@ -268,28 +268,19 @@ class Engine:
             request_id, len(blocks) * BLOCK, local_tokens=first * BLOCK, block_ids=blocks
         )
         assert spec is not None
-        how = self.random.choice(("now", "submitted", "by layers"))
+        how = self.random.choice(("now", "submitted"))
         move = Move(request_id, number, weights, self.cache, blocks, first, how)
         if how == "submitted":
             self.worker.submit_retrieve(spec)
             self.loads.append(move)
             return
-        self.load_now(spec, how)
+        self.worker.retrieve_now([spec])
         self.check([move])
         if failed := [i for i, block in enumerate(blocks) if block in self.failed]:
             self.scheduler.mark_failed(request_id, (first + failed[0]) * BLOCK)
             self.failed.difference_update(blocks)
         if self.random.random() < 0.3:
             self.scheduler.free_lookup_locks(request_id)
-
-    def load_now(self, spec: LoadSpec, how: str) -> None:
-        if how == "now":
-            self.worker.retrieve_now([spec])
-            return
-        self.worker.layered.start_retrieves([spec])
-        for name in self.cache.tensors:
-            self.worker.layered.wait_layer(name)
-        self.worker.layered.wait_retrieves()
 
     def store(self, request_id: str, number: int, weights: Weights, start: int, tokens: list[int]) -> None:
         """Store the whole chunks of *tokens* from token *start* on."""
@@ -302,30 +293,18 @@ class Engine:
             self.cache.write(block, content)
         self.scheduler.extend(request_id, tokens)
         spec = self.scheduler.store_spec(request_id, start // CHUNK, blocks)
-        how = self.random.choice(("now", "submitted", "by layers"))
+        how = self.random.choice(("now", "submitted"))
         move = Move(request_id, number, weights, self.cache, blocks, first, how)
         self.counts["stores"] += 1
         if how == "now":
             self.worker.store_now([spec])
             self.cache.give_back(blocks)
             return
-        self.begin_store(spec, how)
-        if how == "submitted" and self.random.random() < 0.3:  # the engine wants the blocks back at once
+        self.worker.submit_store(spec)
+        if self.random.random() < 0.3:  # the engine wants the blocks back at once
             self.worker.wait_stores([request_id])
             self.cache.poison(blocks)
         self.stores.append(move)
-
-    def begin_store(self, spec: StoreSpec, how: str) -> None:
-        if how == "submitted":
-            self.worker.submit_store(spec)
-            return
-        self.worker.layered.start_stores([spec])
-        for name in self.cache.tensors:
-            self.worker.layered.layer_written(name)
-        if self.random.random() < 0.1:
-            self.worker.layered.drop_stores()
-        else:
-            self.worker.layered.finish_stores()
 
     # --- what ends --------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ import trio.testing
 
 from lmcache_trio import Server
 from lmcache_trio._core.transfer.exports import DType, Export, TensorView
-from lmcache_trio._wire.codec import decode, pack_offsets, pack_positions
+from lmcache_trio._wire.codec import decode, pack_positions
 from lmcache_trio._wire.handles import descriptors_of, encode_export
-from lmcache_trio._wire.messages import Ack, Attach, LayersWritten, Message, RetrieveBlocks, Role, StoreBlocks, Stored
+from lmcache_trio._wire.messages import Ack, Attach, Message, RetrieveBlocks, Role, StoreBlocks, Stored
 from lmcache_trio.abc import Memory
 from lmcache_trio.errors import Gone
 from lmcache_trio.testing.fake_device import FakeDevice
@@ -131,18 +131,12 @@ class Rig:
         digests: Sequence[bytes],
         blocks: Sequence[int],
         *,
-        layered: bool = False,
         event: bytes = b"",
     ) -> int:
         number, packed = next(self.numbers), pack_positions(blocks)
-        await self.worker.tell(StoreBlocks(number, session, b"", b"".join(digests), packed, layered, event))
+        await self.worker.tell(StoreBlocks(number, session, b"", b"".join(digests), packed, event))
         await settled()
         return number
-
-    async def written(self, number: int, layers: int, *, event: bytes = b"") -> None:
-        """The first *layers* layers of the layered store *number* are in their blocks."""
-        await self.worker.tell(LayersWritten(pack_offsets([number]), layers, event))
-        await settled()
 
     async def load(
         self,
@@ -150,13 +144,12 @@ class Rig:
         digests: Sequence[bytes],
         blocks: Sequence[int],
         *,
-        layered: bool = False,
         event: bytes = b"",
     ) -> int:
         answer = await self.scheduler.lookup(session, digests)
         number, count = next(self.numbers), answer.chunks
         packed = pack_positions(blocks[: count * CHUNK_BLOCKS])
-        ask = RetrieveBlocks(number, answer.lease, 0, count, 0, packed, layered, event)
+        ask = RetrieveBlocks(number, answer.lease, 0, count, 0, packed, event)
         await self.worker.tell(ask)
         await settled()
         return number

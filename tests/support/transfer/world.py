@@ -13,7 +13,6 @@ import attrs
 from lmcache_trio._wire.codec import pack_positions
 from lmcache_trio._wire.messages import (
     Ack,
-    LayersDone,
     LetGo,
     Message,
     Reset,
@@ -28,8 +27,6 @@ from support.transfer.rig import (
     BLOCK_BYTES,
     BLOCKS,
     CHUNK_BLOCKS,
-    LAYERS,
-    PIECE,
     SHARD_BYTES,
     Rig,
     content,
@@ -51,19 +48,15 @@ class Request:
     blocks: list[int]
     session: int
     loads: bool
-    layered: bool
-    layers: int = 0
-    """Of a layered store: so many were said to be written."""
     spoilt: bool = False
 
 
 @attrs.define(eq=False)
 class Pending:
-    """An event that has not happened: *request* may go on to *layers* then."""
+    """An event that has not happened: *request* may begin then."""
 
     event: bytes
     request: Request
-    layers: int
 
 
 @attrs.define(eq=False)
@@ -120,45 +113,40 @@ class World:
         assert answer.chunks == (CHUNKS if which in self.there else 0)
         return answer
 
-    def event(self, request: Request, layers: int, follows: bool) -> bytes:
-        """What *layers* layers of *request* follow, if anything; else they are written now."""
+    def event(self, request: Request, follows: bool) -> bytes:
+        """What *request* follows, if anything; else its blocks are written now."""
         if follows:
-            self.pending.append(Pending(self.rig.device.event(), request, layers))
+            self.pending.append(Pending(self.rig.device.event(), request))
             return self.pending[-1].event
-        self.write(request, layers)
+        self.write(request)
         return b""
 
-    def write(self, request: Request, layers: int) -> None:
+    def write(self, request: Request) -> None:
         """What an event stands for: the engine has written a store's blocks, or does not use a load's any more."""
         for block in request.blocks:
             self.mine.pop(block, None)
         if not request.loads:
-            fill(self.rig, self.chains[request.which], request.blocks, range(layers))
+            fill(self.rig, self.chains[request.which], request.blocks)
 
-    async def store(self, which: int, layered: bool, follows: bool) -> None:
+    async def store(self, which: int, follows: bool) -> None:
         await self.lookup(which)
-        request = Request(0, which, self.lend(), self.session, loads=False, layered=layered)
-        event = b"" if layered else self.event(request, LAYERS, follows)
-        chain = self.chains[which]
-        request.number = await self.rig.store(self.session, chain, request.blocks, layered=layered, event=event)
+        request = Request(0, which, self.lend(), self.session, loads=False)
+        event = self.event(request, follows)
+        request.number = await self.rig.store(self.session, self.chains[which], request.blocks, event=event)
         self.lent[request.number] = request
 
-    async def load(self, which: int, layered: bool, follows: bool) -> None:
+    async def load(self, which: int, follows: bool) -> None:
         answer = await self.lookup(which)
         if answer.chunks:
-            request = Request(next(self.rig.numbers), which, self.lend(), self.session, loads=True, layered=layered)
-            event, blocks = self.event(request, LAYERS, follows), pack_positions(request.blocks)
-            ask = RetrieveBlocks(request.number, answer.lease, 0, CHUNKS, 0, blocks, layered, event)
+            request = Request(next(self.rig.numbers), which, self.lend(), self.session, loads=True)
+            event, blocks = self.event(request, follows), pack_positions(request.blocks)
+            ask = RetrieveBlocks(request.number, answer.lease, 0, CHUNKS, 0, blocks, event)
             self.lent[request.number] = request
             await self.rig.worker.tell(ask)
 
-    async def written(self, request: Request, layers: int, follows: bool) -> None:
-        request.layers = layers
-        await self.rig.written(request.number, layers, event=self.event(request, layers, follows))
-
     def happen(self, pending: Pending) -> None:
         self.pending.remove(pending)
-        self.write(pending.request, pending.layers)
+        self.write(pending.request)
         self.rig.device.happened[pending.event].set()
 
     async def withdraw(self, request: Request) -> None:
@@ -205,9 +193,7 @@ class World:
         worker = self.rig.worker
         said, worker.pushes = [*worker.pushes, *self.rig.said()], []
         for message in said:
-            if isinstance(message, LayersDone) and message.request in self.lent:
-                self.compare(self.lent[message.request], range(message.layers))
-            elif (number := getattr(message, "id", 0)) in self.lent:
+            if (number := getattr(message, "id", 0)) in self.lent:
                 self.answered(self.lent.pop(number), message)
         for owed in list(self.owed):
             if self.rig.said(owed.asker) == [Ack(1)]:
@@ -222,7 +208,7 @@ class World:
             assert isinstance(message, Retrieved), message
             assert message.valid is not request.spoilt
             if message.valid:
-                self.compare(request, range(LAYERS))
+                self.compare(request)
         else:
             assert isinstance(message, Stored), message
             if message.copied:
@@ -234,12 +220,11 @@ class World:
                 assert request.spoilt or set(message.dropped) <= {"present", "writing"}, message
         self.give_back(request)
 
-    def compare(self, request: Request, layers: Sequence[int]) -> None:
+    def compare(self, request: Request) -> None:
         chain = self.chains[request.which]
         for i, block in enumerate(request.blocks):
             expected = content(chain[i // CHUNK_BLOCKS], i % CHUNK_BLOCKS)
-            found = b"".join(expected[layer * PIECE : (layer + 1) * PIECE] for layer in layers)
-            assert self.rig.read(block, layers) == found, "something else was loaded than was stored"
+            assert self.rig.read(block) == expected, "something else was loaded than was stored"
 
     # --- what must hold at any time ---------------------------------------------------------------------------------
 
@@ -257,22 +242,18 @@ class World:
         """What a copy that runs reads or writes is nobody else's."""
         holes = self.rig.server._parts.index.arena.holes()
         lent = {block for request in self.requests() for block in request.blocks}
-        written: set[tuple[int, int]] = set()
+        written: set[int] = set()
         for copy in self.rig.device.running:
             assert set(copy.copy.blocks) <= lent, "a copy runs in blocks that are the engine's"
             assert copy.copy.attached in self.rig.device.attached
             for slot in copy.copy.slots:
                 assert not any(first <= slot < first + length for first, length in holes), "its slot was given back"
                 if copy.copy.direction.value == "store":
-                    places = {(slot, layer) for layer in range(*copy.copy.layers)}
-                    assert not written & places, "two copies write to one place"
-                    written |= places
+                    assert slot not in written, "two copies write to one place"
+                    written.add(slot)
 
     def check_bounds(self, room: int) -> None:
-        sizes = [
-            len(copy.copy.blocks) * PIECE * (copy.copy.layers[1] - copy.copy.layers[0])
-            for copy in self.rig.device.running
-        ]
+        sizes = [len(copy.copy.blocks) * BLOCK_BYTES for copy in self.rig.device.running]
         assert len(sizes) <= 1 or sum(sizes) <= room
         held = self.rig.held
         assert (held["copies_running"], held["copy_bytes_running"]) == (len(sizes), sum(sizes))
