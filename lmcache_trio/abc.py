@@ -13,7 +13,7 @@ its buffer to a thread keeps it until the thread is done (see `lmcache_trio.thre
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import attrs
 
@@ -26,6 +26,7 @@ __all__ = [
     "Arena",
     "ArenaDevice",
     "Attached",
+    "ByteIO",
     "ChunkKey",
     "Copy",
     "CudaMemory",
@@ -136,6 +137,21 @@ class Tier(ABC):
     @abstractmethod
     def statistics(self) -> dict[str, int | str]:
         """What is held and counted: at least `chunks`, `bytes_used` and `bytes_capacity`."""
+
+
+class ByteIO(Protocol):
+    """Where a tier's bytes come from and go to, below its checksums. Both calls block and run in threads of the tier.
+
+    Fault injection stands in here: see `lmcache_trio.testing.faulty_tier`.
+    """
+
+    def read(self, offset: int, view: memoryview) -> int:
+        """Fill *view* from *offset*; the bytes read, fewer than asked for when there are no more."""
+        ...
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Write all of *view* at *offset*."""
+        ...
 
 
 class LocalTier(Tier):

@@ -20,7 +20,7 @@ __all__ = [
     "QueueHeld",
     "ServerCounted",
     "ServerHeld",
-    "Statistics",
+    "ServerStatistics",
     "TierStatistics",
     "TransfersHeld",
     "table",
@@ -194,7 +194,7 @@ class TierStatistics:
 
 
 @attrs.frozen
-class Statistics:
+class ServerStatistics:
     """All figures of a server."""
 
     held: ServerHeld

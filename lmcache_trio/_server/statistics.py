@@ -3,16 +3,16 @@
 from collections import Counter
 
 from lmcache_trio._server.parts import Parts
-from lmcache_trio.statistics import Events, MemoryHeld, ServerCounted, ServerHeld, Statistics
+from lmcache_trio.statistics import Events, MemoryHeld, ServerCounted, ServerHeld, ServerStatistics
 
 __all__ = ["statistics_of"]
 
 
-def statistics_of(parts: Parts) -> Statistics:
+def statistics_of(parts: Parts) -> ServerStatistics:
     """The cost does not depend on how much is held."""
     index, memory = parts.index.statistics(), parts.memory.statistics()
     refused = {"namespaces": index.namespaces_dropped, "unfinished_bytes": parts.turns.unfinished.given_up}
-    return Statistics(
+    return ServerStatistics(
         held=ServerHeld(
             connections=sum(peer.transport is not None for peer in parts.peers),
             welcomes=sum(peer.transport is None for peer in parts.peers),

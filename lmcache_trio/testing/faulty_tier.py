@@ -28,7 +28,7 @@ import attrs
 import trio
 
 from lmcache_trio._server.plugins import make_backend
-from lmcache_trio.abc import ChunkKey, Load, Record, Tier
+from lmcache_trio.abc import ByteIO, ChunkKey, Load, Record, Tier
 from lmcache_trio.config import structure
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.testing.faults import BENEATH, KINDS, OF_BYTES, OPERATIONS, Fault, spoil
@@ -54,18 +54,6 @@ class FaultyConfig:
             "help": "A named pipe: `hang_thread` blocks until another process opens it for writing.",
         },
     )
-
-
-class ByteIO(Protocol):
-    """Where a tier's bytes come from and go to, below its checks. Both block, in threads of the tier."""
-
-    def read(self, offset: int, view: memoryview) -> int:
-        """Fill *view* from *offset*; the bytes read."""
-        ...
-
-    def write(self, offset: int, view: memoryview) -> None:
-        """Write all of *view* at *offset*."""
-        ...
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from lmcache_trio.abc import Arena, ChunkKey, Load, LocalTier, Record
+from lmcache_trio.abc import Arena, ByteIO, ChunkKey, Load, LocalTier, Record
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.threads import offload
 from lmcache_trio_backends.disk.admission import make_admission
@@ -33,7 +33,7 @@ from lmcache_trio_backends.disk.index_file import Full
 from lmcache_trio_backends.disk.io_threads import DIRECT_PIECES, IOThreads, SlabTransfer
 from lmcache_trio_backends.disk.records import Read, Write, extent_of, name_of
 from lmcache_trio_backends.disk.recovery import Recovery
-from lmcache_trio_backends.disk.slabs import NO_SPACE, ByteIO
+from lmcache_trio_backends.disk.slabs import NO_SPACE
 
 __all__ = ["FLUSH_SECONDS", "DiskTier"]
 

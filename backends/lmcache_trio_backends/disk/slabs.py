@@ -11,13 +11,12 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from lmcache_trio.errors import ConfigError
 from lmcache_trio_backends.disk.home import Home, slab_name
 from lmcache_trio_backends.disk.records import ALIGNMENT, Lost, round_up
 
-__all__ = ["NO_SPACE", "ByteIO", "Slabs", "fallocate", "probe", "set_aside"]
+__all__ = ["NO_SPACE", "Slabs", "fallocate", "probe", "set_aside"]
 
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _CANT_ALLOCATE = "can't set space aside (fallocate); use ext4, XFS or tmpfs"
@@ -29,21 +28,6 @@ worth of holes."""
 _KEEP_SIZE = 1
 """FALLOC_FL_KEEP_SIZE: the bytes are set aside behind the end of the file, which stays where it is."""
 _BOUNCE = 1 << 20
-
-
-class ByteIO(Protocol):
-    """Where a tier's bytes come from and go to, below its checksums. Both calls block and run in threads of the tier.
-
-    Fault injection stands in here: see `lmcache_trio.testing.faulty_tier`.
-    """
-
-    def read(self, offset: int, view: memoryview) -> int:
-        """Fill *view* from *offset*; the bytes read, fewer than asked for when there are no more."""
-        ...
-
-    def write(self, offset: int, view: memoryview) -> None:
-        """Write all of *view* at *offset*."""
-        ...
 
 
 class Slabs:
