@@ -429,6 +429,8 @@ async def _introduce(address: str, hello: bytes, trusted: Collection[int], descr
 @asynccontextmanager
 async def connect(address: str, hello: Hello, server_uids: Collection[int] | None = None) -> AsyncIterator[Client]:
     """As `open_client`, from a ready introduction: the same token again tells the server that this is a reconnect."""
+    if not isinstance(address, str):
+        raise Misuse(f"address is {address!r}: it must be a str, as unix:///run/lmcache-trio.sock")
     if hello.role is not Role.OBSERVER and isinstance(parse_address(address), TcpAddress):
         raise ConfigError(
             "address",
@@ -490,8 +492,6 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     does not let such a client in, and says why, or listens under another scheme; or the scheme is tcp, and the
     role not an observer's. `ProtocolError`: it is another release's, or none.
     """
-    if not isinstance(address, str):
-        raise Misuse(f"address is {address!r}: it must be a str, as unix:///run/lmcache-trio.sock")
     who = name or f"pid {os.getpid()}"
     hello = sentence(Hello, PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards, identity)
     async with connect(address, hello, server_uids) as client:

@@ -118,7 +118,7 @@ def _checked(identity: Sequence[str | bytes]) -> Sequence[str | bytes]:
 def _hash_parts(domain: bytes, parts: Iterable[str | bytes]) -> bytes:
     digest = hashlib.sha256(domain)
     for part in parts:
-        raw = part.encode() if isinstance(part, str) else part
+        raw = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part  # a path may hold any bytes
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)
     return digest.digest()

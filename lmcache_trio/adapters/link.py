@@ -15,7 +15,7 @@ from lmcache_trio._transport.socket_files import NotToBeUsed
 from lmcache_trio._wire.messages import Hello
 from lmcache_trio.client import Client, connect, places_of, wait_server
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError
-from lmcache_trio.threads import Handoff, Lock, Portal
+from lmcache_trio.threads import Handoff, Lock, Portal, inherited
 
 __all__ = ["Link", "logger"]
 
@@ -58,6 +58,11 @@ class Link:
         self._lock = Lock()
         self._first: Handoff[LMCacheTrioError | bool] = Handoff()
         self._told = self._why = ""
+        inherited.add(self)
+
+    def forked(self) -> None:
+        """In a forked child: nobody reads what comes there, so there is no server for this adapter any more."""
+        self.client = None
 
     @property
     def alive(self) -> bool:

@@ -8,8 +8,19 @@ the call until that returns. A forked child inherits no thread: portals and dedi
 
 from lmcache_trio.threads._calls import offload, offload_owned
 from lmcache_trio.threads._dedicated import DedicatedThread
+from lmcache_trio.threads._forks import inherited
 from lmcache_trio.threads._portal import Portal
 from lmcache_trio.threads._tier import BlockingTier
 from lmcache_trio.threads._values import Handoff, Latch, Lock
 
-__all__ = ["BlockingTier", "DedicatedThread", "Handoff", "Latch", "Lock", "Portal", "offload", "offload_owned"]
+__all__ = [
+    "BlockingTier",
+    "DedicatedThread",
+    "Handoff",
+    "Latch",
+    "Lock",
+    "Portal",
+    "inherited",
+    "offload",
+    "offload_owned",
+]

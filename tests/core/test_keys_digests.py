@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_trio._core.keys import chain_digests, join_digests, namespace_of, seed_of, split_digests
+from lmcache_trio._core.keys import chain_digests, identity_of, join_digests, namespace_of, seed_of, split_digests
 from lmcache_trio.errors import Misuse
 
 token_lists = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=40)
@@ -70,3 +70,9 @@ def test_wrong_lengths_are_refused_by_name() -> None:
 def test_a_seed_of_nothing_is_refused(identity: tuple[str | bytes, ...]) -> None:
     with pytest.raises(Misuse, match="identity"):
         seed_of(*identity)
+
+
+def test_a_name_that_is_a_path_of_any_bytes_names_a_model() -> None:
+    """As `os.fsdecode` gives it."""
+    assert seed_of("/models/\udcff") != seed_of("/models/\udcfe")
+    assert identity_of("/models/\udcff") != identity_of("/models/\udcfe")

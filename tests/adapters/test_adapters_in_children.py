@@ -1,0 +1,39 @@
+"""An adapter in a forked child, and addresses that are none."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+from lmcache_trio.adapters import SchedulerAdapter, WorkerAdapter
+from lmcache_trio.errors import Misuse
+from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv
+
+MakeSide = Callable[..., Side]
+TOKENS = list(range(2 * CHUNK))
+AT = list(range(8))
+
+
+def test_an_adapter_has_no_server_in_a_forked_child_and_says_so(live_server: ServerProcess, sides: MakeSide) -> None:
+    one = sides(live_server.address, make_kv(1))
+    one.store("r", TOKENS, AT)
+    pid = os.fork()
+    if not pid:
+        status = 9
+        try:
+            found = one.lookup("q", TOKENS)
+            status = one.scheduler.is_healthy() + 2 * one.worker.is_healthy() + 4 * bool(found)
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert one.scheduler.is_healthy()
+    assert one.worker.is_healthy()
+    assert one.lookup("q", TOKENS) == 2 * CHUNK
+
+
+@pytest.mark.parametrize("address", [None, 5, b"unix:///run/s"])
+def test_an_address_that_is_no_str_is_refused(address: object) -> None:
+    with pytest.raises(Misuse, match="address is"):
+        SchedulerAdapter(address, engine_id="e", identity=["m"], block_tokens=16)  # type: ignore[arg-type]
+    with pytest.raises(Misuse, match="address is"):
+        WorkerAdapter(address, engine_id="e", block_tokens=16)  # type: ignore[arg-type]
