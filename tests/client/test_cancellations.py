@@ -18,6 +18,7 @@ import trio.testing
 
 from lmcache_trio import Client, Config, Role, Server, open_client, open_server
 from lmcache_trio._server.answers import answer_of
+from lmcache_trio._server.connection import TAKE_UP
 from lmcache_trio._transport import dial_pair, introduce, wait_listening
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, AnswerState, Hello, Welcome
@@ -98,10 +99,11 @@ def held(server: Server) -> dict[str, Any]:
 
 
 async def comes_back_to(server: Server, before: dict[str, Any]) -> None:
-    """The server runs in this loop, so giving it turns is enough."""
-    with trio.move_on_after(20):
-        while held(server) != before:
-            await trio.testing.wait_all_tasks_blocked(0.001)
+    """Once the server has had its turns, or has given up waiting for a client that did not take up its connection."""
+    await trio.testing.wait_all_tasks_blocked()
+    if held(server) != before:
+        await trio.sleep(TAKE_UP + 1)  # the clock jumps there
+        await trio.testing.wait_all_tasks_blocked()
     assert held(server) == before
 
 
@@ -232,12 +234,11 @@ OPERATIONS: list[Callable[[Rig], Awaitable[None]]] = [
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__.strip("_"))
 async def test_after_a_cancel_at_any_step_held_is_as_before_and_the_connection_works(
-    operation: Callable[[Rig], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+    operation: Callable[[Rig], Awaitable[None]], autojump_clock: trio.testing.MockClock
 ) -> None:
     async with serving("memory://server") as server, engine(server) as (scheduler, worker):
         await trio.testing.wait_all_tasks_blocked()
         before = held(server)
-        monkeypatch.setattr("lmcache_trio._server.connection.TAKE_UP", 0.01)
         for steps in range(ENOUGH):
             rig = await begin(server, scheduler, worker)
             under_way = await cancelled_at(steps, lambda rig=rig: operation(rig))  # type: ignore[misc]
@@ -269,11 +270,10 @@ async def _store_anew(scheduler: Client, worker: Client) -> None:
 
 @pytest.mark.parametrize("operation", [_ping, _lookup, _retrieve, _storing, _retrieving, _scheduler, _worker])
 async def test_over_real_sockets_too(
-    operation: Callable[[Rig], Awaitable[None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    operation: Callable[[Rig], Awaitable[None]], tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with serving(f"unix://{tmp_path}/s.sock") as server, engine(server) as (scheduler, worker):
         before = held(server)
-        monkeypatch.setattr("lmcache_trio._server.connection.TAKE_UP", 0.05)
         for steps in range(ENOUGH):
             rig = await begin(server, scheduler, worker)
             under_way = await cancelled_at(steps, lambda rig=rig: operation(rig))  # type: ignore[misc]
