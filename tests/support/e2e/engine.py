@@ -28,11 +28,15 @@ ENGINE_SECONDS = 400.0
 
 @attrs.frozen
 class Generated:
-    """*ids* of each prompt's continuation; *cached*: leading tokens that were not computed."""
+    """*ids* of each prompt's continuation; *cached*: leading tokens that were not computed.
+
+    *margins*, if they were asked for: how much likelier each token of an answer was than the next one, at least.
+    """
 
     ids: list[list[int]]
     cached: list[int]
     seconds: float
+    margins: list[float]
 
 
 class Gate:
@@ -98,9 +102,12 @@ class Engine:
             self.kill()
             raise
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, tokens: int = 16, batch: bool = False) -> Generated:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, tokens: int = 16, batch: bool = False, margins: bool = False
+    ) -> Generated:
         """Continue *prompts* greedily: together when *batch*, else one after another."""
-        said = self._ask("generate", prompts=[list(prompt) for prompt in prompts], tokens=tokens, batch=batch)
+        asked = [list(prompt) for prompt in prompts]
+        said = self._ask("generate", prompts=asked, tokens=tokens, batch=batch, margins=margins)
         return Generated(**said)
 
     def forget(self, *, connector: bool = False) -> None:

@@ -58,11 +58,16 @@ def serve(channel: Any, flags: list[str]) -> None:
     serve_http()
 
 
-def generate(engine: Any, prompts: list[list[int]], tokens: int, batch: bool) -> dict[str, Any]:
-    """Greedy ids of each prompt, the tokens that no one computed, and the seconds until all were there."""
+def generate(engine: Any, prompts: list[list[int]], tokens: int, batch: bool, margins: bool) -> dict[str, Any]:
+    """Greedy ids of each prompt, the tokens that no one computed, and the seconds until all were there.
+
+    With *margins*, by how much each prompt's closest choice was made: the difference of two logarithms.
+    """
     from vllm import SamplingParams
 
-    wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    wanted = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=2 if margins else None
+    )
     begun = time.monotonic()
     given: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = []
@@ -72,7 +77,14 @@ def generate(engine: Any, prompts: list[list[int]], tokens: int, batch: bool) ->
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
         "cached": [output.num_cached_tokens for output in outputs],
         "seconds": time.monotonic() - begun,
+        "margins": [min(map(margin, output.outputs[0].logprobs)) for output in outputs] if margins else [],
     }
+
+
+def margin(choices: Any) -> float:
+    """Between the most likely token and the next."""
+    first, second, *_ = sorted((choice.logprob for choice in choices.values()), reverse=True)
+    return float(first - second)
 
 
 def forget(engine: Any, connector: bool = False) -> dict[str, Any]:
