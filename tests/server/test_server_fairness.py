@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import trio
+from support.server import Rig, digests
 
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import Ping, Pong, Statistics
@@ -32,7 +33,7 @@ def clock() -> HandClock:
     return HandClock()
 
 
-async def test_a_ping_does_not_wait_for_clients_that_ask_statistics_without_end(rig: Any, clock: HandClock) -> None:
+async def test_a_ping_does_not_wait_for_clients_that_ask_statistics_without_end(rig: Rig, clock: HandClock) -> None:
     _let_statistics_take(0.001, rig, clock)
     flooding, healthy = [await rig.observer() for _ in range(30)], await rig.observer()
     for number in range(1, 101):
@@ -47,7 +48,7 @@ async def test_a_ping_does_not_wait_for_clients_that_ask_statistics_without_end(
         await client.reply(100)
 
 
-async def test_a_client_that_is_alone_in_asking_much_gets_all_that_it_asks_for(rig: Any, clock: HandClock) -> None:
+async def test_a_client_that_is_alone_in_asking_much_gets_all_that_it_asks_for(rig: Rig, clock: HandClock) -> None:
     _let_statistics_take(0.001, rig, clock)
     busy = await rig.observer()
     for number in range(1, 101):
@@ -55,7 +56,7 @@ async def test_a_client_that_is_alone_in_asking_much_gets_all_that_it_asks_for(r
     await busy.reply(100)
 
 
-async def test_clients_that_leave_at_once_do_so_one_after_the_other(rig: Any, clock: HandClock) -> None:
+async def test_clients_that_leave_at_once_do_so_one_after_the_other(rig: Rig, clock: HandClock) -> None:
     leaving, healthy = [await rig.observer() for _ in range(200)], await rig.observer()
     for client in leaving:
         client.connection.close()
@@ -64,9 +65,7 @@ async def test_clients_that_leave_at_once_do_so_one_after_the_other(rig: Any, cl
     await rig.until(connections=1)
 
 
-async def test_what_a_lost_scheduler_leaves_behind_is_let_go_of_in_pieces(
-    rig: Any, digests: Any, clock: HandClock
-) -> None:
+async def test_what_a_lost_scheduler_leaves_behind_is_let_go_of_in_pieces(rig: Rig, clock: HandClock) -> None:
     (scheduler, worker), healthy = await rig.engine(), await rig.observer()
     await rig.stored(scheduler, worker, 0, digests(2))
     for session in range(1, 101):
@@ -78,9 +77,7 @@ async def test_what_a_lost_scheduler_leaves_behind_is_let_go_of_in_pieces(
     await rig.until(sessions=0, leases=0, connections=2)
 
 
-async def test_a_scheduler_is_replaced_while_its_sessions_are_still_let_go_of(
-    rig: Any, digests: Any, clock: HandClock
-) -> None:
+async def test_a_scheduler_is_replaced_while_its_sessions_are_still_let_go_of(rig: Rig, clock: HandClock) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 0, digests(2))
     for session in range(1, 101):
@@ -93,7 +90,7 @@ async def test_a_scheduler_is_replaced_while_its_sessions_are_still_let_go_of(
     assert rig.held("sessions", "leases") == {"sessions": 1, "leases": 1}
 
 
-def _let_statistics_take(seconds: float, rig: Any, clock: HandClock) -> None:
+def _let_statistics_take(seconds: float, rig: Rig, clock: HandClock) -> None:
     statistics = rig.memory.statistics
 
     def slow() -> dict[str, int | str]:

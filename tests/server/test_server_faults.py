@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from support.server import Opener, Rig, digests, error_of
 
 from lmcache_trio import Unavailable, open_client
 from lmcache_trio._server.answers import answer_of
@@ -44,7 +45,7 @@ from lmcache_trio._wire.messages import (
     ],
 )
 async def test_bytes_that_are_no_request_end_that_one_connection_and_a_neighbour_notices_nothing(
-    rig: Any, digests: Any, frame: bytes
+    rig: Rig, frame: bytes
 ) -> None:
     scheduler, worker = await rig.engine()
     bad = await rig.worker("bad")
@@ -60,7 +61,7 @@ async def test_bytes_that_are_no_request_end_that_one_connection_and_a_neighbour
 
 
 async def test_a_bug_in_one_handler_is_answered_counted_and_logged_and_ends_nothing(
-    rig: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error_of: Any
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     scheduler, worker = await rig.engine()
 
@@ -77,7 +78,7 @@ async def test_a_bug_in_one_handler_is_answered_counted_and_logged_and_ends_noth
     await scheduler.get(Pong, Ping)
 
 
-async def test_a_client_that_reads_nothing_is_read_no_further_and_slows_nobody(rig: Any) -> None:
+async def test_a_client_that_reads_nothing_is_read_no_further_and_slows_nobody(rig: Rig) -> None:
     deaf, other = await rig.observer(), await rig.observer()
     sent = 0
     for _ in range(2):  # until there is no room, and it is not made either
@@ -96,7 +97,7 @@ async def test_a_client_that_reads_nothing_is_read_no_further_and_slows_nobody(r
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-async def test_leaving_waits_for_copies_under_way_and_gives_out_nothing_more(rigs: Any, digests: Any) -> None:
+async def test_leaving_waits_for_copies_under_way_and_gives_out_nothing_more(rigs: Opener) -> None:
     async with trio.open_nursery() as nursery:
         stop, stopped = trio.Event(), trio.Event()
         rig: Any = None
@@ -126,7 +127,7 @@ async def test_leaving_waits_for_copies_under_way_and_gives_out_nothing_more(rig
 
 
 async def test_a_copy_that_does_not_end_holds_the_end_up_for_the_grace_only(
-    rigs: Any, digests: Any, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+    rigs: Opener, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rigs(grace=7.0) as rig:
         scheduler, worker = await rig.engine()
@@ -138,7 +139,7 @@ async def test_a_copy_that_does_not_end_holds_the_end_up_for_the_grace_only(
     await worker.gone()
 
 
-async def test_ended_for_a_session_that_is_not_there_is_let_pass(rig: Any) -> None:
+async def test_ended_for_a_session_that_is_not_there_is_let_pass(rig: Rig) -> None:
     scheduler = await rig.scheduler()
     await scheduler.tell(Ended(77))
     await scheduler.tell(Release(77))
@@ -150,7 +151,7 @@ async def test_ended_for_a_session_that_is_not_there_is_let_pass(rig: Any) -> No
 
 
 async def test_a_lookup_that_a_tier_takes_on_is_pending_until_it_is_pushed_and_cancelled_when_it_is_not_wanted(
-    rig: Any, digests: Any, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler, _ = await rig.engine()
     answers, sessions, cancelled = rig.server._parts.answers, [], []

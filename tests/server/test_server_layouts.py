@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from support.server import Rig, digests, error_of
 
 from lmcache_trio._wire.messages import (
     AnswerState,
@@ -22,11 +23,11 @@ OTHER = b"o" * 32
 Change = Callable[[Any, Any], Awaitable[None]]
 
 
-async def registered_anew(rig: Any, second: Any) -> None:
+async def registered_anew(rig: Rig, second: Any) -> None:
     await second.register(OTHER)
 
 
-async def replaced(rig: Any, second: Any) -> None:
+async def replaced(rig: Rig, second: Any) -> None:
     again = await rig.worker(shard=1, shards=2, token=second.token)
     await again.register(OTHER)
 
@@ -34,7 +35,7 @@ async def replaced(rig: Any, second: Any) -> None:
 changes = pytest.mark.parametrize("change", [registered_anew, replaced])
 
 
-async def two_shards(rig: Any) -> tuple[Any, Any, Any]:
+async def two_shards(rig: Rig) -> tuple[Any, Any, Any]:
     scheduler = await rig.scheduler(shards=2)
     first, second = await rig.worker(shard=0, shards=2), await rig.worker(shard=1, shards=2)
     await first.register()
@@ -49,9 +50,7 @@ async def store(first: Any, second: Any, session: int, digests: Any) -> None:
 
 
 @changes
-async def test_leases_and_pins_of_every_shard_end_with_the_layout(
-    rig: Any, digests: Any, error_of: Any, change: Change
-) -> None:
+async def test_leases_and_pins_of_every_shard_end_with_the_layout(rig: Rig, change: Change) -> None:
     scheduler, first, second = await two_shards(rig)
     await scheduler.lookup(1, digests(3))
     await store(first, second, 1, digests(3))
@@ -69,7 +68,7 @@ async def test_leases_and_pins_of_every_shard_end_with_the_layout(
 
 @changes
 async def test_a_reservation_of_the_former_layout_is_refused_by_any_shard_and_kept_until_its_copy_ended(
-    rig: Any, digests: Any, change: Change
+    rig: Rig, change: Change
 ) -> None:
     scheduler, first, second = await two_shards(rig)
     await scheduler.lookup(1, digests(2))
@@ -84,7 +83,7 @@ async def test_a_reservation_of_the_former_layout_is_refused_by_any_shard_and_ke
     assert again.dropped == {}
 
 
-async def test_an_equal_layout_that_comes_back_ends_nothing(rig: Any, digests: Any) -> None:
+async def test_an_equal_layout_that_comes_back_ends_nothing(rig: Rig) -> None:
     scheduler, first, second = await two_shards(rig)
     await scheduler.lookup(1, digests(3))
     await store(first, second, 1, digests(3))
@@ -96,7 +95,7 @@ async def test_an_equal_layout_that_comes_back_ends_nothing(rig: Any, digests: A
     assert (await again.get(Pinned, Retrieve, answer.lease, 0, 3)).slot_bytes
 
 
-async def test_while_a_shard_is_missing_a_lease_cannot_be_used(rig: Any, digests: Any, error_of: Any) -> None:
+async def test_while_a_shard_is_missing_a_lease_cannot_be_used(rig: Rig) -> None:
     scheduler, first, second = await two_shards(rig)
     await scheduler.lookup(1, digests(3))
     await store(first, second, 1, digests(3))
@@ -105,7 +104,7 @@ async def test_while_a_shard_is_missing_a_lease_cannot_be_used(rig: Any, digests
     assert error_of(await first.ask(Retrieve, answer.lease, 0, 3)).kind is ErrorKind.GONE
 
 
-async def test_another_engine_of_the_former_layout_keeps_what_it_was_granted(rig: Any, digests: Any) -> None:
+async def test_another_engine_of_the_former_layout_keeps_what_it_was_granted(rig: Rig) -> None:
     one, its_worker = await rig.engine("one")
     await rig.stored(one, its_worker, 1, digests(3))
     other, worker = await rig.engine("other")

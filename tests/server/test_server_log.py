@@ -1,9 +1,9 @@
 """What an operator asks of engines, in the log: one joins, cannot be cached and why, leaves."""
 
 import logging
-from typing import Any
 
 import pytest
+from support.server import HeapConfig, Opener, Rig
 
 from lmcache_trio._wire.messages import ErrorReply, Lookup, Register
 
@@ -21,9 +21,9 @@ def lines(caplog: pytest.LogCaptureFixture, word: str) -> list[tuple[int, str]]:
 
 
 async def test_an_engine_that_joins_has_one_line_of_its_layout_and_of_what_the_memory_holds(
-    rigs: Any, heap: Any, caplog: pytest.LogCaptureFixture
+    rigs: Opener, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with rigs(heap(size=10 << 20), chunk_tokens=256) as rig:
+    async with rigs(HeapConfig(size=10 << 20), chunk_tokens=256) as rig:
         await rig.scheduler("e1", shards=2)
         one, two = await rig.worker("e1", 0, 2), await rig.worker("e1", 1, 2)
         await one.register(b"1" * 32, shard_bytes=512 << 10)
@@ -38,7 +38,7 @@ async def test_an_engine_that_joins_has_one_line_of_its_layout_and_of_what_the_m
 
 
 async def test_an_engine_that_leaves_has_a_line_and_one_that_lost_a_shard_has_another(
-    rig: Any, caplog: pytest.LogCaptureFixture
+    rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     scheduler, worker = await rig.engine("e1")
     worker.connection.close()
@@ -53,7 +53,7 @@ async def test_an_engine_that_leaves_has_a_line_and_one_that_lost_a_shard_has_an
 
 
 async def test_an_engine_that_asks_before_its_workers_are_registered_is_told_of_once(
-    rig: Any, caplog: pytest.LogCaptureFixture
+    rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its workers may have another engine id, or be fewer than it has shards: nothing else would say so."""
     scheduler, _ = await rig.scheduler("e1"), await rig.worker("e1")
@@ -65,9 +65,9 @@ async def test_an_engine_that_asks_before_its_workers_are_registered_is_told_of_
 
 
 async def test_an_engine_whose_chunks_are_larger_than_the_memory_is_told_of_with_what_to_raise(
-    rigs: Any, heap: Any, caplog: pytest.LogCaptureFixture
+    rigs: Opener, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with rigs(heap(size=1 << 20)) as rig:
+    async with rigs(HeapConfig(size=1 << 20)) as rig:
         worker = await rig.worker("e1")
         await worker.register(shard_bytes=2 << 20)
         ((level, line),) = lines(caplog, "cannot be cached")
@@ -76,7 +76,7 @@ async def test_an_engine_whose_chunks_are_larger_than_the_memory_is_told_of_with
 
 
 async def test_an_engine_whose_layout_is_refused_is_told_of_with_the_reason(
-    rig: Any, caplog: pytest.LogCaptureFixture
+    rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker, other = await rig.worker("e1"), await rig.worker("e2")
     await worker.register(b"f" * 32, shard_bytes=4096)

@@ -1,9 +1,9 @@
 """Many at once, and little room: aborted lookups, two writers of one prompt, an arena that is small or growing."""
 
 import random
-from typing import Any
 
 import trio
+from support.server import HeapConfig, Opener, Rig, digests
 
 from lmcache_trio._wire.codec import encode, unpack_positions
 from lmcache_trio._wire.messages import (
@@ -21,7 +21,7 @@ from lmcache_trio._wire.messages import (
 )
 
 
-async def test_a_thousand_lookups_aborted_at_random_points_leave_held_as_before(rig: Any, digests: Any) -> None:
+async def test_a_thousand_lookups_aborted_at_random_points_leave_held_as_before(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 0, digests(4))
     await rig.until(bytes_taken=rig.memory.size)
@@ -60,9 +60,7 @@ async def test_a_thousand_lookups_aborted_at_random_points_leave_held_as_before(
     await rig.until(**before)
 
 
-async def test_two_engines_that_store_one_prompt_at_once_wait_for_nobody_and_both_hit_it_after(
-    rig: Any, digests: Any
-) -> None:
+async def test_two_engines_that_store_one_prompt_at_once_wait_for_nobody_and_both_hit_it_after(rig: Rig) -> None:
     (one, one_worker), (two, two_worker) = await rig.engine("one"), await rig.engine("two")
     await one.lookup(1, digests(3))
     await two.lookup(1, digests(3))
@@ -76,10 +74,8 @@ async def test_two_engines_that_store_one_prompt_at_once_wait_for_nobody_and_bot
     assert (await one.lookup(2, digests(3))).chunks == 3
 
 
-async def test_when_every_slot_is_leased_a_store_is_dropped_at_once_and_counted(
-    rigs: Any, heap: Any, digests: Any
-) -> None:
-    async with rigs(heap(size=(64 << 10) * 2 + 4096), lease_share=1.0, write_share=1.0) as rig:
+async def test_when_every_slot_is_leased_a_store_is_dropped_at_once_and_counted(rigs: Opener) -> None:
+    async with rigs(HeapConfig(size=(64 << 10) * 2 + 4096), lease_share=1.0, write_share=1.0) as rig:
         scheduler, worker = await rig.engine()
         await rig.stored(scheduler, worker, 1, digests(2))
         assert (await scheduler.lookup(2, digests(2))).chunks == 2
@@ -91,7 +87,7 @@ async def test_when_every_slot_is_leased_a_store_is_dropped_at_once_and_counted(
         assert rig.counted()["evictions"] == 2
 
 
-async def test_a_client_that_dies_with_a_flood_of_requests_under_way_leaves_nothing(rig: Any, digests: Any) -> None:
+async def test_a_client_that_dies_with_a_flood_of_requests_under_way_leaves_nothing(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     before = rig.held("sessions", "leases", "queued_messages", "tasks")
     flooding = await rig.scheduler("flood")
@@ -105,8 +101,8 @@ async def test_a_client_that_dies_with_a_flood_of_requests_under_way_leaves_noth
     await worker.get(Pong, Ping)
 
 
-async def test_taken_leaves_the_lease_share(rigs: Any, heap: Any, digests: Any) -> None:
-    async with rigs(heap(size=(64 << 10) * 4 + 4096 * 5), lease_share=0.5, write_share=1.0) as rig:
+async def test_taken_leaves_the_lease_share(rigs: Opener) -> None:
+    async with rigs(HeapConfig(size=(64 << 10) * 4 + 4096 * 5), lease_share=0.5, write_share=1.0) as rig:
         scheduler, worker = await rig.engine()
         await rig.stored(scheduler, worker, 1, digests(4))
         first = await scheduler.lookup(2, digests(4))
@@ -117,8 +113,8 @@ async def test_taken_leaves_the_lease_share(rigs: Any, heap: Any, digests: Any) 
         assert rig.held("leases") == {"leases": 2}
 
 
-async def test_clients_are_told_when_the_arena_grows(rigs: Any, heap: Any) -> None:
-    async with rigs(heap(size=4 << 20, pieces=4)) as rig:
+async def test_clients_are_told_when_the_arena_grows(rigs: Opener) -> None:
+    async with rigs(HeapConfig(size=4 << 20, pieces=4)) as rig:
         await rig.until(bytes_taken=1 << 20)
         worker = await rig.worker()
         rig.memory.go_on.release()
@@ -128,10 +124,8 @@ async def test_clients_are_told_when_the_arena_grows(rigs: Any, heap: Any) -> No
         assert rig.held("bytes_taken") == {"bytes_taken": 3 << 20}
 
 
-async def test_an_arena_smaller_than_one_prompt_stores_what_fits_and_counts_the_rest(
-    rigs: Any, heap: Any, digests: Any
-) -> None:
-    async with rigs(heap(size=(64 << 10) * 3 + 4096), write_share=1.0) as rig:
+async def test_an_arena_smaller_than_one_prompt_stores_what_fits_and_counts_the_rest(rigs: Opener) -> None:
+    async with rigs(HeapConfig(size=(64 << 10) * 3 + 4096), write_share=1.0) as rig:
         scheduler, worker = await rig.engine()
         await scheduler.lookup(1, digests(8))
         made = await worker.reserve(1, digests(8))
@@ -140,7 +134,7 @@ async def test_an_arena_smaller_than_one_prompt_stores_what_fits_and_counts_the_
         assert await worker.commit(made.reservation) == 3
 
 
-async def test_after_every_operation_held_is_as_before(rig: Any, digests: Any) -> None:
+async def test_after_every_operation_held_is_as_before(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.until(bytes_taken=rig.memory.size)
     await scheduler.get(Pong, Ping)

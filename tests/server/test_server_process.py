@@ -13,6 +13,7 @@ import attrs
 import pytest
 import trio
 import trio.testing
+from support.server import Refusal, digests, say_hello
 
 from lmcache_trio import Config, ConfigError, Gone, load_config, open_client, open_server
 from lmcache_trio._server.supervise import _second_signal, serve
@@ -33,7 +34,7 @@ assert "torch" not in sys.modules
 WORKER = """
 import hashlib, sys, trio
 sys.path[:0] = [sys.argv[2]]
-from conftest import chain, say_hello as connect
+from support.server import digests as chain, say_hello as connect
 from lmcache_trio._wire.messages import Role
 async def main():
     scheduler = await connect(sys.argv[1], Role.SCHEDULER, "doomed")
@@ -98,11 +99,9 @@ async def _in_mid_store(connect: Any, address: str, digests: Any) -> tuple[Any, 
     return scheduler, worker, made.reservation
 
 
-async def test_sigterm_in_mid_store_lets_the_copy_end_and_leaves_no_file(
-    start: Any, connect: Any, digests: Any, tmp_path: Path
-) -> None:
+async def test_sigterm_in_mid_store_lets_the_copy_end_and_leaves_no_file(start: Any, tmp_path: Path) -> None:
     server = start()
-    scheduler, worker, reservation = await _in_mid_store(connect, server.address, digests)
+    scheduler, worker, reservation = await _in_mid_store(say_hello, server.address, digests)
     server.process.send_signal(signal.SIGTERM)
     with trio.fail_after(60):
         while not (await worker.reserve(1, digests(2))).dropped.get("stopping"):
@@ -115,11 +114,9 @@ async def test_sigterm_in_mid_store_lets_the_copy_end_and_leaves_no_file(
     worker.connection.close()
 
 
-async def test_a_second_sigterm_ends_the_process_at_once_and_leaves_no_file(
-    start: Any, connect: Any, digests: Any, tmp_path: Path
-) -> None:
+async def test_a_second_sigterm_ends_the_process_at_once_and_leaves_no_file(start: Any, tmp_path: Path) -> None:
     server = start("grace=60")
-    scheduler, worker, _ = await _in_mid_store(connect, server.address, digests)
+    scheduler, worker, _ = await _in_mid_store(say_hello, server.address, digests)
     server.process.send_signal(signal.SIGTERM)
     while not (await worker.reserve(1, digests(2))).dropped.get("stopping"):
         pass
@@ -133,11 +130,9 @@ async def test_a_second_sigterm_ends_the_process_at_once_and_leaves_no_file(
     worker.connection.close()
 
 
-async def test_signals_that_come_together_are_one_and_the_copy_may_end(
-    start: Any, connect: Any, digests: Any, tmp_path: Path
-) -> None:
+async def test_signals_that_come_together_are_one_and_the_copy_may_end(start: Any, tmp_path: Path) -> None:
     server = start("grace=60")
-    scheduler, worker, reservation = await _in_mid_store(connect, server.address, digests)
+    scheduler, worker, reservation = await _in_mid_store(say_hello, server.address, digests)
     for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCONT):
         server.process.send_signal(number)
     with trio.fail_after(60):
@@ -214,11 +209,9 @@ def test_after_sigkill_the_next_start_removes_what_was_left_and_touches_nothing_
     assert live.process.poll() is None
 
 
-async def test_two_servers_cannot_have_one_address_and_the_first_notices_nothing(
-    start: Any, connect: Any, digests: Any
-) -> None:
+async def test_two_servers_cannot_have_one_address_and_the_first_notices_nothing(start: Any) -> None:
     server = start()
-    scheduler, worker, reservation = await _in_mid_store(connect, server.address, digests)
+    scheduler, worker, reservation = await _in_mid_store(say_hello, server.address, digests)
     with pytest.raises(ConfigError, match="in use") as caught:
         async with open_server(Config(address=server.address, memory={"backend": "cpu", "size": 1 << 20})):
             pass
@@ -229,11 +222,11 @@ async def test_two_servers_cannot_have_one_address_and_the_first_notices_nothing
 
 
 async def test_nothing_is_held_of_a_client_that_was_killed_in_the_middle_by_notification(
-    tmp_path: Path, digests: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = Config(address=f"unix://{tmp_path}/server.sock", memory={"backend": "cpu", "size": 16 << 20}, grace=0.1)
     async with open_server(config) as server:
-        arguments = [sys.executable, "-c", WORKER, server.address, str(Path(__file__).parent)]
+        arguments = [sys.executable, "-c", WORKER, server.address, str(Path(__file__).parents[1])]
         async with trio.open_nursery() as nursery:
             process: trio.Process = await nursery.start(_run, arguments)
             assert process.stdout is not None
@@ -254,14 +247,12 @@ async def test_nothing_is_held_of_a_client_that_was_killed_in_the_middle_by_noti
 
 
 @pytest.mark.parametrize("role", [Role.SCHEDULER, Role.WORKER])
-async def test_an_engine_is_refused_where_no_descriptor_can_come_along_and_an_observer_is_not(
-    connect: Any, refusal: Any, role: Role
-) -> None:
+async def test_an_engine_is_refused_where_no_descriptor_can_come_along_and_an_observer_is_not(role: Role) -> None:
     config = Config(address="tcp://127.0.0.1:0", memory={"backend": "cpu", "size": 1 << 20})
     async with open_server(config) as server:
         assert not server.address.endswith(":0")
-        with pytest.raises(refusal, match=rf"a {role.name.lower()} cannot connect over tcp://.* unix://"):
-            await connect(server.address, role)
+        with pytest.raises(Refusal, match=rf"a {role.name.lower()} cannot connect over tcp://.* unix://"):
+            await say_hello(server.address, role)
         assert server.statistics()["counted"]["refused"] == 1
         with pytest.raises(ConfigError, match=rf"a {role.name.lower()} cannot use .*carries no descriptors"):
             async with open_client(server.address, role=role, engine="e"):

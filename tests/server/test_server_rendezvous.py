@@ -7,18 +7,19 @@ import attrs
 import pytest
 import trio
 import trio.testing
+from support.server import Opener, Refusal, Rig
 
 from lmcache_trio._transport import dial_pair, introduce
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, ErrorKind, Hello, Ping, Pong, Refused, Role, Welcome
 
 
-async def _say(rig: Any, **changes: Any) -> Any:
+async def _say(rig: Rig, **changes: Any) -> Any:
     hello = Hello(PROTOCOL_VERSION, "test", secrets.token_bytes(16), Role.WORKER, "engine")
     return decode(await introduce(rig.server.address, encode(attrs.evolve(hello, **changes))))
 
 
-async def test_a_welcome_names_the_boot_the_chunk_the_arena_and_an_address_of_ones_own(rig: Any) -> None:
+async def test_a_welcome_names_the_boot_the_chunk_the_arena_and_an_address_of_ones_own(rig: Rig) -> None:
     one, other = await rig.scheduler("a"), await rig.scheduler("b")
     assert one.welcome.boot == other.welcome.boot == rig.server.boot
     assert len(rig.server.boot) == 16
@@ -30,7 +31,7 @@ async def test_a_welcome_names_the_boot_the_chunk_the_arena_and_an_address_of_on
     assert await one.get(Pong, Ping) == Pong(1, rig.server.boot)
 
 
-async def test_two_runs_of_a_server_have_two_boot_ids(rigs: Any) -> None:
+async def test_two_runs_of_a_server_have_two_boot_ids(rigs: Opener) -> None:
     boots = set()
     for _ in range(2):
         async with rigs() as rig:
@@ -48,7 +49,7 @@ async def test_two_runs_of_a_server_have_two_boot_ids(rigs: Any) -> None:
     ],
 )
 async def test_a_hello_out_of_order_is_refused_with_one_sentence(
-    rig: Any, changes: dict[str, Any], kind: ErrorKind, words: str, caplog: pytest.LogCaptureFixture
+    rig: Rig, changes: dict[str, Any], kind: ErrorKind, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     reply = await _say(rig, **changes)
     assert isinstance(reply, Refused)
@@ -60,7 +61,7 @@ async def test_a_hello_out_of_order_is_refused_with_one_sentence(
     assert words in told
 
 
-async def test_bytes_that_are_no_hello_are_refused_and_the_next_client_is_welcome(rig: Any) -> None:
+async def test_bytes_that_are_no_hello_are_refused_and_the_next_client_is_welcome(rig: Rig) -> None:
     for frame in (
         b"",
         b"\xff" * 40,
@@ -73,24 +74,24 @@ async def test_bytes_that_are_no_hello_are_refused_and_the_next_client_is_welcom
     assert (await rig.observer()).welcome.boot == rig.server.boot
 
 
-async def test_a_second_live_scheduler_or_worker_of_a_shard_is_refused_by_name(rig: Any, refusal: Any) -> None:
+async def test_a_second_live_scheduler_or_worker_of_a_shard_is_refused_by_name(rig: Rig) -> None:
     await rig.scheduler(shards=2)
     await rig.worker(shard=0, shards=2)
     await rig.worker(shard=1, shards=2)
-    with pytest.raises(refusal, match="'engine' has a scheduler already"):
+    with pytest.raises(Refusal, match="'engine' has a scheduler already"):
         await rig.scheduler(shards=2)
-    with pytest.raises(refusal, match="'engine' has a worker of shard 1 already"):
+    with pytest.raises(Refusal, match="'engine' has a worker of shard 1 already"):
         await rig.worker(shard=1, shards=2)
     assert rig.held("connections")["connections"] == 3
 
 
-async def test_clients_that_disagree_on_the_number_of_shards_are_refused(rig: Any, refusal: Any) -> None:
+async def test_clients_that_disagree_on_the_number_of_shards_are_refused(rig: Rig) -> None:
     await rig.scheduler(shards=2)
-    with pytest.raises(refusal, match="has 2 shards for the clients that are here, but 4"):
+    with pytest.raises(Refusal, match="has 2 shards for the clients that are here, but 4"):
         await rig.worker(shard=3, shards=4)
 
 
-async def test_the_same_token_replaces_the_old_connection(rig: Any) -> None:
+async def test_the_same_token_replaces_the_old_connection(rig: Rig) -> None:
     old = await rig.worker()
     new = await rig.worker(token=old.token)
     assert await old.gone() == []
@@ -98,7 +99,7 @@ async def test_the_same_token_replaces_the_old_connection(rig: Any) -> None:
     await rig.until(connections=1)
 
 
-async def test_a_place_is_free_again_once_its_client_has_gone(rig: Any) -> None:
+async def test_a_place_is_free_again_once_its_client_has_gone(rig: Rig) -> None:
     old = await rig.scheduler()
     old.connection.close()
     await rig.until(connections=0, engines=0)
@@ -106,7 +107,7 @@ async def test_a_place_is_free_again_once_its_client_has_gone(rig: Any) -> None:
 
 
 async def test_a_welcome_that_is_not_taken_up_in_five_seconds_is_withdrawn(
-    rig: Any, autojump_clock: trio.testing.MockClock
+    rig: Rig, autojump_clock: trio.testing.MockClock
 ) -> None:
     welcome = await _say(rig)
     assert isinstance(welcome, Welcome)
@@ -120,7 +121,7 @@ async def test_a_welcome_that_is_not_taken_up_in_five_seconds_is_withdrawn(
 
 
 async def test_a_client_whose_process_cannot_be_seen_gets_no_arena_and_is_told_what_to_share(
-    rig: Any, monkeypatch: pytest.MonkeyPatch, error_of: Any
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.pidfd_open", _not_here)
     worker = await rig.worker()
@@ -134,7 +135,7 @@ def _not_here(pid: int, flags: int = 0) -> int:
     raise ProcessLookupError
 
 
-async def test_a_connection_taken_up_by_another_process_is_ended(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_taken_up_by_another_process_is_ended(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmcache_trio._transport.memory import MemoryConnection
 
     monkeypatch.setattr(MemoryConnection, "peer_pid", property(lambda self: 1))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from support.server import Opener, Rig, digests, error_of
 
 from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
 from lmcache_trio._wire.messages import (
@@ -33,7 +34,7 @@ from lmcache_trio._wire.messages import (
 )
 
 
-async def test_what_one_engine_stored_is_a_hit_for_an_equal_one(rig: Any, digests: Any) -> None:
+async def test_what_one_engine_stored_is_a_hit_for_an_equal_one(rig: Rig) -> None:
     scheduler, worker = await rig.engine("one")
     await rig.stored(scheduler, worker, 1, digests(4))
     other, its_worker = await rig.engine("other")
@@ -47,9 +48,7 @@ async def test_what_one_engine_stored_is_a_hit_for_an_equal_one(rig: Any, digest
     assert (await its_worker.get(Finished, Done, pinned.pin)).valid is False
 
 
-async def test_until_all_workers_registered_every_lookup_is_a_miss_and_every_store_is_dropped(
-    rig: Any, digests: Any
-) -> None:
+async def test_until_all_workers_registered_every_lookup_is_a_miss_and_every_store_is_dropped(rig: Rig) -> None:
     scheduler = await rig.scheduler(shards=2)
     first, second = await rig.worker(shard=0, shards=2), await rig.worker(shard=1, shards=2)
     assert await first.register() == b""
@@ -64,7 +63,7 @@ async def test_until_all_workers_registered_every_lookup_is_a_miss_and_every_sto
     assert (counted["hits"], counted["misses"], counted["drops"]["no_namespace"]) == (0, 2, 2)
 
 
-async def test_a_chunk_is_ready_when_both_shards_are_committed(rig: Any, digests: Any) -> None:
+async def test_a_chunk_is_ready_when_both_shards_are_committed(rig: Rig) -> None:
     scheduler = await rig.scheduler(shards=2)
     workers = [await rig.worker(shard=shard, shards=2) for shard in range(2)]
     for worker in workers:
@@ -80,7 +79,7 @@ async def test_a_chunk_is_ready_when_both_shards_are_committed(rig: Any, digests
     assert (await scheduler.lookup(2, digests(2))).chunks == 2
 
 
-async def test_a_worker_that_registers_again_with_another_layout_changes_the_namespace(rig: Any, digests: Any) -> None:
+async def test_a_worker_that_registers_again_with_another_layout_changes_the_namespace(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(2))
     former = (await scheduler.pushed(NamespaceKnown)).namespace
@@ -89,9 +88,7 @@ async def test_a_worker_that_registers_again_with_another_layout_changes_the_nam
     assert (await scheduler.lookup(2, digests(2))).chunks == 0
 
 
-async def test_one_fingerprint_with_two_lengths_is_misuse_and_changes_nothing(
-    rig: Any, digests: Any, error_of: Any
-) -> None:
+async def test_one_fingerprint_with_two_lengths_is_misuse_and_changes_nothing(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     _, other = await rig.scheduler("other"), await rig.worker("other")
     error = error_of(await other.ask(Register, b"f" * 32, 4096, 16))
@@ -99,7 +96,7 @@ async def test_one_fingerprint_with_two_lengths_is_misuse_and_changes_nothing(
     await rig.stored(scheduler, worker, 1, digests(1))
 
 
-async def test_a_block_size_that_does_not_divide_the_chunk_is_refused_naming_both(rig: Any, error_of: Any) -> None:
+async def test_a_block_size_that_does_not_divide_the_chunk_is_refused_naming_both(rig: Rig) -> None:
     worker = await rig.worker()
     error = error_of(await worker.ask(Register, b"f" * 32, 4096, 48))
     assert error.kind is ErrorKind.MISUSE
@@ -107,7 +104,7 @@ async def test_a_block_size_that_does_not_divide_the_chunk_is_refused_naming_bot
     assert "48" in error.message
 
 
-async def test_the_status_of_a_lookup_is_idempotent_and_unknown_is_told_from_ended(rig: Any, digests: Any) -> None:
+async def test_the_status_of_a_lookup_is_idempotent_and_unknown_is_told_from_ended(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(3))
     assert (await scheduler.get(Answer, LookupStatus, 1)).state is AnswerState.UNKNOWN
@@ -124,7 +121,7 @@ async def test_the_status_of_a_lookup_is_idempotent_and_unknown_is_told_from_end
     assert (await scheduler.get(Answer, LookupStatus, 2)).state is AnswerState.UNKNOWN
 
 
-async def test_a_digest_is_sent_once_and_a_growing_request_extends_its_chain(rig: Any, digests: Any) -> None:
+async def test_a_digest_is_sent_once_and_a_growing_request_extends_its_chain(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(5))
     assert (await scheduler.lookup(2, digests(5)[:2])).chunks == 2
@@ -134,9 +131,7 @@ async def test_a_digest_is_sent_once_and_a_growing_request_extends_its_chain(rig
     assert rig.held("leases", "sessions") == {"leases": 1, "sessions": 1}
 
 
-async def test_a_lookup_that_leaves_a_gap_in_the_chain_is_misuse_and_leaves_the_answer(
-    rig: Any, digests: Any, error_of: Any
-) -> None:
+async def test_a_lookup_that_leaves_a_gap_in_the_chain_is_misuse_and_leaves_the_answer(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(2))
     answer = await scheduler.lookup(2, digests(2))
@@ -145,13 +140,13 @@ async def test_a_lookup_that_leaves_a_gap_in_the_chain_is_misuse_and_leaves_the_
     assert (await scheduler.get(Answer, LookupStatus, 2)).lease == answer.lease
 
 
-async def test_a_reused_session_number_starts_afresh(rig: Any, digests: Any) -> None:
+async def test_a_reused_session_number_starts_afresh(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(2))
     assert (await scheduler.lookup(1, digests(2, "other"))).chunks == 0
 
 
-async def test_release_ends_the_lease_and_keeps_the_chain(rig: Any, digests: Any) -> None:
+async def test_release_ends_the_lease_and_keeps_the_chain(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(2))
     await scheduler.lookup(2, digests(2))
@@ -162,7 +157,7 @@ async def test_release_ends_the_lease_and_keeps_the_chain(rig: Any, digests: Any
 
 
 async def test_an_answer_whose_lease_ran_out_reads_as_zero_chunks(
-    rigs: Any, digests: Any, autojump_clock: trio.testing.MockClock
+    rigs: Opener, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with rigs(lease_timeout=10.0) as rig:
         scheduler, worker = await rig.engine()
@@ -176,7 +171,7 @@ async def test_an_answer_whose_lease_ran_out_reads_as_zero_chunks(
 
 
 async def test_a_reservation_that_is_not_committed_in_time_is_dropped_and_its_late_commit_refused(
-    rigs: Any, digests: Any, autojump_clock: trio.testing.MockClock
+    rigs: Opener, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with rigs(reservation_timeout=10.0) as rig:
         scheduler, worker = await rig.engine()
@@ -189,9 +184,7 @@ async def test_a_reservation_that_is_not_committed_in_time_is_dropped_and_its_la
         assert (await scheduler.lookup(2, digests(2))).chunks == 0
 
 
-async def test_a_store_goes_on_after_the_end_of_its_session_whether_it_has_its_slots_yet_or_not(
-    rig: Any, digests: Any
-) -> None:
+async def test_a_store_goes_on_after_the_end_of_its_session_whether_it_has_its_slots_yet_or_not(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await scheduler.lookup(1, digests(4))
     made = await worker.reserve(1, digests(2))
@@ -204,7 +197,7 @@ async def test_a_store_goes_on_after_the_end_of_its_session_whether_it_has_its_s
     assert rig.held("reservations", "slots_quarantined") == {"reservations": 0, "slots_quarantined": 0}
 
 
-async def test_a_reset_bars_the_stores_of_sessions_that_had_ended_too(rig: Any, digests: Any) -> None:
+async def test_a_reset_bars_the_stores_of_sessions_that_had_ended_too(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await scheduler.lookup(1, digests(1))
     await scheduler.end(1)
@@ -214,7 +207,7 @@ async def test_a_reset_bars_the_stores_of_sessions_that_had_ended_too(rig: Any, 
     assert (await worker.reserve(1, digests(1))).reservation
 
 
-async def test_a_reset_while_a_worker_is_away_is_carried_out_before_anything_is_served(rig: Any, digests: Any) -> None:
+async def test_a_reset_while_a_worker_is_away_is_carried_out_before_anything_is_served(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(2))
     worker.connection.close()
@@ -225,15 +218,13 @@ async def test_a_reset_while_a_worker_is_away_is_carried_out_before_anything_is_
     assert rig.held("slots_ready") == {"slots_ready": 0}
 
 
-async def test_a_store_for_a_session_that_nobody_opened_is_dropped_and_counted(rig: Any, digests: Any) -> None:
+async def test_a_store_for_a_session_that_nobody_opened_is_dropped_and_counted(rig: Rig) -> None:
     _, worker = await rig.engine()
     assert (await worker.reserve(5, digests(3))).dropped == {"no_session": 3}
     assert rig.counted()["drops"]["no_session"] == 3
 
 
-async def test_a_lost_scheduler_ends_its_sessions_and_leases_while_pins_of_workers_live_on(
-    rig: Any, digests: Any
-) -> None:
+async def test_a_lost_scheduler_ends_its_sessions_and_leases_while_pins_of_workers_live_on(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(2))
     answer = await scheduler.lookup(2, digests(2))
@@ -244,7 +235,7 @@ async def test_a_lost_scheduler_ends_its_sessions_and_leases_while_pins_of_worke
     assert (await worker.get(Finished, Done, pinned.pin)).valid
 
 
-async def test_a_lost_workers_pins_end_and_its_engine_has_no_namespace_until_it_is_back(rig: Any, digests: Any) -> None:
+async def test_a_lost_workers_pins_end_and_its_engine_has_no_namespace_until_it_is_back(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(2))
     namespace = (await scheduler.pushed(NamespaceKnown)).namespace
@@ -259,9 +250,7 @@ async def test_a_lost_workers_pins_end_and_its_engine_has_no_namespace_until_it_
     assert (await scheduler.lookup(4, digests(2))).chunks == 2
 
 
-async def test_slots_of_a_lost_writer_wait_for_its_word_after_a_reconnect(
-    rig: Any, digests: Any, error_of: Any
-) -> None:
+async def test_slots_of_a_lost_writer_wait_for_its_word_after_a_reconnect(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await scheduler.lookup(1, digests(2))
     await worker.reserve(1, digests(2))
@@ -276,7 +265,7 @@ async def test_slots_of_a_lost_writer_wait_for_its_word_after_a_reconnect(
     await rig.until(lost_writers=0, slots_quarantined=0, reservations=0)
 
 
-async def test_a_lease_of_another_engine_cannot_be_used(rig: Any, digests: Any, error_of: Any) -> None:
+async def test_a_lease_of_another_engine_cannot_be_used(rig: Rig) -> None:
     scheduler, worker = await rig.engine("one")
     await rig.stored(scheduler, worker, 1, digests(2))
     answer = await scheduler.lookup(2, digests(2))
@@ -293,13 +282,13 @@ async def test_a_lease_of_another_engine_cannot_be_used(rig: Any, digests: Any, 
         (Commit, (b"x" * 16,)),
     ],
 )
-async def test_an_unknown_id_gets_an_error_reply(rig: Any, error_of: Any, cls: Any, arguments: Any) -> None:
+async def test_an_unknown_id_gets_an_error_reply(rig: Rig, cls: Any, arguments: Any) -> None:
     _, worker = await rig.engine()
     assert error_of(await worker.ask(cls, *arguments)).kind is ErrorKind.GONE
     await worker.get(Pong, Ping)
 
 
-async def test_each_role_may_say_only_what_is_its_to_say(rig: Any, error_of: Any) -> None:
+async def test_each_role_may_say_only_what_is_its_to_say(rig: Rig) -> None:
     scheduler, worker, observer = await rig.scheduler(), await rig.worker(), await rig.observer()
     for peer, cls, arguments in (
         (scheduler, Reserve, (1, b"", b"")),
@@ -316,7 +305,7 @@ async def test_each_role_may_say_only_what_is_its_to_say(rig: Any, error_of: Any
         assert isinstance(await peer.ask(Statistics), StatisticsReply)
 
 
-async def test_reset_drops_the_namespace_and_answers_given_under_it_read_as_zero(rig: Any, digests: Any) -> None:
+async def test_reset_drops_the_namespace_and_answers_given_under_it_read_as_zero(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(3))
     answer = await scheduler.lookup(2, digests(3))
@@ -332,7 +321,7 @@ async def test_reset_drops_the_namespace_and_answers_given_under_it_read_as_zero
     assert set(held.values()) == {0}
 
 
-async def test_statistics_over_the_wire_are_one_json_object_of_three_parts(rig: Any) -> None:
+async def test_statistics_over_the_wire_are_one_json_object_of_three_parts(rig: Rig) -> None:
     import json
 
     observer = await rig.observer()

@@ -1,15 +1,14 @@
 """What a reset dropped comes back to the arena while the server goes on, without a reserve that wants it."""
 
-from typing import Any
-
 import trio
 import trio.testing
+from support.server import Rig, digests
 
 from lmcache_trio._server.clock import PIECE, Clock
 from lmcache_trio._wire.messages import Ack, Reset
 
 
-async def test_what_was_reset_comes_back_to_the_arena_though_nobody_asks_for_room(rig: Any, digests: Any) -> None:
+async def test_what_was_reset_comes_back_to_the_arena_though_nobody_asks_for_room(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     empty = rig.held("bytes_free")
     await rig.stored(scheduler, worker, 1, digests(5))

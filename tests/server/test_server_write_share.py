@@ -1,9 +1,8 @@
 """What one engine may be writing at one time: a worker that never commits leaves others their part, and is named."""
 
-from typing import Any
-
 import pytest
 import trio
+from support.server import HeapConfig, Opener, digests
 from trio.testing import MockClock
 
 from lmcache_trio._wire.codec import unpack_positions
@@ -17,9 +16,9 @@ def lines(caplog: pytest.LogCaptureFixture, word: str) -> list[str]:
 
 
 async def test_a_live_worker_that_never_commits_leaves_the_others_room_and_is_named_once(
-    rigs: Any, heap: Any, digests: Any, caplog: pytest.LogCaptureFixture
+    rigs: Opener, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with rigs(heap(size=CHUNK * 16)) as rig:
+    async with rigs(HeapConfig(size=CHUNK * 16)) as rig:
         hanging, hangs = await rig.engine("hangs")
         for session in range(1, 6):
             await hanging.lookup(session, digests(4, str(session)))
@@ -37,7 +36,7 @@ async def test_a_live_worker_that_never_commits_leaves_the_others_room_and_is_na
 
 
 async def test_a_worker_that_did_not_commit_in_time_is_named_once_with_what_it_holds(
-    rigs: Any, digests: Any, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+    rigs: Opener, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
     async with rigs(reservation_timeout=10.0) as rig:
         scheduler, worker = await rig.engine("hangs")
@@ -55,8 +54,8 @@ async def test_a_worker_that_did_not_commit_in_time_is_named_once_with_what_it_h
         assert rig.held("bytes_quarantined") == {"bytes_quarantined": 2 * CHUNK}
 
 
-async def test_one_engine_that_commits_fills_all_of_the_arena(rigs: Any, heap: Any, digests: Any) -> None:
-    async with rigs(heap(size=CHUNK * 16)) as rig:
+async def test_one_engine_that_commits_fills_all_of_the_arena(rigs: Opener) -> None:
+    async with rigs(HeapConfig(size=CHUNK * 16)) as rig:
         scheduler, worker = await rig.engine()
         for session in range(1, 16):
             await rig.stored(scheduler, worker, session, digests(1, str(session)))
@@ -64,8 +63,8 @@ async def test_one_engine_that_commits_fills_all_of_the_arena(rigs: Any, heap: A
         assert rig.held("chunks_ready") == {"chunks_ready": 15}
 
 
-async def test_a_store_longer_than_the_share_keeps_its_leading_chunks(rigs: Any, heap: Any, digests: Any) -> None:
-    async with rigs(heap(size=CHUNK * 16)) as rig:
+async def test_a_store_longer_than_the_share_keeps_its_leading_chunks(rigs: Opener) -> None:
+    async with rigs(HeapConfig(size=CHUNK * 16)) as rig:
         scheduler, worker = await rig.engine()
         await scheduler.lookup(1, digests(12))
         made = await worker.reserve(1, digests(12))

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
+from support.server import digests
+from support.tiers import LoopTier, Worlds
 
 from lmcache_trio._wire.messages import Answer, AnswerState, Ended, Lookup, Release
 
@@ -11,7 +14,7 @@ ANSWERED, PENDING = AnswerState.ANSWERED, AnswerState.PENDING
 
 
 async def test_what_a_tier_has_is_pending_at_once_and_pushed_when_it_is_there(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         before = world.held()
@@ -29,7 +32,7 @@ async def test_what_a_tier_has_is_pending_at_once_and_pushed_when_it_is_there(
 
 
 async def test_a_lookup_covered_by_memory_is_answered_inline_whatever_the_tier_does(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         await world.store(1, digests(4))
@@ -44,7 +47,7 @@ async def test_a_lookup_covered_by_memory_is_answered_inline_whatever_the_tier_d
 
 
 async def test_the_budget_gives_the_prefix_that_is_resident_by_then(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, prefetch_budget=3.0, prefetch_bytes=1) as world:  # one load at a time
         await world.store(1, digests(1))
@@ -67,7 +70,7 @@ async def test_the_budget_gives_the_prefix_that_is_resident_by_then(
 
 
 async def test_a_request_may_bring_a_shorter_budget_and_with_none_tiers_are_not_asked(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         tier.fill(world.namespace, digests(2))
@@ -86,7 +89,7 @@ async def test_a_request_may_bring_a_shorter_budget_and_with_none_tiers_are_not_
 
 
 async def test_the_answer_stays_the_same_however_often_its_status_is_asked(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         tier.fill(world.namespace, digests(3))
@@ -105,7 +108,7 @@ async def test_the_answer_stays_the_same_however_often_its_status_is_asked(
         assert (await world.status(1)).state is AnswerState.UNKNOWN
 
 
-async def test_equal_loads_are_shared(worlds: Any, tier: Any, digests: Any, autojump_clock: Any) -> None:
+async def test_equal_loads_are_shared(worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock) -> None:
     async with worlds(tier) as world:
         before = world.held()
         tier.fill(world.namespace, digests(4))
@@ -122,7 +125,7 @@ async def test_equal_loads_are_shared(worlds: Any, tier: Any, digests: Any, auto
 
 
 async def test_when_the_first_asker_is_killed_the_second_gets_its_hit_from_the_same_load(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         other = await world.rig.scheduler("other")
@@ -148,7 +151,7 @@ async def test_when_the_first_asker_is_killed_the_second_gets_its_hit_from_the_s
 @pytest.mark.parametrize("how", ["release", "end", "another lookup", "the connection lost"])
 @pytest.mark.parametrize("stalled", ["contains", "load"])
 async def test_a_lookup_that_is_not_wanted_any_more_leaves_nothing_and_ends_its_loads(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any, how: str, stalled: str
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock, how: str, stalled: str
 ) -> None:
     async with worlds(tier) as world:
         await world.store(9, digests(1))
@@ -186,7 +189,7 @@ async def test_a_lookup_that_is_not_wanted_any_more_leaves_nothing_and_ends_its_
 
 
 async def test_a_slot_stays_owned_until_the_hung_call_has_returned(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, tier_timeout=60.0) as world:
         before = world.held()
@@ -208,10 +211,8 @@ async def test_a_slot_stays_owned_until_the_hung_call_has_returned(
         assert world.held() == before
 
 
-async def test_the_leading_run_may_mix_memory_and_tiers(
-    worlds: Any, tiers: Any, digests: Any, autojump_clock: Any
-) -> None:
-    near, far = tiers(), tiers()
+async def test_the_leading_run_may_mix_memory_and_tiers(worlds: Worlds, autojump_clock: trio.testing.MockClock) -> None:
+    near, far = LoopTier(), LoopTier()
     async with worlds(near, far) as world:
         before = world.held()
         await world.store(9, digests(1))
@@ -232,9 +233,9 @@ async def test_the_leading_run_may_mix_memory_and_tiers(
 
 
 async def test_a_tier_that_hangs_costs_a_lookup_a_part_of_its_budget_and_the_next_tier_still_serves(
-    worlds: Any, tiers: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, autojump_clock: trio.testing.MockClock
 ) -> None:
-    near, far = tiers(), tiers()
+    near, far = LoopTier(), LoopTier()
     async with worlds(near, far, prefetch_budget=2.0, tier_timeout=60.0) as world:
         far.fill(world.namespace, digests(3))
         near.stall("contains", hang=True)
@@ -249,7 +250,7 @@ async def test_a_tier_that_hangs_costs_a_lookup_a_part_of_its_budget_and_the_nex
 
 
 async def test_loads_are_bounded_by_bytes_in_flight_and_go_by_the_nearest_deadline(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, prefetch_bytes=2 * (64 << 10), prefetch_budget=4.0) as world:
         patient, hasty = digests(4, "patient"), digests(4, "hasty")
@@ -270,7 +271,7 @@ async def test_loads_are_bounded_by_bytes_in_flight_and_go_by_the_nearest_deadli
 
 
 async def test_a_thousand_lookups_parked_on_a_stalled_tier_cost_a_task_each_and_disturb_nobody(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         await world.store(5000, digests(4))
@@ -300,7 +301,7 @@ async def test_a_thousand_lookups_parked_on_a_stalled_tier_cost_a_task_each_and_
 
 
 async def test_chunks_that_were_loaded_are_not_evicted_before_the_answer(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, size=1 << 20, lease_share=1.0) as world:  # room for 15 chunks
         chain = digests(4)
@@ -321,7 +322,7 @@ async def test_chunks_that_were_loaded_are_not_evicted_before_the_answer(
 
 
 async def test_a_load_that_misses_makes_the_hit_shorter(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         before = world.held()
@@ -332,7 +333,7 @@ async def test_a_load_that_misses_makes_the_hit_shorter(
             hits = await real(loads)
             return [hit and item.key.digest != digests(4)[2] for hit, item in zip(hits, loads, strict=True)]
 
-        tier.load = load
+        tier.load = load  # type: ignore[method-assign]
         assert (await world.lookup(1, digests(4))).chunks == 2
         await world.scheduler.end(1)
         await world.settled()
@@ -341,7 +342,7 @@ async def test_a_load_that_misses_makes_the_hit_shorter(
 
 
 async def test_more_than_lease_share_is_neither_loaded_nor_offered(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, size=2 << 20, lease_share=0.25) as world:  # 512 KiB: 8 chunks
         before = world.held()
@@ -357,7 +358,7 @@ async def test_more_than_lease_share_is_neither_loaded_nor_offered(
 
 
 async def test_a_worker_that_leaves_during_the_wait_makes_it_a_miss(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         tier.fill(world.namespace, digests(2))
@@ -371,7 +372,7 @@ async def test_a_worker_that_leaves_during_the_wait_makes_it_a_miss(
 
 
 async def test_lookups_of_one_session_in_one_burst_leave_the_last_ones_lease(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         await world.store(9, digests(2))

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
+from support.server import digests
+from support.tiers import LoopTier, World, Worlds
 
 from lmcache_trio._wire.messages import Ended, Lookup, Release, Reset
 from lmcache_trio.errors import Unavailable
@@ -15,7 +18,7 @@ STEPS = 60
 @pytest.mark.parametrize("how", ["end", "release", "another lookup", "the connection lost", "reset", "the tier fails"])
 @pytest.mark.parametrize("hang", [False, True])
 async def test_whenever_and_however_a_prefetch_ends_nothing_is_left(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any, how: str, hang: bool
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock, how: str, hang: bool
 ) -> None:
     async with worlds(tier, size=64 << 20, tier_timeout=60.0) as world:
         before = world.held()
@@ -49,7 +52,7 @@ async def test_whenever_and_however_a_prefetch_ends_nothing_is_left(
         assert hang or 0 < hits < 3 * STEPS  # some were answered before their end, and some not
 
 
-async def _end(world: Any, tier: Any, peer: Any, session: int, how: str) -> None:
+async def _end(world: World, tier: LoopTier, peer: Any, session: int, how: str) -> None:
     if how == "end":
         await peer.tell(Ended(session))
     elif how == "release":

@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
+from support.server import HeapConfig, Opener, digests
+from support.tiers import LoopTier, World, Worlds
 
 from lmcache_trio import Config, ConfigError, Unavailable, open_server
 from lmcache_trio._core.keys import ChunkKey
@@ -18,7 +21,7 @@ from lmcache_trio.config import Limits
 SHARD = 64 << 10
 
 
-async def _fenced(world: Any, number: int = 0) -> dict[str, Any]:
+async def _fenced(world: World, number: int = 0) -> dict[str, Any]:
     await world.settled()
     tier: dict[str, Any] = world.tier(number)
     assert tier["fenced"]
@@ -30,7 +33,7 @@ async def _fenced(world: Any, number: int = 0) -> dict[str, Any]:
 
 @pytest.mark.parametrize("operation", ["contains", "load", "store"])
 async def test_a_tier_that_fails_is_fenced_and_the_server_goes_on_as_if_it_were_not_there(
-    worlds: Any, tier: Any, digests: Any, unavailable: Exception, autojump_clock: Any, operation: str
+    worlds: Worlds, tier: LoopTier, unavailable: Exception, autojump_clock: trio.testing.MockClock, operation: str
 ) -> None:
     async with worlds(tier) as world:
         await world.store(1, digests(2))
@@ -59,7 +62,7 @@ async def test_a_tier_that_fails_is_fenced_and_the_server_goes_on_as_if_it_were_
 
 
 async def test_a_fenced_tier_is_opened_again_when_it_works_and_probed_less_often_while_it_does_not(
-    worlds: Any, tier: Any, digests: Any, unavailable: Exception, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, unavailable: Exception, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         tier.fill(world.namespace, digests(2))
@@ -77,7 +80,7 @@ async def test_a_fenced_tier_is_opened_again_when_it_works_and_probed_less_often
 
 
 async def test_a_tier_that_opens_is_fenced_and_comes_back_says_each_once(
-    worlds: Any, tier: Any, digests: Any, unavailable: Exception, autojump_clock: Any, caplog: Any
+    worlds: Worlds, tier: LoopTier, unavailable: Exception, autojump_clock: trio.testing.MockClock, caplog: Any
 ) -> None:
     caplog.set_level(logging.INFO, "lmcache_trio.server")
 
@@ -104,7 +107,7 @@ async def test_a_tier_that_opens_is_fenced_and_comes_back_says_each_once(
 @pytest.mark.parametrize("operation", ["contains", "load", "store"])
 @pytest.mark.parametrize("hang", [False, True])
 async def test_a_call_that_hangs_fences_the_tier_and_it_serves_again_when_the_call_has_returned(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any, operation: str, hang: bool
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock, operation: str, hang: bool
 ) -> None:
     async with worlds(tier, tier_timeout=5.0, prefetch_budget=60.0) as world:
         tier.fill(world.namespace, digests(2))
@@ -130,10 +133,8 @@ async def test_a_call_that_hangs_fences_the_tier_and_it_serves_again_when_the_ca
         assert (await world.lookup(9, digests(2))).chunks == 2
 
 
-async def test_with_one_tier_hung_another_one_serves(
-    worlds: Any, tiers: Any, digests: Any, autojump_clock: Any
-) -> None:
-    near, far = tiers(), tiers()
+async def test_with_one_tier_hung_another_one_serves(worlds: Worlds, autojump_clock: trio.testing.MockClock) -> None:
+    near, far = LoopTier(), LoopTier()
     async with worlds(near, far) as world:
         near.fill(world.namespace, digests(2, "near"))
         near.stall("contains", "load", hang=True)
@@ -147,7 +148,7 @@ async def test_with_one_tier_hung_another_one_serves(
 
 
 async def test_a_bug_in_a_tier_costs_that_tier_and_is_told(
-    worlds: Any, tier: Any, digests: Any, caplog: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, caplog: Any, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         tier.failing["contains"] = ZeroDivisionError("a bug")
@@ -161,7 +162,7 @@ async def test_a_bug_in_a_tier_costs_that_tier_and_is_told(
 
 
 async def test_an_answer_of_the_wrong_length_is_a_bug_in_the_tier(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         tier.fill(world.namespace, digests(2))
@@ -170,7 +171,7 @@ async def test_an_answer_of_the_wrong_length_is_a_bug_in_the_tier(
             await trio.lowlevel.checkpoint()
             return []
 
-        tier.load = load
+        tier.load = load  # type: ignore[method-assign]
         assert (await world.lookup(1, digests(2))).chunks == 0
         assert (await _fenced(world))["bugs"] == 1
         await world.scheduler.end(1)
@@ -179,7 +180,7 @@ async def test_an_answer_of_the_wrong_length_is_a_bug_in_the_tier(
 
 
 async def test_a_tier_that_does_not_open_is_opened_later_and_the_server_is_there_meanwhile(
-    worlds: Any, tier: Any, digests: Any, unavailable: Exception, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, unavailable: Exception, autojump_clock: trio.testing.MockClock
 ) -> None:
     tier.failing["open"] = unavailable
     async with worlds(tier) as world:
@@ -191,7 +192,7 @@ async def test_a_tier_that_does_not_open_is_opened_later_and_the_server_is_there
 
 
 async def test_a_start_gives_a_slow_tier_its_time_beside_what_else_it_does_and_no_more(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any, monkeypatch: pytest.MonkeyPatch
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grow = supervise._grow
 
@@ -211,7 +212,7 @@ async def test_a_start_gives_a_slow_tier_its_time_beside_what_else_it_does_and_n
         assert (await world.lookup(2, digests(2))).chunks == 2
 
 
-async def test_a_setting_for_which_a_tier_cannot_be_opened_ends_the_start(tier: Any, heap: Any, tmp_path: Any) -> None:
+async def test_a_setting_for_which_a_tier_cannot_be_opened_ends_the_start(tier: LoopTier, tmp_path: Any) -> None:
     tier.failing["open"] = ConfigError("path", "is no directory")
     memory = {"backend": "cpu", "size": 1 << 20}
     ready = False
@@ -223,7 +224,7 @@ async def test_a_setting_for_which_a_tier_cannot_be_opened_ends_the_start(tier: 
 
 
 async def test_a_server_whose_tier_is_refused_in_the_time_that_a_start_gives_it_is_never_ready(
-    rigs: Any, heap: Any, tier: Any, autojump_clock: Any
+    rigs: Opener, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     tier.failing["open"] = ConfigError("path", "is no directory")
     tier.stall("open")
@@ -236,19 +237,19 @@ async def test_a_server_whose_tier_is_refused_in_the_time_that_a_start_gives_it_
             tier.go_on()
 
         with pytest.raises(ConfigError, match="is no directory"):
-            async with rigs(heap(), tiers=[tier]):
+            async with rigs(HeapConfig(), tiers=[tier]):
                 ready = True
     assert not ready
 
 
 @pytest.mark.parametrize("refused", [False, True])
 async def test_a_local_tier_has_been_opened_before_a_server_is_ready_however_long_that_takes(
-    worlds: Any, tiers: Any, refused: bool, autojump_clock: Any, caplog: pytest.LogCaptureFixture
+    worlds: Worlds, refused: bool, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class LocalLoopTier(tiers, LocalTier):  # type: ignore[misc]
+    class LocalLoopTier(LoopTier, LocalTier):
         pass
 
-    tier: Any = LocalLoopTier()  # type: ignore[call-arg]
+    tier: Any = LocalLoopTier()
     tier.stall("open")
     if refused:
         tier.failing["open"] = ConfigError("path", "holds files of the user's")
@@ -276,7 +277,7 @@ async def test_a_local_tier_has_been_opened_before_a_server_is_ready_however_lon
 
 
 async def test_what_is_stored_is_written_back_with_its_parent_and_held_only_until_then(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         before = world.held()
@@ -295,7 +296,7 @@ async def test_what_is_stored_is_written_back_with_its_parent_and_held_only_unti
 
 
 async def test_a_store_is_never_delayed_by_a_tier_and_the_oldest_leaves_are_dropped_and_counted(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, writeback_bytes=6 * SHARD) as world:
         tier.stall("store", hang=True)
@@ -315,7 +316,7 @@ async def test_a_store_is_never_delayed_by_a_tier_and_the_oldest_leaves_are_drop
 
 
 async def test_writeback_is_bounded_by_half_of_a_small_arena(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, size=1 << 20) as world:
         tier.stall("store", hang=True)
@@ -326,7 +327,7 @@ async def test_writeback_is_bounded_by_half_of_a_small_arena(
 
 @pytest.mark.parametrize("why", ["refused", "dropped", "fenced"])
 async def test_a_chunk_that_was_not_written_is_offered_again_when_it_is_used(
-    worlds: Any, tier: Any, digests: Any, unavailable: Exception, autojump_clock: Any, why: str
+    worlds: Worlds, tier: LoopTier, unavailable: Exception, autojump_clock: trio.testing.MockClock, why: str
 ) -> None:
     async with worlds(tier, writeback_bytes=SHARD) as world:
         real = tier.store
@@ -336,7 +337,7 @@ async def test_a_chunk_that_was_not_written_is_offered_again_when_it_is_used(
             return [False] * len(records)
 
         if why == "refused":
-            tier.store = refuse
+            tier.store = refuse  # type: ignore[method-assign]
         elif why == "dropped":
             tier.stall("store", hang=True)
             await world.store(8, digests(1, "in the way"))
@@ -347,7 +348,7 @@ async def test_a_chunk_that_was_not_written_is_offered_again_when_it_is_used(
         await world.store(1, digests(1))
         await world.settled()
         assert ChunkKey(world.namespace, digests(1)[0]) not in tier.chunks
-        tier.store = real
+        tier.store = real  # type: ignore[method-assign]
         tier.failing.clear()
         tier.go_on()
         await trio.sleep(2)
@@ -359,9 +360,9 @@ async def test_a_chunk_that_was_not_written_is_offered_again_when_it_is_used(
 
 
 async def test_what_was_loaded_goes_to_the_other_tiers_and_not_back_to_its_own(
-    worlds: Any, tiers: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, autojump_clock: trio.testing.MockClock
 ) -> None:
-    near, far = tiers(), tiers()
+    near, far = LoopTier(), LoopTier()
     async with worlds(near, far) as world:
         far.fill(world.namespace, digests(2))
         answer = await world.lookup(1, digests(2))
@@ -373,7 +374,7 @@ async def test_what_was_loaded_goes_to_the_other_tiers_and_not_back_to_its_own(
 
 
 async def test_what_is_queued_is_written_before_the_server_ends(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, grace=5.0) as world:
         tier.stall("store")
@@ -384,12 +385,12 @@ async def test_what_is_queued_is_written_before_the_server_ends(
 
 
 async def test_a_tier_that_hangs_holds_up_the_end_for_the_grace_only(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any, caplog: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock, caplog: Any
 ) -> None:
     start = 0.0
     with trio.move_on_after(100):
         async with worlds(tier, grace=7.0, tier_timeout=60.0) as world:
-            keep, tier.go_on = tier.go_on, lambda: None
+            keep, tier.go_on = tier.go_on, lambda: None  # type: ignore[method-assign]
             tier.stall("store")
             await world.store(1, digests(3))
             await world.settled()
@@ -403,9 +404,9 @@ async def test_a_tier_that_hangs_holds_up_the_end_for_the_grace_only(
 
 
 async def test_a_reset_is_acknowledged_when_the_tiers_have_deleted(
-    worlds: Any, tiers: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, autojump_clock: trio.testing.MockClock
 ) -> None:
-    near, far = tiers(), tiers()
+    near, far = LoopTier(), LoopTier()
     async with worlds(near, far) as world:
         other = b"o" * 32
         far.fill(other, digests(1))
@@ -433,7 +434,7 @@ async def test_a_reset_is_acknowledged_when_the_tiers_have_deleted(
 
 
 async def test_a_load_that_began_before_a_reset_never_lands(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         before = world.held()
@@ -455,7 +456,7 @@ async def test_a_load_that_began_before_a_reset_never_lands(
 
 
 async def test_a_write_that_began_before_a_reset_is_deleted_by_it(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         tier.stall("store")
@@ -481,7 +482,7 @@ async def test_a_write_that_began_before_a_reset_is_deleted_by_it(
 
 
 async def test_while_a_tier_deletes_it_serves_nothing_of_the_namespace(
-    worlds: Any, tier: Any, digests: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, tier_timeout=60.0) as world:
         tier.fill(world.namespace, digests(2))
@@ -497,7 +498,7 @@ async def test_while_a_tier_deletes_it_serves_nothing_of_the_namespace(
 
 
 async def test_a_fenced_tier_remembers_what_it_owes_and_deletes_it_before_it_serves_again(
-    worlds: Any, tier: Any, digests: Any, unavailable: Exception, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, unavailable: Exception, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         tier.fill(world.namespace, digests(2))
@@ -516,7 +517,7 @@ async def test_a_fenced_tier_remembers_what_it_owes_and_deletes_it_before_it_ser
 
 
 async def test_a_reset_whose_deletion_fails_is_not_acknowledged(
-    worlds: Any, tier: Any, digests: Any, unavailable: Exception, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, unavailable: Exception, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
         tier.fill(world.namespace, digests(2))
@@ -529,7 +530,7 @@ async def test_a_reset_whose_deletion_fails_is_not_acknowledged(
 
 
 async def test_resets_beyond_the_limit_are_refused_by_name_while_a_tier_deletes(
-    worlds: Any, tier: Any, autojump_clock: Any
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, limits=Limits(resets=2)) as world:
         tier.stall("delete")

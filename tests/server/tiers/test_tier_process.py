@@ -14,6 +14,7 @@ import pytest
 import trio
 import trio.testing
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from support.server import digests
 
 from lmcache_trio import Client, Config
 from lmcache_trio._server import supervise
@@ -162,7 +163,7 @@ def _ends(process: Process, grace: float, signals: int) -> None:
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_with_every_thread_of_a_disk_hung_in_loads_memory_and_another_disk_serve_and_a_signal_ends_the_process(
-    start: Start, address: str, tmp_path: Path, digests: Any, signals: int
+    start: Start, address: str, tmp_path: Path, signals: int
 ) -> None:
     hung, other = tmp_path / "hung", tmp_path / "other"
     parked, healthy = digests(2 * THREADS, "parked"), digests(2, "healthy")
@@ -216,7 +217,7 @@ async def _contained(path: Path, keys: list[ChunkKey]) -> list[bool]:
 
 @pytest.mark.parametrize("operations", [("store",), ("contains", "store")])
 def test_with_a_disk_hung_in_its_stores_and_questions_memory_serves_and_a_signal_ends_the_process(
-    start: Start, address: str, tmp_path: Path, digests: Any, operations: tuple[str, ...]
+    start: Start, address: str, tmp_path: Path, operations: tuple[str, ...]
 ) -> None:
     sets = [*faulty(tmp_path / "hung", *operations), "grace=2.0", "tier_timeout=60.0"]
     process = start(*sets, hanging=len(operations))

@@ -1,12 +1,14 @@
 """The device transfer worker over a fake device: who owns what, at each point of a copy, whatever ends meanwhile."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
 import pytest
 import trio
+import trio.testing
+from support.server import digests, say_hello
 from support.transfer.rig import (
     BLOCKS,
     CHUNK_BLOCKS,
@@ -41,7 +43,7 @@ from lmcache_trio._wire.messages import (
 from lmcache_trio.testing.fake_device import FakeDevice
 
 
-async def test_what_was_stored_from_blocks_comes_back_into_others(open_rig: Open, digests: Callable[..., Any]) -> None:
+async def test_what_was_stored_from_blocks_comes_back_into_others(open_rig: Open) -> None:
     async with open_rig() as rig:
         chain = digests(3)
         fill(rig, chain, range(6))
@@ -90,9 +92,7 @@ async def test_a_wrong_export_is_an_error_reply_and_the_connection_lives(open_ri
         assert isinstance(await rig.attach(rig.export), Ack)
 
 
-async def test_requests_that_do_not_fit_the_export_are_refused_before_anything_is_granted(
-    open_rig: Open, digests: Callable[..., Any]
-) -> None:
+async def test_requests_that_do_not_fit_the_export_are_refused_before_anything_is_granted(open_rig: Open) -> None:
     async with open_rig() as rig:
         chain = digests(2)
         await rig.stored(1, chain, range(4))
@@ -117,9 +117,9 @@ async def test_requests_that_do_not_fit_the_export_are_refused_before_anything_i
         assert rig.device.running == []
 
 
-async def test_a_worker_without_memory_attached_is_told_so(open_rig: Open, connect: Callable[..., Any]) -> None:
+async def test_a_worker_without_memory_attached_is_told_so(open_rig: Open) -> None:
     async with open_rig() as rig:
-        other = await connect(rig.server.address, Role.WORKER, "another engine")
+        other = await say_hello(rig.server.address, Role.WORKER, "another engine")
         packed = encode_export(rig.export)
         for cls, args in ((Attach, (packed,)), (StoreBlocks, (1, b"", b"d" * 32, pack_positions([0, 1])))):
             reply = await other.ask_with(descriptors_of(rig.export), cls, *args)
@@ -148,10 +148,10 @@ async def test_memory_that_is_opened_after_its_client_went_is_let_go(open_rig: O
         assert rig.held["attached"] == 0
 
 
-async def test_a_server_without_a_device_says_so(connect: Callable[..., Any]) -> None:
+async def test_a_server_without_a_device_says_so() -> None:
     config = Config(address="memory://none", chunk_tokens=CHUNK_TOKENS, grace=0.05, device={"backend": "none"})
     async with open_server(config, memory=PlainMemory()) as server:
-        worker = await connect(server.address, Role.WORKER)
+        worker = await say_hello(server.address, Role.WORKER)
         reply = await worker.ask(Attach, b"")
         assert isinstance(reply, ErrorReply)
         assert reply.kind is ErrorKind.UNAVAILABLE
@@ -192,9 +192,7 @@ async def end_request(rig: Rig, how: str, number: int, session: int) -> None:
 
 
 @pytest.mark.parametrize("point", POINTS)
-async def test_a_store_is_published_though_its_session_ended(
-    open_rig: Open, digests: Callable[..., Any], point: str
-) -> None:
+async def test_a_store_is_published_though_its_session_ended(open_rig: Open, point: str) -> None:
     async with open_rig() as rig:
         await kept_queued(rig, digests(1, "other"), point)
         chain = digests(2)
@@ -214,7 +212,7 @@ async def test_a_store_is_published_though_its_session_ended(
 @pytest.mark.parametrize("how", ["withdrawn", "its engine lost", "its namespace reset"])
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_store_that_ends_early_publishes_nothing_and_keeps_its_slots_until_its_copy_has_ended(
-    open_rig: Open, digests: Callable[..., Any], point: str, how: str
+    open_rig: Open, point: str, how: str
 ) -> None:
     async with open_rig() as rig:
         await kept_queued(rig, digests(1, "other"), point)
@@ -253,7 +251,7 @@ async def test_a_store_that_ends_early_publishes_nothing_and_keeps_its_slots_unt
 @pytest.mark.parametrize("how", ["withdrawn", "its engine lost", "its lease released", "its namespace reset"])
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_load_that_ends_early_keeps_slots_and_blocks_until_its_copy_has_ended(
-    open_rig: Open, digests: Callable[..., Any], point: str, how: str
+    open_rig: Open, point: str, how: str
 ) -> None:
     async with open_rig() as rig:
         chain = digests(2)
@@ -283,9 +281,7 @@ async def test_a_load_that_ends_early_keeps_slots_and_blocks_until_its_copy_has_
                 assert [rig.read(8 + i) for i in range(4)] == [rig.read(i) for i in range(4)]
 
 
-async def test_a_copy_that_fails_publishes_nothing_and_its_load_is_not_valid(
-    open_rig: Open, digests: Callable[..., Any]
-) -> None:
+async def test_a_copy_that_fails_publishes_nothing_and_its_load_is_not_valid(open_rig: Open) -> None:
     async with open_rig() as rig:
         chain = digests(1)
         await rig.scheduler.lookup(1, chain)
@@ -300,13 +296,11 @@ async def test_a_copy_that_fails_publishes_nothing_and_its_load_is_not_valid(
         assert rig.held["pins"] == 0
 
 
-async def test_what_another_shard_gave_up_is_not_said_to_be_stored(
-    open_rig: Open, digests: Callable[..., Any], connect: Callable[..., Any]
-) -> None:
+async def test_what_another_shard_gave_up_is_not_said_to_be_stored(open_rig: Open) -> None:
     async with open_rig() as rig:
-        two = Rig(rig.server, rig.device, connect, "two ranks")
-        two.scheduler = await connect(rig.server.address, Role.SCHEDULER, two.engine, shards=2)
-        ranks = [await connect(rig.server.address, Role.WORKER, two.engine, i, 2) for i in range(2)]
+        two = Rig(rig.server, rig.device, say_hello, "two ranks")
+        two.scheduler = await say_hello(rig.server.address, Role.SCHEDULER, two.engine, shards=2)
+        ranks = [await say_hello(rig.server.address, Role.WORKER, two.engine, i, 2) for i in range(2)]
         for rank in ranks:
             await rank.register(shard_bytes=SHARD_BYTES)
         for rank in ranks:
@@ -322,7 +316,7 @@ async def test_what_another_shard_gave_up_is_not_said_to_be_stored(
 
 
 async def test_a_reservation_that_timed_out_under_its_copy_publishes_nothing(
-    open_rig: Open, digests: Callable[..., Any], autojump_clock: Any
+    open_rig: Open, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with open_rig(reservation_timeout=1.0) as rig:
         chain = digests(1)
@@ -339,15 +333,15 @@ async def test_a_reservation_that_timed_out_under_its_copy_publishes_nothing(
 
 
 async def test_a_worker_whose_copies_never_end_leaves_the_other_engines_room_and_is_named(
-    open_rig: Open, digests: Callable[..., Any], connect: Callable[..., Any], caplog: Any, autojump_clock: Any
+    open_rig: Open, caplog: Any, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with open_rig(reservation_timeout=10.0) as rig:
         chain = digests(200)
         await rig.scheduler.lookup(1, chain)
         await rig.store(1, chain, [0, 1] * 200)
         assert rig.counted["drops"]["share"] == 200 - 128
-        other = await connect(rig.server.address, Role.SCHEDULER, "other")
-        worker = await connect(rig.server.address, Role.WORKER, "other")
+        other = await say_hello(rig.server.address, Role.SCHEDULER, "other")
+        worker = await say_hello(rig.server.address, Role.WORKER, "other")
         await worker.register(shard_bytes=SHARD_BYTES)
         await other.lookup(1, digests(4, "more"))
         assert await worker.commit((await worker.reserve(1, digests(4, "more"))).reservation) == 4
@@ -357,9 +351,7 @@ async def test_a_worker_whose_copies_never_end_leaves_the_other_engines_room_and
             assert "engine 'engine'" in line
 
 
-async def test_who_lost_its_connection_is_told_when_its_blocks_are_let_go(
-    open_rig: Open, digests: Callable[..., Any]
-) -> None:
+async def test_who_lost_its_connection_is_told_when_its_blocks_are_let_go(open_rig: Open) -> None:
     async with open_rig() as rig:
         chain = digests(1)
         await rig.stored(1, chain, [0, 1])
@@ -379,9 +371,7 @@ async def test_who_lost_its_connection_is_told_when_its_blocks_are_let_go(
         assert rig.said(asker) == [Ack(6)]
 
 
-async def test_the_server_drains_until_its_copies_have_ended(
-    connect: Callable[..., Any], digests: Callable[..., Any]
-) -> None:
+async def test_the_server_drains_until_its_copies_have_ended() -> None:
     device = FakeDevice()
     config = Config(address="memory://drain", chunk_tokens=CHUNK_TOKENS, grace=60)
     done = trio.Event()
@@ -395,7 +385,7 @@ async def test_the_server_drains_until_its_copies_have_ended(
 
     async with trio.open_nursery() as nursery:
         server, leave = await nursery.start(serve)
-        rig = Rig(server, device, connect)
+        rig = Rig(server, device, say_hello)
         await rig.start()
         chain = digests(1)
         await rig.scheduler.lookup(1, chain)

@@ -1,11 +1,12 @@
 """Device transfers when something is wrong: with the device, with a client, or with the order of what it says."""
 
-from collections.abc import Callable
 from typing import Any
 
 import attrs
 import pytest
 import trio
+import trio.testing
+from support.server import digests, say_hello
 from support.transfer.rig import BLOCKS, PIECE, SHARD_BYTES, Open, Rig, fill, settled
 
 from lmcache_trio._core.transfer.exports import Export, TensorView
@@ -27,8 +28,6 @@ from lmcache_trio._wire.messages import (
 )
 from lmcache_trio.abc import ArenaDevice, Attached, Copy, Ticket
 from lmcache_trio.testing.fake_device import FakeCopy, FakeDevice
-
-Digests = Callable[..., list[bytes]]
 
 
 class BuggyDevice(FakeDevice):
@@ -68,7 +67,7 @@ def shorter(export: Export) -> Export:
     return attrs.evolve(export, layers=views)
 
 
-async def test_memory_that_was_being_opened_for_a_former_layout_is_let_go(open_rig: Open, digests: Digests) -> None:
+async def test_memory_that_was_being_opened_for_a_former_layout_is_let_go(open_rig: Open) -> None:
     """Its chunks would be longer than their slots: a copy would write over its neighbours'."""
     async with open_rig() as rig:
         rig.device.hold_attach()
@@ -143,7 +142,7 @@ async def test_what_a_lost_client_was_having_opened_is_given_up(open_rig: Open) 
 # --- bugs in the device ---------------------------------------------------------------------------------------------
 
 
-async def test_a_bug_in_starting_a_copy_costs_that_copy(open_rig: Open, digests: Digests) -> None:
+async def test_a_bug_in_starting_a_copy_costs_that_copy(open_rig: Open) -> None:
     device = BuggyDevice()
     async with open_rig(device) as rig:
         await rig.scheduler.lookup(1, digests(1))
@@ -156,7 +155,7 @@ async def test_a_bug_in_starting_a_copy_costs_that_copy(open_rig: Open, digests:
         await rig.stored(2, digests(1), [0, 1])
 
 
-async def test_a_bug_in_letting_go_costs_nobody_anything(open_rig: Open, digests: Digests) -> None:
+async def test_a_bug_in_letting_go_costs_nobody_anything(open_rig: Open) -> None:
     device = BuggyDevice()
     async with open_rig(device) as rig:
         device.detach_fails = True
@@ -168,13 +167,11 @@ async def test_a_bug_in_letting_go_costs_nobody_anything(open_rig: Open, digests
         await rig.stored(2, digests(1), [0, 1])
 
 
-async def test_a_copy_whose_end_is_lost_keeps_what_it_owns_and_nobody_else_waiting(
-    open_rig: Open, digests: Digests, connect: Callable[..., Any]
-) -> None:
+async def test_a_copy_whose_end_is_lost_keeps_what_it_owns_and_nobody_else_waiting(open_rig: Open) -> None:
     device = BuggyDevice()
     async with open_rig(device) as rig:
         rig.room(SHARD_BYTES)
-        other = Rig(rig.server, device, connect, "another engine")
+        other = Rig(rig.server, device, say_hello, "another engine")
         await other.start()
         chain = digests(1)
         await rig.scheduler.lookup(1, chain)
@@ -200,7 +197,7 @@ async def test_a_copy_whose_end_is_lost_keeps_what_it_owns_and_nobody_else_waiti
 
 
 async def test_what_waits_behind_a_lost_copy_is_given_back_and_what_runs_beside_it_when_it_has_ended(
-    open_rig: Open, digests: Digests
+    open_rig: Open,
 ) -> None:
     device = BuggyDevice()
     async with open_rig(device) as rig:
@@ -243,7 +240,7 @@ async def test_no_client_queues_more_than_some(open_rig: Open, monkeypatch: pyte
 
 @pytest.mark.parametrize("how", ["its namespace reset", "its reservation timed out"])
 async def test_a_store_that_nobody_would_publish_is_not_copied(
-    open_rig: Open, digests: Digests, how: str, autojump_clock: Any
+    open_rig: Open, how: str, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with open_rig(reservation_timeout=1.0) as rig:
         rig.room(1)
@@ -264,7 +261,7 @@ async def test_a_store_that_nobody_would_publish_is_not_copied(
         assert rig.held["bytes_quarantined"] == rig.held["bytes_writing"] == 0
 
 
-async def test_a_load_that_would_not_be_valid_is_not_copied(open_rig: Open, digests: Digests) -> None:
+async def test_a_load_that_would_not_be_valid_is_not_copied(open_rig: Open) -> None:
     async with open_rig() as rig:
         await rig.stored(1, digests(1), [0, 1])
         await rig.stored(2, digests(1, "other"), [0, 1])
@@ -285,7 +282,7 @@ async def test_a_load_that_would_not_be_valid_is_not_copied(open_rig: Open, dige
 # --- what a copy must follow ----------------------------------------------------------------------------------------
 
 
-async def test_a_store_waits_for_its_event_and_keeps_no_other_from_the_device(open_rig: Open, digests: Digests) -> None:
+async def test_a_store_waits_for_its_event_and_keeps_no_other_from_the_device(open_rig: Open) -> None:
     async with open_rig(gpu=True) as rig:
         rig.room(SHARD_BYTES)
         event = rig.device.event()
@@ -305,7 +302,7 @@ async def test_a_store_waits_for_its_event_and_keeps_no_other_from_the_device(op
         assert rig.said() == [Stored(first, 1, 1, {})]
 
 
-async def test_a_load_waits_for_its_event(open_rig: Open, digests: Digests) -> None:
+async def test_a_load_waits_for_its_event(open_rig: Open) -> None:
     async with open_rig(gpu=True) as rig:
         fill(rig, digests(1), [0, 1])
         await rig.stored(1, digests(1), [0, 1])
@@ -321,9 +318,7 @@ async def test_a_load_waits_for_its_event(open_rig: Open, digests: Digests) -> N
 
 
 @pytest.mark.parametrize("how", ["withdrawn", "its engine lost", "its event unknown"])
-async def test_a_request_whose_event_never_comes_may_end_nevertheless(
-    open_rig: Open, digests: Digests, how: str
-) -> None:
+async def test_a_request_whose_event_never_comes_may_end_nevertheless(open_rig: Open, how: str) -> None:
     async with open_rig(gpu=True) as rig:
         await rig.scheduler.lookup(1, digests(1))
         event = b"?" * 64 if how == "its event unknown" else rig.device.event()
@@ -344,9 +339,7 @@ async def test_a_request_whose_event_never_comes_may_end_nevertheless(
 
 
 @pytest.mark.parametrize(("gpu", "event"), [(False, b"e" * 64), (True, b"e" * 63), (True, b"e")])
-async def test_an_event_is_one_and_memory_of_the_host_knows_none(
-    open_rig: Open, digests: Digests, gpu: bool, event: bytes
-) -> None:
+async def test_an_event_is_one_and_memory_of_the_host_knows_none(open_rig: Open, gpu: bool, event: bytes) -> None:
     async with open_rig(gpu=gpu) as rig:
         await rig.scheduler.lookup(1, digests(1))
         packed = pack_positions([0, 1])
@@ -386,9 +379,7 @@ class ArenaFake(FakeDevice, ArenaDevice):
             raise self.fault
 
 
-async def test_a_device_is_told_that_the_arena_grew_while_something_is_attached(
-    open_rig: Open, digests: Digests
-) -> None:
+async def test_a_device_is_told_that_the_arena_grew_while_something_is_attached(open_rig: Open) -> None:
     device = ArenaFake()
     async with open_rig(device) as rig:
         transfer = rig.server._parts.transfer

@@ -14,6 +14,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support.server import digests
 from support.transfer.loop import Loop
 from support.transfer.rig import SHARD_BYTES, Open
 from support.transfer.world import CHUNKS, LENT, World
@@ -181,9 +182,7 @@ def pick(those: Any, choice: int) -> Any:
     return those[choice % len(those)]
 
 
-def test_no_byte_moves_that_is_not_the_devices_and_nothing_half_copied_is_served(
-    open_rig: Open, digests: Callable[..., list[bytes]]
-) -> None:
+def test_no_byte_moves_that_is_not_the_devices_and_nothing_half_copied_is_served(open_rig: Open) -> None:
     class Life(TransferLife):
         @asynccontextmanager
         async def opened(self) -> AsyncIterator[World]:
