@@ -14,14 +14,16 @@ import os
 
 import trio
 
-from lmcache_trio._server.handlers import error_reply, handle
+from lmcache_trio._server.handlers import HANDLERS
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.tasks import Branch
 from lmcache_trio._transport import Connection, PairListener
 from lmcache_trio._wire.codec import ECHO, decode, peek_id
+from lmcache_trio._wire.messages import ErrorReply, Message, Register, Role
+from lmcache_trio._wire.protocol import FROM_CLIENT, kind_of, speakers
 from lmcache_trio.config.addresses import socket_path
-from lmcache_trio.errors import Gone, LMCacheTrioError, ProtocolError, Unavailable
+from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 __all__ = ["TAKE_UP", "serve_peer"]
 
@@ -35,6 +37,7 @@ TURN = 0.0005
 """Seconds in which messages of one client are carried out in a row: some 30 lookups of one chunk, or one statistics."""
 SHARE = 0.01
 """Of the loop's time, what a client takes without going through the lane; a hundred such clients would fill it."""
+_NAMES = {Role.OBSERVER: "an observer", Role.SCHEDULER: "a scheduler", Role.WORKER: "a worker"}
 
 
 async def serve_peer(parts: Parts, peer: Peer, listener: PairListener, branch: Branch) -> None:
@@ -148,14 +151,56 @@ def _carry_out(parts: Parts, peer: Peer, frame: bytes) -> None:
         peer.send_frame(frame)
         return
     try:
-        reply = handle(parts, peer, decode(frame))
+        reply = _reply_to(parts, peer, decode(frame))
     except ProtocolError as exc:
-        last_word = error_reply(peek_id(frame), exc)
+        last_word = _error_reply(peek_id(frame), exc)
         if last_word is not None:
             peer.send(last_word)
         raise
     if reply is not None:
         peer.send(reply)
+
+
+def _reply_to(parts: Parts, peer: Peer, message: Message) -> Message | None:
+    """Carry out *message* and return the reply; `ProtocolError` when no client may send it.
+
+    An error of `lmcache_trio.errors` becomes an ErrorReply of its kind. Any other exception is a bug in one handler: it
+    is logged, counted and answered, and ends nothing else.
+    """
+    kind = type(message)
+    if kind not in FROM_CLIENT[peer.hello.role]:
+        return _out_of_place(peer, message)
+    try:
+        return HANDLERS[kind](parts, peer, message)
+    except ProtocolError:
+        raise
+    except LMCacheTrioError as exc:
+        if kind is Register:
+            log.warning("%s cannot be cached: %s", peer, exc)
+        return _error_reply(message, exc)
+    except Exception as exc:  # a bug of ours: contained here, logged, and told to the sender
+        parts.counts.events["handler_bugs"] += 1
+        log.exception("bug in the handler of %s for %s", kind.__name__, peer)
+        return _error_reply(message, Unavailable(f"internal error of the server: {exc!r}; see its log"))
+
+
+def _out_of_place(peer: Peer, message: Message) -> Message | None:
+    """A message for another role fails the request; a message that no client may send ends the connection."""
+    kind = type(message)
+    roles = speakers(kind)
+    if not roles:
+        raise ProtocolError(f"{kind.__name__} is not for a client to say here")
+    names = " or ".join(_NAMES[role] for role in roles)
+    return _error_reply(message, Misuse(f"{kind.__name__} is for {names} to say, not for {peer}"))
+
+
+def _error_reply(message: Message | int, error: LMCacheTrioError) -> ErrorReply | None:
+    """The reply that tells of *error*; None for a notice, which gets no reply (the error is logged)."""
+    number = message if isinstance(message, int) else getattr(message, "id", None)
+    if number is None:
+        log.debug("notice %s: %s", type(message).__name__, error)
+        return None
+    return ErrorReply(number, kind_of(error), str(error)[:4000])
 
 
 async def _write(peer: Peer, transport: Connection) -> None:

@@ -1,8 +1,6 @@
 """One plain function per sentence: `(parts, peer, message) -> reply | None`, called inline by the peer's reader.
 
-Nothing here waits. `_wire.protocol` decides which role may say what. A request that fails raises an error of
-`lmcache_trio.errors`, which becomes an ErrorReply of its kind; `ProtocolError` ends the connection too. Any other
-exception is a bug in one handler: it is logged, counted and answered, and ends nothing else.
+Nothing here waits. A request that fails raises an error of `lmcache_trio.errors`, which `connection` answers.
 """
 
 import json
@@ -24,7 +22,6 @@ from lmcache_trio._wire.messages import (
     Committed,
     CopiesEnded,
     Done,
-    ErrorReply,
     Finished,
     Message,
     Ping,
@@ -34,57 +31,14 @@ from lmcache_trio._wire.messages import (
     Reserve,
     Reserved,
     Retrieve,
-    Role,
     Statistics,
     StatisticsReply,
 )
-from lmcache_trio._wire.protocol import FROM_CLIENT, kind_of, speakers
-from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
+from lmcache_trio.errors import Gone, Misuse, Unavailable
 
-__all__ = ["HANDLERS", "error_reply", "handle"]
+__all__ = ["HANDLERS"]
 
 log = logging.getLogger("lmcache_trio.server")
-
-
-def handle(parts: Parts, peer: Peer, message: Message) -> Message | None:
-    """Carry out *message* and return the reply, an ErrorReply included; ProtocolError when it was out of place."""
-    kind = type(message)
-    if kind not in FROM_CLIENT[peer.hello.role]:
-        return _out_of_place(peer, message)
-    try:
-        return HANDLERS[kind](parts, peer, message)
-    except ProtocolError:
-        raise
-    except LMCacheTrioError as exc:
-        if kind is Register:
-            log.warning("%s cannot be cached: %s", peer, exc)
-        return error_reply(message, exc)
-    except Exception as exc:  # a bug of ours: contained here, logged, and told to the sender
-        parts.counts.events["handler_bugs"] += 1
-        log.exception("bug in the handler of %s for %s", kind.__name__, peer)
-        return error_reply(message, Unavailable(f"internal error of the server: {exc!r}; see its log"))
-
-
-def _out_of_place(peer: Peer, message: Message) -> Message | None:
-    """A message for another role fails the request; a message that no client may send ends the connection."""
-    kind = type(message)
-    roles = speakers(kind)
-    if not roles:
-        raise ProtocolError(f"{kind.__name__} is not for a client to say here")
-    names = " or ".join(_NAMES[role] for role in roles)
-    return error_reply(message, Misuse(f"{kind.__name__} is for {names} to say, not for {peer}"))
-
-
-def error_reply(message: Message | int, error: LMCacheTrioError) -> ErrorReply | None:
-    """The reply that tells of *error*; None for a notice, which gets no reply (the error is logged)."""
-    number = message if isinstance(message, int) else getattr(message, "id", None)
-    if number is None:
-        log.debug("notice %s: %s", type(message).__name__, error)
-        return None
-    return ErrorReply(number, kind_of(error), str(error)[:4000])
-
-
-_NAMES = {Role.OBSERVER: "an observer", Role.SCHEDULER: "a scheduler", Role.WORKER: "a worker"}
 
 
 def _ping(parts: Parts, peer: Peer, message: Ping) -> Message:

@@ -220,14 +220,10 @@ async def _grow(parts: Parts, *, task_status: trio.TaskStatus[None]) -> None:
 
     Started once the first piece is there: the server would refuse stores of clients that came earlier as too large.
     """
-    parts.tasks.running += 1
-    try:
+    grew = await _take_piece(parts)
+    task_status.started()
+    while grew:
         grew = await _take_piece(parts)
-        task_status.started()
-        while grew:
-            grew = await _take_piece(parts)
-    finally:
-        parts.tasks.running -= 1
 
 
 async def _take_piece(parts: Parts) -> bool:

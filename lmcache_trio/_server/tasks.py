@@ -24,29 +24,31 @@ Branch = Callable[[], AbstractAsyncContextManager[Starter]]
 
 
 class Tasks:
-    """Makes starters, and counts the tasks that run: to walk the tree of 2,000 clients takes 20 ms."""
+    """Makes starters, and counts the tasks in their nurseries: to walk the tree of 2,000 clients takes 20 ms."""
 
     def __init__(self) -> None:
-        self.running = 0
+        self._nurseries: set[trio.Nursery] = set()
+
+    @property
+    def running(self) -> int:
+        """Tasks in the nurseries of all starters."""
+        return sum(len(nursery.child_tasks) for nursery in self._nurseries)
 
     def starter(self, nursery: trio.Nursery) -> Starter:
         """Starts tasks in *nursery*."""
+        self._nurseries.add(nursery)
 
         def start(fn: Callable[..., Awaitable[object]], *args: object, name: object = None) -> None:
-            self.running += 1
-            nursery.start_soon(self._counted, fn, args, name=name or fn)
+            nursery.start_soon(fn, *args, name=name or fn)
 
         return start
 
     @asynccontextmanager
     async def branch(self) -> AsyncIterator[Starter]:
         """A nursery of its own for the block, and the starter of its tasks, which are cancelled at the block's end."""
-        async with trio.open_nursery() as nursery:
-            yield self.starter(nursery)
-            nursery.cancel_scope.cancel()
-
-    async def _counted(self, fn: Callable[..., Awaitable[object]], args: tuple[object, ...]) -> None:
         try:
-            await fn(*args)
+            async with trio.open_nursery() as nursery:
+                yield self.starter(nursery)
+                nursery.cancel_scope.cancel()
         finally:
-            self.running -= 1
+            self._nurseries.discard(nursery)

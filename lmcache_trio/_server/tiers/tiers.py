@@ -95,12 +95,6 @@ class Tiers:
             for key in keys:
                 runner.writer.offer(key)
 
-    def used(self, namespace: bytes, digests: Sequence[bytes]) -> None:
-        """An engine got a lease on *digests*: each tier is offered again those that it has not taken."""
-        for runner in self.runners:
-            if runner.writer.unwritten:
-                runner.writer.used(namespace, digests)
-
     def forget(self, namespace: bytes) -> list[Deletion]:
         """Serve nothing of *namespace* any more. Returns the deletions, which the runners carry out."""
         return [runner.forget(namespace) for runner in self.runners]
