@@ -1,7 +1,6 @@
 """The documentation says what the code says: its tables are made from it, its links lead somewhere."""
 
 import ast
-import importlib.util
 import os
 import re
 import subprocess
@@ -13,25 +12,20 @@ from typing import Any
 
 import attrs
 import pytest
+from support.programs import DOCS, load_program
 
 from lmcache_trio import open_server
 from lmcache_trio.adapters.vllm.settings import ConnectorSettings
 from lmcache_trio.config import Access, ClientConfig, Config, Limits
 from lmcache_trio.statistics import ServerCounted, ServerHeld, TierStatistics
 
-DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 
 
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
     """docs/reference/tables.py, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("tables", DOCS / "reference" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program("reference/tables.py")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table: " in page.read_text()], ids=lambda p: p.stem)

@@ -1,30 +1,21 @@
 """The tier of docs/howto passes the suite that every tier passes."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from support.programs import DOCS, load_program
 
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.testing.faulty_tier import Fault, FaultyTier
 from lmcache_trio.testing.tier_contract import MakeTier, TierContract, key_of, load_of, record_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "howto" / "files_tier.py"
-
 
 @pytest.fixture(scope="module")
 def page() -> Any:
     """docs/howto/files_tier.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("files_tier", PAGE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["files_tier"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_program("howto/files_tier.py")
 
 
 # --8<-- contract
@@ -57,7 +48,7 @@ async def test_a_medium_that_fails_is_unavailable_and_the_next_call_works(page: 
 
 
 def test_all_of_it_is_under_60_lines() -> None:
-    assert len(PAGE.read_text().splitlines()) < 60
+    assert len((DOCS / "howto" / "files_tier.py").read_text().splitlines()) < 60
 
 
 @pytest.mark.parametrize("offset", [0, 20, -1])

@@ -1,27 +1,21 @@
 """docs/howto/sync_engine.py does what its page says, against a real server."""
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from support.programs import load_program
 
 from lmcache_trio.testing.sides import ServerProcess
 
-PROGRAM = Path(__file__).parents[2] / "docs" / "howto" / "sync_engine.py"
 BLOCKS, TOKENS = 16, list(range(200))
 
 
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sync_engine", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program("howto/sync_engine.py")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The Trio scheduler of docs/howto does what the page says, against a real server."""
 
 import hashlib
-import importlib.util
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 import trio
+from support.programs import DOCS, load_program
 
 from lmcache_trio import Client, Config, Role, chain_digests, open_client, open_server, seed_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "howto" / "trio_scheduler.py"
 CHUNK_TOKENS = 16
 SHARD_BYTES = 8192
 
@@ -22,16 +21,11 @@ SHARD_BYTES = 8192
 @pytest.fixture(scope="module")
 def page() -> ModuleType:
     """docs/howto/trio_scheduler.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("trio_scheduler", PAGE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program("howto/trio_scheduler.py")
 
 
 def test_it_takes_thirty_lines() -> None:
-    lines = [line for line in PAGE.read_text().splitlines() if line.strip()]
+    lines = [line for line in (DOCS / "howto" / "trio_scheduler.py").read_text().splitlines() if line.strip()]
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 120  # and none of them is two
 
