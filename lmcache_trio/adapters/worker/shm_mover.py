@@ -12,13 +12,14 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import trio
 
 from lmcache_trio._wire.codec import unpack_positions
 from lmcache_trio._wire.messages import Commit, Committed, Pinned, Reserve, Reserved
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, RegisteredKV, StoreJob, reply_within
 from lmcache_trio.client import Client
-from lmcache_trio.errors import Misuse
+from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.threads import DedicatedThread
 
 __all__ = ["Probe", "ShmMover", "no_probe"]
@@ -54,9 +55,8 @@ class ShmMover:
     async def store(self, client: Client, job: StoreJob) -> None:
         """See `Mover.store`."""
         spec = job.spec
+        await self._turn(client, job)
         with reply_within(self._reply_timeout):
-            if job.before is not None:
-                await job.before.asked.wait()
             self._registered.check(client, job, alike=True)
             ask = Reserve(client.new_id(), spec.session, spec.parent, spec.digests)
             reserved = await client.request(ask, Reserved, lambda late: client.abort_nowait(late.reservation))
@@ -75,6 +75,16 @@ class ShmMover:
             aborted = len(unpack_positions(reserved.positions)) - kept
             dropped["aborted"] = dropped.get("aborted", 0) + aborted
         self._jobs.stored(job, kept, dropped)
+
+    async def _turn(self, client: Client, job: StoreJob) -> None:
+        """Wait until the store before *job* has asked, for as long as the server says anything."""
+        heard = -1
+        while job.before is not None and not job.before.asked.is_set() and client.heard != heard:
+            heard = client.heard
+            with trio.move_on_after(self._reply_timeout):
+                await job.before.asked.wait()
+        if job.before is not None and not job.before.asked.is_set():
+            raise Unavailable(f"the server said nothing for {self._reply_timeout} s")
 
     async def load(self, client: Client, job: LoadJob) -> None:
         """See `Mover.load`."""
