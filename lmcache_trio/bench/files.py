@@ -10,7 +10,7 @@ import attrs
 
 from lmcache_trio.errors import Unavailable
 
-__all__ = ["PAGE", "Extent", "forget", "pieces", "read_direct", "why_no_direct", "written"]
+__all__ = ["PAGE", "Extent", "forget", "index_mark", "pieces", "read_direct", "why_no_direct", "written"]
 
 PAGE = 4096
 """What O_DIRECT wants offsets, lengths and addresses to be multiples of, on any disk."""
@@ -66,6 +66,11 @@ def _forget(path: Path) -> None:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
+
+
+def index_mark(folder: Path) -> Path:
+    """The file in which a disk tier in *folder* notes each change of its index."""
+    return next(folder.rglob("lmcache-trio-index-mark"))
 
 
 def written(path: Path) -> list[Extent]:
