@@ -76,8 +76,10 @@ class WorkerAdapter:
             raise Misuse(f"shard is {shard} of {shards}: shards count from 0")
         check_seconds("reply_timeout", reply_timeout)
         check_seconds("connect_timeout", connect_timeout)
-        if isinstance(fingerprint_extra, str | bytes):
+        if isinstance(fingerprint_extra, str | bytes) or not isinstance(fingerprint_extra, Sequence):
             raise Misuse(f"fingerprint_extra is {fingerprint_extra!r}: give a list, as [{fingerprint_extra!r}]")
+        if not all(isinstance(part, str | bytes) and part for part in fingerprint_extra):
+            raise Misuse(f"fingerprint_extra is {fingerprint_extra!r}: give parts that are str or bytes and not empty")
         if path not in get_args(Path):
             raise Misuse(f"path is {path!r}: it must be one of {', '.join(get_args(Path))}")
         self._block_tokens = block_tokens

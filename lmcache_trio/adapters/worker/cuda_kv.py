@@ -15,6 +15,7 @@ import attrs
 import torch
 
 from lmcache_trio._core.transfer.exports import CudaMemory
+from lmcache_trio.adapters.specs import check_whole
 from lmcache_trio.adapters.worker.paged import BlockIndex, Bytes, PagedKV, PieceGroup, StoredPiece
 from lmcache_trio.errors import Misuse, Unavailable
 
@@ -98,5 +99,12 @@ class CudaPagedKV(PagedKV):
 
 def make_paged_kv(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> PagedKV:
     """The engine's blocks, in CPU memory or on a GPU: where its tensors lie. `Misuse` names a layer it can't move."""
+    if not isinstance(kv_caches, Mapping):
+        raise Misuse(f"kv_caches is a {type(kv_caches).__name__}: give a dict from each layer's name to its tensor")
+    for name, tensor in kv_caches.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise Misuse(f"layer {name!r} is a {type(tensor).__name__}: register a torch tensor")
+    if num_blocks is not None:
+        check_whole("num_blocks", num_blocks, 1)
     on_gpu = any(tensor.device.type == "cuda" for tensor in kv_caches.values())
     return (CudaPagedKV if on_gpu else PagedKV)(kv_caches, num_blocks=num_blocks)

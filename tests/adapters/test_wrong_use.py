@@ -1,11 +1,15 @@
-"""An adapter in a forked child, and addresses that are none."""
+"""An adapter in a forked child, and arguments that are none."""
 
 import os
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from lmcache_trio.adapters import SchedulerAdapter, WorkerAdapter
+from lmcache_trio.adapters.worker.cuda_kv import make_paged_kv
 from lmcache_trio.errors import Misuse
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv
 
@@ -37,3 +41,24 @@ def test_an_address_that_is_no_str_is_refused(address: object) -> None:
         SchedulerAdapter(address, engine_id="e", identity=["m"], block_tokens=16)  # type: ignore[arg-type]
     with pytest.raises(Misuse, match="address is"):
         WorkerAdapter(address, engine_id="e", block_tokens=16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("extra", [None, "an extra", [""], [None], [7], {"an": "extra"}])
+def test_a_fingerprint_extra_that_is_none_is_refused_by_its_name(extra: object) -> None:
+    with pytest.raises(Misuse, match=r"^fingerprint_extra is"):
+        WorkerAdapter("unix:///nowhere", engine_id="e", block_tokens=16, fingerprint_extra=extra)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kv", "blocks", "why"),
+    [
+        ([torch.zeros(9, 16, 4)], 9, "kv_caches is a list"),
+        ({"one": None}, 9, "layer 'one' is a NoneType"),
+        ({"one": np.zeros((9, 16, 4))}, 9, "layer 'one' is a ndarray"),
+        ({"one": torch.zeros(9, 16, 4)}, 9.0, "num_blocks is 9.0"),
+        ({"one": torch.zeros(9, 16, 4)}, 0, "num_blocks is 0"),
+    ],
+)
+def test_kv_caches_that_are_none_are_refused_by_their_name(kv: Any, blocks: Any, why: str) -> None:
+    with pytest.raises(Misuse, match=why):
+        make_paged_kv(kv, num_blocks=blocks)
