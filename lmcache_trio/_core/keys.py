@@ -18,6 +18,7 @@ __all__ = [
     "DIGEST_BYTES",
     "ChunkKey",
     "chain_digests",
+    "check_chunk_tokens",
     "identity_of",
     "join_digests",
     "namespace_of",
@@ -89,6 +90,15 @@ def chain_digests(
         parent = link.digest()
         digests.append(parent)
     return digests
+
+
+def check_chunk_tokens(chunk_tokens: int, block_tokens: int) -> None:
+    """`Misuse`, unless a chunk of *chunk_tokens* is a whole number of the engine's blocks of *block_tokens*."""
+    if chunk_tokens < 1 or chunk_tokens % block_tokens:
+        raise Misuse(
+            f"chunk_tokens ({chunk_tokens}) is not a multiple of the engine's block_tokens ({block_tokens}): set the"
+            " server's chunk_tokens to one that is"
+        )
 
 
 @functools.lru_cache(maxsize=64)

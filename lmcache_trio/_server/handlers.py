@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from lmcache_trio._core.keys import split_digests
+from lmcache_trio._core.keys import check_chunk_tokens, split_digests
 from lmcache_trio._server.lookups import HANDLERS as SCHEDULER_HANDLERS
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
@@ -56,12 +56,7 @@ def _register(parts: Parts, peer: Peer, message: Register) -> Message:
     engine = parts.engines.of(peer)
     if peer.pidfd is None:
         raise Misuse(f"{peer} got no arena, so it can neither store nor retrieve; the welcome's arena_note says why")
-    chunk_tokens = parts.config.chunk_tokens
-    if chunk_tokens % message.block_tokens:
-        raise Misuse(
-            f"the server's chunk_tokens ({chunk_tokens}) is no multiple of the engine's block size "
-            f"({message.block_tokens} tokens); set chunk_tokens to a multiple of {message.block_tokens}"
-        )
+    check_chunk_tokens(parts.config.chunk_tokens, message.block_tokens)
     shard = peer.hello.shard
     former = engine.layouts.pop(shard, None)
     if parts.transfer is not None:

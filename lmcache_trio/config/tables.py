@@ -61,21 +61,9 @@ def check_ids(instance: object, attribute: Any, value: Sequence[int]) -> None:
 
 def structure(cls: type[T], table: Mapping[str, Any], key: str = "") -> T:
     """*table* as a *cls*, an attrs class, strictly; *key* is the table's own dotted name, for messages."""
-    if not isinstance(table, Mapping):
-        raise ConfigError(
-            key or "configuration", f"{table!r} is not a table; write it as [{key or 'table'}] with one key per line"
-        )
-    plain = dict(table)
-    for field in attrs.fields(cls):  # type: ignore[arg-type]
-        parse = _PARSERS.get(field.metadata.get("unit", ""))
-        if parse is not None and isinstance(plain.get(field.name), str):
-            try:
-                plain[field.name] = parse(plain[field.name])
-            except ValueError as exc:
-                raise ConfigError(_join(key, field.name), str(exc)) from exc
     try:
-        return _converter.structure(plain, cls)
-    except cattrs.BaseValidationError as exc:
+        return _converter.structure(table, cls)
+    except (cattrs.BaseValidationError, ValueError) as exc:
         _explain(exc, key)
 
 
@@ -148,9 +136,20 @@ _TEXT = _strict("a string", lambda v: type(v) is str, str)
 
 
 def _table_of(cls: type[Any], converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
-    """The hook of a table inside another one."""
-    make = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True)
-    return _strict("a table", lambda v: isinstance(v, Mapping), lambda v: make(v, cls))
+    """The hook of a class of settings."""
+    parsers = {field.name: _PARSERS.get(field.metadata.get("unit", "")) for field in attrs.fields(cls)}
+    hooks: dict[str, Any] = {
+        name: cattrs.override(struct_hook=_parsed(parse, converter)) for name, parse in parsers.items() if parse
+    }
+    make = make_dict_structure_fn(
+        cls, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True, **hooks
+    )
+    return _strict("a table", lambda v: isinstance(v, Mapping), lambda v: make(dict(v), cls))
+
+
+def _parsed(parse: Callable[[str], object], converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """The hook of a field with a unit."""
+    return lambda value, kind: parse(value) if isinstance(value, str) else converter.structure(value, kind)
 
 
 def _make_converter() -> cattrs.Converter:

@@ -39,6 +39,12 @@ def test_tiers_are_a_list_of_tables_and_can_be_set_by_index(tmp_path: Path) -> N
     assert [dict(tier) for tier in config.tiers] == [{"backend": "disk", "path": "/b"}, {"backend": "disk"}]
 
 
+def test_a_size_in_an_inner_table_takes_a_unit_too() -> None:
+    assert load_config(None, ["limits.unfinished_bytes=64MiB"], {}).limits.unfinished_bytes == 64 << 20
+    with pytest.raises(ConfigError, match=r"limits\.unfinished_bytes: .* is not a size"):
+        load_config(None, ["limits.unfinished_bytes=much"], {})
+
+
 def test_a_value_that_is_no_toml_is_the_string_that_it_is() -> None:
     assert load_config(None, ["address=tcp://127.0.0.1:5555"], {}).address == "tcp://127.0.0.1:5555"
     assert load_config(None, ['device={backend="host"}'], {}).device == {"backend": "host"}

@@ -5,7 +5,7 @@ It knows no server, decides nothing about lookups, and sends nothing.
 
 from collections.abc import Callable, Sequence
 
-from lmcache_trio._core.keys import chain_digests, identity_of, seed_of
+from lmcache_trio._core.keys import chain_digests, check_chunk_tokens, identity_of, seed_of
 from lmcache_trio.adapters.specs import check_whole, own_numbers
 from lmcache_trio.errors import Misuse
 from lmcache_trio.threads import Lock
@@ -47,7 +47,7 @@ class Prompts:
         self.chunk_tokens = least if chunk_tokens is None else chunk_tokens
         self._chunk_tokens_fixed = self._chunk_tokens_given = chunk_tokens is not None
         if self._chunk_tokens_fixed:
-            self._check_chunk_tokens(self.chunk_tokens)
+            check_chunk_tokens(self.chunk_tokens, block_tokens)
         self._identity = _checked_identity(identity)
         self.weights: tuple[str | bytes, ...] = ()
         """What tells the weights from those that the identity names."""
@@ -76,7 +76,7 @@ class Prompts:
             if not self._chunk_tokens_given:
                 fix = f"it began with a server of {self.chunk_tokens}; set the server's to that, or restart the engine"
             raise Misuse(f"the server's chunk_tokens is {chunk_tokens} and this engine's {self.chunk_tokens}: {fix}")
-        self._check_chunk_tokens(chunk_tokens)
+        check_chunk_tokens(chunk_tokens, self.block_tokens)
         self._chunk_tokens_fixed = True
         differs = chunk_tokens != self.chunk_tokens
         self.chunk_tokens = chunk_tokens
@@ -131,13 +131,6 @@ class Prompts:
                 raise Misuse(f"{name} is {value}: it must be a multiple of block_tokens ({self.block_tokens})")
         if len(block_ids) * self.block_tokens != external_tokens:
             raise Misuse(f"block_ids has {len(block_ids)} blocks for {external_tokens} external_tokens")
-
-    def _check_chunk_tokens(self, chunk_tokens: int) -> None:
-        if chunk_tokens < 1 or chunk_tokens % self.block_tokens:
-            raise Misuse(
-                f"chunk_tokens ({chunk_tokens}) is not a multiple of the engine's block_tokens ({self.block_tokens}):"
-                " set the server's chunk_tokens to one that is"
-            )
 
 
 def _checked_identity(identity: Sequence[str | bytes]) -> tuple[str | bytes, ...]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import trio
 
-from lmcache_trio._core.keys import seed_of
+from lmcache_trio._core.keys import check_chunk_tokens, seed_of
 from lmcache_trio._wire.messages import MAX_DIGESTS, MAX_RESERVED, PROTOCOL_VERSION, Hello, Role
 from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
@@ -281,11 +281,7 @@ class WorkerAdapter:
                 f"the server's chunk_tokens is {client.chunk_tokens} and this engine's {self._wanted_chunk_tokens}:"
                 " set them alike, or leave the engine's out"
             )
-        if client.chunk_tokens % self._block_tokens:
-            raise Misuse(
-                f"the server's chunk_tokens ({client.chunk_tokens}) is no multiple of the engine's block_tokens"
-                f" ({self._block_tokens}): set the server's chunk_tokens to one that is"
-            )
+        check_chunk_tokens(client.chunk_tokens, self._block_tokens)
         if client.arena is None and client.arena_note != self._arena_note:
             self._arena_note = client.arena_note
             logger.warning("working without a cache: %s", client.arena_note or "the server gave this worker no arena")
