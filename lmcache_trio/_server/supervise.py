@@ -32,7 +32,6 @@ from lmcache_trio import __version__
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.index import Index
 from lmcache_trio._server import rendezvous
-from lmcache_trio._server.address import prepare_directory
 from lmcache_trio._server.answers import Answers
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.connection import serve_peer
@@ -42,6 +41,7 @@ from lmcache_trio._server.engines import Engines
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peers import Peers
 from lmcache_trio._server.plugins import make_device, make_memory
+from lmcache_trio._server.socket_directory import prepare_directory
 from lmcache_trio._server.statistics import statistics_of
 from lmcache_trio._server.tasks import Starter, Tasks
 from lmcache_trio._server.tiers.tiers import Tiers, make_tiers

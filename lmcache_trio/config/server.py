@@ -50,10 +50,10 @@ def _group(instance: object, attribute: Any, value: int | str) -> None:
 
 @attrs.frozen
 class Access:
-    """Who may connect to a server at a `unix://` address: its own uid, root, and those named here.
+    """Who may connect to a server at a `unix://` address, beside its own uid and root.
 
-    The directory and the socket get their modes from it: 0700 and 0600 with nobody named; 0750 and 0660, of that group,
-    with a group; 0755 and 0666 with uids, since then the server alone tells who comes.
+    The modes of the directory and of the socket follow from it: 0700 and 0600 by default; with a group 0750 and 0660,
+    of that group; with uids 0755 and 0666, because then the server itself refuses other uids.
     """
 
     uids: tuple[int, ...] = setting((), "Uids that may connect, beside the server's own and root.", check=check_ids)
@@ -83,7 +83,7 @@ class Access:
 
 
 PRIVATE = Access()
-"""Nobody but the server's own uid and root."""
+"""The server's own uid and root alone."""
 
 
 _COUNT = between(1, 1 << 40)
@@ -91,10 +91,10 @@ _COUNT = between(1, 1 << 40)
 
 @attrs.frozen
 class Limits:
-    """What a client may have at one time. A request beyond is refused, and counted; none is meant to be felt.
+    """What a client may have at one time. A request beyond a limit is refused and counted. No engine should reach one.
 
-    The defaults leave room for an engine with 1,000 running requests of 128,000 tokens in chunks of 64: 2,000 chunks a
-    request, 2,048,000 digests (62 MiB) together. The reference says what each default costs at most.
+    The defaults leave room for an engine with 1,000 running requests of 128,000 tokens in chunks of 64: 2,000 chunks in
+    each, 2,048,000 digests (62 MiB) together. The reference says what each default costs at most.
     """
 
     clients: int = setting(
@@ -218,7 +218,7 @@ class Config:
 
     def __attrs_post_init__(self) -> None:
         if self.access != PRIVATE and not isinstance(parse_rendezvous(self.address), UnixAddress | MemoryAddress):
-            raise ConfigError("access", f"{self.address} does not tell who connects; use a unix:// address with it")
+            raise ConfigError("access", f"the kernel tells no uid at {self.address}; use a unix:// address with it")
 
 
 def describe(cls: type[Any] = Config) -> list[tuple[str, object, str]]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lmcache_trio import ConfigError
-from lmcache_trio._server.address import prepare_directory
 from lmcache_trio._server.plugins import find_backend, make_memory
+from lmcache_trio._server.socket_directory import prepare_directory
 from lmcache_trio.abc import Memory
 
 

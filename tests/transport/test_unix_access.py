@@ -18,7 +18,7 @@ import lmcache_trio._transport.over_unix
 import lmcache_trio.client
 import lmcache_trio.config
 from lmcache_trio import Config, ConfigError, Role, Unavailable, open_client, open_server
-from lmcache_trio._server.address import prepare_directory
+from lmcache_trio._server.socket_directory import prepare_directory
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ErrorKind, Refused
 from lmcache_trio.adapters import SchedulerAdapter, WorkerAdapter

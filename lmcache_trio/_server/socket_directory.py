@@ -1,4 +1,4 @@
-"""The directory that the address of a socket file needs."""
+"""Makes the directory of the socket's file, and refuses one that is not safe."""
 
 import os
 import re
