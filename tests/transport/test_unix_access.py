@@ -17,7 +17,7 @@ import trio
 import lmcache_trio._transport.over_unix
 import lmcache_trio.client
 import lmcache_trio.config
-from lmcache_trio import Config, ConfigError, Role, Unavailable, open_client, open_server
+from lmcache_trio import Config, ConfigError, Misuse, Role, Unavailable, open_client, open_server
 from lmcache_trio._server.socket_directory import prepare_directory
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ErrorKind, Refused
@@ -209,6 +209,14 @@ def test_an_adapter_speaks_to_a_server_of_a_uid_that_it_was_given(
         assert theirs.result() != [""]
     finally:
         adapter.shutdown()
+
+
+@pytest.mark.parametrize("uids", [1000, "1000", ["1000"], [-1], [True]])
+def test_an_adapter_refuses_what_is_not_a_list_of_uids(uids: Any) -> None:
+    with pytest.raises(Misuse, match="server_uids"):
+        SchedulerAdapter("unix:///nowhere", engine_id="e", identity=["m"], block_tokens=16, server_uids=uids)
+    with pytest.raises(Misuse, match="server_uids"):
+        WorkerAdapter("unix:///nowhere", engine_id="e", block_tokens=16, server_uids=uids)
 
 
 @needs_root
