@@ -62,3 +62,12 @@ def test_a_fingerprint_extra_that_is_none_is_refused_by_its_name(extra: object) 
 def test_kv_caches_that_are_none_are_refused_by_their_name(kv: Any, blocks: Any, why: str) -> None:
     with pytest.raises(Misuse, match=why):
         make_paged_kv(kv, num_blocks=blocks)
+
+
+def test_a_spec_that_is_none_is_refused(live_server: ServerProcess, sides: MakeSide) -> None:
+    """As `update_after_alloc` gives where nothing is to be loaded."""
+    one = sides(live_server.address, make_kv())
+    nothing: Any = one.scheduler.update_after_alloc("r", 0)
+    for use, kind in ((one.worker.retrieve_now, "LoadSpec"), (one.worker.store_now, "StoreSpec")):
+        with pytest.raises(Misuse, match=f"None is not a {kind}"):
+            use([nothing])

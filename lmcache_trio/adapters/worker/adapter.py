@@ -174,7 +174,7 @@ class WorkerAdapter:
         in chunks of 256.
         """
         jobs = []
-        for spec, blocks, kv in self._planned(specs):
+        for spec, blocks, kv in self._planned(specs, StoreSpec):
             at, fence = 0, kv.fence()
             for part in spec.parts(MAX_RESERVED, MAX_DIGESTS):
                 end = at + len(part.block_ids)
@@ -186,7 +186,7 @@ class WorkerAdapter:
     def _begin_loads(self, specs: Sequence[LoadSpec], *, reported: bool) -> list[LoadJob]:
         """Submit *specs*, as `_begin_stores` does."""
         jobs = []
-        for spec, blocks, kv in self._planned(specs):
+        for spec, blocks, kv in self._planned(specs, LoadSpec):
             at, fence = 0, kv.fence()
             for part in spec.parts(MAX_DIGESTS):
                 end = at + len(part.block_ids)
@@ -195,8 +195,12 @@ class WorkerAdapter:
         self._begin(jobs)
         return jobs
 
-    def _planned(self, specs: Sequence[_Spec]) -> "list[tuple[_Spec, BlockIndex, PagedKV]]":
-        """*specs* with this worker's values, the blocks of each, and the KV that has them. `Misuse`: it has not."""
+    def _planned(self, specs: Sequence[_Spec], kind: type[_Spec]) -> "list[tuple[_Spec, BlockIndex, PagedKV]]":
+        """*specs*, each a *kind*, with this worker's values, the blocks of each, and the KV that has them. `Misuse`: it
+        has not.
+        """
+        if wrong := [spec for spec in specs if not isinstance(spec, kind)]:
+            raise Misuse(f"{wrong[0]!r:.80} is not a {kind.__name__}")
         if (kv := self._registered.latest) is None:
             raise Misuse("register_kv_caches comes before stores and retrieves")
         planned = [spec.planned_for(self._registered.chunk_tokens, self._block_tokens) for spec in specs]
