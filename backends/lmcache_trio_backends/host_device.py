@@ -3,15 +3,9 @@
 An engine's memory is an anonymous file (memfd), whose descriptor the engine passes over its connection; it is taken
 only when it cannot be made shorter (sealed), since touching a page that is gone would kill the server (SIGBUS).
 
-Measured (chunks of 32 MiB, 32 KiB blocks scattered in 512 MiB, one thread, share of memcpy's processor time between
-private arrays; a plain memcpy between the same shared files has 0.88): one call a chunk, over the blocks of all layers,
-`np.take(out=, mode="clip")` 0.92 and assignment of one void item a block 0.95; one call a piece 0.91 and 0.91 to 0.94,
-chunk by chunk or piece by piece. So it is one call a chunk where the layers lie at one stride, which also waits for the
-loop's thread once, not 64 times. Before, a piece at a time and rows of bytes: 0.83 and 0.82. One memcpy a block is left
-for gathering blocks that do not lie densely. This needs no torch.
+`lmcache_trio.host_memory` moves the blocks. This needs no torch.
 """
 
-import ctypes
 import fcntl
 import mmap
 import os
@@ -23,20 +17,15 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
-from lmcache_trio.abc import ArenaDevice, Attached, Copy, Direction, Export, Memory, Piece, SharedMemory, Ticket
+from lmcache_trio.abc import ArenaDevice, Attached, Copy, Direction, Export, Memory, SharedMemory, Ticket
 from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.threads import DedicatedThread, offload
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    _Bytes = npt.NDArray[np.uint8]
-    _Index = npt.NDArray[np.int64]
+    from lmcache_trio.host_memory import BlockIndex, BlockRun, Bytes
 
 __all__ = ["HostConfig", "HostDevice"]
 
-_POPULATE_WRITE = 23  # Linux 5.14; older kernels say EINVAL, and pages come one by one, with the first copy
 _PIECE = 64 << 20
 """Bytes whose pages are entered by one call: about 10 ms, the longest that a cancellation waits for it."""
 
@@ -46,60 +35,17 @@ class HostConfig:
     """The `host` device has no settings."""
 
 
-class _Run:
-    """Pieces at one stride in one allocation, one after the other in a slot: what one call can move.
-
-    *rows* are all places where a block of them may begin, *first* the row of each piece's block 0.
-    """
-
-    def __init__(self, mapped: "_Bytes", stride: int, length: int) -> None:
-        import numpy as np
-
-        self.length = length
-        self.dense = stride == length
-        count = (len(mapped) - length) // stride + 1
-        self.rows = np.lib.stride_tricks.as_strided(mapped, (count, length), (stride, 1))
-        self.items = self.rows.view(f"V{length}")[:, 0]
-        """The same, one item a block."""
-        self.first: list[int] = []
-
-    def index(self, blocks: "_Index") -> "_Index":
-        """The rows of *blocks*, piece after piece, as they stand in a slot."""
-        import numpy as np
-
-        first = np.asarray(self.first, dtype=np.int64)
-        return (first[:, None] + blocks[None, :]).ravel()
-
-
 class AttachedHost(Attached):
     """The engine's memory, mapped."""
 
-    def __init__(self, export: Export, maps: "Sequence[_Bytes]") -> None:
+    def __init__(self, export: Export, maps: "Sequence[Bytes]") -> None:
+        from lmcache_trio.host_memory import runs_of
+
         super().__init__(export)
-        self.runs: list[_Run] = []
-        last: Piece | None = None
-        for layer in export.pieces:
-            for piece in layer:
-                stride = _stride(piece)
-                if last is None or not _in_line(last, piece):
-                    start = piece.offset % stride
-                    self.runs.append(_Run(maps[piece.allocation][start:], stride, piece.length))
-                last = piece
-                self.runs[-1].first.append(piece.offset // stride)
+        self.runs: list[BlockRun] = runs_of([p for layer in export.pieces for p in layer], maps, export.num_blocks)
 
     def close(self) -> None:
         self.runs = []  # the mappings go with their last view
-
-
-def _stride(piece: Piece) -> int:
-    return max(piece.stride, piece.length)  # a tensor of one block may have any
-
-
-def _in_line(one: Piece, other: Piece) -> bool:
-    first, second = (
-        (piece.allocation, piece.length, _stride(piece), piece.offset % _stride(piece)) for piece in (one, other)
-    )
-    return first == second
 
 
 class _HostTicket(Ticket):
@@ -143,7 +89,7 @@ class HostDevice(ArenaDevice):
     async def attach(self, export: Export) -> Attached:
         if self._thread is None:
             raise Unavailable("the host device is not open")
-        maps: list[_Bytes] = []
+        maps: list[Bytes] = []
         try:
             await self._open(export, maps)
             opened = AttachedHost(export, maps)
@@ -153,7 +99,7 @@ class HostDevice(ArenaDevice):
         self._attached.add(opened)
         return opened
 
-    async def _open(self, export: Export, maps: "list[_Bytes]") -> None:
+    async def _open(self, export: Export, maps: "list[Bytes]") -> None:
         """Map the memory, a place in *maps* each, and enter its pages."""
         for memory in export.memory:
             if not isinstance(memory, SharedMemory):
@@ -224,38 +170,21 @@ def copy_blocks(copy: Copy, memory: Memory) -> int:
     for offset, blocks in zip(copy.slots, every, strict=True):
         slot = np.frombuffer(memory.view(offset, length), dtype=np.uint8)
         at = 0
+        wanted = np.flatnonzero(blocks >= 0)
+        places: slice | BlockIndex = wanted  # blocks that are left out in the middle are cut out of a copy
+        if len(wanted) and wanted[-1] - wanted[0] == len(wanted) - 1:
+            places = slice(int(wanted[0]), int(wanted[-1]) + 1)
         for run in attached.runs:
-            size = len(run.first) * count * run.length
+            part = slot[at : at + run.slot_bytes(count)]
             if copy.direction is Direction.STORE:
-                _gather(run, blocks, slot[at : at + size])
+                run.gather(blocks, part)
             else:
-                _scatter(slot[at : at + size], run, blocks)
-            at += size
+                run.scatter(part, count, places, blocks[wanted])
+            at += len(part)
     return length * len(copy.slots)
 
 
-def _gather(run: _Run, blocks: "_Index", part: "_Bytes") -> None:
-    import numpy as np
-
-    index, out = run.index(blocks), part.reshape(-1, run.length)
-    if run.dense:
-        np.take(run.rows, index, axis=0, out=out, mode="clip")
-    else:  # take() would first make a copy of everything that is there
-        for i, row in enumerate(index.tolist()):
-            out[i] = run.rows[row]
-
-
-def _scatter(part: "_Bytes", run: _Run, blocks: "_Index") -> None:
-    source = part.view(f"V{run.length}")
-    if blocks.min() >= 0:
-        run.items[run.index(blocks)] = source
-        return
-    wanted = blocks >= 0  # what is left out is cut out of a copy, a piece at a time
-    for first, piece in zip(run.first, source.reshape(-1, len(blocks)), strict=True):
-        run.items[first + blocks[wanted]] = piece[wanted]
-
-
-def _map(memory: SharedMemory) -> "_Bytes":
+def _map(memory: SharedMemory) -> "Bytes":
     """Map what is behind the descriptor, if it is what it is said to be. In a thread."""
     import numpy as np
 
@@ -280,15 +209,14 @@ def _check(memory: SharedMemory) -> None:
         raise Misuse("the memory could vanish under a copy: allocate it whole, and seal it against shrinking")
 
 
-def _populate(mapped: "_Bytes", start: int, length: int) -> None:
-    """Enter the pages into this process' table, which is slower than a copy. In a thread, without the GIL."""
-    _libc.madvise(ctypes.c_void_p(mapped.ctypes.data + start), ctypes.c_size_t(length), _POPULATE_WRITE)
+def _populate(mapped: "Bytes", start: int, length: int) -> None:
+    """In a thread."""
+    from lmcache_trio.host_memory import enter_pages
+
+    enter_pages(mapped.ctypes.data + start, length)
 
 
 def _populate_view(view: memoryview) -> None:
     import numpy as np
 
     _populate(np.frombuffer(view, dtype=np.uint8), 0, len(view))
-
-
-_libc = ctypes.CDLL(None, use_errno=True)

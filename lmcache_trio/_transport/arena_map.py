@@ -20,11 +20,11 @@ import numpy as np
 import trio
 
 from lmcache_trio.errors import ProtocolError, Unavailable
+from lmcache_trio.host_memory import enter_pages
 from lmcache_trio.threads import offload
 
 __all__ = ["ArenaMap"]
 
-_POPULATE_WRITE = 23  # Linux 5.14; older kernels say EINVAL
 _PIECE = 64 << 20
 """Bytes faulted in by one call: 15 ms at 4 GB/s, the longest that closing waits for it."""
 
@@ -32,7 +32,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class ArenaMap:
@@ -81,7 +80,7 @@ class ArenaMap:
 
     def _populate(self, start: int, length: int) -> None:
         head = start % mmap.PAGESIZE
-        if _libc.madvise(self._address + start - head, length + head, _POPULATE_WRITE) == 0:
+        if enter_pages(self._address + start - head, length + head):
             return
         view = self.view(start, length)
         np.frombuffer(view, dtype=np.uint8)[:: mmap.PAGESIZE].max()

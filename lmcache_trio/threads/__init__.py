@@ -11,16 +11,6 @@ from lmcache_trio.threads._dedicated import DedicatedThread
 from lmcache_trio.threads._forks import inherited
 from lmcache_trio.threads._portal import Portal
 from lmcache_trio.threads._tier import BlockingTier
-from lmcache_trio.threads._values import Handoff, Latch, Lock
+from lmcache_trio.threads._values import Handoff, Lock
 
-__all__ = [
-    "BlockingTier",
-    "DedicatedThread",
-    "Handoff",
-    "Latch",
-    "Lock",
-    "Portal",
-    "inherited",
-    "offload",
-    "offload_owned",
-]
+__all__ = ["BlockingTier", "DedicatedThread", "Handoff", "Lock", "Portal", "inherited", "offload", "offload_owned"]

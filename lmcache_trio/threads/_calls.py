@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import attrs
 import trio
 
 __all__ = ["Call", "offload", "offload_owned"]
@@ -30,37 +31,39 @@ async def offload_owned(
     loop ended first. It must not raise. The limiter's token is held until then too, so that a hung call counts.
     """
     held = limiter if limiter is not None else trio.to_thread.current_default_thread_limiter()
-    call = Call(fn, args, on_return)
+    call = Call(fn, args, on_return, held)
     try:
         await held.acquire_on_behalf_of(call)
     except BaseException:
         on_return()
         raise
-    call.release = lambda: held.release_on_behalf_of(call)
     try:
         trio.lowlevel.start_thread_soon(call.work, lambda _: None, name=getattr(fn, "__name__", "offload"))
     except BaseException:
-        call.release()
-        on_return()
+        call.withdraw()
         raise
     return await call.wait()
 
 
+@attrs.define(eq=False)
 class Call(Generic[T]):
-    """One call on its way through a thread: WAITING --work--> RUNNING --returned--> ENDED; withdrawn if WAITING."""
+    """One call on its way through a thread: WAITING --work--> RUNNING --returned--> ENDED; withdrawn if WAITING.
 
-    def __init__(self, fn: Callable[..., T], args: tuple[Any, ...], on_return: Callable[[], None] | None) -> None:
-        self._fn = fn
-        self._args = args
-        self._on_return = on_return
-        self._token = trio.lowlevel.current_trio_token()
-        self._task: trio.lowlevel.Task | None = None
-        self._guard = threading.Lock()
-        self._begun = False
-        self._withdrawn = False
-        self._value: T | None = None
-        self._error: BaseException | None = None
-        self.release: Callable[[], None] = lambda: None
+    With *on_return* it is owned: what it uses belongs to it, and its wait may be left while it runs.
+    """
+
+    _fn: Callable[..., T]
+    _args: tuple[Any, ...]
+    _on_return: Callable[[], None] | None = None
+    _limiter: trio.CapacityLimiter | None = None
+    """It holds a token of this one, on its own behalf."""
+    _token: trio.lowlevel.TrioToken = attrs.field(init=False, factory=trio.lowlevel.current_trio_token)
+    _guard: Any = attrs.field(init=False, factory=threading.Lock)
+    _task: trio.lowlevel.Task | None = attrs.field(init=False, default=None)
+    _begun: bool = attrs.field(init=False, default=False)
+    _withdrawn: bool = attrs.field(init=False, default=False)
+    _value: T | None = attrs.field(init=False, default=None)
+    _error: BaseException | None = attrs.field(init=False, default=None)
 
     def work(self) -> None:
         """In the thread."""
@@ -89,14 +92,16 @@ class Call(Generic[T]):
     def withdraw(self) -> None:
         """In the loop: hand back what a call holds that will never begin."""
         self._task = None
-        self.release()
+        if self._limiter is not None:
+            self._limiter.release_on_behalf_of(self)
         if self._on_return is not None:
             self._on_return()
 
     def _returned(self) -> None:
         del self._fn, self._args  # no buffer outlives its call here
         task, self._task = self._task, None
-        self.release()
+        if self._limiter is not None:
+            self._limiter.release_on_behalf_of(self)
         try:
             if self._on_return is not None:
                 self._on_return()

@@ -1,4 +1,4 @@
-"""One thread with a queue, for what must stay in one thread or in order. It refuses to answer for the loop's end."""
+"""One thread with a queue, for what must stay in one thread or in order."""
 
 import queue
 import threading
@@ -29,19 +29,25 @@ class DedicatedThread:
 
     async def run(self, fn: Callable[..., T], *args: Any) -> T:
         """Run ``fn(*args)`` there. A cancellation withdraws a call that has not begun and waits for one that has."""
-        return await self._submit(Call(fn, args, None))
+        call = Call(fn, args)
+        self._put(call)
+        return await call.wait()
 
     async def run_owned(self, fn: Callable[..., T], *args: Any, on_return: Callable[[], None]) -> T:
         """As `offload_owned`: the wait may be cancelled, and *on_return* runs in the loop when the call truly ended."""
-        return await self._submit(Call(fn, args, on_return))
+        call = Call(fn, args, on_return)
+        try:
+            self._put(call)
+        except Unavailable:
+            on_return()
+            raise
+        return await call.wait()
 
     def post(self, fn: Callable[..., object], *args: Any, on_return: Callable[[], None]) -> None:
         """Have the thread call ``fn(*args)``, in order, and return at once; *on_return* as in `run_owned`.
 
-        Nobody waits for the call, so *fn* must not raise: what it raises is dropped.
+        Nothing waits for the call, so *fn* must not raise: what it raises is dropped.
         """
-        if self._closed:
-            raise Unavailable(f"the thread {self.name} is closed")
         self._put(Call(fn, args, on_return))
 
     def close(self) -> None:
@@ -50,14 +56,9 @@ class DedicatedThread:
             self._closed = True
             self._queue.put(None)
 
-    async def _submit(self, call: Call[T]) -> T:
-        if self._closed:
-            call.withdraw()
-            raise Unavailable(f"the thread {self.name} is closed")
-        self._put(call)
-        return await call.wait()
-
     def _put(self, call: Call[Any]) -> None:
+        if self._closed:
+            raise Unavailable(f"the thread {self.name} is closed")
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
             self._thread.start()

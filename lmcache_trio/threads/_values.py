@@ -3,14 +3,13 @@
 import threading
 from typing import Generic, TypeVar
 
-__all__ = ["Handoff", "Latch", "Lock", "bounded"]
+__all__ = ["Handoff", "Lock", "bounded"]
 
 T = TypeVar("T")
 
 
 Lock = threading.Lock
 """A mutex for state that threads share. Not reentrant; hold it for a few lines and never wait under it."""
-Latch = Lock
 
 
 class Handoff(Generic[T]):

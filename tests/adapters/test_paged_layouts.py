@@ -104,9 +104,9 @@ def test_a_slot_holds_layers_then_pieces_then_blocks() -> None:
 
 
 def test_layers_of_one_storage_are_moved_by_one_call() -> None:
-    assert len(PagedKV(one_storage_layers_outside())._groups) == 1
-    assert len(PagedKV(one_storage_blocks_outside())._groups) == 1
-    assert len(PagedKV(apart_second())._groups) == LAYERS
+    assert len(PagedKV(one_storage_layers_outside())._runs) == 1
+    assert len(PagedKV(one_storage_blocks_outside())._runs) == 1
+    assert len(PagedKV(apart_second())._runs) == LAYERS
 
 
 def test_layouts_that_differ_have_different_fingerprints() -> None:

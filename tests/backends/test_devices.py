@@ -176,7 +176,7 @@ async def test_what_was_attached_is_unmapped_when_it_is_detached() -> None:
                 await device.wait_ended(ticket)
             in_loop: list[bool] = []
             assert isinstance(attached, AttachedHost)
-            weakref.finalize(attached.runs[0].items, lambda: in_loop.append(trio.lowlevel.in_trio_run()))
+            weakref.finalize(attached.runs[0], lambda: in_loop.append(trio.lowlevel.in_trio_run()))
             device.detach(attached)
             del attached, ticket
             assert device._unmapping is not None

@@ -30,7 +30,8 @@ from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, U
 if TYPE_CHECKING:
     import torch
 
-    from lmcache_trio.adapters.worker.paged import BlockIndex, PagedKV
+    from lmcache_trio.adapters.worker.paged import PagedKV
+    from lmcache_trio.host_memory import BlockIndex
 
 __all__ = ["Path", "WorkerAdapter"]
 
@@ -178,7 +179,9 @@ class WorkerAdapter:
             at, fence = 0, kv.fence()
             for part in spec.parts(MAX_RESERVED, MAX_DIGESTS):
                 end = at + len(part.block_ids)
-                jobs.append(StoreJob(part, blocks[at:end], kv=kv, fence=fence, reported=reported))
+                jobs.append(
+                    StoreJob(part, blocks[at:end].reshape(part.chunks, -1), kv=kv, fence=fence, reported=reported)
+                )
                 at = end
         self._begin(jobs)
         return jobs

@@ -8,16 +8,17 @@ it on one, `tests/backends/cuda` on a fake of the driver.
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 
-from lmcache_trio._core.transfer.exports import CudaMemory
+from lmcache_trio._core.transfer.exports import CudaMemory, Piece
 from lmcache_trio.adapters.specs import check_whole
-from lmcache_trio.adapters.worker.paged import BlockIndex, Bytes, PagedKV, PieceGroup, StoredPiece
+from lmcache_trio.adapters.worker.paged import PagedKV, Run
 from lmcache_trio.errors import Misuse, Unavailable
+from lmcache_trio.host_memory import BlockIndex, Bytes, in_line
 
 __all__ = ["CudaPagedKV", "cuda_memory_of", "make_paged_kv"]
 
@@ -54,30 +55,31 @@ def cuda_memory_of(tensor: torch.Tensor) -> tuple[CudaMemory, int]:
 
 
 @attrs.frozen(eq=False)
-class _CudaPieces:
+class _CudaRun:
     """Pieces on a GPU as [pieces, blocks, bytes of a block]; a copy goes through a tensor of one chunk's size there."""
 
     rows: torch.Tensor
-    pieces: int
-    length: int
 
-    def gather(self, block_ids: BlockIndex, slot: Bytes) -> None:
-        index = torch.from_numpy(block_ids).to(self.rows.device)
-        self._view(slot, len(block_ids)).copy_(self.rows.index_select(1, index))  # returns when it has ended
+    def slot_bytes(self, blocks: int) -> int:
+        return self.rows.shape[0] * blocks * self.rows.shape[2]
 
-    def scatter(self, slot: Bytes, chunk_blocks: int, skip: int, block_ids: BlockIndex) -> None:
-        source = self._view(slot, chunk_blocks)[:, skip : skip + len(block_ids)].to(self.rows.device)
-        self.rows.index_copy_(1, torch.from_numpy(block_ids).to(self.rows.device), source)
+    def gather(self, blocks: BlockIndex, part: Bytes) -> None:
+        index = torch.from_numpy(blocks).to(self.rows.device)
+        self._view(part, len(blocks)).copy_(self.rows.index_select(1, index))  # returns when it has ended
+
+    def scatter(self, part: Bytes, count: int, places: slice, blocks: BlockIndex) -> None:
+        source = self._view(part, count)[:, places].to(self.rows.device)
+        self.rows.index_copy_(1, torch.from_numpy(blocks).to(self.rows.device), source)
         torch.cuda.current_stream(self.rows.device).synchronize()
 
-    def _view(self, slot: Bytes, count: int) -> torch.Tensor:
-        return torch.from_numpy(slot).view(self.pieces, count, self.length)
+    def _view(self, part: Bytes, blocks: int) -> torch.Tensor:
+        return torch.from_numpy(part).view(self.rows.shape[0], blocks, self.rows.shape[2])
 
 
 class CudaPagedKV(PagedKV):
     """All layers' KV of one worker, on one GPU."""
 
-    _memory = "cuda"
+    memory = "cuda"
 
     def __init__(self, kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> None:
         if len({tensor.device for tensor in kv_caches.values()}) != 1:
@@ -89,12 +91,15 @@ class CudaPagedKV(PagedKV):
         event.record()
         return event
 
-    def _group(self, run: list[StoredPiece]) -> PieceGroup:
-        head = run[0]
-        flat = torch.empty(0, dtype=torch.uint8, device=head.storage.device).set_(head.storage)
-        step = run[1].offset - head.offset if len(run) > 1 else 0
-        rows = flat.as_strided((len(run), self.num_blocks, head.length), (step, head.stride, 1), head.offset)
-        return _CudaPieces(rows, len(run), head.length)
+    def _make_runs(self, pieces: Sequence[Piece], storages: Sequence[torch.UntypedStorage]) -> Sequence[Run]:
+        runs = []
+        for run in in_line(pieces):
+            head, storage = run[0], storages[run[0].allocation]
+            flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            step = run[1].offset - head.offset if len(run) > 1 else 0
+            shape = (len(run), self.num_blocks, head.length)
+            runs.append(_CudaRun(flat.as_strided(shape, (step, head.stride, 1), head.offset)))
+        return runs
 
 
 def make_paged_kv(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> PagedKV:

@@ -21,7 +21,8 @@ from lmcache_trio.errors import Gone, LMCacheTrioError, Unavailable
 from lmcache_trio.threads import Handoff, Lock
 
 if TYPE_CHECKING:
-    from lmcache_trio.adapters.worker.paged import BlockIndex, PagedKV
+    from lmcache_trio.adapters.worker.paged import PagedKV
+    from lmcache_trio.host_memory import BlockIndex
 
 __all__ = ["Job", "Jobs", "LoadJob", "Mover", "RegisteredKV", "StoreJob", "reply_within", "wait_for"]
 
@@ -32,8 +33,9 @@ _Spec = TypeVar("_Spec", StoreSpec, LoadSpec)
 class Job(Generic[_Spec]):
     """One store or load from its submission to its end.
 
-    *blocks* are those that its spec names, in *kv*. *fence*, for KV on a GPU, is the event behind what the engine had
-    submitted by then. *reported*: `take_finished` names the job; it does not name one that its host waits for.
+    *blocks* are those that its spec names, in *kv*; those of a store have a row per chunk. *fence*, for KV on a GPU, is
+    the event behind what the engine had submitted by then. *reported*: `take_finished` names the job; it does not name
+    one that its host waits for.
     """
 
     __slots__ = ("asked", "blocks", "copied", "ended", "fence", "kv", "reported", "spec")

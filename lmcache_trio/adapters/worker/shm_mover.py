@@ -125,9 +125,8 @@ class ShmMover:
             job.fence.synchronize()
         self._probe("slots known", job.spec)
         half: Callable[[], None] | None = partial(self._probe, "half copied", job.spec)
-        chunks = job.blocks.reshape(job.spec.chunks, -1)
         for position, slot in zip(unpack_positions(reserved.positions), client.slots(reserved), strict=True):
-            job.kv.gather(chunks[position], np.frombuffer(slot, dtype=np.uint8), half=half)
+            job.kv.gather(job.blocks[position], np.frombuffer(slot, dtype=np.uint8), half=half)
             half = None
         self._probe("before commit", job.spec)
 
