@@ -1,12 +1,12 @@
 """One client's connection: its reader, which carries out requests, and its writer, which sends what had to wait.
 
 The reader answers inline and without a task. When the client does not read its replies, the reader reads nothing more
-until it does: the backpressure meets that client alone. What is out of place ends this one connection, after a last
-word.
+until it does: the backpressure meets that client alone. A message that no client may send ends this one connection,
+after a last word.
 
-The loop is shared by time, not by count. A client's turn takes `TURN`; one that takes more than `SHARE` of the loop
-goes through the *lane*, where one client at a time has its turn, one in a pass of the loop. A client that asks little
-passes by the lane, however many ask much. Clients that leave do so one after the other, each in pieces of `TURN`.
+The loop is shared by time, not by count. A client's turn takes `TURN`. A client that takes more than `SHARE` of the
+loop uses the *lane*, in which one client has one turn per pass of the loop. A client that asks little skips the lane,
+however busy that is. Lost clients are taken apart one after the other, each in pieces of `TURN`.
 """
 
 import logging
@@ -36,7 +36,7 @@ LAST_WORD = 0.2
 TURN = 0.0005
 """Seconds in which messages of one client are carried out in a row: some 30 lookups of one chunk, or one statistics."""
 SHARE = 0.01
-"""Of the loop's time, what a client takes without going through the lane; a hundred such clients would fill it."""
+"""Share of the loop's time that a client may take outside the lane; a hundred such clients would fill the loop."""
 _NAMES = {Role.OBSERVER: "an observer", Role.SCHEDULER: "a scheduler", Role.WORKER: "a worker"}
 
 
@@ -88,7 +88,7 @@ def _is_the_same(peer: Peer, transport: Connection) -> bool:
     """Whether the process at the other end is the one that said HELLO, and lives. It is watched from now on."""
     pidfd = transport.open_pidfd()
     same = peer.is_process(transport.peer_pid, pidfd) and not peer.has_exited()
-    if peer.pidfd is not None:  # where it cannot be told apart, the one that copies is the one at this end
+    if peer.pidfd is not None:  # if the two cannot be told apart, the one behind this connection copies
         os.close(peer.pidfd)
     peer.pidfd = pidfd
     return same

@@ -24,7 +24,7 @@ Branch = Callable[[], AbstractAsyncContextManager[Starter]]
 
 
 class Tasks:
-    """Makes starters, and counts the tasks in their nurseries: to walk the tree of 2,000 clients takes 20 ms."""
+    """Makes starters, and counts the tasks in their nurseries: a walk through the tree of 2,000 clients takes 20 ms."""
 
     def __init__(self) -> None:
         self._nurseries: set[trio.Nursery] = set()

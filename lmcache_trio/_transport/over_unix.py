@@ -37,8 +37,8 @@ _LOOKS = 16
 """Clients let in or heard in a row before other tasks get their turn (about 1 ms)."""
 _TURNED_AWAY = "a client was turned away: %s; allow the server more file descriptors (ulimit -n, LimitNOFILE=)"
 _NO_DESCRIPTOR = 1.0
-"""Seconds between two looks for a descriptor, while a rendezvous has none to turn a client away with. It looks too when
-it has given one back."""
+"""Seconds between two attempts to get a spare descriptor, while a rendezvous has none to refuse a client with. It also
+tries when it has given a descriptor back."""
 
 
 class _PairListener(PairListener):
@@ -184,7 +184,7 @@ class _Rendezvous(Rendezvous):
         log.warning(_TURNED_AWAY, why)
 
     def _refuse(self) -> None:
-        """No descriptor is left: turn the next client away with the spare one, or it would wait, and we not sleep."""
+        """No descriptor is left: refuse the next client with the spare one, else it would wait and this loop spin."""
         self._spare.close()
         with contextlib.suppress(OSError):
             self._listener.socket.accept()[0].close()
@@ -192,8 +192,8 @@ class _Rendezvous(Rendezvous):
         self._listen_again()
 
     def _listen_again(self) -> None:
-        """If there is a spare descriptor. Where another took it, who comes waits in the kernel's queue, and we would be
-        told so for ever.
+        """Listen, if there is a spare descriptor. If not, clients wait in the kernel's queue, which the epoll would
+        report for ever.
         """
         try:
             self._spare = open_socket()

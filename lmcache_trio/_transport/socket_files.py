@@ -79,7 +79,7 @@ def untrusted(address: UnixAddress, uid: int) -> NotToBeUsed:
 def is_listening(path: str) -> bool:
     """Whether a living process has bound the socket at *path*. The process notices nothing.
 
-    Connecting a *datagram* socket tells: the kernel refuses it for a dead file, and has the wrong type for a live one.
+    A *datagram* socket is connected: ECONNREFUSED if the file is dead, another error if a process has bound it.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
         return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR)

@@ -1,8 +1,8 @@
 """Plain unix-domain sockets under Trio, one message a packet; `over_unix` makes a transport of them.
 
-SOCK_SEQPACKET keeps messages apart and in order, has an end that is told, and takes a packet whole or not at all: any
-thread sends with one system call, and no thread but the caller's is woken for it. A byte before each packet says what
-it is:
+SOCK_SEQPACKET keeps messages apart and in order, reports that the peer has closed, and takes a packet whole or not at
+all: any thread sends with one system call, and no thread but the caller's is woken for it. A byte before each packet
+says what it is:
 
     WHOLE: a message | FIRST, MORE …, LAST: the parts of a message that is larger than a packet
 
@@ -100,7 +100,7 @@ class UnixLink(Connection):
             return int(fd)
         except OSError as exc:
             if exc.errno != errno.ENOPROTOOPT or not self._peer_pid:
-                return None  # it has exited; or this kernel tells it only of what it shows
+                return None  # it has exited; or this kernel gives a pidfd of visible processes only
         try:
             return os.pidfd_open(self._peer_pid)
         except OSError:

@@ -29,9 +29,9 @@ inherited: "weakref.WeakSet[OwnsDescriptors]" = weakref.WeakSet()
 
 
 class Listener:
-    """A listening socket, and its file for as long as clients are let in, whom the mode that *access* gives it lets.
+    """A listening socket and its file, whose mode says who may connect, as *access* does.
 
-    A file that appears at *path* accepts already: it is made *aside*. `ConfigError` when there can be no such file.
+    The socket is made at *aside* and linked to *path* once it listens. `ConfigError` when there can be no such file.
     """
 
     def __init__(self, path: str, access: Access, *, aside: str, backlog: int) -> None:

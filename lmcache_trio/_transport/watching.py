@@ -1,5 +1,5 @@
 """Waits until a server appears at a path, also while folders on the way there are missing, or until a socket is not at
-its path any more. Nothing is asked twice.
+its path any more: by notification, and with rare looks where the kernel gives none.
 
 inotify through ctypes: the standard library has no door to it. It tells what happens in this machine's own file
 systems; a mount that brings a whole folder is not told.

@@ -5,7 +5,7 @@
     notice   client to server, no reply         push   server to client, id 0 where it has one
 
 `_transport.conversation` holds a client's end and what is due there; whatever is not due and no push, it takes for the
-server's fault. `_server.handlers` holds the server's, which keeps no list of ids: it answers what it is asked, if the
+server's fault. `_server.connection` holds the server's, which keeps no list of ids: it answers what it is asked, if the
 client's role may ask it. Beyond its decoding a message costs either end a look-up or two.
 """
 

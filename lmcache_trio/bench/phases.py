@@ -1,4 +1,4 @@
-"""ResultRow by row: what a client prepares, what is timed, and what is checked afterwards. Disk rows are `tiers`'."""
+"""Row by row: what a client prepares, what is timed, and what is checked afterwards. Disk rows are `tiers`'."""
 
 import time
 from collections.abc import Callable

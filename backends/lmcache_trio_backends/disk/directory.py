@@ -85,7 +85,7 @@ class Directory:
         return self._read(key, row, -1) if row >= 0 and self._rows.lengths(row) == tuple(lengths) else None
 
     def end_read(self, read: Read) -> bool:
-        """Let go of it. Whether the chunk was there the whole time: if not, its bytes must not be served."""
+        """Let go of it. Returns whether the chunk was there the whole time: if not, its bytes must not be served."""
         if read.number >= 0:
             self._rows.holders[read.number] -= 1
             if not self._rows.holders[read.number] and self._rows.state[read.number] == _DOOMED:
@@ -114,7 +114,7 @@ class Directory:
     ) -> Write | Refusal:
         """An extent for *key*, of the shards' *lengths*, or the reason why not.
 
-        *admit* is asked last of all that is for good. So a caller that makes room and tries again leaves it out.
+        *admit* is asked last among the checks whose refusal is final, so a retry leaves it out.
         """
         row = self._rows.find(key.namespace, key.digest)
         if row >= 0:

@@ -31,7 +31,7 @@ __all__ = ["FORMAT", "INDEX_NAME", "LOCK_NAME", "Home", "open_own", "slab_name"]
 log = logging.getLogger("lmcache_trio.disk")
 
 FORMAT = 2
-"""Of everything but the lock, whose form all versions share. 1 had its files in the user's directory itself."""
+"""Version of all files except the lock, whose format never changes. 1 had its files in the user's directory itself."""
 LOCK_NAME = "lmcache-trio.lock"
 INDEX_NAME = "lmcache-trio-index"
 _FORMAT_NAME = re.compile(r"lmcache-trio-format-(\d{1,9})")
@@ -43,10 +43,16 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _OLD_NAMES = re.compile(r"lock|index(?:-wal|-shm|-journal)?|probe|slab-\d{5}")
 _OLD_SCHEMA = b"key BLOB PRIMARY KEY, parent BLOB NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL"
 _OVERFLOW_UID = 65534
-"""Owner of what belongs to somebody outside of our user namespace: there, `/` itself does."""
+"""Owner of what belongs to somebody outside of our user namespace, where that has no such user: `/` itself does."""
 
 
 _BACK = " (unmounted, or renamed?): bring it back, or restart the server to begin in what is there now"
+
+
+def _is_mapped(uid: int) -> bool:
+    """Does our user namespace have a user *uid*?"""
+    rows = [[int(field) for field in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    return any(first <= uid < first + count for first, _, count in rows)
 
 
 def slab_name(index: int) -> str:
@@ -96,6 +102,7 @@ class Home:
     def _check_way(self) -> None:
         """ConfigError when somebody else could put another directory in the place of this one."""
         real = Path(os.path.realpath(self.path))
+        trusted = {os.geteuid(), 0} if _is_mapped(_OVERFLOW_UID) else {os.geteuid(), 0, _OVERFLOW_UID}
         for step in dict.fromkeys([self.path, *self.path.parents, *real.parents]):
             try:
                 found = step.lstat()
@@ -103,7 +110,7 @@ class Home:
                 continue
             if step == self.path and not stat.S_ISLNK(found.st_mode):
                 continue  # it is checked when it is open
-            if found.st_uid not in (os.geteuid(), 0, _OVERFLOW_UID):
+            if found.st_uid not in trusted:
                 self._refuse(f"{step} in it belongs to another user (uid {found.st_uid}), who could replace it")
             if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
                 self._refuse(f"everybody can write in {step}, and replace what is in it; `chmod o-w {step}`")

@@ -33,7 +33,7 @@ _AS_TEXT = (
     f"SELECT group_concat(hex(key) || CASE WHEN {_TYPED} THEN ' ' || hex(parent) || ' ' || place || ' ' || generation"
     " || ' ' || recency || ' ' || hex(shards) ELSE '' END) FROM"
 )
-"""All rows in one, and of those with values of other types the keys alone. sqlite3 gives the interpreter lock away at
+"""All rows as one text; of a row with values of wrong types, only the key. sqlite3 gives the interpreter lock away at
 each row and may wait 5 ms for it each time when the loop is busy: 400 rows would then take 2 s, and whoever asks next
 waits behind them. Changes are few statements likewise."""
 _SCHEMA = """
@@ -143,7 +143,7 @@ class IndexFile:
         Returns why it was, or nothing.
 
         It is larger when the tier had a larger size before, and many small chunks. To make it smaller SQLite would need
-        as much space again, and most of what it names lay in the slabs that are cut off now. Free pages go.
+        as much space again, and most of its rows name slabs that have been cut off. Free pages are removed.
         """
         try:
             self._connect()

@@ -1,7 +1,7 @@
 """The calls into one tier, all of them: each is watched, and a failure, a bug or a hang fences the tier.
 
-The fence's decisions stand in `_core.fence`; here is its clock. Nothing here starts a task. A request with a deadline
-never waits for a call into a tier: it waits for an event, which a task of the tier sets.
+The fence's decisions stand in `_core.tiers.fence`; here is its clock. Nothing here starts a task. A request with a
+deadline never waits for a call into a tier: it waits for an event, which a task of the tier sets.
 """
 
 import logging

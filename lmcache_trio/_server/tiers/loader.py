@@ -1,7 +1,7 @@
 """Loads from one tier into memory: each load is one task in the tier's branch, however many lookups want its chunk.
 
-`_core.loads` decides which load begins next and which is not wanted any more. A slot belongs to its load until the
-tier's call has returned, which a thread that hangs may never do; only then is the slot committed or aborted.
+`_core.tiers.loads` decides which load begins next and which is not wanted any more. A slot belongs to its load until
+the tier's call has returned, which a thread that hangs may never do; only then is the slot committed or aborted.
 """
 
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ class TierLoader:
             await self._stirred.wait()
             self._stirred = trio.Event()
             while (load := self.loads.next()) is not None:
-                reservation = self._reserve(load)  # here, because tasks begin in any order, and slots in the chain's
+                reservation = self._reserve(load)  # here: slots follow the chain's order, and tasks start in any
                 if reservation is None:
                     self._settle(load, None, False)
                 else:
@@ -111,7 +111,7 @@ class TierLoader:
         if not self._index.shard_bytes(load.key.namespace):
             return None  # no engine has its namespace any more
         coming = sum(loads.bytes_landed + loads.bytes_in_flight for loads in self._every)
-        if coming > self._index.room_to_offer:  # loads that wait for their lookup count as leases: none could offer it
+        if coming > self._index.room_to_offer:  # beyond lease_share no lookup could offer it
             self.no_room += 1
             return None
         now = trio.current_time()

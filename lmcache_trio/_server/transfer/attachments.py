@@ -4,9 +4,9 @@
        |                   `--the end of a copy is not known--> fenced (nothing more is taken) --the same--> over
        `--refused, or overtaken by what came meanwhile--> an ErrorReply
 
-A registration that comes while memory is being opened makes that memory another layout's: the opening is cancelled, as
-it is when the client is lost, so that it keeps no other's waiting. What is fenced is never let go, since a copy may
-still run there.
+If a worker registers again while its memory is being opened, the opening is cancelled, because the layout has changed.
+The loss of the client cancels it too, so that other openings need not wait. Fenced memory is never let go, since a copy
+may still run there.
 """
 
 import itertools
@@ -33,7 +33,7 @@ __all__ = ["Attachment", "Attachments", "Work"]
 log = logging.getLogger("lmcache_trio.server")
 
 MAX_WORKS = 1024
-"""Requests of one worker that may be under way: one of 32 MiB takes 5 ms, so the last has five seconds before it."""
+"""Requests of one worker that may be under way. At 32 MiB (5 ms) each, the last one waits five seconds."""
 
 
 class Registry(Protocol):

@@ -10,10 +10,10 @@ meanwhile. What has not begun by then is not begun. The reply is what gives the 
 
 A transfer whose event has not happened stands in no queue: an engine that is stopped keeps no other from the device.
 
-`_core.transfers` decides which copies run when; `attachments` has the memory that is open, `events` the waits for a
-GPU. A bug in the device ends neither this worker nor the server: where the end of a copy cannot be told, the copy keeps
-its slots, its blocks and its engine's memory for good, and no reply says otherwise. This starts no task: `supervise`
-gives it `start`.
+`_core.transfer.transfers` decides which copies run when; `attachments` has the memory that is open, `events` the waits
+for a GPU. A bug in the device ends neither this worker nor the server: where the end of a copy cannot be told, the copy
+keeps its slots, its blocks and its engine's memory for good, and no reply says otherwise. This starts no task:
+`supervise` gives it `start`.
 """
 
 import itertools

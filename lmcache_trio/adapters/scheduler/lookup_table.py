@@ -34,7 +34,7 @@ __all__ = ["LookupTable", "Request"]
 _BUDGET_SHARE = 0.8
 """Of the lookup's timeout, what tiers may take: a slow disk is to give a smaller hit, and not a timeout."""
 _LEASE_MARGIN = 0.1
-"""Share of a lease that is left unused: a load must begin before the server's clock ends, which began earlier."""
+"""Share of a lease that is left unused: the server's lease began before ours, so it ends before ours."""
 _OPENING = 0.1
 """Seconds to wait for a session to be opened, before a store; 500 round trips."""
 
@@ -51,7 +51,7 @@ class Request:
         self.outdated = False
         """Did it begin before a reset, or with other weights? What it computed is not stored any more."""
         self.heard = 0
-        """How many messages the server had sent when it was asked; at `heard_again` it is looked at once more."""
+        """How many messages the server had sent when it was asked. It is counted again at the time `heard_again`."""
         self.heard_again = math.inf
         self.status_asked = False
         """Is a question for the lookup's status under way?"""

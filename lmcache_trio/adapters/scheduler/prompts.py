@@ -53,7 +53,7 @@ class Prompts:
         """What tells the weights from those that the identity names."""
         self.model = identity_of(*self._identity)
         """What the server is told of the model: its chunks have a namespace of their own."""
-        self.seed = seed_of(*self._identity, str(self.chunk_tokens))
+        self.seed = self._seed()
         """Of every digest."""
         self._lock = lock
 
@@ -63,8 +63,8 @@ class Prompts:
         Prompts that were hashed before keep the former names. Under the lock.
         """
         self.weights = weights
-        self.model = identity_of(*self._identity, *namespace)
-        self.seed = seed_of(*self._identity, *weights, str(self.chunk_tokens))
+        self.model = identity_of(identity_of(*self._identity), *namespace)
+        self.seed = self._seed()
 
     def adopt_chunk_tokens(self, chunk_tokens: int) -> bool:
         """Take the server's *chunk_tokens*. True: it differs, so every prompt must be hashed anew. Under the lock.
@@ -80,8 +80,13 @@ class Prompts:
         self._chunk_tokens_fixed = True
         differs = chunk_tokens != self.chunk_tokens
         self.chunk_tokens = chunk_tokens
-        self.seed = seed_of(*self._identity, *self.weights, str(chunk_tokens))
+        self.seed = self._seed()
         return differs
+
+    def _seed(self) -> bytes:
+        """No other identity has it: one whose last parts read like weights would, were the parts only joined."""
+        named = (identity_of(*self._identity), *self.weights) if self.weights else self._identity
+        return seed_of(*named, str(self.chunk_tokens))
 
     def continues(self, prompt: Prompt, token_ids: Sequence[int], extras: Extras | None) -> bool:
         """Is one of *token_ids* (with *extras*) and what was hashed of *prompt* the beginning of the other?

@@ -251,8 +251,8 @@ class SchedulerSide:
         """
         self._step += 1
         if not scheduled and self._unanswered:
-            # A pipeline, which plans an idle step while another batch is under way, is not told apart: it would be late
-            # for that one by IDLE_SECONDS at most.
+            # A pipeline plans idle steps too, while another batch runs. It cannot be told apart: that batch is late by
+            # IDLE_SECONDS at most.
             self._cache.wait_lookups(self._unanswered, IDLE_SECONDS)
         self._unanswered = []
         for request_id in preempted:

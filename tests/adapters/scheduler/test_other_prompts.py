@@ -253,3 +253,11 @@ def test_a_server_of_other_chunks_is_refused_with_the_way_out(given: int | None,
     made.adopt_chunk_tokens(64)
     with pytest.raises(Misuse, match=f"chunk_tokens is 128 and this engine's 64.*{fix}"):
         made.adopt_chunk_tokens(128)
+
+
+def test_an_identity_that_reads_like_weights_is_another_model() -> None:
+    plain = prompts.Prompts(["a model", "weights version", "1"], 16, 64, Lock())
+    renamed = prompts.Prompts(["a model"], 16, 64, Lock())
+    renamed.rename(("weights version", "1"), ("weights version", "1"))
+    assert plain.seed != renamed.seed
+    assert plain.model != renamed.model

@@ -344,19 +344,20 @@ async def test_a_directory_that_others_can_read_is_taken_and_what_is_kept_in_it_
         assert stat.S_IMODE((inside(path) / INDEX_NAME).stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("uid", [12345, 65534])
 @pytest.mark.parametrize("which", ["directory", "parent", "link to it"])
-async def test_what_belongs_to_another_user_is_refused(tmp_path: Path, which: str) -> None:
+async def test_what_belongs_to_another_user_is_refused(tmp_path: Path, which: str, uid: int) -> None:
     if os.geteuid():
         pytest.skip("chown: only root may")
     path = tmp_path / "parent" / "kv"
     path.mkdir(parents=True)
     if which == "link to it":
         (link := tmp_path / "link").symlink_to(path)
-        os.chown(link, 12345, -1, follow_symlinks=False)
-        assert "12345" in await refusal(link)
+        os.chown(link, uid, -1, follow_symlinks=False)
+        assert str(uid) in await refusal(link)
     else:
-        os.chown(path if which == "directory" else path.parent, 12345, -1)
-        assert "12345" in await refusal(path)
+        os.chown(path if which == "directory" else path.parent, uid, -1)
+        assert str(uid) in await refusal(path)
     assert list(path.iterdir()) == []
 
 
