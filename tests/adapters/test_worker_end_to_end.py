@@ -78,13 +78,13 @@ def test_a_store_whose_commit_is_refused_counts_as_dropped_and_not_as_stored(
     probe = Fault()
     one = sides(live_server.address, make_kv(1), probe=probe)
 
-    def end_the_session() -> None:
-        one.scheduler.end_session("r")
-        wait_until(lambda: not live_server.held["reservations"])
+    def reset() -> None:
+        assert one.scheduler.reset_cache()
 
-    probe.at("before commit", end_the_session)
+    probe.at("before commit", reset)
     one.store("r", TOKENS, FROM)
     assert one.worker.statistics() == {"running": 0, "dropped_aborted": 3}
+    assert live_server.statistics()["counted"]["aborted_chunks"] == 3
     one.store("again", TOKENS, FROM)
     assert one.worker.statistics() == {"running": 0, "dropped_aborted": 3, "stored_chunks": 3}
 
