@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from random import Random
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import attrs
 import trio
@@ -77,7 +77,7 @@ class FaultyTier(Tier):
         self._set_up(tier, faults, config)
 
     @classmethod
-    def around(cls, inner: Tier, faults: Sequence[Fault] = (), *, seed: int = 0, fifo: str = "") -> "FaultyTier":
+    def around(cls, inner: Tier, faults: Sequence[Fault] = (), *, seed: int = 0, fifo: str = "") -> Self:
         """*inner*, with *faults*."""
         self = cls.__new__(cls)
         config = FaultyConfig(inner={}, seed=seed, fifo=fifo)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 from support.faults import client_process
+from support.faults.scene import Scenes
 
 from lmcache_trio import Role
 from lmcache_trio._transport import MAX_MESSAGE, Connection, dial_pair, introduce
@@ -92,7 +93,7 @@ ENDING = {
 
 @pytest.mark.parametrize("role", [Role.SCHEDULER, Role.WORKER])
 async def test_what_is_no_sentence_or_out_of_place_ends_that_one_connection(
-    scenes: Any, role: Role, monkeypatch: pytest.MonkeyPatch
+    scenes: Scenes, role: Role, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmcache_trio._server.connection.LAST_WORD", 0.02)
     async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
@@ -122,7 +123,7 @@ def rude_over_unix(address: str) -> Callable[[], None]:
     return say
 
 
-async def test_a_message_that_is_too_large_ends_that_one_connection(scenes: Any) -> None:
+async def test_a_message_that_is_too_large_ends_that_one_connection(scenes: Scenes) -> None:
     async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
         hello = Hello(PROTOCOL_VERSION, "bad", random.randbytes(16), Role.OBSERVER, "")
         welcome = decode(await introduce(scene.server.address, encode(hello)))
@@ -142,7 +143,7 @@ REFUSED = [
 ]
 
 
-async def test_what_is_not_for_a_role_to_say_gets_an_error_and_the_connection_goes_on(scenes: Any) -> None:
+async def test_what_is_not_for_a_role_to_say_gets_an_error_and_the_connection_goes_on(scenes: Scenes) -> None:
     said_by_workers = [Lookup(5, 1, 0, bytes(32), 1), LookupStatus(5, 1), Reset(5)]
     async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
         for role, requests in ((Role.SCHEDULER, REFUSED), (Role.WORKER, said_by_workers)):
@@ -158,7 +159,7 @@ async def test_what_is_not_for_a_role_to_say_gets_an_error_and_the_connection_go
             await healthy_round(scheduler, worker, int(role is Role.WORKER) + 1)
 
 
-async def test_unknown_ids_and_the_same_id_twice_get_replies_and_the_connection_goes_on(scenes: Any) -> None:
+async def test_unknown_ids_and_the_same_id_twice_get_replies_and_the_connection_goes_on(scenes: Scenes) -> None:
     async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
         bad = await come_in(scene.server.address, Role.WORKER)
         for request, reply, kind in (
@@ -192,7 +193,7 @@ async def test_unknown_ids_and_the_same_id_twice_get_replies_and_the_connection_
         (Ping(1), "Hello"),
     ],
 )
-async def test_a_hello_that_is_out_of_order_is_refused_in_words(scenes: Any, hello: Message, word: str) -> None:
+async def test_a_hello_that_is_out_of_order_is_refused_in_words(scenes: Scenes, hello: Message, word: str) -> None:
     async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
         refused = decode(await introduce(scene.server.address, encode(hello)))
         assert isinstance(refused, Refused)
@@ -201,7 +202,7 @@ async def test_a_hello_that_is_out_of_order_is_refused_in_words(scenes: Any, hel
         assert scene.held()["connections"] == 2
 
 
-async def test_our_own_client_refuses_to_say_what_is_too_large(scenes: Any) -> None:
+async def test_our_own_client_refuses_to_say_what_is_too_large(scenes: Scenes) -> None:
     async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (_, worker):
         with pytest.raises(Misuse, match="larger than"):
             worker._connection.send_nowait(bytes(MAX_MESSAGE + 1))

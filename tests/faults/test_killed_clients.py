@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 from support.faults import client_process
+from support.faults.scene import Scenes
 
 from lmcache_trio import Client, Role, open_client
 from lmcache_trio.errors import LMCacheTrioError
@@ -33,7 +34,7 @@ def but_for_chunks(held: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 async def test_a_client_killed_in_the_middle_is_forgotten_by_notification_and_half_a_slot_is_never_served(
-    scenes: Any, point: str, there: dict[str, int], capsys: pytest.CaptureFixture[str]
+    scenes: Scenes, point: str, there: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
         assert await client_process.store(scheduler, worker, 1, client_process.STORED, b"s") == 3
@@ -64,7 +65,7 @@ async def test_a_client_killed_in_the_middle_is_forgotten_by_notification_and_ha
 
 @pytest.mark.parametrize("point", ["commit", "reset", "done"])
 async def test_a_client_killed_with_its_last_word_under_way_leaves_all_or_nothing_of_it(
-    scenes: Any, point: str
+    scenes: Scenes, point: str
 ) -> None:
     """The server hears it, or does not; nobody is there for the reply."""
     async with scenes() as scene, client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
@@ -108,7 +109,7 @@ def chunks_of(held: dict[str, Any], count: int) -> dict[str, int]:
 
 
 async def test_a_welcome_whose_client_was_killed_is_withdrawn(
-    scenes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    scenes: Scenes, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setattr("lmcache_trio._server.connection.TAKE_UP", 0.1)
     async with scenes() as scene:
@@ -121,7 +122,7 @@ async def test_a_welcome_whose_client_was_killed_is_withdrawn(
 
 
 async def test_a_stopped_writer_whose_blocks_went_to_another_publishes_nothing_when_it_is_continued(
-    scenes: Any,
+    scenes: Scenes,
 ) -> None:
     async with scenes(reservation_timeout=0.5) as scene:
         async with client_process.engine(scene.server.address, "healthy") as (scheduler, worker):
@@ -145,7 +146,7 @@ async def test_a_stopped_writer_whose_blocks_went_to_another_publishes_nothing_w
 
 
 async def test_a_stopped_worker_whose_blocks_went_to_another_request_publishes_nothing_when_it_is_continued(
-    scenes: Any,
+    scenes: Scenes,
 ) -> None:
     """As before, with the adapter of a real engine process, which was reset and whose blocks were filled anew."""
     async with (
@@ -179,7 +180,7 @@ async def test_a_stopped_worker_whose_blocks_went_to_another_request_publishes_n
         await healthy.says("full of [9.0]")
 
 
-async def test_what_one_process_stored_another_reads_byte_for_byte(scenes: Any) -> None:
+async def test_what_one_process_stored_another_reads_byte_for_byte(scenes: Scenes) -> None:
     async with scenes() as scene:
         doomed = await scene.process("written", "writer")
         async with client_process.engine(scene.server.address, "reader") as (scheduler, worker):
@@ -193,7 +194,7 @@ async def test_what_one_process_stored_another_reads_byte_for_byte(scenes: Any) 
             doomed.process.kill()
 
 
-async def test_a_stranger_cannot_use_anothers_lease_pin_or_reservation(scenes: Any) -> None:
+async def test_a_stranger_cannot_use_anothers_lease_pin_or_reservation(scenes: Scenes) -> None:
     async with scenes() as scene, client_process.engine(scene.server.address, "one") as (scheduler, worker):
         await client_process.store(scheduler, worker, 1, client_process.STORED, b"s")
         answer = await scheduler.lookup(2, client_process.STORED)

@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
+from support.live import OpenLive, WatchedTier, chain_of
 
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
@@ -323,58 +324,56 @@ async def test_its_files_take_no_more_of_a_real_file_system_than_its_size(there:
 
 
 @on("tmpfs", "ext4", megabytes=12)
-async def test_a_disk_that_fills_up_under_a_server_is_not_fenced_and_goes_on(
-    live: Any, watched: Any, chain: Any, there: Path
-) -> None:
-    tier = watched.around(disk_tier(there / "kv"))
+async def test_a_disk_that_fills_up_under_a_server_is_not_fenced_and_goes_on(live: OpenLive, there: Path) -> None:
+    tier = WatchedTier.around(disk_tier(there / "kv"))
     filler = there / "filler"
     async with live(tier) as server:
-        assert await server.store(chain("first", 2)) == 2
+        assert await server.store(chain_of("first", 2)) == 2
         await server.written_back()
         assert server.tier()["backend"]["chunks"] == 2
         fill(filler)
         for number in range(10):  # 5 MiB, more than the slab that is there
-            assert await server.store(chain(f"more {number}", 8)) == 8
+            assert await server.store(chain_of(f"more {number}", 8)) == 8
             await server.written_back()
         assert (server.tier()["failures"], server.tier()["dropped"]) == (0, 0), server.tier()["reason"]
         assert server.tier()["backend"]["evicted"] > 40
-        assert await server.hits(chain("more 9", 8)) == 8
+        assert await server.hits(chain_of("more 9", 8)) == 8
     async with live(tier) as server:
-        assert await server.hits(chain("more 9", 8)) == 8
+        assert await server.hits(chain_of("more 9", 8)) == 8
         filler.unlink()
-        assert await server.store(chain("last", 40)) == 40
+        assert await server.store(chain_of("last", 40)) == 40
         await server.written_back()
     async with live(tier) as server:
-        assert await server.hits(chain("more 9", 8)) == 8
-        assert await server.hits(chain("last", 40)) == 40
+        assert await server.hits(chain_of("more 9", 8)) == 8
+        assert await server.hits(chain_of("last", 40)) == 40
         assert server.tier()["failures"] == 0
 
 
 @on("ext4", options="errors=remount-ro")
 async def test_a_disk_that_the_kernel_makes_read_only_under_a_server_is_fenced_until_it_is_mounted_again(
-    live: Any, watched: Any, chain: Any, there: Path
+    live: OpenLive, there: Path
 ) -> None:
-    tier = watched.around(disk_tier(there / "kv"))
+    tier = WatchedTier.around(disk_tier(there / "kv"))
     async with live(tier) as server:
-        assert await server.store(chain("first", 2)) == 2
+        assert await server.store(chain_of("first", 2)) == 2
         await server.written_back()
         make_read_only(there)
-        assert await server.store(chain("second", 2)) == 2
+        assert await server.store(chain_of("second", 2)) == 2
         await server.written_back()
         assert server.tier()["fenced"]
-        assert await server.hits(chain("second", 2)) == 2
-        assert await server.hits(chain("first", 2)) == 2
+        assert await server.hits(chain_of("second", 2)) == 2
+        assert await server.hits(chain_of("first", 2)) == 2
         await wait_probed(server)
         assert "ead-only" in server.tier()["reason"]
-        assert await server.hits(chain("second", 2)) == 2
+        assert await server.hits(chain_of("second", 2)) == 2
         await trio.to_thread.run_sync(mount_again, there)
         await tier.wait_works_again()
-        assert await server.store(chain("third", 2)) == 2
+        assert await server.store(chain_of("third", 2)) == 2
         await server.written_back()
         assert (server.tier()["fenced"], server.tier()["bugs"]) == (False, 0)
     async with live(tier) as server:
-        assert await server.hits(chain("third", 2)) == 2
-        assert await server.hits(chain("first", 2)) in (0, 2)  # as much as the kernel wrote before
+        assert await server.hits(chain_of("third", 2)) == 2
+        assert await server.hits(chain_of("first", 2)) in (0, 2)  # as much as the kernel wrote before
 
 
 async def wait_probed(server: Any) -> None:

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
 from lmcache_trio_backends.disk.home import Home
+from support.live import OpenLive, WatchedTier, chain_of
 
 from lmcache_trio._server.tiers.tiers import FIRST_OPENING
 from lmcache_trio.errors import ConfigError
@@ -22,7 +23,7 @@ def disk(path: Path) -> DiskTier:
     return DiskTier(DiskConfig(path=str(path), size=24 * MIB, slab_size=4 * MIB))
 
 
-async def on_disk(live: Any, tier: Any, *chains: list[bytes]) -> None:
+async def on_disk(live: OpenLive, tier: Any, *chains: list[bytes]) -> None:
     """*chains* are on the disk, and a server that is opened now has none of them in memory."""
     async with live(tier) as server:
         for chain in chains:
@@ -32,7 +33,7 @@ async def on_disk(live: Any, tier: Any, *chains: list[bytes]) -> None:
 
 
 async def test_a_directory_that_may_not_be_used_ends_the_start_however_slow_the_machine_is(
-    live: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    live: OpenLive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "index").write_text("the user's")
     slow, go_on, ready, refusals = Home.open, queue.SimpleQueue[None](), trio.Event(), []
@@ -61,49 +62,49 @@ async def test_a_directory_that_may_not_be_used_ends_the_start_however_slow_the_
 
 @pytest.mark.parametrize("kind", ["error", "no_space"])
 async def test_a_disk_that_fails_in_a_load_is_fenced_and_opened_again_and_gives_hits_again(
-    live: Any, watched: Any, chain: Any, tmp_path: Path, kind: str
+    live: OpenLive, tmp_path: Path, kind: str
 ) -> None:
-    tier = watched.around(disk(tmp_path / "kv"))
-    await on_disk(live, tier, chain("one", 2), chain("other", 3))
+    tier = WatchedTier.around(disk(tmp_path / "kv"))
+    await on_disk(live, tier, chain_of("one", 2), chain_of("other", 3))
     async with live(tier) as server:
-        await server.store(chain("memory", 2))
+        await server.store(chain_of("memory", 2))
         tier.stay_shut()
         tier.faults.append(Fault(kind, on="load", rate=1))
-        assert await server.hits(chain("one", 2)) == 0
+        assert await server.hits(chain_of("one", 2)) == 0
         tier.faults.clear()
         assert (server.tier()["fenced"], server.tier()["failures"]) == (True, 1)
         assert "injected" in server.tier()["reason"]
-        assert await server.hits(chain("memory", 2)) == 2
-        assert await server.hits(chain("other", 3)) == 0  # nobody asks a tier that is fenced
-        assert await server.store(chain("meanwhile", 2)) == 2
+        assert await server.hits(chain_of("memory", 2)) == 2
+        assert await server.hits(chain_of("other", 3)) == 0  # nobody asks a tier that is fenced
+        assert await server.store(chain_of("meanwhile", 2)) == 2
         await tier.wait_works_again()
         assert not server.tier()["fenced"]
-        assert await server.hits(chain("other", 3)) == 3
+        assert await server.hits(chain_of("other", 3)) == 3
         if kind == "error":  # what stood in the bad sector is gone, and can be stored again
-            assert await server.hits(chain("one", 2)) == 0
-            assert await server.store(chain("one", 2)) == 2
-        assert await server.hits(chain("one", 2)) == 2
+            assert await server.hits(chain_of("one", 2)) == 0
+            assert await server.store(chain_of("one", 2)) == 2
+        assert await server.hits(chain_of("one", 2)) == 2
         assert server.tier()["bugs"] == 0
 
 
 @pytest.mark.parametrize("on", ["contains", "store", "load"])
 async def test_a_disk_that_hangs_in_a_thread_is_fenced_and_used_again_when_the_call_has_returned(
-    live: Any, watched: Any, chain: Any, tmp_path: Path, on: str, mock_clock: trio.testing.MockClock
+    live: OpenLive, tmp_path: Path, on: str, mock_clock: trio.testing.MockClock
 ) -> None:
     mock_clock.rate = 1.0
-    tier = watched.around(disk(tmp_path / "kv"))
-    await on_disk(live, tier, chain("one", 2))
+    tier = WatchedTier.around(disk(tmp_path / "kv"))
+    await on_disk(live, tier, chain_of("one", 2))
     async with live(tier, tier_timeout=100.0) as server:
-        await server.store(chain("memory", 2))
+        await server.store(chain_of("memory", 2))
         await server.written_back()
         tier.faults.append(Fault("hang_thread", on=on, rate=1))
 
         async def ask() -> None:
-            assert await server.hits(chain("one", 2)) == 0
+            assert await server.hits(chain_of("one", 2)) == 0
 
         async with trio.open_nursery() as asking:
             if on == "store":
-                await server.store(chain("new", 1))
+                await server.store(chain_of("new", 1))
             else:
                 asking.start_soon(ask)
             with trio.fail_after(60):
@@ -112,50 +113,48 @@ async def test_a_disk_that_hangs_in_a_thread_is_fenced_and_used_again_when_the_c
         with trio.fail_after(60):
             await server.server._parts.tiers.runners[0].calls.watch()  # until it is fenced
         assert "not returned" in server.tier()["reason"]
-        assert await server.hits(chain("memory", 2)) == 2
-        assert await server.hits(chain("one", 2)) == 0
+        assert await server.hits(chain_of("memory", 2)) == 2
+        assert await server.hits(chain_of("one", 2)) == 0
         tier.faults.clear()
         tier.release()
         await tier.wait_works_again()
-        assert await server.hits(chain("one", 2)) == 2
+        assert await server.hits(chain_of("one", 2)) == 2
         assert server.tier()["bugs"] == 0
 
 
 async def test_a_directory_that_is_removed_costs_what_was_in_it_and_is_made_again(
-    live: Any, watched: Any, chain: Any, tmp_path: Path
+    live: OpenLive, tmp_path: Path
 ) -> None:
-    tier = watched.around(disk(tmp_path / "kv"))
-    await on_disk(live, tier, chain("one", 2))
+    tier = WatchedTier.around(disk(tmp_path / "kv"))
+    await on_disk(live, tier, chain_of("one", 2))
     async with live(tier) as server:
-        await server.store(chain("memory", 2))
+        await server.store(chain_of("memory", 2))
         await server.written_back()
         tier.stay_shut()
         shutil.rmtree(tmp_path / "kv")
-        assert await server.hits(chain("memory", 2)) == 2
-        assert await server.hits(chain("one", 2)) == 0
+        assert await server.hits(chain_of("memory", 2)) == 2
+        assert await server.hits(chain_of("one", 2)) == 0
         assert server.tier()["fenced"]
         assert "was removed" in server.tier()["reason"]
-        assert await server.hits(chain("memory", 2)) == 2
+        assert await server.hits(chain_of("memory", 2)) == 2
         await tier.wait_works_again()
-        assert await server.hits(chain("one", 2)) == 0
-        assert await server.store(chain("one", 2)) == 2
+        assert await server.hits(chain_of("one", 2)) == 0
+        assert await server.store(chain_of("one", 2)) == 2
         await server.written_back()
     async with live(tier) as server:
-        assert await server.hits(chain("one", 2)) == 2
+        assert await server.hits(chain_of("one", 2)) == 2
 
 
-async def test_a_directory_that_cannot_be_made_again_is_named_until_it_can(
-    live: Any, watched: Any, chain: Any, tmp_path: Path
-) -> None:
+async def test_a_directory_that_cannot_be_made_again_is_named_until_it_can(live: OpenLive, tmp_path: Path) -> None:
     place = tmp_path / "place"
-    tier = watched.around(disk(place / "kv"))
-    await on_disk(live, tier, chain("one", 2))
+    tier = WatchedTier.around(disk(place / "kv"))
+    await on_disk(live, tier, chain_of("one", 2))
     async with live(tier) as server:
-        await server.store(chain("memory", 2))
+        await server.store(chain_of("memory", 2))
         await server.written_back()
         shutil.rmtree(place)
         place.write_bytes(b"in the way")
-        assert await server.hits(chain("one", 2)) == 0
+        assert await server.hits(chain_of("one", 2)) == 0
         assert server.tier()["fenced"]
         runner = server.server._parts.tiers.runners[0]
         with trio.fail_after(60):
@@ -163,30 +162,30 @@ async def test_a_directory_that_cannot_be_made_again_is_named_until_it_can(
                 await trio.sleep_until(runner.calls.fence.until)
                 await trio.testing.wait_all_tasks_blocked(0.05)
         assert str(place) in server.tier()["reason"]
-        assert await server.hits(chain("memory", 2)) == 2
+        assert await server.hits(chain_of("memory", 2)) == 2
         place.unlink()
         await tier.wait_works_again()
-        assert await server.store(chain("one", 2)) == 2
+        assert await server.store(chain_of("one", 2)) == 2
         assert server.tier()["bugs"] == 0
 
 
 async def test_a_directory_that_is_replaced_under_a_server_fences_it_until_the_right_one_is_back(
-    live: Any, watched: Any, chain: Any, tmp_path: Path
+    live: OpenLive, tmp_path: Path
 ) -> None:
     path, away = tmp_path / "kv", tmp_path / "away"
-    tier = watched.around(disk(path))
-    await on_disk(live, tier, chain("one", 2))
+    tier = WatchedTier.around(disk(path))
+    await on_disk(live, tier, chain_of("one", 2))
     async with live(tier) as server:
         path.rename(away)
         path.mkdir()
-        assert await server.hits(chain("one", 2)) == 0
+        assert await server.hits(chain_of("one", 2)) == 0
         assert server.tier()["fenced"]
         assert "replaced by another" in server.tier()["reason"]
-        assert await server.store(chain("other", 2)) == 2
+        assert await server.store(chain_of("other", 2)) == 2
         await server.written_back()
         assert list(path.iterdir()) == []
         path.rmdir()
         away.rename(path)
         await tier.wait_works_again()
-        assert await server.hits(chain("one", 2)) == 2
+        assert await server.hits(chain_of("one", 2)) == 2
         assert (server.tier()["fenced"], server.tier()["bugs"]) == (False, 0)
