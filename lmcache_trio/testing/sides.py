@@ -13,12 +13,13 @@ import torch
 import trio
 
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
+from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.adapters.worker.shm_mover import Probe, no_probe
 from lmcache_trio.client import open_client
 from lmcache_trio.testing.forks import Fork, servers
 from lmcache_trio.threads import Handoff
 
-__all__ = ["BLOCK", "BLOCKS", "CHUNK", "ServerProcess", "Side", "make_kv", "same_blocks", "wait_until"]
+__all__ = ["BLOCK", "BLOCKS", "CHUNK", "ServerProcess", "Side", "make_kv", "same_blocks", "shared_kv", "wait_until"]
 
 CHUNK, BLOCK = 64, 16
 LAYERS, BLOCKS, HEADS, HEAD = 3, 64, 2, 8
@@ -87,6 +88,16 @@ def make_kv(seed: int | None = None) -> dict[str, torch.Tensor]:
         return {f"layer {i}": torch.zeros(shape) for i in range(LAYERS)}
     generator = torch.Generator().manual_seed(seed)
     return {f"layer {i}": torch.randn(shape, generator=generator) for i in range(LAYERS)}
+
+
+def shared_kv(seed: int | None = None) -> dict[str, torch.Tensor]:
+    """`make_kv`, in memory that the server can open."""
+    made = make_kv(seed)
+    shape = (LAYERS, 2, BLOCKS, BLOCK, HEADS, HEAD)
+    layers = shared_tensor(sum(t.nbytes for t in made.values())).view(torch.float32).view(shape)
+    for layer, tensor in zip(layers, made.values(), strict=True):
+        layer.copy_(tensor)
+    return dict(zip(made, layers, strict=True))
 
 
 def same_blocks(a: dict[str, torch.Tensor], at: list[int], b: dict[str, torch.Tensor], bt: list[int]) -> bool:

@@ -8,25 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import trio
 
 from lmcache_trio._wire.messages import Message, Withdraw
-from lmcache_trio.adapters import LoadSpec, WorkerAdapter
-from lmcache_trio.adapters.shared_kv import shared_tensor
+from lmcache_trio.adapters import WorkerAdapter
 from lmcache_trio.client import Client, open_client
 from lmcache_trio.testing.forks import engines, servers
 from lmcache_trio.testing.sides import (
-    BLOCK,
-    BLOCKS,
     CHUNK,
-    HEAD,
-    HEADS,
-    LAYERS,
     ServerProcess,
     Side,
     make_kv,
     same_blocks,
+    shared_kv,
     wait_until,
 )
 
@@ -82,16 +76,6 @@ else:
     side.worker.submit_retrieve(side.scheduler.update_after_alloc("b", 3 * CHUNK, block_ids=INTO))
 sys.stdin.readline()
 """
-
-
-def shared_kv(seed: int | None = None) -> dict[str, torch.Tensor]:
-    """`make_kv`, in memory that the server can open."""
-    made = make_kv(seed)
-    shape = (LAYERS, 2, BLOCKS, BLOCK, HEADS, HEAD)
-    layers = shared_tensor(sum(t.nbytes for t in made.values())).view(torch.float32).view(shape)
-    for layer, tensor in zip(layers, made.values(), strict=True):
-        layer.copy_(tensor)
-    return dict(zip(made, layers, strict=True))
 
 
 class StoppingServer:
@@ -151,19 +135,6 @@ def stopping(tmp_path: Path) -> Iterator[Callable[[int], StoppingServer]]:
         server.close()
 
 
-def test_what_one_engine_stored_another_loads_byte_for_byte(live_server: ServerProcess, sides: MakeSide) -> None:
-    one, other = sides(live_server.address, shared_kv(1)), sides(live_server.address, shared_kv())
-    assert (one.worker.path, other.worker.path) == ("device", "device")
-    assert "has opened" in one.worker.path_reason
-    one.store("r", TOKENS, FROM)
-    assert one.worker.statistics() == {"running": 0, "stored_chunks": 3}
-    assert other.lookup("q", TOKENS) == 3 * CHUNK
-    assert other.load("q", 3 * CHUNK, INTO) == set()
-    assert same_blocks(one.kv, FROM, other.kv, INTO)
-    untouched = [b for b in range(BLOCKS) if b not in INTO]
-    assert same_blocks(other.kv, untouched, make_kv(), untouched)
-
-
 @pytest.mark.parametrize("shared_first", [True, False])
 def test_engines_on_either_path_share_chunks(live_server: ServerProcess, sides: MakeSide, shared_first: bool) -> None:
     kvs = (shared_kv(1), make_kv()) if shared_first else (make_kv(1), shared_kv())
@@ -173,20 +144,6 @@ def test_engines_on_either_path_share_chunks(live_server: ServerProcess, sides: 
     assert other.lookup("q", TOKENS) == 3 * CHUNK
     assert other.load("q", 3 * CHUNK, INTO) == set()
     assert same_blocks(one.kv, FROM, other.kv, INTO)
-
-
-def test_a_load_writes_only_the_blocks_that_it_names(live_server: ServerProcess, sides: MakeSide) -> None:
-    one, other = sides(live_server.address, shared_kv(1)), sides(live_server.address, shared_kv())
-    one.store("r", TOKENS, FROM)
-    assert other.lookup("q", TOKENS) == 3 * CHUNK
-    spec = other.scheduler.update_after_alloc("q", CHUNK + 16, local_tokens=CHUNK - 32, block_ids=INTO[:5])
-    assert spec is not None
-    assert (spec.start, spec.count, spec.skip_blocks) == (0, 2, 2)
-    other.worker.retrieve_now([spec])
-    assert other.worker.take_failed_blocks() == set()
-    assert same_blocks(one.kv, FROM[2:7], other.kv, INTO[:5])
-    untouched = [b for b in range(BLOCKS) if b not in INTO[:5]]
-    assert same_blocks(other.kv, untouched, make_kv(), untouched)
 
 
 def test_private_memory_takes_shm_by_itself_and_says_why(live_server: ServerProcess, sides: MakeSide) -> None:
@@ -236,30 +193,6 @@ def test_the_path_that_was_asked_for_is_taken_or_none(live_server: ServerProcess
     assert other.worker.path == "shm"
     other.store("r", TOKENS, FROM)
     assert other.worker.statistics() == {"running": 0, "dropped_unavailable": 3}
-
-
-def test_a_used_up_lease_comes_back_as_failed_blocks(live_server: ServerProcess, sides: MakeSide) -> None:
-    one = sides(live_server.address, shared_kv(1))
-    one.worker.retrieve_now([LoadSpec("r", 1, b"", 0, 1, 0, (1, 2, 3, 4))])
-    assert one.worker.take_failed_blocks() == {1, 2, 3, 4}
-    one.worker.retrieve_now([LoadSpec("r", 1, b"guessed lease 16", 0, 1, 0, (5, 6, 7, 8))])
-    assert one.worker.take_failed_blocks() == {5, 6, 7, 8}
-
-
-def test_a_server_that_was_killed_and_is_back_opens_the_memory_again(
-    live_server: ServerProcess, sides: MakeSide
-) -> None:
-    one = sides(live_server.address, shared_kv(1))
-    live_server.kill()
-    one.store("r", TOKENS, FROM)
-    assert one.worker.statistics() == {"running": 0, "dropped_unavailable": 3}
-    live_server.start()
-    wait_until(lambda: one.scheduler.is_healthy() and one.worker.is_healthy())
-    one.store("r", TOKENS, FROM)
-    assert one.lookup("p", TOKENS) == 3 * CHUNK
-    assert one.load("p", 3 * CHUNK, INTO) == set()
-    assert same_blocks(one.kv, FROM, one.kv, INTO)
-    assert one.worker.path == "device"
 
 
 def test_a_server_killed_in_the_middle_of_a_copy_gives_the_blocks_back(

@@ -14,48 +14,6 @@ INTO = [11, 40, 12, 50, 13, 51, 14, 52, 20, 21, 22, 23]
 MakeSide = Callable[..., Side]
 
 
-def test_what_one_engine_stored_another_loads_byte_for_byte(live_server: ServerProcess, sides: MakeSide) -> None:
-    one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv())
-    one.store("r", TOKENS, FROM)
-    assert other.lookup("q", TOKENS) == 3 * CHUNK
-    assert other.load("q", 3 * CHUNK, INTO) == set()
-    assert same_blocks(one.kv, FROM, other.kv, INTO)
-    untouched = [b for b in range(64) if b not in INTO]
-    assert same_blocks(other.kv, untouched, make_kv(), untouched)
-
-
-def test_a_load_writes_only_the_blocks_that_it_names(live_server: ServerProcess, sides: MakeSide) -> None:
-    one, other = sides(live_server.address, make_kv(1)), sides(live_server.address, make_kv())
-    one.store("r", TOKENS, FROM)
-    assert other.lookup("q", TOKENS) == 3 * CHUNK
-    spec = other.scheduler.update_after_alloc("q", CHUNK + 16, local_tokens=CHUNK - 32, block_ids=INTO[:5])
-    assert spec is not None
-    assert (spec.start, spec.count, spec.skip_blocks) == (0, 2, 2)
-    other.worker.retrieve_now([spec])
-    assert other.worker.take_failed_blocks() == set()
-    assert same_blocks(one.kv, FROM[2:7], other.kv, INTO[:5])
-    untouched = [b for b in range(64) if b not in INTO[:5]]
-    assert same_blocks(other.kv, untouched, make_kv(), untouched)
-
-
-def test_background_jobs_are_reported_once_when_they_are_over(live_server: ServerProcess, sides: MakeSide) -> None:
-    one = sides(live_server.address, make_kv(1))
-    one.scheduler.extend("r", TOKENS)
-    one.worker.submit_store(one.scheduler.store_spec("r", 0, FROM[:4]))
-    one.worker.submit_store(one.scheduler.store_spec("r", 1, FROM[4:]))
-    one.worker.wait_stores(["r"])
-    finished: set[str] = set()
-
-    def stored() -> bool:
-        finished.update(one.worker.take_finished()[0])
-        return bool(finished)
-
-    wait_until(stored)
-    assert finished == {"r"}
-    assert one.worker.take_finished() == (set(), set())
-    assert one.lookup("again", TOKENS) == 3 * CHUNK
-
-
 class Fault:
     """A probe that does what the test wants at one named point of a copy, once."""
 
@@ -87,14 +45,6 @@ def test_a_store_whose_commit_is_refused_counts_as_dropped_and_not_as_stored(
     assert live_server.statistics()["counted"]["aborted_chunks"] == 3
     one.store("again", TOKENS, FROM)
     assert one.worker.statistics() == {"running": 0, "dropped_aborted": 3, "stored_chunks": 3}
-
-
-def test_a_used_up_lease_comes_back_as_failed_blocks(live_server: ServerProcess, sides: MakeSide) -> None:
-    one = sides(live_server.address, make_kv(1))
-    one.worker.retrieve_now([LoadSpec("r", 1, b"", 0, 1, 0, (1, 2, 3, 4))])
-    assert one.worker.take_failed_blocks() == {1, 2, 3, 4}
-    one.worker.retrieve_now([LoadSpec("r", 1, b"guessed lease 16", 0, 1, 0, (5, 6, 7, 8))])
-    assert one.worker.take_failed_blocks() == {5, 6, 7, 8}
 
 
 @pytest.mark.parametrize("point", ["slots known", "half copied", "before commit"])
