@@ -312,7 +312,8 @@ def test_a_file_that_was_edited_through_its_link_is_another_model(snapshot: Path
     edited = snapshot / "model.safetensors"
     with edited.open("r+b") as weights:
         weights.write(b"edited")
-    os.utime(edited, (edited.lstat().st_mtime + 3600,) * 2)
+    later = edited.lstat().st_mtime + 3600
+    os.utime(edited, (later, later))
     assert model_identity(engine(str(snapshot))) != before
 
 
