@@ -12,8 +12,10 @@ settings.register_profile("project", deadline=None, derandomize=True, print_blob
 settings.register_profile("few", settings.get_profile("project"), max_examples=20)
 settings.load_profile("project")
 
-# A shell that starts the tests in the background has them ignore SIGINT, and every process that they start with them.
+# A shell that starts the tests in the background has them ignore SIGINT, and nohup SIGHUP, and every process that they
+# start with them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
