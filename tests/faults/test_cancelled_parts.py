@@ -54,7 +54,7 @@ async def test_a_server_cancelled_at_any_step_leaves_no_file_and_its_address_fre
         if not under_way:
             break
     assert steps > 10
-    # NNG closes in threads of its own, and may lose a socket that it was just accepting: a probe and a client per round.
+    # NNG closes in threads of its own, and may lose sockets that it was just accepting: a probe and a client per round
     lost = steps // 2 if scheme == "tcp" else 0
     with trio.fail_after(60):
         while len(os.listdir("/proc/self/fd")) > descriptors + lost:
