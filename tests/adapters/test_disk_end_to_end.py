@@ -69,6 +69,7 @@ def test_an_answer_that_a_tier_gave_before_the_host_noted_its_question_is_taken(
         disk_server.start()
         disk_server.wait_tier()
         two = sides(disk_server.address, make_kv(), scheduler=SchedulerAdapter, lookup_timeout=20.0)
+        wait_until(two.scheduler.is_healthy)  # before the worker's memory is attached, the answer is 0 at once
         client = two.scheduler._link.client
         assert client is not None
         ask, hear = client.request_nowait, client.on_push
