@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lmcache_trio._transport.conversation import Reply
-from lmcache_trio._wire.messages import Lookup, Message
+from lmcache_trio._wire.messages import Lookup
 from lmcache_trio.adapters import SchedulerAdapter
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, same_blocks, wait_until
 from lmcache_trio.threads import Handoff
@@ -72,19 +72,18 @@ def test_an_answer_that_a_tier_gave_before_the_host_noted_its_question_is_taken(
         wait_until(two.scheduler.is_healthy)  # before the worker's memory is attached, the answer is 0 at once
         client = two.scheduler._link.client
         assert client is not None
-        ask, hear = client.request_nowait, client.on_push
+        ask = client.request_nowait
         heard: Handoff[bool] = Handoff()
 
-        def hear_and_tell(message: Message) -> None:
-            heard.set(True)
-            hear(message)
-
         def ask_and_wait(message: Lookup, on_reply: Callable[[Reply], None]) -> None:
-            ask(message, on_reply)
-            assert heard.wait(60)
-            assert not Handoff[bool]().wait(0.2)  # so that the loop has taken it, unless it waits for us
+            def hear(reply: Reply) -> None:
+                heard.set(True)
+                on_reply(reply)
 
-        monkeypatch.setattr(client, "on_push", hear_and_tell)
+            ask(message, hear)
+            assert heard.wait(60)  # that the tiers are asked
+            assert not Handoff[bool]().wait(0.2)  # so that the loop has taken their answer, unless it waits for us
+
         monkeypatch.setattr(client, "request_nowait", ask_and_wait)
         assert two.lookup("again", TOKENS) == 4 * CHUNK
     finally:
