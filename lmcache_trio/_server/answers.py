@@ -7,9 +7,8 @@ is released, replaced or ended, or its connection lost.
 """
 
 import logging
-import math
 from collections.abc import Sequence
-from math import inf
+from math import floor, inf
 
 import trio
 
@@ -46,7 +45,7 @@ _STATES = {
 def answer_of(session: Session, reply_to: int) -> Answer:
     """The state of *session*'s lookup, as its scheduler is told; *reply_to* is 0 in a push."""
     status = session.status(trio.current_time())
-    ttl_ms = math.floor(status.ttl * 1000)
+    ttl_ms = floor(status.ttl * 1000)
     return Answer(reply_to, session.number, status.asked, _STATES[status.state], status.chunks, status.lease, ttl_ms)
 
 

@@ -50,9 +50,8 @@ class ArenaMap:
         address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
         if address in (None, ctypes.c_void_p(-1).value):
             raise Unavailable(f"the arena of {size} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
-        kind: Any = type(
-            "_Mapping", (ctypes.c_ubyte * size,), {}
-        )  # a subclass, because only that can be referred to weakly
+        # a subclass, because only that can be referred to weakly
+        kind: Any = type("_Mapping", (ctypes.c_ubyte * size,), {})
         mapping = kind.from_address(address)
         unmap = weakref.finalize(mapping, _libc.munmap, address, size)
         unmap.atexit = False  # a copy may still run in a thread then; the kernel unmaps

@@ -7,14 +7,14 @@ import gc
 import secrets
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import trio
-from support.counting import tap, tracing
+from support.counting import BLOCKS, TOKENS, counted_side, tap, tracing
 from torch.profiler import ProfilerActivity, profile
 
 from lmcache_trio import Config, open_client, open_server
@@ -41,18 +41,10 @@ from lmcache_trio._wire.messages import (
 from lmcache_trio.adapters.worker.paged import PagedKV
 from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv
 
-TOKENS = list(range(3 * CHUNK))
-BLOCKS = [5, 9, 1, 33, 34, 35, 36, 60, 2, 7, 8, 3]
-
 
 @pytest.fixture
 def side(tmp_path: Path) -> Iterator[Side]:
-    with ExitStack() as stack:
-        server = ServerProcess(f"unix://{tmp_path}/s.sock")
-        stack.callback(server.kill)
-        server.start()
-        made = Side(server.address, make_kv(1), lookup_timeout=60.0, poll_interval=30.0)  # however slow all of it is
-        stack.callback(made.close)
+    with counted_side(tmp_path, make_kv(1)) as made:
         client = made.scheduler._link.client
         assert client is not None
         made.scheduler._link.call(client.ping, timeout=5)  # the push that names the namespace was heard

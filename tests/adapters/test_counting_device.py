@@ -1,7 +1,6 @@
 """What the device path makes: messages of the engine's process, and temporaries of the server's copies."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,30 +8,19 @@ import torch
 import trio
 from lmcache_trio_backends.cpu import CpuConfig, CpuMemory
 from lmcache_trio_backends.host_device import HostConfig, HostDevice
-from support.counting import Tap, tap, tracing
+from support.counting import BLOCKS, TOKENS, Tap, counted_side, tap, tracing
 
 from lmcache_trio._wire.messages import RetrieveBlocks, StoreBlocks
 from lmcache_trio.abc import Copy, Direction
 from lmcache_trio.adapters import StoreSpec
 from lmcache_trio.adapters.shared_kv import export_of, shared_tensor
-from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv, wait_until
-
-TOKENS = list(range(3 * CHUNK))
-BLOCKS = [5, 9, 1, 33, 34, 35, 36, 60, 2, 7, 8, 3]
+from lmcache_trio.testing.sides import CHUNK, Side, make_kv
 
 
 @pytest.fixture
 def side(tmp_path: Path) -> Iterator[Side]:
-    with ExitStack() as stack:
-        server = ServerProcess(f"unix://{tmp_path}/s.sock")
-        stack.callback(server.kill)
-        server.start()
-        wait_until(lambda: server.held["bytes_taken"] == server.held["bytes_size"])  # growth is told, too
-        kv = {
-            name: shared_tensor(layer.nbytes).view(layer.dtype).view(layer.shape) for name, layer in make_kv().items()
-        }
-        made = Side(server.address, kv, lookup_timeout=60.0, poll_interval=30.0)
-        stack.callback(made.close)
+    kv = {name: shared_tensor(layer.nbytes).view(layer.dtype).view(layer.shape) for name, layer in make_kv().items()}
+    with counted_side(tmp_path, kv) as made:
         assert made.worker.path == "device"
         yield made
 

@@ -239,17 +239,26 @@ async def test_after_a_cancel_at_any_step_held_is_as_before_and_the_connection_w
     async with serving("memory://server") as server, engine(server) as (scheduler, worker):
         await trio.testing.wait_all_tasks_blocked()
         before = held(server)
-        for steps in range(ENOUGH):
-            rig = await begin(server, scheduler, worker)
-            under_way = await cancelled_at(steps, lambda rig=rig: operation(rig))  # type: ignore[misc]
-            await end(rig)
-            await comes_back_to(server, before)
-            await _store_anew(scheduler, worker)
-            if not under_way:
-                break
-        else:
-            raise AssertionError("it never completed")
-        assert steps > 0
+        assert await _cancel_everywhere(operation, server, scheduler, worker, before) > 0
+
+
+async def _cancel_everywhere(
+    operation: Callable[[Rig], Awaitable[None]],
+    server: Server,
+    scheduler: Client,
+    worker: Client,
+    before: dict[str, Any],
+) -> int:
+    """Cancel *operation* at each of its steps; each time what *server* holds comes back to *before*. How many steps?"""
+    for steps in range(ENOUGH):
+        rig = await begin(server, scheduler, worker)
+        under_way = await cancelled_at(steps, lambda rig=rig: operation(rig))  # type: ignore[misc]
+        await end(rig)
+        await comes_back_to(server, before)
+        await _store_anew(scheduler, worker)
+        if not under_way:
+            return steps
+    raise AssertionError("it never completed")
 
 
 async def _store_anew(scheduler: Client, worker: Client) -> None:
@@ -274,12 +283,5 @@ async def test_over_real_sockets_too(
 ) -> None:
     async with serving(f"unix://{tmp_path}/s.sock") as server, engine(server) as (scheduler, worker):
         before = held(server)
-        for steps in range(ENOUGH):
-            rig = await begin(server, scheduler, worker)
-            under_way = await cancelled_at(steps, lambda rig=rig: operation(rig))  # type: ignore[misc]
-            await end(rig)
-            await comes_back_to(server, before)
-            await _store_anew(scheduler, worker)
-            if not under_way:
-                break
+        await _cancel_everywhere(operation, server, scheduler, worker, before)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["s.sock"]

@@ -3,14 +3,34 @@
 import gc
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from lmcache_trio._wire.codec import decode
 from lmcache_trio._wire.messages import Message
 from lmcache_trio.client import Client
+from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, wait_until
 
-__all__ = ["Tap", "tap", "tracing"]
+__all__ = ["BLOCKS", "TOKENS", "Tap", "counted_side", "tap", "tracing"]
+
+TOKENS = list(range(3 * CHUNK))
+BLOCKS = [5, 9, 1, 33, 34, 35, 36, 60, 2, 7, 8, 3]
+
+
+@contextmanager
+def counted_side(tmp_path: Path, kv: dict[str, torch.Tensor]) -> Iterator[Side]:
+    """Both sides of one engine, beside a server that says nothing unasked any more, however slow all of it is."""
+    with ExitStack() as stack:
+        server = ServerProcess(f"unix://{tmp_path}/s.sock")
+        stack.callback(server.kill)
+        server.start()
+        wait_until(lambda: server.held["bytes_taken"] == server.held["bytes_size"])  # growth is told, too
+        made = Side(server.address, kv, lookup_timeout=60.0, poll_interval=30.0)
+        stack.callback(made.close)
+        yield made
 
 
 class Tap:

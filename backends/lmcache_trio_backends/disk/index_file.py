@@ -193,9 +193,8 @@ class IndexFile:
         db.executescript(_SCHEMA)
         db.execute(f"PRAGMA user_version = {FORMAT}")
         db.execute(f"PRAGMA max_page_count = {max(8, self._room // PAGE)}")
-        db.execute(
-            "INSERT INTO facts VALUES ('opened', 1) ON CONFLICT DO UPDATE SET value = value + 1"
-        )  # can it be written?
+        # can it be written?
+        db.execute("INSERT INTO facts VALUES ('opened', 1) ON CONFLICT DO UPDATE SET value = value + 1")
         db.execute("DELETE FROM chunks WHERE key <= x''")  # keys that are no bytes: `page` would never come to them
         self.damaged += db.execute("SELECT changes()").fetchone()[0]
         self._count_changes(db)

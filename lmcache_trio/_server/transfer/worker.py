@@ -162,15 +162,15 @@ class TransferWorker:
         of `attachment.reader`.
         """
         chunk = attachment.chunk_blocks * attachment.attached.export.block_bytes
-        waits = bool(work.event) and isinstance(self._device, EventDevice)
-        transfer = Transfer(direction, attachment, [chunk] * len(work.slots), allowed=not waits)
+        device = self._device if work.event and isinstance(self._device, EventDevice) else None
+        transfer = Transfer(direction, attachment, [chunk] * len(work.slots), allowed=device is None)
         attachment.works[work.number] = transfer
         self._work[transfer] = (attachment, work)
         self._moving[attachment.peer.hello.token] += 1
         self._queue.submit(transfer)
         self._wake.set()
-        if work.event and isinstance(self._device, EventDevice):
-            self._events.wait(self._device, attachment, work.event, transfer)
+        if device is not None:
+            self._events.wait(device, attachment, work.event, transfer)
 
     def _allow(self, transfer: Transfer) -> None:
         self._queue.allow(transfer)

@@ -173,10 +173,7 @@ class SchedulerAdapter:
             self._lookups.forget(request)
             return None
         self._prompts.check_span(external_tokens, local_tokens, block_ids)
-        chunk_tokens, block_tokens = (
-            self.chunk_tokens,
-            self.block_tokens,
-        )  # no lookup was answered before these are final
+        chunk_tokens, block_tokens = self.chunk_tokens, self.block_tokens  # final before any lookup is answered
         first, skip = divmod(local_tokens, chunk_tokens)
         end = -(-(local_tokens + external_tokens) // chunk_tokens)
         lease = self._lookups.take(request, end)

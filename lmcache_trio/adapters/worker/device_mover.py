@@ -190,9 +190,7 @@ class DeviceMover:
                 if str(exc) != told and pause:  # once is nothing: it may be about to end
                     told = str(exc)
                     logger.warning("blocks are held until the server says that it has let go of them, or ends: %s", exc)
-            except (
-                Exception
-            ):  # no descriptor left, or a bug: whatever it is, it does not say that the copies have ended
+            except Exception:  # no descriptor left, or a bug: neither says that the copies have ended
                 logger.exception("blocks are held: the server could not be asked whether it has let go of them")
             await trio.sleep(pause)
             pause = min(_REFUSED_WAIT, 2 * pause or 0.02)

@@ -3,8 +3,7 @@
     store    reserve --> copy --> commit          load    pin --> copy --> is it still valid?
 
 A copy that began is never abandoned. At most cores - 1 copies run at one time: with more, the event loops lag by 4.6 ms
-instead of 0.3. Each thread has a queue of its own, because a hop through it
-costs half of one through a thread pool.
+instead of 0.3. Each thread has a queue of its own, because a hop through it costs half of one through a thread pool.
 """
 
 import os
