@@ -1,8 +1,8 @@
 """What `lmcache-trio bench` does: run, with a progress bar on standard error; print; write."""
 
-import signal
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from lmcache_trio.bench.rows import load_rows, save_rows, summarise
 from lmcache_trio.bench.run import measure
 from lmcache_trio.bench.settings import BenchSettings
 from lmcache_trio.errors import ConfigError
+from lmcache_trio.signals import run_until_signal
 
 __all__ = ["compare", "grow", "parked", "records", "run"]
 
@@ -34,8 +35,6 @@ def run(settings: BenchSettings, *, address: str | None, disk: Path | None, json
     if json is not None:
         save_rows(json, [])  # a path that cannot be written is told before the run, not after it
     measured = _with_progress(lambda tell: measure(settings, address=address, disk=disk, tell=tell))
-    if measured is None:
-        return 128 + signal.SIGTERM
     rows = summarise(measured.rounds)
     if json is not None:
         save_rows(json, rows)
@@ -65,8 +64,6 @@ def parked(count: int, rounds: int) -> int:
     if rounds < 1:
         raise ConfigError("--rounds", f"{rounds} is too few; give 1 or more")
     measured = _with_progress(lambda tell: measure_parked(count, rounds, tell))
-    if measured is None:
-        return 128 + signal.SIGTERM
     out = _console()
     out.print("a lookup is of 8,192 tokens; a store or retrieve copies one chunk of 64 KiB; all through the adapters")
     for call, found in measured.items():
@@ -84,8 +81,6 @@ def records(count: int, disk: Path | None = None) -> int:
     if not 0 < count <= MOST_RECORDS:
         raise ConfigError("COUNT", f"{count} is out of range; give 1 to {MOST_RECORDS}")
     starts = _with_progress(lambda tell: measure_records(count, tell, disk))
-    if starts is None:
-        return 128 + signal.SIGTERM
     out = _console()
     for line in start_lines(starts, count):
         out.print(line)
@@ -101,8 +96,6 @@ def grow(folder: Path, plan: growth.GrowthPlan | None = None) -> int:
     except OSError as exc:
         raise ConfigError("FOLDER", f"{folder} cannot be made: {exc.strerror}") from exc
     grown = _with_progress(lambda tell: growth.grow(plan or growth.GrowthPlan(), tell))
-    if grown is None:
-        return 128 + signal.SIGTERM
     (folder / "grow.json").write_text(grown.as_json())
     plots.draw(grown, folder, describe())
     out = _console()
@@ -112,8 +105,7 @@ def grow(folder: Path, plan: growth.GrowthPlan | None = None) -> int:
     return 0
 
 
-def _with_progress(work: Callable[[Tell], Awaitable[T]]) -> T | None:
-    """What *work* returns, or None if SIGTERM ended it."""
+def _with_progress(work: Callable[[Tell], Awaitable[T]]) -> T:
     columns = (TextColumn("{task.description:20}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=True) as progress:
         bar = progress.add_task("", total=None)
@@ -121,24 +113,7 @@ def _with_progress(work: Callable[[Tell], Awaitable[T]]) -> T | None:
         def tell(what: str, done: int, whole: int) -> None:
             progress.update(bar, description=what, completed=done, total=whole or None)
 
-        return trio.run(_until_terminated, work, tell)
-
-
-async def _until_terminated(work: Callable[[Tell], Awaitable[T]], tell: Tell) -> T | None:
-    """By default SIGTERM would end this process and leave the others."""
-    found: T | None = None
-    async with trio.open_nursery() as nursery:
-
-        async def watch(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-            with trio.open_signal_receiver(signal.SIGTERM) as signals:
-                task_status.started()
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
-
-        await nursery.start(watch)
-        found = await work(tell)
-        nursery.cancel_scope.cancel()
-    return found
+        return trio.run(run_until_signal, partial(work, tell))
 
 
 def _console() -> Console:

@@ -12,12 +12,13 @@ This module runs the processes and prints; it imports no torch, and knows the en
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lmcache_trio.errors import ConfigError, Unavailable
+from lmcache_trio.signals import run_until_signal
 
 __all__ = ["DemoSettings", "PromptComparison", "Served", "demo", "main", "verdict"]
 
@@ -132,9 +134,7 @@ def main(settings: DemoSettings) -> int:
     notes = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes) as progress:
-        rows = trio.run(_until_done, settings, progress)
-    if rows is None:
-        return 128 + signal.SIGTERM
+        rows = trio.run(run_until_signal, partial(_until_deadline, settings, progress))
     Console().print(_table(rows))
     problems = verdict(rows)
     for problem in problems:
@@ -186,8 +186,9 @@ async def demo(settings: DemoSettings, progress: Progress) -> list[PromptCompari
 
 async def _wait_ready(server: trio.Process) -> None:
     with trio.move_on_after(_READY_SECONDS):
-        async for _ in _lines(server):
-            return
+        async with aclosing(_lines(server)) as lines:
+            async for _ in lines:
+                return
         await trio.sleep_forever()  # it ended: the task that runs it knows why, and cancels this one
     raise Unavailable(f"the server was not ready within {_READY_SECONDS:g} s")
 
@@ -202,15 +203,16 @@ async def _serve_prompts(
         async with trio.open_nursery() as nursery:
             process = await nursery.start(_run_engine, arguments, logs / "engine.log")
             progress.console.print(f"engine: process {process.pid}")
-            async for line in _lines(process):
-                said = json.loads(line)
-                if "request_id" in said:
-                    served.append(Served(**said))
-                    progress.advance(bar)
-                elif not said["healthy"]:
-                    raise Unavailable("the engine did not get through to the server")
-                else:
-                    progress.console.print(f"path {said['path']}: {said['reason']}")
+            async with aclosing(_lines(process)) as lines:
+                async for line in lines:
+                    said = json.loads(line)
+                    if "request_id" in said:
+                        served.append(Served(**said))
+                        progress.advance(bar)
+                    elif not said["healthy"]:
+                        raise Unavailable("the engine did not get through to the server")
+                    else:
+                        progress.console.print(f"path {said['path']}: {said['reason']}")
     if deadline.cancelled_caught:
         raise Unavailable(f"the engine did not finish within {_ENGINE_SECONDS:g} s; give fewer --prompts")
     if len(served) != settings.prompts:
@@ -262,27 +264,10 @@ async def _lines(process: trio.Process) -> AsyncIterator[bytes]:
             yield line
 
 
-async def _until_done(settings: DemoSettings, progress: Progress) -> list[PromptComparison] | None:
+async def _until_deadline(settings: DemoSettings, progress: Progress) -> list[PromptComparison]:
     with trio.move_on_after(math.inf if settings.deadline is None else settings.deadline):
-        return await _until_terminated(settings, progress)
+        return await demo(settings, progress)
     raise Unavailable(f"the demo was not done within {settings.deadline:g} s; all it started has ended")
-
-
-async def _until_terminated(settings: DemoSettings, progress: Progress) -> list[PromptComparison] | None:
-    """`demo`, or None if SIGTERM came: by default that would end this process and leave the others."""
-    rows: list[PromptComparison] | None = None
-    async with trio.open_nursery() as nursery:
-
-        async def watch(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-            with trio.open_signal_receiver(signal.SIGTERM) as signals:
-                task_status.started()
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
-
-        await nursery.start(watch)
-        rows = await demo(settings, progress)
-        nursery.cancel_scope.cancel()
-    return rows
 
 
 def _table(rows: Sequence[PromptComparison]) -> Table:

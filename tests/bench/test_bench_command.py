@@ -124,15 +124,16 @@ def test_a_server_that_is_not_there_is_told_in_one_line(folder: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_bench_that_is_told_to_end_takes_its_processes_with_it(folder: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_bench_that_is_told_to_end_takes_its_processes_with_it(folder: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "lmcache_trio", "bench", "--kv", "layers=1", "--rounds", "100000"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(folder)}
     ) as process:
         wait_until(lambda: bool(list(folder.glob("*/host.log"))), timeout=30)
         ours = children(process.pid)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
     assert list(folder.iterdir()) == []
     assert not [pid for pid in ours if Path("/proc", pid).exists()]
 
