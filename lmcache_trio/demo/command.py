@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -255,7 +255,7 @@ def _last_words(log: Path) -> str:
     return f": {words[-1]}" if words else ""
 
 
-async def _lines(process: trio.Process) -> AsyncIterator[bytes]:
+async def _lines(process: trio.Process) -> AsyncGenerator[bytes, None]:
     assert process.stdout is not None
     rest = b""
     async for some in process.stdout:
