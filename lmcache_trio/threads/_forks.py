@@ -1,4 +1,4 @@
-"""A forked child inherits no thread: what owned one is told, in the child, that it is not alive there."""
+"""A forked child inherits no thread: each owner of a thread is told so, in the child."""
 
 import os
 import weakref
@@ -11,7 +11,7 @@ class OwnsThread(Protocol):
     """Something that owns a thread."""
 
     def forked(self) -> None:
-        """In the child: the thread is not there."""
+        """This process is a forked child, which has no such thread."""
 
 
 inherited: "weakref.WeakSet[OwnsThread]" = weakref.WeakSet()

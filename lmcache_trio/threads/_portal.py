@@ -1,6 +1,7 @@
 """A Trio loop in a thread of its own, and the calls that a synchronous host makes into it.
 
-Every wait of the host's is bounded, and ends when the loop does. It refuses to be started twice, or from its own loop.
+Every wait of the host is bounded, and ends when the loop ends. A portal refuses to be started twice, and to be called
+from its own loop.
 """
 
 import atexit
@@ -13,18 +14,18 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from lmcache_trio.errors import Misuse, Unavailable
+from lmcache_trio.threads._calls import Handoff, bounded
 from lmcache_trio.threads._forks import inherited
-from lmcache_trio.threads._values import Handoff, bounded
 
 __all__ = ["Portal"]
 
 T = TypeVar("T")
 _EXIT_GRACE = 2.0
-"""Seconds that a portal whose host forgot `stop` may take at interpreter exit."""
+"""Seconds that the interpreter's exit waits for a portal that was not stopped."""
 
 
 class Portal:
-    """A Trio loop in a thread of its own, for a synchronous host. Every wait of the host's is bounded."""
+    """A Trio loop in a thread of its own, for a synchronous host. Every wait of the host is bounded."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -40,14 +41,14 @@ class Portal:
 
     @property
     def alive(self) -> bool:
-        """Whether the loop runs, in this very process."""
+        """Whether the loop runs, in this process and not in its parent."""
         return not self._ended and self._token is not None
 
     def start(self, main: Callable[..., Awaitable[None]], *args: Any, timeout: float) -> Any:
         """Run ``await main(*args, task_status=…)`` in the thread; return what it passed to ``task_status.started()``.
 
-        Raises what *main* raised before that; `Unavailable` when it took longer than *timeout* seconds (it is then
-        cancelled); `Misuse` for a second start. What *main* raises later ends the portal and goes to
+        Raises the error of *main* before that; `Unavailable` if *main* took longer than *timeout* seconds, which
+        cancels it; `Misuse` for a second start. A later error of *main* ends the portal and goes to
         `threading.excepthook`.
         """
         if self._thread is not None:
@@ -64,12 +65,12 @@ class Portal:
         if outcome is None:
             self.stop(0)
             raise Unavailable(f"{self.name} was not ready after {timeout:g} s")
-        # Registered behind what main imported: exit hooks run last in, first out; the loop ends before its libraries.
+        # Registered after main's imports: exit hooks run last in, first out, so the loop ends before its libraries.
         atexit.register(self._at_exit)
         return outcome.unwrap()
 
     def post(self, fn: Callable[..., object], *args: Any) -> bool:
-        """Have the loop call ``fn(*args)`` soon, in order of posting; False when it has ended. *fn* must not raise."""
+        """Have the loop call ``fn(*args)`` soon, in order of posting. False: the loop ended. *fn* must not raise."""
         token = self._token
         if token is None or self._ended:
             return False
@@ -82,7 +83,7 @@ class Portal:
     def call(self, async_fn: Callable[..., Awaitable[T]], *args: Any, timeout: float) -> T:
         """Run ``await async_fn(*args)`` in the loop and wait for it, *timeout* seconds at most.
 
-        Raises what it raised; `Unavailable` when it is late (it is then cancelled) or the loop has ended.
+        Raises its error; `Unavailable` if it is late, which cancels it, or if the loop has ended.
         """
         self._refuse_loop_thread("call")
         call: _HostCall[T] = _HostCall(async_fn, args)
@@ -104,7 +105,7 @@ class Portal:
         return value
 
     def stop(self, timeout: float) -> bool:
-        """Cancel *main* and wait for the thread, *timeout* seconds at most; False if it has not ended. Idempotent."""
+        """Cancel *main* and wait for the thread, *timeout* seconds at most. False: it has not ended. Idempotent."""
         thread = self._thread
         if thread is None or (self._ended and not thread.is_alive()):
             return True
@@ -141,7 +142,7 @@ class Portal:
             self._scope = calls.cancel_scope
             self._token = trio.lowlevel.current_trio_token()
             calls.start_soon(_serve_calls, calls, jobs)
-            if self._stopping:  # the host gave up before there was a loop to tell
+            if self._stopping:  # the host gave up before the loop began
                 calls.cancel_scope.cancel()
             try:
                 await main(*args, task_status=_Started(started))
@@ -177,7 +178,7 @@ class Portal:
 
 
 class _Outcome:
-    """What a call came to."""
+    """The value or the error of a call."""
 
     __slots__ = ("error", "value")
 
@@ -203,7 +204,7 @@ class _Started(trio.TaskStatus[Any]):
 
 
 class _HostCall(Generic[T]):
-    """A host's call on its way through the loop."""
+    """A call of the host in the loop."""
 
     def __init__(self, async_fn: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> None:
         self._async_fn = async_fn
@@ -217,7 +218,7 @@ class _HostCall(Generic[T]):
                 self.result.set(_Outcome(await self._async_fn(*self._args)))
         except trio.Cancelled:
             raise
-        except BaseException as exc:  # noqa: BLE001 - the host's to handle, whatever it is
+        except BaseException as exc:  # noqa: BLE001 - raised again in the host
             self.result.set(_Outcome(error=exc))
 
 

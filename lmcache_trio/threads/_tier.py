@@ -1,4 +1,4 @@
-"""A tier for those who would rather write plain blocking code: the waiting, and what follows from it, is done here."""
+"""A tier for authors who write plain blocking code: its methods run in threads."""
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,36 +17,37 @@ T = TypeVar("T")
 
 
 class BlockingTier(Tier):
-    """A `Tier` out of six methods that block: `start`, `has`, `read`, `write`, `forget`, and `statistics`.
+    """A `Tier` made of six blocking methods: `start`, `has`, `read`, `write`, `forget`, and `statistics`.
 
-    All but the last run in threads of this tier's own, *threads* at a time; with one, as by default, they need no lock.
-    A buffer is theirs until they return, also when who asked for it was cancelled. An OSError is `Unavailable` to the
-    caller, as is every call outside of `open`. It refuses to stop a method under way: with more threads than one, the
-    `start` of a reopening can run beside a `write` of the former life that still hangs, and must expect its files.
+    All but the last run in the tier's own threads, *threads* at a time. With one thread, the default, they need no
+    lock. A method owns its buffers until it returns, even if the task that called it was cancelled. An OSError becomes
+    `Unavailable` for the caller, as does every call outside of `open`. No method is stopped while it runs: with more
+    threads than one, the `start` of a reopening can run beside a `write` from before that still hangs, and must expect
+    its files.
     """
 
     threads: ClassVar[int] = 1
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self._limiter = trio.CapacityLimiter(self.threads)  # one for all its lives: a call may outlast the first
+        self._limiter = trio.CapacityLimiter(self.threads)  # one for all openings: a call may outlast its own
         self._opened = False
 
     @abstractmethod
     def start(self) -> None:
-        """Make ready, at each opening: what was stored before is there again, what was half written is not."""
+        """Make ready, at each opening: chunks that were stored before are there again, half-written ones are not."""
 
     @abstractmethod
     def has(self, key: ChunkKey) -> bool:
-        """Whether `read` would find it."""
+        """Whether `read` would find the chunk *key*."""
 
     @abstractmethod
     def read(self, load: Load) -> bool:
-        """Fill the buffers; False when it is absent, of other lengths, or failed verification."""
+        """Fill the buffers. False: the chunk is absent, has other lengths, or failed verification."""
 
     @abstractmethod
     def write(self, record: Record) -> bool:
-        """Keep it, as a whole or not at all; False when it is not taken. What is there already is True."""
+        """Keep the chunk, as a whole or not at all. False: it was not taken. True also if the tier had it already."""
 
     @abstractmethod
     def forget(self, namespace: bytes) -> None:
@@ -75,7 +76,7 @@ class BlockingTier(Tier):
         return await self._run(lambda: [self.write(record) for record in records])
 
     async def delete(self, namespace: bytes) -> None:
-        """`forget` it."""
+        """`forget` the *namespace*."""
         await self._run(lambda: self.forget(namespace))
 
     async def _run(self, fn: Callable[[], T]) -> T:
