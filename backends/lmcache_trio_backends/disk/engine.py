@@ -1,9 +1,9 @@
 """The engine of the disk tier: its calls, the room that they need, and the task that keeps house.
 
-`directory` makes every decision and `io_threads` makes every wait for a thread. This module joins the two in the order
-that survives a kill: bytes are written before their row, and a row is erased before its bytes are given to another
-chunk. docs/reference/disk-tier.md says how the bytes lie, what each durability level promises, and what each kind of
-failure does.
+`chunk_table` makes each decision, and `io_threads` each wait for a thread. This module joins the two in the order that
+survives a kill: bytes are written before their row, and a row is erased before its bytes are given to another chunk.
+docs/reference/disk-tier.md says how the bytes lie, what each durability level promises, and what each kind of failure
+does.
 
 It refuses to share its directory, to grow beyond its size, and to guess: bytes that fail their checksum are dropped.
 """
@@ -25,8 +25,8 @@ from lmcache_trio.abc import Arena, ByteIO, ChunkKey, Load, LocalTier, Record
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.threads import offload
 from lmcache_trio_backends.disk.admission import make_admission
+from lmcache_trio_backends.disk.chunk_table import ChunkTable, Refusal
 from lmcache_trio_backends.disk.config import Budget, DiskConfig, failure_of, usable_size
-from lmcache_trio_backends.disk.directory import Directory, Refusal
 from lmcache_trio_backends.disk.files import Files
 from lmcache_trio_backends.disk.home import Home
 from lmcache_trio_backends.disk.index_file import Full
@@ -74,11 +74,11 @@ class DiskTier(LocalTier):
     def _begin(self, config: DiskConfig) -> None:
         """Forget the last opening: all parts are made again, and nothing is open yet."""
         budget = Budget.of(config.size)
-        self._directory = Directory(Arena(), capacity=budget.slabs, index_room=budget.index)
+        self._table = ChunkTable(Arena(), capacity=budget.slabs, index_room=budget.index)
         self._files = Files(config, budget, self._home)
         self._index, self._slabs = self._files.index, self._files.slabs
         self._threads = IOThreads(Path(config.path), config.threads, self._home.check)
-        self._recovery = Recovery(self._directory, self._files, self._threads, self._counts)
+        self._recovery = Recovery(self._table, self._files, self._threads, self._counts)
         self._ready = self._recovery.ready
         self._io: ByteIO = self._slabs
         self._wake = trio.Event()
@@ -128,7 +128,7 @@ class DiskTier(LocalTier):
         for i in range(0, len(keys), CONTAINS_KEYS):
             some = keys[i : i + CONTAINS_KEYS]
             found = await self._recovery.query(some)
-            there += [self._directory.contains(key) or name_of(key) in found for key in some]
+            there += [self._table.contains(key) or name_of(key) in found for key in some]
         return there
 
     async def load(self, loads: Sequence[Load]) -> list[bool]:
@@ -141,8 +141,8 @@ class DiskTier(LocalTier):
         try:
             await self._threads.carry(transfer)
         finally:
-            alive = [not self._ready.is_set() or self._directory.end_read(read) for _, read in held]
-            if self._directory.has_doomed:
+            alive = [not self._ready.is_set() or self._table.end_read(read) for _, read in held]
+            if self._table.has_doomed:
                 self._wake.set()
         if transfer.error is not None:
             if transfer.error.errno == errno.EIO:  # a bad sector must not fence the tier again each time it is back
@@ -154,7 +154,7 @@ class DiskTier(LocalTier):
             if alive[n]:
                 hits[i] = transfer.sums_of(n) == read.sums
                 if hits[i]:
-                    self._directory.touch(read.key)
+                    self._table.touch(read.key)
                 else:
                     self._suspect(read)
         self._counts["hits"] += sum(hits)
@@ -186,7 +186,7 @@ class DiskTier(LocalTier):
         self._check()
         await self._ready.wait()
         self._check()
-        generation = self._directory.forget(namespace)
+        generation = self._table.forget(namespace)
         with trio.CancelScope(shield=True):
             await self._threads.ask(self._index.forget, namespace, generation)
         self._wake.set()  # `_keep_house` goes on with the rest, also when this call is cancelled
@@ -199,7 +199,7 @@ class DiskTier(LocalTier):
         held: dict[str, int | str] = {"chunks": 0, "bytes_used": 0, "bytes_capacity": Budget.of(self.config.size).slabs}
         if self._is_open:
             held |= {
-                **self._directory.statistics(),
+                **self._table.statistics(),
                 "bytes_capacity": self._slabs.capacity,
                 "bytes_taken": self._slabs.taken,
                 "ready": int(self._ready.is_set()),
@@ -221,9 +221,9 @@ class DiskTier(LocalTier):
         for load, n in zip(loads, lengths, strict=True):
             row = rows.get(name_of(load.key))
             if self._ready.is_set():
-                reads.append(self._directory.begin_read(load.key, n))
+                reads.append(self._table.begin_read(load.key, n))
             elif row is None:
-                reads.append(self._directory.glance(load.key, n))
+                reads.append(self._table.glance(load.key, n))
             elif row.lengths == n:
                 reads.append(Read(load.key, -1, row.offset, row.generation, n, row.sums))
             else:
@@ -239,7 +239,7 @@ class DiskTier(LocalTier):
         self._failed += 1
         if not self._ready.is_set():
             self._recovery.suspects.append(read)
-        elif self._directory.quarantine(read):
+        elif self._table.quarantine(read):
             self._wake.set()
 
     # ---- storing
@@ -273,12 +273,12 @@ class DiskTier(LocalTier):
                 await self._publish(writes, transfer, taken)
         finally:
             for write in writes.values():
-                self._directory.abort(write)
-            if self._directory.has_doomed:
+                self._table.abort(write)
+            if self._table.has_doomed:
                 self._wake.set()
 
     async def _publish(self, writes: dict[int, Write], transfer: SlabTransfer, taken: list[bool]) -> None:
-        """Rows into the index file, then into the directory. What is published, or may be, leaves *writes*."""
+        """Rows into the index file, then into the table. What is published, or may be, leaves *writes*."""
         if self.config.durability == "power":
             await self._threads.flush(self._slabs.flush)
         sums = {i: transfer.sums_of(n) for n, i in enumerate(writes)}
@@ -288,30 +288,30 @@ class DiskTier(LocalTier):
         except Full:
             writes.update((i, write) for i, write, _ in whole)
             self._drop_full(len(whole))
-            freed = self._directory.evict(sum(extent_of(write.row.lengths) for _, write, _ in whole))
+            freed = self._table.evict(sum(extent_of(write.row.lengths) for _, write, _ in whole))
             self._counts["evicted"] += freed  # the next stores take their pages
             return
         for i, write, found in whole:
-            taken[i] = self._directory.publish(write, found)
+            taken[i] = self._table.publish(write, found)
             self._counts["stored"] += taken[i]
         self._unflushed = True
         self._expect_flush()
 
     async def _make_room(self, record: Record, lengths: Sequence[int]) -> Write | Refusal:
         """An extent for *record*: in a hole, in a new slab, or in place of what was least recently used; or why not."""
-        directory = self._directory
-        found = directory.reserve(record.key, record.parent, lengths, self._admit)
+        table = self._table
+        found = table.reserve(record.key, record.parent, lengths, self._admit)
         while found is Refusal.NO_HOLE or found is Refusal.NO_INDEX_ROOM:
             if found is Refusal.NO_INDEX_ROOM or not await self._grow():
-                evicted = directory.evict(extent_of(lengths))
+                evicted = table.evict(extent_of(lengths))
                 self._counts["evicted"] += evicted
-                if not evicted and directory.searching:
+                if not evicted and table.searching:
                     await trio.lowlevel.checkpoint()
-                elif evicted or directory.has_doomed or self._erasing.locked():
+                elif evicted or table.has_doomed or self._erasing.locked():
                     await self._erase_batch()
                 else:
                     return Refusal.NO_SPACE
-            found = directory.reserve(record.key, record.parent, lengths)
+            found = table.reserve(record.key, record.parent, lengths)
         return found
 
     async def _grow(self) -> bool:
@@ -324,7 +324,7 @@ class DiskTier(LocalTier):
                 return False
             with trio.CancelScope(shield=True):
                 taken = await self._threads.run(self._files.grow)
-                self._directory.grow(taken)
+                self._table.grow(taken)
         if taken == before:
             self._note_full()
         elif self._is_full:
@@ -368,11 +368,11 @@ class DiskTier(LocalTier):
         One batch: a store that needs room for one chunk does not wait for the end of a whole namespace.
         """
         async with self._erasing:
-            doomed = self._directory.take_doomed(self._index.batch)
+            doomed = self._table.take_doomed(self._index.batch)
             if doomed:
                 with trio.CancelScope(shield=True):
                     await self._threads.ask(self._index.erase, doomed)
-                    self._directory.erased(doomed)
+                    self._table.erased(doomed)
             return bool(doomed)
 
     def _expect_flush(self) -> None:
@@ -382,7 +382,7 @@ class DiskTier(LocalTier):
 
     async def _flush(self) -> None:
         self._tell_failed()
-        while touched := self._directory.take_touched(self._index.batch):
+        while touched := self._table.take_touched(self._index.batch):
             await self._threads.ask(self._index.touch, touched)
         if self.config.durability == "periodic" and self._unflushed:
             self._unflushed = False
@@ -416,9 +416,9 @@ class DiskTier(LocalTier):
         self._tell_failed()
         owed: list[Callable[[], None]] = []
         if self._threads.failed is None and self._ready.is_set():
-            while len(owed) < DELETE_BATCHES and (doomed := self._directory.take_doomed(self._index.batch)):
+            while len(owed) < DELETE_BATCHES and (doomed := self._table.take_doomed(self._index.batch)):
                 owed.append(functools.partial(self._index.erase, doomed))
-            while touched := self._directory.take_touched(self._index.batch):
+            while touched := self._table.take_touched(self._index.batch):
                 owed.append(functools.partial(self._index.touch, touched))
         flush = self._unflushed and self.config.durability == "periodic"
         close = functools.partial(self._files.close, owed, flush=flush)

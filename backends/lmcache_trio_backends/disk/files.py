@@ -28,7 +28,7 @@ log = logging.getLogger("lmcache_trio.disk")
 
 
 class Files:
-    """Directory, index and slabs. Nothing is open before `open`, nor after it failed."""
+    """ChunkTable, index and slabs. Nothing is open before `open`, nor after it failed."""
 
     def __init__(self, config: DiskConfig, budget: Budget, home: Home) -> None:
         self._config = config

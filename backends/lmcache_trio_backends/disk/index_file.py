@@ -1,6 +1,6 @@
 """The index file: SQLite in WAL mode, one row per chunk. Every method blocks, and all run in one thread of its own.
 
-It keeps what `directory` decided and decides nothing itself, but it erases what cannot be a row of ours. It has one
+It keeps what `chunk_table` decided and decides nothing itself, but it erases what cannot be a row of ours. It has one
 connection, opened exclusively. So there is no shared memory file beside it, every checkpoint completes, and the WAL
 keeps within its room: it is written back into the file whenever half of the room is filled, and no transaction takes
 more than a quarter.

@@ -80,7 +80,7 @@ class Write:
 
 @attrs.frozen
 class Read:
-    """A chunk being read. *number* is -1 where the directory is not rebuilt yet: then nothing holds the chunk."""
+    """A chunk being read. *number* is -1 where the table is not rebuilt yet: then nothing holds the chunk."""
 
     key: ChunkKey
     number: int

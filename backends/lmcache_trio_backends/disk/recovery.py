@@ -1,4 +1,4 @@
-"""How the disk tier reads its index file into the directory when it is opened, and answers meanwhile.
+"""How the disk tier reads its index file into the chunk table when it is opened, and answers meanwhile.
 
 A million rows take a while, so most of them are read in the background. Rows that were read are known from memory; the
 others are found by query, which waits for one page of the recovery at most. Until the end nothing is stored, evicted or
@@ -13,7 +13,7 @@ import trio
 
 from lmcache_trio.abc import ChunkKey
 from lmcache_trio.errors import Unavailable
-from lmcache_trio_backends.disk.directory import Directory
+from lmcache_trio_backends.disk.chunk_table import ChunkTable
 from lmcache_trio_backends.disk.files import Files
 from lmcache_trio_backends.disk.io_threads import IOThreads
 from lmcache_trio_backends.disk.records import Read, Row, name_of
@@ -34,12 +34,12 @@ class Recovery:
     Damaged rows are dropped, and counted in *counts* as `corrupt`.
     """
 
-    def __init__(self, directory: Directory, files: Files, threads: IOThreads, counts: "Counter[str]") -> None:
-        self._directory = directory
+    def __init__(self, table: ChunkTable, files: Files, threads: IOThreads, counts: "Counter[str]") -> None:
+        self._table = table
         self._files = files
         self._threads = threads
         self._counts = counts
-        self._read_to = b""  # names up to this one are in the directory
+        self._read_to = b""  # names up to this one are in the table
         self._all_read = False
         self.ready = trio.Event()
         self.under_way = trio.Event()
@@ -51,17 +51,17 @@ class Recovery:
         try:
             await self._read()
             await self._threads.ask(self._files.index.check)
-            order = await self._threads.run(self._directory.order)
+            order = await self._threads.run(self._table.order)
             slabs = self._files.slabs
-            for _ in self._directory.rebuild(slabs.taken, order, slabs.lost):
+            for _ in self._table.rebuild(slabs.taken, order, slabs.lost):
                 await trio.lowlevel.checkpoint()
-            for namespace in self._directory.take_erased():
+            for namespace in self._table.take_erased():
                 await self._threads.ask(self._files.index.all_erased, namespace)
             for read in self.suspects:
-                self._directory.quarantine(read)
+                self._table.quarantine(read)
         except Unavailable as exc:
             log.warning("%s", exc)  # each call raises the same
-        if damaged := self._files.index.damaged + self._directory.overlaid:
+        if damaged := self._files.index.damaged + self._table.overlaid:
             log.warning("%s: %d rows were damaged and are dropped", self._files.index.path, damaged)
             self._counts["corrupt"] += damaged
         self._tell_lost()
@@ -69,7 +69,7 @@ class Recovery:
         self.under_way.set()
 
     def _tell_lost(self) -> None:
-        lost, damage = self._directory.lost, self._files.slabs.damage
+        lost, damage = self._table.lost, self._files.slabs.damage
         self._counts["lost_slabs"] += lost
         if lost or damage:
             shown = "; ".join(damage[:5]) + ("; …" if len(damage) > 5 else "")
@@ -78,25 +78,25 @@ class Recovery:
                 self._files.index.path.parent,
                 lost,
                 shown or f"they have {self._files.slabs.taken} bytes now",
-                self._directory.statistics()["chunks"],
+                self._table.statistics()["chunks"],
             )
 
     async def query(self, keys: Sequence[ChunkKey]) -> dict[bytes, Row]:
-        """The index file's rows for those of *keys* that were not read into the directory yet, by name."""
+        """The index file's rows for those of *keys* that were not read into the table yet, by name."""
         names = [] if self._all_read else [name for name in map(name_of, keys) if name > self._read_to]
         if not names:
             await trio.lowlevel.checkpoint()
             return {}
         rows = await self._threads.ask(self._files.index.find, names)
-        return {row.name: row for row in rows if not self._directory.is_dead(row)}
+        return {row.name: row for row in rows if not self._table.is_dead(row)}
 
     async def _read(self) -> None:
         index = self._files.index
         for namespace, generation in await self._threads.ask(index.forgotten):
-            self._directory.bury(namespace, generation)
+            self._table.bury(namespace, generation)
         if await self._threads.ask(index.size) > SMALL:
             self.under_way.set()
         while page := await self._threads.ask(index.page, self._read_to, PAGE_ROWS):
-            self._directory.restore(page)
+            self._table.restore(page)
             self._read_to = page[-1].name
         self._all_read = True

@@ -1,7 +1,7 @@
 """The chunks of the disk tier as rows of flat arrays, and the names that lead to them.
 
 To the garbage collector a million rows are a few flat arrays and dicts of bytes, so it has nothing to visit. This
-module decides nothing: `directory` decides what a state means and when it changes.
+module decides nothing: `chunk_table` decides what a state means and when it changes.
 """
 
 from array import array

@@ -1,6 +1,6 @@
 """Where the rows of the index file lie in the slabs: scanned once, at the start, in the order of their places.
 
-The scanner claims the bytes of sound rows and names the rows that cannot be sound; `directory` decides about those.
+The scanner claims the bytes of sound rows and names the rows that cannot be sound; `chunk_table` decides about those.
 """
 
 from array import array

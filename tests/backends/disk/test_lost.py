@@ -38,12 +38,12 @@ async def filled(tier: DiskTier) -> list[tuple[int, int]]:
     """Store all. Where each lies: its first byte, and the one behind its last."""
     async with tier.open():
         assert all(await tier.store([record_of(key_of(n), (LENGTH,)) for n in range(COUNT)]))
-        directory = tier._directory
-        places = [directory.begin_read(key_of(n), (LENGTH,)) for n in range(COUNT)]
+        table = tier._table
+        places = [table.begin_read(key_of(n), (LENGTH,)) for n in range(COUNT)]
         assert all(place is not None for place in places)
         for place in places:
             assert place is not None
-            directory.end_read(place)
+            table.end_read(place)
         return [(place.offset, place.offset + LENGTH) for place in places if place is not None]
 
 

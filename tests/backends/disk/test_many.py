@@ -15,8 +15,8 @@ import pytest
 import trio
 import trio.testing
 from lmcache_trio_backends.disk import DiskConfig, DiskTier, engine, recovery
+from lmcache_trio_backends.disk.chunk_table import ChunkTable
 from lmcache_trio_backends.disk.config import Budget
-from lmcache_trio_backends.disk.directory import Directory
 from lmcache_trio_backends.disk.eviction import _GLANCES
 from lmcache_trio_backends.disk.files import Files
 from lmcache_trio_backends.disk.home import INDEX_NAME, Home, slab_name
@@ -272,32 +272,32 @@ async def test_who_needs_room_waits_for_one_piece_of_a_deletion_and_not_for_its_
         assert is_right(load)
 
 
-def full_directory(count: int) -> Directory:
-    directory = Directory(Arena(), capacity=1 << 40, index_room=1 << 30)
-    directory.restore(rows(count))
-    for _ in directory.rebuild(count * LENGTH, directory.order()):
+def full_table(count: int) -> ChunkTable:
+    table = ChunkTable(Arena(), capacity=1 << 40, index_room=1 << 30)
+    table.restore(rows(count))
+    for _ in table.rebuild(count * LENGTH, table.order()):
         pass
-    return directory
+    return table
 
 
 def test_a_million_late_entries_are_put_right_a_few_at_a_time() -> None:
-    directory = full_directory(MANY)
+    table = full_table(MANY)
     found = sorted(rows(MANY), key=lambda row: row[4])
     for row in found:
-        directory.touch(key(row))
+        table.touch(key(row))
     calls = 0
-    while not directory.evict(1):
+    while not table.evict(1):
         calls += 1
-        assert directory.searching
+        assert table.searching
     assert calls == MANY // 8 // _GLANCES  # a leaf a chain
-    assert not directory.searching
-    assert not directory.contains(key(found[7]))  # the end of the chain that was touched first
+    assert not table.searching
+    assert not table.contains(key(found[7]))  # the end of the chain that was touched first
 
 
 def test_every_step_of_the_rebuilding_is_small() -> None:
-    directory = Directory(Arena(), capacity=1 << 40, index_room=1 << 30)
-    directory.restore(rows(MANY))
-    steps: Iterator[None] = directory.rebuild(MANY * LENGTH, directory.order())
+    table = ChunkTable(Arena(), capacity=1 << 40, index_room=1 << 30)
+    table.restore(rows(MANY))
+    steps: Iterator[None] = table.rebuild(MANY * LENGTH, table.order())
     assert sum(1 for _ in steps) > 2 * MANY // recovery.PAGE_ROWS
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from lmcache_trio_backends.disk.directory import Directory, Refusal
+from lmcache_trio_backends.disk.chunk_table import ChunkTable, Refusal
 from lmcache_trio_backends.disk.records import Doomed, Read, Row, Write, extent_of, index_cost
 
 from lmcache_trio._core.index.arena import Arena
@@ -35,25 +35,25 @@ class DiskMachine(RuleBasedStateMachine):
         self.boot()
 
     def boot(self) -> None:
-        self.directory = Directory(Arena(), capacity=TAKEN, index_room=ROWS * index_cost(1))
+        self.table = ChunkTable(Arena(), capacity=TAKEN, index_room=ROWS * index_cost(1))
         for namespace, generation in self.tombs.items():
-            self.directory.bury(namespace, generation)
-        self.directory.restore(self.file[key] for key in sorted(self.file))
-        for _ in self.directory.rebuild(TAKEN, self.directory.order()):
+            self.table.bury(namespace, generation)
+        self.table.restore(self.file[key] for key in sorted(self.file))
+        for _ in self.table.rebuild(TAKEN, self.table.order()):
             pass
-        for namespace in self.directory.take_erased():
+        for namespace in self.table.take_erased():
             del self.tombs[namespace]
         self.due: list[tuple[bytes, int]] = []
         self.writes: list[Write] = []
-        self.written: list[Write] = []  # bytes and row stand, the directory does not know it yet
+        self.written: list[Write] = []  # bytes and row stand, the table does not know it yet
         self.reads: list[Read] = []
         self.erasing: list[Doomed] = []
         self.erased: list[Doomed] = []
         alive = self._alive()
         self.published: dict[ChunkKey, Write | None] = {ChunkKey(row.name[:32], row.name[32:]): None for row in alive}
         self.forgotten: set[int] = set()  # generations of writes
-        assert self.directory.statistics()["bytes_used"] == sum(self._range(row)[1] for row in alive)
-        assert self.directory.statistics()["chunks"] == len(alive)
+        assert self.table.statistics()["bytes_used"] == sum(self._range(row)[1] for row in alive)
+        assert self.table.statistics()["chunks"] == len(alive)
 
     def _alive(self) -> list[Row]:
         return [row for row in self.file.values() if row.generation > self.tombs.get(row.name[:32], -1)]
@@ -64,7 +64,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(key=keys, parent=st.sampled_from([b"", *DIGESTS]), lengths=st.sampled_from(LENGTHS))
     def reserve(self, key: ChunkKey, parent: bytes, lengths: tuple[int, ...]) -> None:
-        write = self.directory.reserve(key, parent, lengths)
+        write = self.table.reserve(key, parent, lengths)
         being_written = any(w.key == key and w.row.generation not in self.forgotten for w in self._writing())
         if key in self.published or being_written:
             assert write is (Refusal.PUBLISHED if key in self.published else Refusal.WRITING)
@@ -93,9 +93,9 @@ class DiskMachine(RuleBasedStateMachine):
     @rule()
     def publish(self) -> None:
         write = self.written.pop(0)
-        alive = self.directory.publish(write, [7] * len(write.row.lengths))
+        alive = self.table.publish(write, [7] * len(write.row.lengths))
         assert alive == (write.row.generation not in self.forgotten)
-        assert self.directory.contains(write.key) == alive or write.row.generation in self.forgotten
+        assert self.table.contains(write.key) == alive or write.row.generation in self.forgotten
         if alive:
             self.published[write.key] = write
 
@@ -103,13 +103,13 @@ class DiskMachine(RuleBasedStateMachine):
     @rule()
     def abort(self) -> None:
         write = self.writes.pop()
-        self.directory.abort(write)
+        self.table.abort(write)
         if write.row.generation not in self.forgotten:
-            assert self.directory._rows.find(write.key.namespace, write.key.digest) < 0
+            assert self.table._rows.find(write.key.namespace, write.key.digest) < 0
 
     @rule(key=keys, lengths=st.sampled_from(LENGTHS))
     def begin_read(self, key: ChunkKey, lengths: tuple[int, ...]) -> None:
-        read = self.directory.begin_read(key, lengths)
+        read = self.table.begin_read(key, lengths)
         if read is not None:
             assert key in self.published
             assert self.file[key.namespace + key.digest].offset == read.offset
@@ -119,26 +119,26 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(data=st.data(), wrong=st.booleans())
     def end_read(self, data: st.DataObject, wrong: bool) -> None:
         read = self.reads.pop(data.draw(st.integers(0, len(self.reads) - 1)))
-        alive = self.directory.end_read(read)
+        alive = self.table.end_read(read)
         row = self.file.get(read.key.namespace + read.key.digest)
         assert not alive or (row is not None and row.generation == read.generation)
         if alive and wrong:
-            assert self.directory.quarantine(read)
-            assert not self.directory.quarantine(read)
+            assert self.table.quarantine(read)
+            assert not self.table.quarantine(read)
             del self.published[read.key]
         elif alive:
-            self.directory.touch(read.key)
+            self.table.touch(read.key)
 
     @rule(length=st.sampled_from([1, PAGE, 5 * PAGE]))
     def evict(self, length: int) -> None:
         held = {read.key for read in self.reads}
-        count = self.directory.evict(length)
-        gone = [key for key in self.published if not self.directory.contains(key)]
+        count = self.table.evict(length)
+        gone = [key for key in self.published if not self.table.contains(key)]
         assert len(gone) == count
         for key in gone:
             children = [k for k in self.published if k.namespace == key.namespace and self._parent(k) == key.digest]
             assert all(child in gone or child == key for child in children), "a parent went before its child"
-            assert key not in held or all(read.key != key for read in self.reads if self.directory.contains(read.key))
+            assert key not in held or all(read.key != key for read in self.reads if self.table.contains(read.key))
             del self.published[key]
         assert count or not self._leaves(held)
 
@@ -151,7 +151,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(namespace=st.sampled_from(NAMESPACES))
     def forget(self, namespace: bytes) -> None:
-        self.due.append((namespace, self.directory.forget(namespace)))
+        self.due.append((namespace, self.table.forget(namespace)))
         self.published = {key: write for key, write in self.published.items() if key.namespace != namespace}
         for write in self._writing():
             if write.key.namespace == namespace:
@@ -165,7 +165,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 5))
     def take_doomed(self, limit: int) -> None:
-        self.erasing += self.directory.take_doomed(limit)
+        self.erasing += self.table.take_doomed(limit)
 
     @precondition(lambda self: self.erasing)
     @rule()
@@ -179,11 +179,11 @@ class DiskMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.erased)
     @rule()
     def free_its_bytes(self) -> None:
-        self.directory.erased([self.erased.pop(0)])
+        self.table.erased([self.erased.pop(0)])
 
     @rule(limit=st.integers(1, 5))
     def write_recency(self, limit: int) -> None:
-        for recency, name, generation in self.directory.take_touched(limit):
+        for recency, name, generation in self.table.take_touched(limit):
             row = self.file.get(name)
             if row is not None and row.generation == generation:
                 self.file[name] = row._replace(recency=recency)
@@ -195,7 +195,7 @@ class DiskMachine(RuleBasedStateMachine):
     @rule()
     def finish_everything_and_begin_from_nothing(self) -> None:
         while self.reads:
-            self.directory.end_read(self.reads.pop())
+            self.table.end_read(self.reads.pop())
         while self.writes:
             self.abort()
         while self.written:
@@ -208,7 +208,7 @@ class DiskMachine(RuleBasedStateMachine):
         while self.erased:
             self.free_its_bytes()
         assert not self.file
-        assert self.directory.statistics() == {"chunks": 0, "bytes_used": 0, "bytes_index_planned": 0}
+        assert self.table.statistics() == {"chunks": 0, "bytes_used": 0, "bytes_index_planned": 0}
 
     @invariant()
     def no_two_rows_share_a_byte(self) -> None:
@@ -222,8 +222,8 @@ class DiskMachine(RuleBasedStateMachine):
             for namespace in NAMESPACES:
                 for digest in DIGESTS:
                     key = ChunkKey(namespace, digest)
-                    assert self.directory.contains(key) == (key in self.published)
-            assert self.directory.statistics()["chunks"] == len(self.published)
+                    assert self.table.contains(key) == (key in self.published)
+            assert self.table.statistics()["chunks"] == len(self.published)
 
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -238,66 +238,66 @@ def _key(number: int) -> ChunkKey:
     return ChunkKey(NAMESPACES[0], DIGESTS[number])
 
 
-def _store(directory: Directory, number: int, parent: int | None = None) -> Row:
-    write = directory.reserve(_key(number), b"" if parent is None else DIGESTS[parent], (PAGE,))
+def _store(table: ChunkTable, number: int, parent: int | None = None) -> Row:
+    write = table.reserve(_key(number), b"" if parent is None else DIGESTS[parent], (PAGE,))
     assert isinstance(write, Write)
-    assert directory.publish(write, [0])
+    assert table.publish(write, [0])
     return write.row
 
 
-def _directory() -> Directory:
-    directory = Directory(Arena(), capacity=TAKEN, index_room=1 << 20)
-    for _ in directory.rebuild(TAKEN, directory.order()):
+def _table() -> ChunkTable:
+    table = ChunkTable(Arena(), capacity=TAKEN, index_room=1 << 20)
+    for _ in table.rebuild(TAKEN, table.order()):
         pass
-    return directory
+    return table
 
 
-def _evict(directory: Directory) -> int:
-    before = [n for n in range(8) if directory.contains(_key(n))]
-    assert directory.evict(1) == 1
-    (gone,) = [n for n in before if not directory.contains(_key(n))]
+def _evict(table: ChunkTable) -> int:
+    before = [n for n in range(8) if table.contains(_key(n))]
+    assert table.evict(1) == 1
+    (gone,) = [n for n in before if not table.contains(_key(n))]
     return gone
 
 
 def test_the_least_recently_used_leaf_goes_first_and_its_parent_inherits_its_recency() -> None:
-    directory = _directory()
-    _store(directory, 0)
-    _store(directory, 1, parent=0)
-    _store(directory, 2)
-    _store(directory, 3)
-    directory.touch(_key(1))
-    assert [_evict(directory) for _ in range(4)] == [2, 3, 1, 0]
+    table = _table()
+    _store(table, 0)
+    _store(table, 1, parent=0)
+    _store(table, 2)
+    _store(table, 3)
+    table.touch(_key(1))
+    assert [_evict(table) for _ in range(4)] == [2, 3, 1, 0]
 
 
 def test_a_parent_that_comes_after_its_child_is_no_leaf() -> None:
-    directory = _directory()
-    _store(directory, 1, parent=0)
-    _store(directory, 0)
-    directory.touch(_key(1))
-    assert [_evict(directory) for _ in range(2)] == [1, 0]
+    table = _table()
+    _store(table, 1, parent=0)
+    _store(table, 0)
+    table.touch(_key(1))
+    assert [_evict(table) for _ in range(2)] == [1, 0]
 
 
 def test_what_is_being_read_is_not_evicted() -> None:
-    directory = _directory()
-    _store(directory, 0)
-    read = directory.begin_read(_key(0), (PAGE,))
+    table = _table()
+    _store(table, 0)
+    read = table.begin_read(_key(0), (PAGE,))
     assert read is not None
-    assert directory.evict(1) == 0
-    assert directory.end_read(read)
-    assert _evict(directory) == 0
+    assert table.evict(1) == 0
+    assert table.end_read(read)
+    assert _evict(table) == 0
 
 
 def test_rows_that_lie_over_each_other_or_outside_are_dropped_and_their_bytes_given_once() -> None:
-    rows = [_store(_directory(), n) for n in range(3)]
+    rows = [_store(_table(), n) for n in range(3)]
     rows[1] = rows[1]._replace(offset=0, generation=99)  # over the first
     rows[2] = rows[2]._replace(offset=TAKEN)  # behind the end
-    directory = Directory(Arena(), capacity=TAKEN, index_room=1 << 20)
-    directory.restore(rows)
-    for _ in directory.rebuild(TAKEN, directory.order()):
+    table = ChunkTable(Arena(), capacity=TAKEN, index_room=1 << 20)
+    table.restore(rows)
+    for _ in table.rebuild(TAKEN, table.order()):
         pass
-    assert directory.statistics()["chunks"] == 1
-    directory.erased(directory.take_doomed(10))
-    assert directory.statistics()["bytes_used"] == PAGE
-    directory.forget(NAMESPACES[0])
-    directory.erased(directory.take_doomed(10))
-    assert directory.statistics() == {"chunks": 0, "bytes_used": 0, "bytes_index_planned": 0}
+    assert table.statistics()["chunks"] == 1
+    table.erased(table.take_doomed(10))
+    assert table.statistics()["bytes_used"] == PAGE
+    table.forget(NAMESPACES[0])
+    table.erased(table.take_doomed(10))
+    assert table.statistics() == {"chunks": 0, "bytes_used": 0, "bytes_index_planned": 0}

@@ -6,8 +6,8 @@
 
 Rule 1: a chunk's bytes are written before its row stands in the index file, and its row is erased there before its
 bytes are given to another chunk. So after a kill at any time, each row of the file names bytes of its own.
-Rule 2: a DOOMED chunk is out of the directory at once. Its extent stays taken until its last holder has let go of it
-and its row is erased. Rule 3: no I/O and no clock here.
+Rule 2: the name of a DOOMED chunk is not found any more. Its extent stays taken until its last holder has ended and its
+row is erased. Rule 3: no I/O and no clock here.
 
 A forgotten namespace is absent at once; its rows are doomed a batch at a time, when `take_doomed` is called. The index
 file keeps the generation up to which it was forgotten: rows that a kill leaves are dead, and their bytes are free.
@@ -24,7 +24,7 @@ from lmcache_trio_backends.disk.records import MAX_SHARDS, NAME, Doomed, Lost, R
 from lmcache_trio_backends.disk.rows import FREE, ChunkRows, Space
 from lmcache_trio_backends.disk.scanner import SLICE, SlabScanner, by_place
 
-__all__ = ["Directory", "Refusal"]
+__all__ = ["ChunkTable", "Refusal"]
 
 _WRITING, _PUBLISHED, _DOOMED = range(FREE + 1, FREE + 4)
 
@@ -41,7 +41,7 @@ class Refusal(Enum):
     NO_SPACE = "no_space"
 
 
-class Directory:
+class ChunkTable:
     """All chunks of one disk. *capacity* is in bytes of slabs, *index_room* of the index file, see `index_cost`."""
 
     def __init__(self, arena: Arena, *, capacity: int, index_room: int) -> None:
