@@ -29,8 +29,8 @@ async def run_until_signal(work: Callable[[], Awaitable[T]]) -> T:
                         working.cancel()
 
                 nursery.start_soon(watch)
-                found = await work()
-            nursery.cancel_scope.cancel()
-    if working.cancelled_caught:
-        raise SystemExit(128 + came[0])
-    return found
+                try:
+                    return await work()
+                finally:
+                    nursery.cancel_scope.cancel()
+    raise SystemExit(128 + came[0])
