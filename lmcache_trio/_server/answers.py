@@ -119,9 +119,9 @@ class Answers:
             session.answer(asked, 0)
         else:
             session.answer(asked, lease.chunks, lease.id, lease.expires)
-            for runner in self.tiers.runners:
-                if runner.writer.unwritten:  # it is offered what it has not taken, now that an engine uses it
-                    runner.writer.used(lease.namespace, wanted[: lease.chunks])
+            for writer in self.tiers.writers:
+                if writer.unwritten:  # it is offered what it has not taken, now that an engine uses it
+                    writer.used(lease.namespace, wanted[: lease.chunks])
         self._events["lookups"] += bool(wanted)
         self._events["hits"] += session.chunks
         self._events["misses"] += len(wanted) - session.chunks

@@ -121,7 +121,8 @@ def _commit(parts: Parts, peer: Peer, message: Commit) -> Message:
     try:
         keys = parts.index.commit(message.reservation, peer.number)
         published = len(keys)
-        parts.tiers.stored(keys)
+        for writer in parts.tiers.writers:
+            writer.offer(keys)
     except Gone:
         if not ours:
             raise

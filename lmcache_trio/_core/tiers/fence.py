@@ -1,14 +1,14 @@
 """The fence of a tier: when the tier may be used.
 
-    PROBING --works--> OPEN --failed, or a call is overdue--> FENCED(until) --probe, from then on--> PROBING
-       `-----------------failed-------------------------------^
+    PROBING --works--> OPEN --failed--> FENCED(until) --probe, from then on--> PROBING
+       `-----------------failed-----------^
 
 A tier begins as PROBING: it has yet to show that it works. Each failure in a row doubles the time until the next probe.
 A tier that stayed OPEN for longer than it was fenced before begins anew with the shortest time, so a tier that works
 for a moment after each probe is not probed more and more often.
 
 Rule 1: every transition of a fence lives in this file. Rule 2: no I/O and no clock here. Rule 3: an event that the
-state does not know raises `Misuse` and changes nothing. Only a failure may come at any time, because the calls that are
+state does not know raises `Misuse` and changes nothing. Only a failure may come at any time, because calls that are
 under way when the first one fails may fail as well: `failed` then says False.
 """
 
@@ -29,35 +29,31 @@ class FenceState(Enum):
 
 
 class Fence:
-    """One tier's fence. *first* and *most* are seconds from a failure to the next probe; a call may take *patience*."""
+    """One tier's fence. *first* and *most* bound the seconds from a failure to the next probe."""
 
-    def __init__(self, *, patience: float, first: float = 1.0, most: float = 60.0) -> None:
+    def __init__(self, *, first: float = 1.0, most: float = 60.0) -> None:
         if not 0 < first <= most:
             raise Misuse(f"first is {first} and most is {most}: they must be above 0, and in order")
-        if not patience > 0:
-            raise Misuse(f"patience is {patience}: it must be above 0")
-        self._patience = patience
         self._first = first
         self._most = most
         self._wait = 0.0
         self._opened = 0.0
-        self._calls: dict[int, float] = {}
-        self._numbers = 0
         self.state = FenceState.PROBING
         self.reason = ""
         """Why the tier is fenced, or was last."""
         self.until = -inf
         self.failures = 0
-        """Times that the tier was fenced, ever."""
+        """How often the tier was fenced, ever."""
 
     def works(self, now: float) -> None:
         """The probe ended well."""
-        self._expect("opened", FenceState.PROBING)
+        if self.state is not FenceState.PROBING:
+            raise Misuse(f"a tier that is {self.state.value} cannot be opened")
         self.state = FenceState.OPEN
         self._opened = now
 
     def failed(self, reason: str, now: float) -> bool:
-        """A call failed. False: the tier was fenced already. Calls under way are not watched any more."""
+        """A call failed, or is overdue. False: the tier was fenced before."""
         if self.state is FenceState.FENCED:
             return False
         if self.state is FenceState.OPEN and now - self._opened > self._wait:
@@ -65,44 +61,12 @@ class Fence:
         self._wait = min(self._most, max(self._first, 2 * self._wait))
         self.state, self.reason, self.until = FenceState.FENCED, reason, now + self._wait
         self.failures += 1
-        self._calls.clear()
         return True
 
     def probe(self, now: float) -> None:
         """The tier is tried again."""
-        self._expect("probed", FenceState.FENCED)
+        if self.state is not FenceState.FENCED:
+            raise Misuse(f"a tier that is {self.state.value} cannot be probed")
         if now < self.until:
             raise Misuse(f"it is {now}, and the next probe is at {self.until}")
         self.state = FenceState.PROBING
-
-    # --- calls under way --------------------------------------------------------------------------------------------
-
-    def began(self, now: float, patience: float | None = None) -> int:
-        """A call into the OPEN tier began, and may take *patience* seconds. Returns its number, for `ended`."""
-        self._expect("called", FenceState.OPEN)
-        self._numbers += 1
-        self._calls[self._numbers] = now + (self._patience if patience is None else patience)
-        return self._numbers
-
-    def ended(self, call: int) -> None:
-        """The call returned or raised. Idempotent."""
-        self._calls.pop(call, None)
-
-    @property
-    def under_way(self) -> int:
-        """Calls that are watched."""
-        return len(self._calls)
-
-    def due(self) -> float:
-        """When the first call under way becomes overdue (inf: none is)."""
-        return min(self._calls.values(), default=inf)
-
-    def check(self, now: float) -> bool:
-        """Fence the tier if a call is overdue, and say whether that was so."""
-        if self.due() > now:
-            return False
-        return self.failed("a call has not returned in time", now)
-
-    def _expect(self, event: str, state: FenceState) -> None:
-        if self.state is not state:
-            raise Misuse(f"a tier that is {self.state.value} cannot be {event}")

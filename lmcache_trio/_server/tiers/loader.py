@@ -138,8 +138,7 @@ class TierLoader:
                 keys = self._index.commit(reservation.id, SERVER)
                 self.bytes_loaded += load.size
                 for writer in self._others:
-                    for key in keys:
-                        writer.offer(key)
+                    writer.offer(keys)
         hold = self._index.hold(load.key) if load.state is LoadState.LOADING else None
         if hold is not None:
             self._holds[load] = hold

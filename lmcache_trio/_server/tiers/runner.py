@@ -45,11 +45,6 @@ class TierRunner:
         self.refusal: ConfigError | None = None
         """The setting for which the tier cannot be opened at all."""
 
-    @property
-    def open(self) -> bool:
-        """Whether the tier may be asked."""
-        return self.calls.open
-
     async def run(self, branch: Branch) -> None:
         """Run the tier, until cancelled. ConfigError: its first opening refused a setting."""
         while True:
@@ -105,7 +100,7 @@ class TierRunner:
             reason=fence.reason,
             failures=fence.failures,
             bugs=self.calls.bugs,
-            calls=fence.under_way,
+            calls=len(self.calls.under_way),
             questions=len(self.contains),
             loads_held=len(loader.loads),
             loads_in_flight=loader.loads.in_flight,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import trio
 
 from lmcache_trio._core.index.index import Index
-from lmcache_trio._core.keys import ChunkKey
 from lmcache_trio._core.tiers.fence import Fence
 from lmcache_trio._core.tiers.loads import Loads
 from lmcache_trio._server.clock import Clock
@@ -44,22 +43,22 @@ class Tiers:
         self._opened_by = -math.inf
         self._patience = config.tier_timeout
         names = [str(table["backend"]) for table in config.tiers] or [type(tier).__name__ for tier in tiers]
-        guarded = [GuardedCalls(f"{i}:{name}", Fence(patience=config.tier_timeout)) for i, name in enumerate(names)]
-        writers = [TierWriter(calls, tier, index, memory, config) for calls, tier in zip(guarded, tiers, strict=True)]
+        guarded = [GuardedCalls(f"{i}:{name}", Fence(), config.tier_timeout) for i, name in enumerate(names)]
+        self.writers = [
+            TierWriter(calls, tier, index, memory, config) for calls, tier in zip(guarded, tiers, strict=True)
+        ]
+        """A chunk that became READY by a store is offered to each."""
         every = [Loads(most_bytes=config.prefetch_bytes, most=MOST) for _ in tiers]
         self.runners: list[TierRunner] = []
-        for calls, tier, loads, writer in zip(guarded, tiers, every, writers, strict=True):
-            others = [other for other in writers if other is not writer]
+        for calls, tier, loads, writer in zip(guarded, tiers, every, self.writers, strict=True):
+            others = [other for other in self.writers if other is not writer]
             loader = TierLoader(calls, tier, index, memory, clock, config, loads, every, others)
             self.runners.append(TierRunner(tier, calls, loader, writer))
 
-    def __len__(self) -> int:
-        return len(self.runners)
-
     @property
     def any_open(self) -> bool:
-        """Whether at least one tier may be asked."""
-        return any(runner.open for runner in self.runners)
+        """Whether at least one tier may be called."""
+        return any(runner.calls.open for runner in self.runners)
 
     @property
     def refusal(self) -> ConfigError | None:
@@ -89,25 +88,19 @@ class Tiers:
         if self.refusal is not None:  # its task ends the server too, but this one may run on before that
             raise self.refusal
 
-    def stored(self, keys: Sequence[ChunkKey]) -> None:
-        """*keys* became READY by a store: write them back, in the background."""
-        for runner in self.runners:
-            for key in keys:
-                runner.writer.offer(key)
-
     def forget(self, namespace: bytes) -> list[Deletion]:
         """Serve nothing of *namespace* any more. Returns the deletions, which the runners carry out."""
         return [runner.forget(namespace) for runner in self.runners]
 
     async def wait_idle(self) -> None:
         """Wait until every tier has written what it was offered, or is fenced."""
-        for runner in self.runners:
-            await runner.writer.wait_idle()
+        for writer in self.writers:
+            await writer.wait_idle()
 
     @property
     def bytes_queued(self) -> int:
         """Bytes that are still to be written to tiers."""
-        return sum(runner.writer.queue.bytes_queued + runner.writer.queue.bytes_writing for runner in self.runners)
+        return sum(writer.queue.bytes_queued + writer.queue.bytes_writing for writer in self.writers)
 
     def statistics(self) -> tuple[TierStatistics, ...]:
         return tuple(runner.statistics() for runner in self.runners)

@@ -1,9 +1,9 @@
-"""Writes to one tier: it writes chunks back and deletes namespaces, one call at a time, in this order.
+"""Writes to one tier: chunks are written back, and namespaces deleted, one call at a time.
 
-A deletion therefore comes after every write that began before it, and before every chunk that was offered after it. A
-deletion that a fenced tier cannot carry out is remembered, and carried out before the tier is opened again.
+A deletion comes after every write that began before it, and before every chunk that is offered after it. A deletion
+that a fenced tier cannot carry out is remembered, and carried out before the tier is opened again.
 
-A chunk that was not written, because the tier refused it or time was short, is offered again when it is used.
+A chunk that was not written, because the tier refused it or could not keep up, is offered again when it is used.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from lmcache_trio.errors import Unavailable
 __all__ = ["Deletion", "TierWriter"]
 
 BATCH_BYTES = 32 << 20
-"""Bytes in one call: 5 s of a disk that writes 6 MB/s, so that a slow disk is not taken for one that hangs."""
+"""Bytes in one call. A disk that writes 6 MB/s takes 5 s for them, so a slow disk does not count as hung."""
 WRITEBACK_SHARE = 0.5
-"""Of the arena, at most, is queued for a tier: a small arena must keep room for the next stores."""
+"""The largest share of the arena that is queued for a tier: a small arena must keep room for the next stores."""
 MOST_UNWRITTEN = 50_000
 """Chunks remembered as not written, at 8 bytes each; the oldest are forgotten, and not offered again."""
 DELETE_PATIENCE = 10
@@ -33,7 +33,7 @@ DELETE_PATIENCE = 10
 
 @attrs.define(eq=False)
 class Deletion:
-    """*known* is set when the tier has deleted (*done*), or is fenced, so that the deletion is only remembered."""
+    """*known* is set when the tier has deleted (*done*), or is fenced: then the deletion is only remembered."""
 
     namespace: bytes
     done: bool = False
@@ -41,7 +41,7 @@ class Deletion:
 
 
 class TierWriter:
-    """Writes to *tier*, and remembers what it still has to delete there."""
+    """Writes to *tier*, and remembers the deletions that *tier* still owes."""
 
     def __init__(self, calls: GuardedCalls, tier: Tier, index: Index, memory: Memory, config: Config) -> None:
         self._calls = calls
@@ -62,20 +62,23 @@ class TierWriter:
         self.bytes_stored = 0
         calls.when_fenced.append(self.give_up)
 
-    def offer(self, key: ChunkKey) -> None:
-        """Queue the chunk *key* to be written back. Never waits: chunks beyond the limit are dropped."""
+    def offer(self, keys: Sequence[ChunkKey]) -> None:
+        """Queue the chunks *keys* to be written back. Never waits: chunks beyond the limit are dropped."""
         if not self._calls.open:
-            self.dropped_fenced += 1
-            self._remember(key)
+            self.dropped_fenced += len(keys)
+            for key in keys:
+                self._remember(key)
             return
-        hold = self._index.hold(key)
-        if hold is not None:
-            most = min(self._most_bytes, int(self._index.arena.taken * WRITEBACK_SHARE))
+        most = min(self._most_bytes, int(self._index.arena.taken * WRITEBACK_SHARE))
+        for key in keys:
+            hold = self._index.hold(key)
+            if hold is None:
+                continue  # it was evicted or reset meanwhile
             for dropped in self.queue.offer(hold, most):
                 self._index.unhold(dropped)
                 if dropped.key != key or not self.queue.has(key):
                     self._remember(dropped.key)
-            self._stirred.set()
+        self._stirred.set()
 
     def used(self, namespace: bytes, digests: Sequence[bytes]) -> None:
         """Offer again those of *digests* that are `unwritten`."""
@@ -84,10 +87,10 @@ class TierWriter:
                 mark = hash((namespace, digest))
                 if mark in self.unwritten:
                     del self.unwritten[mark]
-                    self.offer(ChunkKey(namespace, digest))
+                    self.offer([ChunkKey(namespace, digest)])
 
     def forget(self, namespace: bytes) -> Deletion:
-        """Delete *namespace* from the tier, and write nothing of it that was offered before."""
+        """Delete *namespace* from the tier. Its chunks that are queued are not written."""
         deletion = Deletion(namespace)
         self.deletions.append(deletion)
         for hold in self.queue.forget(namespace):
@@ -133,7 +136,7 @@ class TierWriter:
             return
 
     async def delete_one(self) -> None:
-        """Carry out the oldest deletion, with those of its namespace that were asked for before it began."""
+        """Carry out the oldest deletion, and with it the others of its namespace that came before it began."""
         namespace = self.deletions[0].namespace
         mine = [deletion for deletion in self.deletions if deletion.namespace == namespace]
         await self._tier.delete(namespace)
@@ -143,7 +146,11 @@ class TierWriter:
             deletion.known.set()
 
     async def _store(self, holds: Sequence[Hold]) -> None:
-        records = [self._record(hold) for hold in holds]
+        records = []
+        for hold in holds:
+            views = [self._memory.view(*place) for place in zip(hold.offsets, hold.lengths, strict=True)]
+            # A parent that the index has forgotten is written as none: it is only a hint for the order of eviction.
+            records.append(Record(hold.key, hold.parent or b"", views))
         try:
             taken = await self._calls.make(self._tier.store, records)
             for hold, is_taken in zip(holds, taken, strict=True):
@@ -156,11 +163,6 @@ class TierWriter:
             for hold in holds:
                 self.queue.written(hold)
                 self._index.unhold(hold)
-
-    def _record(self, hold: Hold) -> Record:
-        """A parent that the index has forgotten is written as none: it is only a hint for the order of eviction."""
-        places = zip(hold.offsets, hold.lengths, strict=True)
-        return Record(hold.key, hold.parent or b"", [self._memory.view(*place) for place in places])
 
     def _remember(self, key: ChunkKey) -> None:
         self.unwritten[hash((key.namespace, key.digest))] = None

@@ -253,7 +253,8 @@ class TransferWorker:
         keys = index.commit(work.grant, attachment.writer)
         if kept < count:
             work.dropped["aborted"] = count - kept
-        self._tiers.stored(keys)
+        for writer in self._tiers.writers:
+            writer.offer(keys)
         return Stored(work.number, kept, len(keys), work.dropped)
 
     def _answer_asking(self, token: bytes) -> None:

@@ -11,15 +11,14 @@ from lmcache_trio.errors import Misuse
 
 
 class FenceModel(RuleBasedStateMachine):
-    """Against the picture's arrows, and a list of calls with the times at which they are overdue."""
+    """Against the picture's arrows."""
 
     arrows: ClassVar = {("probing", "works"): "open", ("fenced", "probe"): "probing"}
 
     def __init__(self) -> None:
         super().__init__()
-        self.fence = Fence(patience=5, first=1, most=8)
+        self.fence = Fence(first=1, most=8)
         self.state, self.now, self.until, self.wait, self.opened = "probing", 0.0, 0.0, 0.0, 0.0
-        self.overdue: dict[int, float] = {}
         self.failures = 0
 
     def fail(self) -> bool:
@@ -29,7 +28,6 @@ class FenceModel(RuleBasedStateMachine):
             self.wait = 0
         self.wait = {0: 1, 1: 2, 2: 4}.get(int(self.wait), 8)
         self.state, self.until = "fenced", self.now + self.wait
-        self.overdue.clear()
         self.failures += 1
         return True
 
@@ -58,30 +56,10 @@ class FenceModel(RuleBasedStateMachine):
     def failed(self) -> None:
         assert self.fence.failed(f"failure {self.failures}", self.now) == self.fail()
 
-    @rule(patience=st.sampled_from([None, 2, 50]))
-    def begin(self, patience: float | None) -> None:
-        if self.state != "open":
-            with pytest.raises(Misuse):
-                self.fence.began(self.now, patience)
-            return
-        self.overdue[self.fence.began(self.now, patience)] = self.now + (5 if patience is None else patience)
-
-    @rule(number=st.integers(0, 10))
-    def end(self, number: int) -> None:
-        self.fence.ended(number)
-        self.overdue.pop(number, None)
-
-    @rule()
-    def check(self) -> None:
-        late = any(when <= self.now for when in self.overdue.values())
-        assert self.fence.check(self.now) == (late and self.fail())
-
     @invariant()
     def the_same(self) -> None:
         assert self.fence.state.value == self.state
         assert self.fence.failures == self.failures
-        assert self.fence.under_way == len(self.overdue)
-        assert self.fence.due() == min(self.overdue.values(), default=float("inf"))
         if self.state == "fenced":
             assert self.fence.until == self.until
 
@@ -90,7 +68,7 @@ TestFence = FenceModel.TestCase
 
 
 def test_a_tier_that_works_for_a_moment_after_each_probe_is_tried_less_and_less_often() -> None:
-    fence, now, waits = Fence(patience=5), 0.0, []
+    fence, now, waits = Fence(), 0.0, []
     for _ in range(8):
         fence.works(now)
         now += 0.5
@@ -105,13 +83,13 @@ def test_a_tier_that_works_for_a_moment_after_each_probe_is_tried_less_and_less_
 
 
 def test_a_second_failure_of_a_fenced_tier_changes_nothing() -> None:
-    fence = Fence(patience=5)
+    fence = Fence()
     assert fence.failed("first", 10)
     assert not fence.failed("second", 10.5)
     assert (fence.state, fence.reason, fence.until, fence.failures) == (FenceState.FENCED, "first", 11, 1)
 
 
-@pytest.mark.parametrize("settings", [{"first": 0}, {"first": 9, "most": 8}, {"patience": 0}])
+@pytest.mark.parametrize("settings", [{"first": 0}, {"first": 9, "most": 8}])
 def test_a_wrong_setting_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(Misuse):
-        Fence(**{"patience": 5.0, **settings})
+        Fence(**settings)
