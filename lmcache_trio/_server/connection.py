@@ -148,7 +148,7 @@ def _have_turn(parts: Parts, peer: Peer, transport: Connection, frame: bytes) ->
 
 def _carry_out(parts: Parts, peer: Peer, frame: bytes) -> None:
     if frame[:1] == ECHO:
-        peer.send_frame(frame)
+        peer.send(frame)
         return
     try:
         reply = _reply_to(parts, peer, decode(frame))

@@ -2,29 +2,23 @@
 
 from collections.abc import Callable
 
+import attrs
 import trio
 
 __all__ = ["Drain"]
 
 
+@attrs.define(eq=False)
 class Drain:
-    """*stopping* is read wherever slots, leases or reads are given out."""
+    """Read wherever slots, leases or reads are given out."""
 
-    def __init__(self) -> None:
-        self.stopping = False
-        self._progress = trio.Event()
-
-    def begin(self) -> None:
-        """Give out nothing more from now on."""
-        self.stopping = True
-
-    def note_progress(self) -> None:
-        """A copy has ended, or the peer that made it was lost."""
-        if self.stopping:
-            self._progress.set()
+    stopping: bool = False
+    """Nothing more is given out."""
+    progress: trio.Event = attrs.field(factory=trio.Event)
+    """Set when a copy has ended, or the peer that made it was lost."""
 
     async def wait_until(self, idle: Callable[[], bool]) -> None:
-        """Wait until *idle* is true; it is asked again after each progress."""
+        """Wait until *idle* is true. It is asked again after each progress."""
         while not idle():
-            self._progress = trio.Event()
-            await self._progress.wait()
+            self.progress = trio.Event()
+            await self.progress.wait()

@@ -239,9 +239,16 @@ class Engines:
     def reserve(
         self, peer: Peer, engine: Engine, worker: int, session: int, parent: bytes, digests: Sequence[bytes]
     ) -> Reservation:
-        """Slots for a store of *peer*, which the index knows as *worker*; chunks without one are counted, by reason."""
-        reason = self._why_no_slots(peer, engine, session)
-        if reason:
+        """Slots for a store of *peer*, which is *worker* to the index. Chunks without a slot are counted by reason."""
+        if self._drain.stopping:
+            reason = "stopping"
+        elif peer.pidfd is None:
+            reason = "no_arena"
+        elif not engine.namespace:
+            reason = "no_namespace"
+        else:
+            reason = engine.sessions.why_no_store(session)
+        if reason:  # whatever room there is
             self._counts.dropped[reason] += len(digests)
             return Reservation(b"", (), {reason: len(digests)} if digests else {})
         now, key, shard = trio.current_time(), (engine.name, session), peer.hello.shard
@@ -256,13 +263,3 @@ class Engines:
             )
             log.warning(words, peer, format_size(self._index.bytes_written_by(engine.name)), self._config.write_share)
         return made
-
-    def _why_no_slots(self, peer: Peer, engine: Engine, session: int) -> str:
-        """Why a store of *peer* gets no slots, whatever room there is; "" when there is no such reason."""
-        if self._drain.stopping:
-            return "stopping"
-        if peer.pidfd is None:
-            return "no_arena"
-        if not engine.namespace:
-            return "no_namespace"
-        return engine.sessions.why_no_store(session)

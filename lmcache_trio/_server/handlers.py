@@ -12,7 +12,6 @@ from lmcache_trio._core.keys import check_chunk_tokens, split_digests
 from lmcache_trio._server.lookups import HANDLERS as SCHEDULER_HANDLERS
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
-from lmcache_trio._server.statistics import statistics_of
 from lmcache_trio._server.transfer_requests import HANDLERS as TRANSFER_HANDLERS
 from lmcache_trio._wire.codec import pack_offsets, pack_positions
 from lmcache_trio._wire.messages import (
@@ -46,7 +45,7 @@ def _ping(parts: Parts, peer: Peer, message: Ping) -> Message:
 
 
 def _statistics(parts: Parts, peer: Peer, message: Statistics) -> Message:
-    return StatisticsReply(message.id, json.dumps(statistics_of(parts).table()).encode())
+    return StatisticsReply(message.id, json.dumps(parts.statistics().table()).encode())
 
 
 # --- a worker's -------------------------------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ def _retrieve(parts: Parts, peer: Peer, message: Retrieve) -> Message:
 def _done(parts: Parts, peer: Peer, message: Done) -> Message:
     valid = parts.index.unpin(message.pin, peer.number)
     peer.pins.pop(message.pin, None)
-    parts.drain.note_progress()
+    parts.drain.progress.set()
     return Finished(message.id, valid)
 
 
@@ -110,8 +109,7 @@ def _reserve(parts: Parts, peer: Peer, message: Reserve) -> Message:
     peer.copies.add(made.id)
     positions = pack_positions([slot.position for slot in made.slots])
     offsets = pack_offsets([slot.offset for slot in made.slots])
-    slot_bytes = parts.index.shard_bytes(engine.namespace)[peer.hello.shard]
-    return Reserved(message.id, made.id, positions, offsets, dict(made.dropped), slot_bytes)
+    return Reserved(message.id, made.id, positions, offsets, dict(made.dropped), made.lengths[peer.hello.shard])
 
 
 def _commit(parts: Parts, peer: Peer, message: Commit) -> Message:
@@ -128,14 +126,14 @@ def _commit(parts: Parts, peer: Peer, message: Commit) -> Message:
             raise
         published = 0  # given to this client and aborted meanwhile: refused, as it had to expect
     finally:
-        parts.drain.note_progress()
+        parts.drain.progress.set()
     return Committed(message.id, published, kept)
 
 
 def _abort(parts: Parts, peer: Peer, message: Abort) -> Message:
     peer.copies.discard(message.reservation)
     parts.index.abort(message.reservation, peer.number)
-    parts.drain.note_progress()
+    parts.drain.progress.set()
     return Ack(message.id)
 
 

@@ -3,7 +3,10 @@
 `supervise.open_server` makes the parts in order of need, each whole, and this record last.
 """
 
+from collections import Counter
+
 import attrs
+import trio
 
 from lmcache_trio._core.index.index import Index
 from lmcache_trio._server.answers import Answers
@@ -11,15 +14,32 @@ from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
 from lmcache_trio._server.engines import Engines
+from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.peers import Peers
 from lmcache_trio._server.tasks import Tasks
 from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._server.transfer.worker import TransferWorker
-from lmcache_trio._server.turns import Turns
+from lmcache_trio._transport import Unfinished
 from lmcache_trio.abc import Memory
 from lmcache_trio.config import Config
+from lmcache_trio.statistics import Events, MemoryHeld, ServerCounted, ServerHeld, ServerStatistics
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "Turns"]
+
+
+@attrs.define(eq=False)
+class Turns:
+    """What the connections share: the loop's time, and the room for messages that have not come whole.
+
+    `connection` says how long a turn takes.
+    """
+
+    unfinished: Unfinished
+    lane: trio.Lock = attrs.field(factory=trio.Lock)
+    """Held by the peer whose turn it is, among those that ask much."""
+    last_in_lane: Peer | None = None
+    leaving: trio.Lock = attrs.field(factory=trio.Lock)
+    """Held by the peer that is being taken apart."""
 
 
 @attrs.frozen(eq=False)
@@ -41,3 +61,30 @@ class Parts:
     transfer: TransferWorker | None
     engines: Engines
     peers: Peers
+
+    def statistics(self) -> ServerStatistics:
+        """The figures of all parts. The cost does not depend on how much is held."""
+        index, memory = self.index.statistics(), self.memory.statistics()
+        refused = {"namespaces": index.namespaces_dropped, "unfinished_bytes": self.turns.unfinished.given_up}
+        return ServerStatistics(
+            held=ServerHeld(
+                connections=sum(peer.transport is not None for peer in self.peers),
+                welcomes=sum(peer.transport is None for peer in self.peers),
+                engines=len(self.engines),
+                sessions=sum(len(engine.sessions.live) for engine in self.engines),
+                tasks=self.tasks.running,
+                lost_writers=len(self.peers.lost_writers),
+                prefetches=len(self.answers.prefetches),
+                queued_messages=sum(len(peer.outbox) for peer in self.peers),
+                transfers=self.transfer.statistics() if self.transfer is not None else None,
+                index=index.held,
+                memory=MemoryHeld(int(memory["bytes_taken"]), int(memory["bytes_size"])),
+            ),
+            counted=ServerCounted(
+                index=index.counted,
+                limits={**self.counts.limits, **refused},
+                events=Events(**self.counts.events),
+                drops=Counter(index.dropped) + self.counts.dropped,
+            ),
+            tiers=self.tiers.statistics(),
+        )

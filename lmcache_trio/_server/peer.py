@@ -48,15 +48,11 @@ class Peer:
         where = f" of engine {self.hello.engine!r} ({what})" if self.hello.engine else ""
         return f"client {self.hello.client!r}{where}"
 
-    def send(self, message: Message) -> None:
-        """Send *message* now, or queue it behind what is queued, for the writer to send when there is room."""
-        if not self.lost:
-            self.send_frame(encode(message))
-
-    def send_frame(self, frame: bytes) -> None:
-        """As `send`, what is a frame already."""
+    def send(self, message: Message | bytes) -> None:
+        """Send *message*, or a frame, now; or put it into the outbox, for the writer to send when there is room."""
         if self.lost:
             return
+        frame = message if isinstance(message, bytes) else encode(message)
         if self.transport is not None and not self.outbox:
             try:
                 return self.transport.send_nowait(frame)

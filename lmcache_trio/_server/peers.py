@@ -97,7 +97,7 @@ class Peers:
         peer.pins.clear()
         peer.outbox.clear()
         peer.scope.cancel()
-        self._drain.note_progress()
+        self._drain.progress.set()
 
     def end_some(self, peer: Peer, until: float) -> bool:
         """End sessions and reads of *peer*, at least one, *until* that time. Are there more?"""

@@ -38,15 +38,13 @@ from lmcache_trio._server.connection import serve_peer
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
 from lmcache_trio._server.engines import Engines
-from lmcache_trio._server.parts import Parts
+from lmcache_trio._server.parts import Parts, Turns
 from lmcache_trio._server.peers import Peers
 from lmcache_trio._server.plugins import make_device, make_memory
 from lmcache_trio._server.socket_directory import prepare_directory
-from lmcache_trio._server.statistics import statistics_of
 from lmcache_trio._server.tasks import Starter, Tasks
 from lmcache_trio._server.tiers.tiers import Tiers, make_tiers
 from lmcache_trio._server.transfer.worker import TransferWorker
-from lmcache_trio._server.turns import Turns
 from lmcache_trio._transport import Rendezvous, Unfinished, listen, listen_pair
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused, Role
@@ -89,7 +87,7 @@ class Server:
 
     def statistics(self) -> dict[str, Any]:
         """`held` and `counted`, as `lmcache-trio status` prints them."""
-        return statistics_of(self._parts).table()
+        return self._parts.statistics().table()
 
     def remove_files(self) -> None:
         """Unlink what other processes can see of this server. For an end in a hurry; sync, safe to call twice."""
@@ -157,7 +155,7 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
                         start_connection = tasks.starter(connections)
                         start_connection(_be_found, parts, front, fronts, start_connection, name="rendezvous")
                         yield Server(front.address, parts.boot, parts)
-                        drain.begin()
+                        drain.stopping = True
                         end = trio.current_time() + config.grace
                         with _grace_until(end, lambda: "copies of clients were cut off"):
                             await drain.wait_until(lambda: peers.idle)

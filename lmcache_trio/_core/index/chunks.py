@@ -111,7 +111,19 @@ class Chunks:
         The row is made, and hung under *parent*, before any other is evicted: only so the chunks that it extends stay.
         """
         extent = namespace.extent
-        row = self._add(namespace.number, digest, parent)
+        if not self._spare:
+            self._grow()
+        row = self._spare.pop()
+        self._namespace[row] = namespace.number
+        self._digests[row * DIGEST_ROOM : (row + 1) * DIGEST_ROOM] = digest
+        self.first[row] = not parent
+        if parent:
+            self.parent[row] = parent
+            sibling = self._first_child[parent]
+            self._next_sibling[row] = sibling
+            if sibling:
+                self._previous_sibling[sibling] = row
+            self._first_child[parent] = row
         offset = self._arena.allocate(extent)
         if offset is None:
             offset = self._make_room(extent, wanting=row)
@@ -126,23 +138,6 @@ class Chunks:
         self.writing[row] = writing
         self.written_by[writing.engine] += extent
         self.bytes_written += extent
-        return row
-
-    def _add(self, namespace: int, digest: bytes, parent: int) -> int:
-        """A row for *digest*, a child of *parent*; not in the order, and FREE until the caller says otherwise."""
-        if not self._spare:
-            self._grow()
-        row = self._spare.pop()
-        self._namespace[row] = namespace
-        self._digests[row * DIGEST_ROOM : (row + 1) * DIGEST_ROOM] = digest
-        self.first[row] = not parent
-        if parent:
-            self.parent[row] = parent
-            sibling = self._first_child[parent]
-            self._next_sibling[row] = sibling
-            if sibling:
-                self._previous_sibling[sibling] = row
-            self._first_child[parent] = row
         return row
 
     def _grow(self) -> None:
@@ -287,9 +282,9 @@ class Chunks:
         namespace.retained += len(rows)
         self._bytes_idle -= len(rows) * namespace.extent
 
-    def let_go(self, rows: Sequence[int], *, touch: bool) -> None:
+    def let_go(self, rows: Sequence[int], namespace: Namespace, *, touch: bool) -> None:
         """One reader less of each of *rows*, which stand ancestors first. *touch*: they were used just now."""
-        namespace, refs, idle = self.namespace_of(rows[0]), self._refs, []
+        refs, idle = self._refs, []
         if namespace.replaced:  # a sweep may have met some of them
             doomed = [row for row in rows if self.state[row] == DOOMED]
             rows = [row for row in rows if self.state[row] != DOOMED]

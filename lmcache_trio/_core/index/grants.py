@@ -31,11 +31,13 @@ class Slot:
 
 @attrs.frozen
 class Reservation:
-    """Slots promised to a writer. *id* is empty when there is no slot; *dropped* counts the other chunks by reason."""
+    """Slots promised to a writer. *id* is empty when there is no slot. *dropped* counts the other chunks by reason."""
 
     id: bytes
     slots: Sequence[Slot]
     dropped: Mapping[str, int]
+    lengths: Sequence[int] = ()
+    """The bytes of each shard's slot."""
 
 
 @attrs.frozen

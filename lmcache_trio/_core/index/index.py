@@ -122,7 +122,7 @@ class Index:
         self._leases_offered = 0
         self._pins: dict[bytes, _PinRecord] = {}
         self._pins_of: dict[int, set[bytes]] = {}  # by worker
-        self._holds: dict[int, int] = {}  # rows
+        self._holds: dict[int, tuple[Namespace, int]] = {}  # rows
         self._holds_made = 0
         self._counted: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()  # by reason
@@ -243,7 +243,7 @@ class Index:
         made = _ReservationRecord(self._new_id(), worker, known, rows, 1, deadline)
         self._live[made.id] = made
         self._reservations_of.setdefault(worker, set()).add(made.id)
-        return Reservation(made.id, slots, dropped)
+        return Reservation(made.id, slots, dropped, known.lengths)
 
     def reserve_load(self, namespace: bytes, parent: bytes, digest: bytes, now: float) -> Reservation | None:
         """Promise all shards of one chunk to the server itself; None when it gets no slots, or no engine wants it.
@@ -259,7 +259,7 @@ class Index:
         made = self._live[first.id]
         row, made.shards = made.rows[0], known.shards
         others = [Slot(i, self._chunks.claim(row, known, i, made.deadline)) for i in range(1, known.shards)]
-        return Reservation(made.id, [*first.slots, *others], first.dropped)
+        return Reservation(made.id, [*first.slots, *others], first.dropped, known.lengths)
 
     def commit(self, reservation_id: bytes, worker: int) -> Sequence[ChunkKey]:
         """The copy ended, and all is written. Returns the keys of the chunks that became READY by it.
@@ -367,7 +367,7 @@ class Index:
         leased = self._leases.pop(lease_id, None)
         if leased is not None:
             del self._lease_of[leased.session]
-            self._chunks.let_go(leased.rows, touch=True)
+            self._chunks.let_go(leased.rows, leased.namespace, touch=True)
 
     def pin(  # noqa: PLR0913
         self, lease_id: bytes, engine: str, namespace: bytes, worker: int, shard: int, start: int, count: int
@@ -403,7 +403,7 @@ class Index:
             return False
         del self._pins[pin_id]
         _discard(self._pins_of, worker, pin_id)
-        self._chunks.let_go(pinned.rows, touch=False)
+        self._chunks.let_go(pinned.rows, pinned.namespace, touch=False)
         return not pinned.namespace.replaced
 
     def is_valid(self, pin_id: bytes) -> bool:
@@ -419,7 +419,7 @@ class Index:
             return None
         chunks.retain((row,), known)
         self._holds_made += 1
-        self._holds[self._holds_made] = row
+        self._holds[self._holds_made] = (known, row)
         above, offset = chunks.parent[row], chunks.offset[row]
         parent = chunks.digest(above) if above else b"" if chunks.first[row] else None
         offsets = tuple([offset + start for start in known.starts])
@@ -427,9 +427,10 @@ class Index:
 
     def unhold(self, hold: Hold) -> None:
         """The server reads it no more. Idempotent."""
-        row = self._holds.pop(hold.number, None)
-        if row is not None:
-            self._chunks.let_go((row,), touch=False)
+        held = self._holds.pop(hold.number, None)
+        if held is not None:
+            namespace, row = held
+            self._chunks.let_go((row,), namespace, touch=False)
 
     # --- ends -------------------------------------------------------------------------------------------------------
 

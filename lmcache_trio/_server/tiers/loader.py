@@ -123,8 +123,7 @@ class TierLoader:
         return reservation
 
     async def _fill(self, load: TierLoad, reservation: Reservation) -> bool:
-        lengths = self._index.shard_bytes(load.key.namespace)
-        views = [self._memory.view(slot.offset, lengths[slot.position]) for slot in reservation.slots]
+        views = [self._memory.view(slot.offset, reservation.lengths[slot.position]) for slot in reservation.slots]
         (hit,) = await self._calls.make(self._tier.load, [Load(load.key, views)])
         return bool(hit)
 

@@ -241,7 +241,7 @@ class TransferWorker:
         attachment.peer.send(reply)
         self.attachments.settle(attachment)
         self._answer_asking(attachment.peer.hello.token)
-        self._drain.note_progress()
+        self._drain.progress.set()
 
     def _stored(self, attachment: Attachment, work: Work, *, succeeded: bool) -> Stored:
         index, count = self._index, len(work.slots)
