@@ -24,7 +24,7 @@ from lmcache_trio._transport import Connection, dial_pair, introduce, wait_liste
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._transport.conversation import Conversation, Reply, expect
 from lmcache_trio._transport.socket_files import NotToBeUsed
-from lmcache_trio._wire.codec import decode, encode, unpack_offsets, unpack_positions
+from lmcache_trio._wire.codec import OFFSETS, POSITIONS, decode, encode
 from lmcache_trio._wire.messages import (
     MAX_RESERVED,
     PROTOCOL_VERSION,
@@ -304,7 +304,7 @@ class Client(Conversation):
         self._mapped()
         reserved = await self.reserve(session, parent, digests)
         try:
-            slots = dict(zip(unpack_positions(reserved.positions), self.slots(reserved), strict=True))
+            slots = dict(zip(POSITIONS.unpack(reserved.positions), self.slots(reserved), strict=True))
             yield Storing(slots, dict(reserved.dropped))
         except BaseException:
             self.abort_nowait(reserved.reservation)
@@ -331,7 +331,7 @@ class Client(Conversation):
         `Unavailable`: there is no arena. `ProtocolError`: one lies outside of it.
         """
         arena = self._mapped()
-        return [arena.view(offset, named.slot_bytes) for offset in unpack_offsets(named.offsets)]
+        return [arena.view(offset, named.slot_bytes) for offset in OFFSETS.unpack(named.offsets)]
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from lmcache_trio._server.lookups import HANDLERS as SCHEDULER_HANDLERS
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.transfer_requests import HANDLERS as TRANSFER_HANDLERS
-from lmcache_trio._wire.codec import pack_offsets, pack_positions
+from lmcache_trio._wire.codec import OFFSETS, POSITIONS
 from lmcache_trio._wire.messages import (
     Abort,
     Ack,
@@ -90,7 +90,7 @@ def _retrieve(parts: Parts, peer: Peer, message: Retrieve) -> Message:
         message.lease, engine.name, engine.namespace, peer.number, shard, message.start, message.count
     )
     peer.pins[pin.id] = message.count
-    return Pinned(message.id, pin.id, pack_offsets(pin.offsets), pin.slot_bytes)
+    return Pinned(message.id, pin.id, OFFSETS.pack(pin.offsets), pin.slot_bytes)
 
 
 def _done(parts: Parts, peer: Peer, message: Done) -> Message:
@@ -107,8 +107,8 @@ def _reserve(parts: Parts, peer: Peer, message: Reserve) -> Message:
     if not made.id:
         return Reserved(message.id, b"", b"", b"", dict(made.dropped))
     peer.copies.add(made.id)
-    positions = pack_positions([slot.position for slot in made.slots])
-    offsets = pack_offsets([slot.offset for slot in made.slots])
+    positions = POSITIONS.pack([slot.position for slot in made.slots])
+    offsets = OFFSETS.pack([slot.offset for slot in made.slots])
     return Reserved(message.id, made.id, positions, offsets, dict(made.dropped), made.lengths[peer.hello.shard])
 
 

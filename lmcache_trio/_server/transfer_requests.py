@@ -16,7 +16,7 @@ from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.transfer.attachments import Attachment, Work
 from lmcache_trio._server.transfer.worker import TransferWorker
-from lmcache_trio._wire.codec import unpack_positions
+from lmcache_trio._wire.codec import POSITIONS
 from lmcache_trio._wire.handles import decode_export
 from lmcache_trio._wire.messages import (
     Attach,
@@ -80,7 +80,7 @@ def _exported(parts: Parts, message: Attach, descriptors: Sequence[int], layout:
 def _store_blocks(parts: Parts, peer: Peer, message: StoreBlocks) -> Message | None:
     transfer, engine = _transfer(parts), parts.engines.of(peer)
     attachment = transfer.attachments.of(peer)
-    digests, blocks = split_digests(message.digests), unpack_positions(message.blocks)
+    digests, blocks = split_digests(message.digests), POSITIONS.unpack(message.blocks)
     count = attachment.chunk_blocks
     _check_slots(parts, engine, peer, attachment)
     if not digests or len(blocks) != len(digests) * count:
@@ -100,7 +100,7 @@ def _store_blocks(parts: Parts, peer: Peer, message: StoreBlocks) -> Message | N
 def _retrieve_blocks(parts: Parts, peer: Peer, message: RetrieveBlocks) -> Message | None:
     transfer, engine = _transfer(parts), parts.engines.of(peer)
     attachment = transfer.attachments.of(peer)
-    blocks, count = unpack_positions(message.blocks), attachment.chunk_blocks
+    blocks, count = POSITIONS.unpack(message.blocks), attachment.chunk_blocks
     _check_slots(parts, engine, peer, attachment)
     rest = message.count * count - message.skip - len(blocks)
     if message.skip >= count or rest < 0 or not blocks:

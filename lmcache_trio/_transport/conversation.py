@@ -50,11 +50,12 @@ class Conversation:
     def __init__(self, connection: Connection) -> None:
         self.heard = 0
         """Messages that came so far: whoever sees it stand still knows a silent server."""
+        self.new_id: Callable[[], int] = itertools.count(1).__next__
+        """Returns an id for the next request: never 0, and never the same twice."""
         self.on_echo: Callable[[bytes], None] = lambda frame: None
         """Called in the Trio thread with each frame that came back to `echo_nowait`."""
         self._connection = connection
         self._lost: Unavailable | None = None
-        self._ids = itertools.count(1)
         self._due: dict[int, type[Message]] = {}  # by request, from its sending to its reply: also if nobody waits
         self._waiters: dict[int, Callable[[Reply], None]] = {}
         self._answers: dict[int, Callable[[Reply], None]] = {}
@@ -76,10 +77,6 @@ class Conversation:
     def open_pidfd(self) -> int | None:
         """A descriptor of the process at the other end, the caller's to close; None where the kernel gives none."""
         return self._connection.open_pidfd()
-
-    def new_id(self) -> int:
-        """An id for the next request; never 0, never given twice."""
-        return next(self._ids)
 
     def request_nowait(self, message: Any, on_reply: Callable[[Reply], None]) -> None:
         """Send a request whose id came from `new_id`. *on_reply* gets the reply or error, in the Trio thread, once.

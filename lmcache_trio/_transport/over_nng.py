@@ -192,34 +192,6 @@ class NngLink(Connection):
                         await trio.lowlevel.wait_readable(self._socket.send_fd)
 
     def receive_nowait(self) -> bytes:
-        message = self._take()
-        if message is None:
-            raise trio.WouldBlock
-        return message
-
-    async def receive(self) -> bytes:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        message = self._take()
-        if message is not None:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return message
-        while message is None:
-            with contextlib.suppress(trio.ClosedResourceError):
-                await trio.lowlevel.wait_readable(self._socket.recv_fd)
-            message = self._take()
-        return message
-
-    def take_descriptors(self) -> list[int]:
-        return []
-
-    async def wait_closed(self) -> None:
-        await self._ended.wait()
-
-    def close(self) -> None:
-        self._socket.close()
-        self._ended.set()
-
-    def _take(self) -> bytes | None:
         if self._socket.closed:
             raise Gone("the connection was closed")
         gone = self._socket.gone  # looked at first: what arrived before the end is in the queue by then
@@ -231,7 +203,26 @@ class NngLink(Connection):
             return message
         if code != _EAGAIN or gone:
             raise _ended(code)
-        return None
+        raise trio.WouldBlock
+
+    async def receive(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                return self.receive_nowait()
+            except trio.WouldBlock:
+                with contextlib.suppress(trio.ClosedResourceError):
+                    await trio.lowlevel.wait_readable(self._socket.recv_fd)
+
+    def take_descriptors(self) -> list[int]:
+        return []
+
+    async def wait_closed(self) -> None:
+        await self._ended.wait()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._ended.set()
 
     # On NNG's threads:
 

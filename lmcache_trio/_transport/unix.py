@@ -241,20 +241,20 @@ class UnixLink(Connection):
                     _close_all(self.take_descriptors())
             if not size:
                 raise Gone("the connection has ended")
-            message = self._understand(size)
+            kind, content = self._room[0], bytes(self._room[1:size])
+            if len(content) > PACKET or kind > _LAST:
+                raise self._refused("a packet that is none of ours")
+            if kind == _WHOLE:
+                return content
+            message = self._joined(kind, content)
             if message is not None:
                 return message
             if self._descriptors:
                 raise self._refused("a part of a message that brings descriptors")
         return None
 
-    def _understand(self, size: int) -> bytes | None:
-        """The message that the packet in the buffer completes, if it completes one."""
-        kind, content = self._room[0], bytes(self._room[1:size])
-        if len(content) > PACKET or kind > _LAST:
-            raise self._refused("a packet that is none of ours")
-        if kind == _WHOLE:
-            return content
+    def _joined(self, kind: int, content: bytes) -> bytes | None:
+        """The message that the part *content* completes, if it completes one."""
         if kind == _FIRST:
             self._drop_parts()
             self._parts = []

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
+import attrs
 import msgspec
 
 from lmcache_trio._wire import messages
@@ -16,14 +17,13 @@ from lmcache_trio.errors import ProtocolError
 
 __all__ = [
     "ECHO",
+    "OFFSETS",
+    "POSITIONS",
+    "Packing",
     "decode",
     "decode_expected",
     "encode",
-    "pack_offsets",
-    "pack_positions",
     "peek_id",
-    "unpack_offsets",
-    "unpack_positions",
 ]
 
 ECHO = b"\x00"
@@ -97,28 +97,29 @@ def peek_id(frame: bytes) -> int:
     return found if 0 <= found <= messages.MAX_NUMBER else 0
 
 
-def pack_offsets(offsets: Sequence[int]) -> bytes:
-    """Byte offsets as little-endian uint64."""
-    return struct.pack(f"<{len(offsets)}Q", *offsets)
+@attrs.frozen
+class Packing:
+    """How the numbers of one kind travel: little-endian, *width* bytes each, by the letter *code* of `struct`."""
+
+    kind: str
+    code: str
+    width: int
+
+    def pack(self, numbers: Sequence[int]) -> bytes:
+        return struct.pack(f"<{len(numbers)}{self.code}", *numbers)
+
+    def unpack(self, packed: bytes) -> tuple[int, ...]:
+        """The inverse of `pack`. `ProtocolError`: *packed* has a part of a number, or too many numbers."""
+        count, rest = divmod(len(packed), self.width)
+        if rest or count > MAX_DIGESTS:
+            raise ProtocolError(
+                f"{len(packed)} bytes are not packed {self.kind}: {self.width} bytes each, {MAX_DIGESTS} at most"
+            )
+        return struct.unpack(f"<{count}{self.code}", packed)
 
 
-def unpack_offsets(packed: bytes) -> tuple[int, ...]:
-    """The inverse of `pack_offsets`; `ProtocolError` on a length that is none."""
-    return _unpack(packed, 8, "Q", "offsets")
+OFFSETS = Packing("offsets", "Q", 8)
+"""Of slots: bytes from the beginning of the arena."""
 
-
-def pack_positions(positions: Sequence[int]) -> bytes:
-    """Positions in a list as little-endian uint32."""
-    return struct.pack(f"<{len(positions)}I", *positions)
-
-
-def unpack_positions(packed: bytes) -> tuple[int, ...]:
-    """The inverse of `pack_positions`; `ProtocolError` on a length that is none."""
-    return _unpack(packed, 4, "I", "positions")
-
-
-def _unpack(packed: bytes, width: int, code: str, what: str) -> tuple[int, ...]:
-    count, rest = divmod(len(packed), width)
-    if rest or count > MAX_DIGESTS:
-        raise ProtocolError(f"{len(packed)} bytes are no packed {what}: {width} each, {MAX_DIGESTS} at most")
-    return struct.unpack(f"<{count}{code}", packed)
+POSITIONS = Packing("positions", "I", 4)
+"""Of chunks in what was asked, and numbers of blocks."""

@@ -14,7 +14,7 @@ from lmcache_trio_backends.cuda_device import CudaConfig, CudaDevice
 from support.gpu_engine import ChildMemory
 
 from lmcache_trio._core.transfer.exports import DType, TensorView
-from lmcache_trio._wire.codec import pack_positions
+from lmcache_trio._wire.codec import POSITIONS
 from lmcache_trio.abc import Copy, Device, Direction, Export
 from lmcache_trio.adapters.specs import StoreSpec
 
@@ -77,7 +77,7 @@ def test_what_a_store_and_a_retrieve_cost_the_engines_thread(capsys: pytest.Capt
         event = torch.cuda.Event(blocking=True, interprocess=True)  # type: ignore[no-untyped-call]
         event.record()
         StoreSpec("r", 1, b"", digests, blocks)
-        pack_positions(blocks)
+        POSITIONS.pack(blocks)
         event.ipc_handle()  # type: ignore[no-untyped-call]
         times.append(time.perf_counter() - began)
     median = 1e6 * sorted(times)[len(times) // 2]

@@ -5,7 +5,7 @@ import random
 import trio
 from support.server import HeapConfig, Opener, Rig, digests
 
-from lmcache_trio._wire.codec import encode, unpack_positions
+from lmcache_trio._wire.codec import POSITIONS, encode
 from lmcache_trio._wire.messages import (
     Abort,
     Ack,
@@ -66,7 +66,7 @@ async def test_two_engines_that_store_one_prompt_at_once_wait_for_nobody_and_bot
     await two.lookup(1, digests(3))
     first = await one_worker.reserve(1, digests(3))
     second = await two_worker.reserve(1, digests(3))
-    assert unpack_positions(first.positions) == (0, 1, 2)
+    assert POSITIONS.unpack(first.positions) == (0, 1, 2)
     assert (second.reservation, second.dropped) == (b"", {"writing": 3})
     assert (await two.lookup(2, digests(3))).chunks == 0
     assert await one_worker.commit(first.reservation) == 3
@@ -83,7 +83,7 @@ async def test_when_every_slot_is_leased_a_store_is_dropped_at_once_and_counted(
         assert (await worker.reserve(3, digests(2, "more"))).dropped == {"no_space": 2}
         await scheduler.end(2)
         await scheduler.get(Pong, Ping)
-        assert unpack_positions((await worker.reserve(3, digests(2, "more"))).positions) == (0, 1)
+        assert POSITIONS.unpack((await worker.reserve(3, digests(2, "more"))).positions) == (0, 1)
         assert rig.counted()["evictions"] == 2
 
 
@@ -129,7 +129,7 @@ async def test_an_arena_smaller_than_one_prompt_stores_what_fits_and_counts_the_
         scheduler, worker = await rig.engine()
         await scheduler.lookup(1, digests(8))
         made = await worker.reserve(1, digests(8))
-        assert unpack_positions(made.positions) == (0, 1, 2)
+        assert POSITIONS.unpack(made.positions) == (0, 1, 2)
         assert made.dropped == {"no_space": 5}
         assert await worker.commit(made.reservation) == 3
 

@@ -7,7 +7,7 @@ import trio
 import trio.testing
 from support.server import Opener, Rig, digests, error_of
 
-from lmcache_trio._wire.codec import unpack_offsets, unpack_positions
+from lmcache_trio._wire.codec import OFFSETS, POSITIONS
 from lmcache_trio._wire.messages import (
     Ack,
     Answer,
@@ -41,7 +41,7 @@ async def test_what_one_engine_stored_is_a_hit_for_an_equal_one(rig: Rig) -> Non
     answer = await other.lookup(9, digests(6))
     assert (answer.state, answer.chunks, answer.asked) == (AnswerState.ANSWERED, 4, answer.id)
     pinned = await its_worker.get(Pinned, Retrieve, answer.lease, 1, 3)
-    offsets = unpack_offsets(pinned.offsets)
+    offsets = OFFSETS.unpack(pinned.offsets)
     assert len(set(offsets)) == 3
     assert all(offset % 4096 == 0 and offset >= 4096 for offset in offsets)
     assert (await its_worker.get(Finished, Done, pinned.pin)).valid
@@ -70,7 +70,7 @@ async def test_a_chunk_is_ready_when_both_shards_are_committed(rig: Rig) -> None
         await worker.register()
     await scheduler.lookup(1, digests(2))
     made = [await worker.reserve(1, digests(2)) for worker in workers]
-    assert [unpack_positions(m.positions) for m in made] == [(0, 1), (0, 1)]
+    assert [POSITIONS.unpack(m.positions) for m in made] == [(0, 1), (0, 1)]
     first = await workers[0].get(Committed, Commit, made[0].reservation)
     assert (first.published, first.kept) == (0, 2)
     assert (await scheduler.lookup(2, digests(2))).chunks == 0

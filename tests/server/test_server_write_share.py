@@ -5,7 +5,7 @@ import trio
 from support.server import HeapConfig, Opener, digests
 from trio.testing import MockClock
 
-from lmcache_trio._wire.codec import unpack_positions
+from lmcache_trio._wire.codec import POSITIONS
 from lmcache_trio._wire.messages import Abort, Ack
 
 CHUNK = 64 << 10
@@ -68,7 +68,7 @@ async def test_a_store_longer_than_the_share_keeps_its_leading_chunks(rigs: Open
         scheduler, worker = await rig.engine()
         await scheduler.lookup(1, digests(12))
         made = await worker.reserve(1, digests(12))
-        assert (unpack_positions(made.positions), made.dropped) == (tuple(range(8)), {"share": 4})
+        assert (POSITIONS.unpack(made.positions), made.dropped) == (tuple(range(8)), {"share": 4})
         await worker.commit(made.reservation)
         rest = await worker.reserve(1, digests(12)[8:], parent=digests(12)[7])
-        assert unpack_positions(rest.positions) == (0, 1, 2, 3)
+        assert POSITIONS.unpack(rest.positions) == (0, 1, 2, 3)

@@ -153,25 +153,25 @@ def test_looking_for_an_id_never_raises(frame: bytes) -> None:
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=20))
 def test_packed_offsets_come_back(offsets: list[int]) -> None:
-    packed = codec.pack_offsets(offsets)
+    packed = codec.OFFSETS.pack(offsets)
     assert len(packed) == 8 * len(offsets)
-    assert list(codec.unpack_offsets(packed)) == offsets
+    assert list(codec.OFFSETS.unpack(packed)) == offsets
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=20))
 def test_packed_positions_come_back(positions: list[int]) -> None:
-    packed = codec.pack_positions(positions)
+    packed = codec.POSITIONS.pack(positions)
     assert len(packed) == 4 * len(positions)
-    assert list(codec.unpack_positions(packed)) == positions
+    assert list(codec.POSITIONS.unpack(packed)) == positions
 
 
 def test_packed_arrays_of_a_wrong_length_are_refused() -> None:
-    with pytest.raises(ProtocolError, match="9 bytes are no packed offsets"):
-        codec.unpack_offsets(bytes(9))
-    with pytest.raises(ProtocolError, match="5 bytes are no packed positions"):
-        codec.unpack_positions(bytes(5))
+    with pytest.raises(ProtocolError, match="9 bytes are not packed offsets"):
+        codec.OFFSETS.unpack(bytes(9))
+    with pytest.raises(ProtocolError, match="5 bytes are not packed positions"):
+        codec.POSITIONS.unpack(bytes(5))
     with pytest.raises(ProtocolError, match="65536 at most"):
-        codec.unpack_positions(bytes(4 * 65_537))
+        codec.POSITIONS.unpack(bytes(4 * 65_537))
 
 
 def test_types_of_all_fields_are_ones_that_the_strategies_know() -> None:

@@ -16,7 +16,7 @@ import attrs
 import trio
 
 from lmcache_trio._transport.conversation import Reply, expect
-from lmcache_trio._wire.codec import pack_positions
+from lmcache_trio._wire.codec import POSITIONS
 from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import (
     Ack,
@@ -105,7 +105,7 @@ class DeviceMover:
         if job.before is not None:
             await job.before.asked.wait()
         self._registered.check(client, job, alike=False)
-        spec, blocks = job.spec, pack_positions(job.spec.block_ids)
+        spec, blocks = job.spec, POSITIONS.pack(job.spec.block_ids)
         ask = StoreBlocks(client.new_id(), spec.session, spec.parent, spec.digests, blocks, event=_event_of(job.fence))
         stored = await self._moved(client, job, ask, Stored)
         self._jobs.stored(job, stored.copied, stored.dropped)
@@ -113,7 +113,7 @@ class DeviceMover:
     async def load(self, client: Client, job: LoadJob) -> None:
         """See `Mover.load`."""
         self._registered.check(client, job, alike=False)
-        spec, blocks, event = job.spec, pack_positions(job.spec.block_ids), _event_of(job.fence)
+        spec, blocks, event = job.spec, POSITIONS.pack(job.spec.block_ids), _event_of(job.fence)
         ask = RetrieveBlocks(client.new_id(), spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, event=event)
         loaded = await self._moved(client, job, ask, Retrieved)
         if loaded.valid and job.kv is self._registered.latest:

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import trio
 
-from lmcache_trio._wire.codec import unpack_positions
+from lmcache_trio._wire.codec import POSITIONS
 from lmcache_trio._wire.messages import Commit, Committed, Pinned, Reserve, Reserved
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, RegisteredKV, StoreJob, reply_within
@@ -71,7 +71,7 @@ class ShmMover:
         if reserved.reservation:
             with reply_within(self._reply_timeout):
                 kept = (await client.request(Commit(client.new_id(), reserved.reservation), Committed)).kept
-            aborted = len(unpack_positions(reserved.positions)) - kept
+            aborted = len(POSITIONS.unpack(reserved.positions)) - kept
             dropped["aborted"] = dropped.get("aborted", 0) + aborted
         self._jobs.stored(job, kept, dropped)
 
@@ -124,7 +124,7 @@ class ShmMover:
             job.fence.synchronize()
         self._probe("slots known", job.spec)
         half: Callable[[], None] | None = partial(self._probe, "half copied", job.spec)
-        for position, slot in zip(unpack_positions(reserved.positions), client.slots(reserved), strict=True):
+        for position, slot in zip(POSITIONS.unpack(reserved.positions), client.slots(reserved), strict=True):
             job.kv.gather(job.blocks[position], np.frombuffer(slot, dtype=np.uint8), half=half)
             half = None
         self._probe("before commit", job.spec)

@@ -23,7 +23,7 @@ from support.transfer.rig import (
 )
 
 from lmcache_trio import Config, Server, open_server
-from lmcache_trio._wire.codec import pack_positions
+from lmcache_trio._wire.codec import POSITIONS
 from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import (
     Ack,
@@ -100,15 +100,15 @@ async def test_requests_that_do_not_fit_the_export_are_refused_before_anything_i
         before = rig.held
         packed = b"".join(chain)
         for cls, args in (
-            (StoreBlocks, (2, b"", packed, pack_positions([0, 1, 2]))),
-            (StoreBlocks, (2, b"", packed, pack_positions([0, 1, 2, BLOCKS]))),
+            (StoreBlocks, (2, b"", packed, POSITIONS.pack([0, 1, 2]))),
+            (StoreBlocks, (2, b"", packed, POSITIONS.pack([0, 1, 2, BLOCKS]))),
             (StoreBlocks, (2, b"", b"", b"")),
-            (RetrieveBlocks, (answer.lease, 0, 2, 0, pack_positions([0, 1, 2, 3, 4]))),
-            (RetrieveBlocks, (answer.lease, 0, 2, 2, pack_positions([0, 1]))),
-            (RetrieveBlocks, (answer.lease, 0, 2, 1, pack_positions([0, 1, 2, 3]))),
+            (RetrieveBlocks, (answer.lease, 0, 2, 0, POSITIONS.pack([0, 1, 2, 3, 4]))),
+            (RetrieveBlocks, (answer.lease, 0, 2, 2, POSITIONS.pack([0, 1]))),
+            (RetrieveBlocks, (answer.lease, 0, 2, 1, POSITIONS.pack([0, 1, 2, 3]))),
             (RetrieveBlocks, (answer.lease, 0, 2, 0, b"")),
-            (RetrieveBlocks, (answer.lease, 0, 2, 0, pack_positions([2**32 - 1, 1, 2, 3]))),
-            (RetrieveBlocks, (answer.lease, 1, 2, 0, pack_positions([0, 1, 2, 3]))),
+            (RetrieveBlocks, (answer.lease, 0, 2, 0, POSITIONS.pack([2**32 - 1, 1, 2, 3]))),
+            (RetrieveBlocks, (answer.lease, 1, 2, 0, POSITIONS.pack([0, 1, 2, 3]))),
         ):
             reply = await rig.worker.ask(cls, *args)
             assert isinstance(reply, ErrorReply), (cls, args, reply)
@@ -121,7 +121,7 @@ async def test_a_worker_without_memory_attached_is_told_so(open_rig: Open) -> No
     async with open_rig() as rig:
         other = await say_hello(rig.server.address, Role.WORKER, "another engine")
         packed = encode_export(rig.export)
-        for cls, args in ((Attach, (packed,)), (StoreBlocks, (1, b"", b"d" * 32, pack_positions([0, 1])))):
+        for cls, args in ((Attach, (packed,)), (StoreBlocks, (1, b"", b"d" * 32, POSITIONS.pack([0, 1])))):
             reply = await other.ask_with(descriptors_of(rig.export), cls, *args)
             assert isinstance(reply, ErrorReply)
             assert reply.kind is ErrorKind.MISUSE

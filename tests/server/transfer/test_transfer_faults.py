@@ -10,7 +10,7 @@ from support.server import digests, say_hello
 from support.transfer.rig import BLOCKS, PIECE, SHARD_BYTES, Open, Rig, fill, settled
 
 from lmcache_trio._core.transfer.exports import Export, TensorView
-from lmcache_trio._wire.codec import pack_positions
+from lmcache_trio._wire.codec import POSITIONS
 from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import (
     Ack,
@@ -80,7 +80,7 @@ async def test_memory_that_was_being_opened_for_a_former_layout_is_let_go(open_r
         assert reply.kind is ErrorKind.UNAVAILABLE
         assert rig.device.attached == []
         assert rig.held["attached"] == 0
-        refused = await rig.worker.ask(StoreBlocks, 1, b"", b"".join(digests(1)), pack_positions([0, 1]))
+        refused = await rig.worker.ask(StoreBlocks, 1, b"", b"".join(digests(1)), POSITIONS.pack([0, 1]))
         assert isinstance(refused, ErrorReply)
         assert isinstance(await rig.attach(shorter(rig.export)), Ack)
 
@@ -183,7 +183,7 @@ async def test_a_copy_whose_end_is_lost_keeps_what_it_owns_and_nobody_else_waiti
         assert [m.namespace for m in said if isinstance(m, NamespaceKnown)] == [b""], "nothing more is offered to it"
         assert (rig.held["attached"], rig.held["copy_bytes_running"], rig.counted["device_bugs"]) == (2, 0, 1)
         await other.stored(5, digests(1, "other"), [0, 1])
-        reply = await rig.worker.ask(StoreBlocks, 1, b"", b"".join(digests(2)), pack_positions([4, 5, 6, 7]))
+        reply = await rig.worker.ask(StoreBlocks, 1, b"", b"".join(digests(2)), POSITIONS.pack([4, 5, 6, 7]))
         assert isinstance(reply, ErrorReply)
         assert reply.kind is ErrorKind.UNAVAILABLE
         await rig.worker.tell(Withdraw(lost))
@@ -228,7 +228,7 @@ async def test_no_client_queues_more_than_some(open_rig: Open, monkeypatch: pyte
             await rig.scheduler.lookup(session, chain)
         numbers = [await rig.store(i + 1, chains[i], [2 * i, 2 * i + 1]) for i in range(3)]
         before = rig.held
-        refused = await rig.worker.ask(StoreBlocks, 4, b"", b"".join(chains[3]), pack_positions([6, 7]))
+        refused = await rig.worker.ask(StoreBlocks, 4, b"", b"".join(chains[3]), POSITIONS.pack([6, 7]))
         assert isinstance(refused, ErrorReply)
         assert refused.kind is ErrorKind.UNAVAILABLE
         assert rig.held == before, "nothing was reserved for it"
@@ -342,7 +342,7 @@ async def test_a_request_whose_event_never_comes_may_end_nevertheless(open_rig: 
 async def test_an_event_is_one_and_memory_of_the_host_knows_none(open_rig: Open, gpu: bool, event: bytes) -> None:
     async with open_rig(gpu=gpu) as rig:
         await rig.scheduler.lookup(1, digests(1))
-        packed = pack_positions([0, 1])
+        packed = POSITIONS.pack([0, 1])
         reply = await rig.worker.ask(StoreBlocks, 1, b"", b"".join(digests(1)), packed, event)
         assert isinstance(reply, ErrorReply)
         assert reply.kind is ErrorKind.MISUSE

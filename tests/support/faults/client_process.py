@@ -12,7 +12,7 @@ import trio
 
 from lmcache_trio import Client, Role, open_client
 from lmcache_trio._transport import introduce
-from lmcache_trio._wire.codec import encode, unpack_offsets
+from lmcache_trio._wire.codec import OFFSETS, encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Commit, Done, Hello, Lookup, Register, Reset
 
 SHARD = 64 << 10
@@ -61,7 +61,7 @@ async def say_last(scheduler: Client, worker: Client, word: str) -> None:
         await scheduler.lookup(1, NEW)
         reserved = await worker.reserve(1, b"", NEW)
         assert worker.arena is not None
-        for offset in unpack_offsets(reserved.offsets):
+        for offset in OFFSETS.unpack(reserved.offsets):
             worker.arena.view(offset, SHARD)[:] = b"X" * SHARD
         worker.request_unheard(Commit(worker.new_id(), reserved.reservation))
 

@@ -13,7 +13,7 @@ import trio.testing
 
 from lmcache_trio import Server
 from lmcache_trio._core.transfer.exports import DType, Export, TensorView
-from lmcache_trio._wire.codec import decode, pack_positions
+from lmcache_trio._wire.codec import POSITIONS, decode
 from lmcache_trio._wire.handles import descriptors_of, encode_export
 from lmcache_trio._wire.messages import Ack, Attach, Message, RetrieveBlocks, Role, StoreBlocks, Stored
 from lmcache_trio.abc import Memory
@@ -133,7 +133,7 @@ class Rig:
         *,
         event: bytes = b"",
     ) -> int:
-        number, packed = next(self.numbers), pack_positions(blocks)
+        number, packed = next(self.numbers), POSITIONS.pack(blocks)
         await self.worker.tell(StoreBlocks(number, session, b"", b"".join(digests), packed, event))
         await settled()
         return number
@@ -148,7 +148,7 @@ class Rig:
     ) -> int:
         answer = await self.scheduler.lookup(session, digests)
         number, count = next(self.numbers), answer.chunks
-        packed = pack_positions(blocks[: count * CHUNK_BLOCKS])
+        packed = POSITIONS.pack(blocks[: count * CHUNK_BLOCKS])
         ask = RetrieveBlocks(number, answer.lease, 0, count, 0, packed, event)
         await self.worker.tell(ask)
         await settled()

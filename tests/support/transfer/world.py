@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from lmcache_trio._wire.codec import pack_positions
+from lmcache_trio._wire.codec import POSITIONS
 from lmcache_trio._wire.messages import (
     Ack,
     LetGo,
@@ -139,7 +139,7 @@ class World:
         answer = await self.lookup(which)
         if answer.chunks:
             request = Request(next(self.rig.numbers), which, self.lend(), self.session, loads=True)
-            event, blocks = self.event(request, follows), pack_positions(request.blocks)
+            event, blocks = self.event(request, follows), POSITIONS.pack(request.blocks)
             ask = RetrieveBlocks(request.number, answer.lease, 0, CHUNKS, 0, blocks, event)
             self.lent[request.number] = request
             await self.rig.worker.tell(ask)
