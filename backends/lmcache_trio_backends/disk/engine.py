@@ -141,7 +141,7 @@ class DiskTier(LocalTier):
         try:
             await self._threads.carry(transfer)
         finally:
-            alive = [not self._ready.is_set() or self._table.end_read(read) for _, read in held]
+            alive = [self._table.end_read(read) or not self._ready.is_set() for _, read in held]
             if self._table.has_doomed:
                 self._wake.set()
         if transfer.error is not None:
@@ -220,10 +220,8 @@ class DiskTier(LocalTier):
         reads: list[Read | None] = []
         for load, n in zip(loads, lengths, strict=True):
             row = rows.get(name_of(load.key))
-            if self._ready.is_set():
+            if row is None or self._ready.is_set():
                 reads.append(self._table.begin_read(load.key, n))
-            elif row is None:
-                reads.append(self._table.glance(load.key, n))
             elif row.lengths == n:
                 reads.append(Read(load.key, -1, row.offset, row.generation, n, row.sums))
             else:
@@ -251,7 +249,7 @@ class DiskTier(LocalTier):
         writes: dict[int, Write] = {}
         try:
             for i, views in group.items():
-                found = await self._make_room(records[i], [len(view) for view in views])
+                found = await self._make_room(records[i], tuple(map(len, views)))
                 if isinstance(found, Write):
                     writes[i] = found
                 elif found is Refusal.PUBLISHED:
@@ -297,7 +295,7 @@ class DiskTier(LocalTier):
         self._unflushed = True
         self._expect_flush()
 
-    async def _make_room(self, record: Record, lengths: Sequence[int]) -> Write | Refusal:
+    async def _make_room(self, record: Record, lengths: tuple[int, ...]) -> Write | Refusal:
         """An extent for *record*: in a hole, in a new slab, or in place of what was least recently used; or why not."""
         table = self._table
         found = table.reserve(record.key, record.parent, lengths, self._admit)

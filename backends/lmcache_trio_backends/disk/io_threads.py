@@ -25,7 +25,7 @@ import xxhash
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.threads import DedicatedThread, offload
 from lmcache_trio_backends.disk.index_file import is_corrupt
-from lmcache_trio_backends.disk.records import round_up
+from lmcache_trio_backends.disk.records import ALIGNMENT
 
 __all__ = ["DIRECT_PIECES", "PIECE", "IOThreads", "SlabTransfer"]
 
@@ -71,7 +71,7 @@ class SlabTransfer:
                     self.spans.append(_Span(offset + at, view[at : at + unit], count + at // PIECE, chunk))
                 shards.append((count, -(-size // PIECE)))
                 count += shards[-1][1]
-                offset += round_up(size)
+                offset += -(-size // ALIGNMENT) * ALIGNMENT  # each shard begins on a page
             self._shards.append(shards)
         self._sums = array("Q", bytes(8 * count))
         self._moved = bytearray(count)

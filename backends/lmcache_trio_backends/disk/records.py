@@ -1,7 +1,4 @@
-"""The values that pass between the parts of the disk tier, and the arithmetic of a chunk's place.
-
-This module knows how much room a chunk takes. It knows neither where other chunks are nor what becomes of them.
-"""
+"""The values that pass between the parts of the disk tier, and how much room a chunk takes."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -22,7 +19,6 @@ __all__ = [
     "extent_of",
     "index_cost",
     "name_of",
-    "round_up",
 ]
 
 ALIGNMENT = 4096
@@ -49,11 +45,6 @@ def name_of(key: ChunkKey) -> bytes:
     return key.namespace + key.digest
 
 
-def round_up(length: int) -> int:
-    """*length* in whole 4 KiB pages."""
-    return -(-length // ALIGNMENT) * ALIGNMENT
-
-
 def extent_of(lengths: Iterable[int]) -> int:
     """Bytes that a chunk takes in the slabs: each shard begins on a 4 KiB boundary."""
     return sum(-(-length // ALIGNMENT) for length in lengths) * ALIGNMENT
@@ -74,13 +65,12 @@ class Write:
     """A chunk being written: the extent at *row.offset* is its own until it is published or aborted."""
 
     number: int
-    key: ChunkKey
     row: Row
 
 
 @attrs.frozen
 class Read:
-    """A chunk being read. *number* is -1 where the table is not rebuilt yet: then nothing holds the chunk."""
+    """A chunk being read. *number* is -1 if its row is not in the table yet: then nothing holds the chunk."""
 
     key: ChunkKey
     number: int
@@ -101,7 +91,7 @@ class Doomed:
 
 @attrs.frozen
 class Lost:
-    """Bytes of the slabs, from *start* to *end*, that were there once. *usable*: they were set aside anew."""
+    """A part of the slabs, from *start* to *end*, whose bytes are gone. *usable*: the part was set aside anew."""
 
     start: int
     end: int

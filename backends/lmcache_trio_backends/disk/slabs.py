@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lmcache_trio.errors import ConfigError
 from lmcache_trio_backends.disk.home import Home, slab_name
-from lmcache_trio_backends.disk.records import ALIGNMENT, Lost, round_up
+from lmcache_trio_backends.disk.records import ALIGNMENT, Lost
 
 __all__ = ["NO_SPACE", "Slabs", "fallocate", "probe", "set_aside"]
 
@@ -265,7 +265,7 @@ def _read_direct(fd: int, place: int, view: memoryview) -> int:
         done += got
     while done < len(view):
         size = min(_BOUNCE, len(view) - done)
-        with mmap.mmap(-1, round_up(size)) as pages:  # anonymous memory begins on a page
+        with mmap.mmap(-1, -(-size // ALIGNMENT) * ALIGNMENT) as pages:  # anonymous memory begins on a page
             got = min(size, os.preadv(fd, [pages], place + done))
             view[done : done + got] = pages[:got]
         done += got
@@ -281,7 +281,7 @@ def _write_direct(fd: int, place: int, view: memoryview) -> None:
         done += _whole_pages(os.pwritev(fd, [view[done:whole]], place + done))
     while done < len(view):
         size = min(_BOUNCE, len(view) - done)
-        with mmap.mmap(-1, round_up(size)) as pages:
+        with mmap.mmap(-1, -(-size // ALIGNMENT) * ALIGNMENT) as pages:
             pages[:size] = bytes(view[done : done + size])
             if _whole_pages(os.pwritev(fd, [pages], place + done)) < size:
                 raise OSError(errno.EIO, f"a direct write of {size} bytes was cut short")

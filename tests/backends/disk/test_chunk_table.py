@@ -65,7 +65,8 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(key=keys, parent=st.sampled_from([b"", *DIGESTS]), lengths=st.sampled_from(LENGTHS))
     def reserve(self, key: ChunkKey, parent: bytes, lengths: tuple[int, ...]) -> None:
         write = self.table.reserve(key, parent, lengths)
-        being_written = any(w.key == key and w.row.generation not in self.forgotten for w in self._writing())
+        alive = [w.row.name for w in self._writing() if w.row.generation not in self.forgotten]
+        being_written = key.namespace + key.digest in alive
         if key in self.published or being_written:
             assert write is (Refusal.PUBLISHED if key in self.published else Refusal.WRITING)
             return
@@ -95,9 +96,10 @@ class DiskMachine(RuleBasedStateMachine):
         write = self.written.pop(0)
         alive = self.table.publish(write, [7] * len(write.row.lengths))
         assert alive == (write.row.generation not in self.forgotten)
-        assert self.table.contains(write.key) == alive or write.row.generation in self.forgotten
+        key = ChunkKey(write.row.name[:32], write.row.name[32:])
+        assert self.table.contains(key) == alive or write.row.generation in self.forgotten
         if alive:
-            self.published[write.key] = write
+            self.published[key] = write
 
     @precondition(lambda self: self.writes)
     @rule()
@@ -105,7 +107,7 @@ class DiskMachine(RuleBasedStateMachine):
         write = self.writes.pop()
         self.table.abort(write)
         if write.row.generation not in self.forgotten:
-            assert self.table._rows.find(write.key.namespace, write.key.digest) < 0
+            assert self.table._find(write.row.name[:32], write.row.name[32:]) < 0
 
     @rule(key=keys, lengths=st.sampled_from(LENGTHS))
     def begin_read(self, key: ChunkKey, lengths: tuple[int, ...]) -> None:
@@ -154,7 +156,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.due.append((namespace, self.table.forget(namespace)))
         self.published = {key: write for key, write in self.published.items() if key.namespace != namespace}
         for write in self._writing():
-            if write.key.namespace == namespace:
+            if write.row.name[:32] == namespace:
                 self.forgotten.add(write.row.generation)
 
     @precondition(lambda self: self.due)

@@ -15,9 +15,8 @@ import pytest
 import trio
 import trio.testing
 from lmcache_trio_backends.disk import DiskConfig, DiskTier, engine, recovery
-from lmcache_trio_backends.disk.chunk_table import ChunkTable
+from lmcache_trio_backends.disk.chunk_table import _GLANCES, ChunkTable
 from lmcache_trio_backends.disk.config import Budget
-from lmcache_trio_backends.disk.eviction import _GLANCES
 from lmcache_trio_backends.disk.files import Files
 from lmcache_trio_backends.disk.home import INDEX_NAME, Home, slab_name
 from lmcache_trio_backends.disk.index_file import PAGE, IndexFile
