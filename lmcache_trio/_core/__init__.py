@@ -1,1 +1,1 @@
-"""Sans-I/O: decides and never waits. Nothing here knows a clock, a thread, a socket or a tensor."""
+"""Sans-I/O: the core decides and never waits. It knows no clock, thread, socket or tensor."""

@@ -1,8 +1,8 @@
 """The names of chunks: digests chained over tokens, and keys that join them to a namespace.
 
 A digest says *which tokens after which prefix, for which model*; a namespace says *in which byte layout*. The two
-together are a `ChunkKey`. Nothing here is secret and nothing depends on PYTHONHASHSEED, so any two processes on any
-two nodes that see the same tokens and the same identity compute the same names.
+together are a `ChunkKey`. No name is secret or depends on PYTHONHASHSEED, so any two processes on any two nodes that
+see the same tokens and the same identity compute the same names.
 """
 
 import functools
@@ -38,7 +38,7 @@ class ChunkKey:
 
 
 def seed_of(*identity: str | bytes) -> bytes:
-    """The 32-byte seed of a digest chain, from what the scheduler knows (model identity, chunk tokens, salt).
+    """The 32-byte seed of a digest chain, from the scheduler's knowledge (model identity, chunk tokens, salt).
 
     Each part is length-prefixed, so that ("ab", "c") and ("a", "bc") differ. `Misuse`: no part, or an empty one.
     """
@@ -67,14 +67,14 @@ def chain_digests(
     """Digests of the full chunks of *token_ids*, each chained to the one before; a partial tail gets none.
 
     *parent* is the seed, or the digest of the chunk before the first token, so extending a chain equals recomputing
-    it. *extras*, where given, holds one entry a chunk: identity that tokens do not carry (LoRA, multimodal input);
-    an empty entry adds nothing. Costs one sha256 over 4 bytes a token.
+    it. *extras*, if given, holds one entry per chunk: the identity that tokens do not carry (LoRA, multimodal input).
+    An empty entry changes no digest. The cost is one sha256 over 4 bytes per token.
     """
     if chunk_tokens < 1:
         raise Misuse(f"chunk_tokens is {chunk_tokens}: it must be 1 or more")
     count = len(token_ids) // chunk_tokens
     if extras is not None and len(extras) < count:
-        raise Misuse(f"extras has {len(extras)} entries for {count} chunks: give one a chunk")
+        raise Misuse(f"extras has {len(extras)} entries for {count} chunks: give one per chunk")
     wanted = count * chunk_tokens
     try:
         packed = memoryview(_packer(wanted)(*(token_ids if len(token_ids) == wanted else token_ids[:wanted])))
@@ -110,7 +110,7 @@ def _packer(count: int) -> Callable[..., bytes]:
 def split_digests(packed: bytes) -> list[bytes]:
     """The digests that *packed* joins; the length must be a multiple of 32 bytes."""
     if len(packed) % DIGEST_BYTES:
-        raise Misuse(f"{len(packed)} bytes are no whole number of {DIGEST_BYTES}-byte digests")
+        raise Misuse(f"{len(packed)} bytes are not a whole number of {DIGEST_BYTES}-byte digests")
     return [packed[i : i + DIGEST_BYTES] for i in range(0, len(packed), DIGEST_BYTES)]
 
 

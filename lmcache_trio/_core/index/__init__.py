@@ -1,1 +1,1 @@
-"""What memory holds: chunks, their order of eviction, their readers and writers, and the requests that ask."""
+"""Chunks in memory: their order of eviction, their readers and writers, and the sessions that ask for them."""

@@ -1,10 +1,10 @@
 """The arena's allocator: best fit over coalesced holes, on 4 KiB boundaries.
 
-It knows offsets and lengths alone: no file, no bytes, no chunks. Best fit over coalesced holes was taken over size
-classes because classes calcify: with two chunk sizes, a class that owns all slabs starves the other. Holes are kept by
-their distinct lengths (few: chunk sizes are few) in a sorted list, so the cost of a call is one bisection.
+It knows offsets and lengths alone: no file, no bytes, no chunks. Size classes were the other choice, but classes
+calcify: with two chunk sizes, a class that owns all slabs starves the other. The distinct lengths of holes, which are
+few as chunk sizes are few, stand in a sorted list, so a call costs one bisection.
 
-A range that is given back must be exactly one that was handed out.
+A range that is given back must be exactly a range that was handed out.
 """
 
 from bisect import bisect_left, insort
@@ -16,14 +16,14 @@ __all__ = ["Arena"]
 
 _KEYS = 4096
 _TABLE_OF = spread(_KEYS, 64, first=0.5)
-"""The table that knows a range which is handed out, by some bits of a hash of its offset."""
+"""The number of the table that has a range, by some bits of a hash of the range's offset."""
 
 
 class Arena:
     """Byte ranges in [0, taken).
 
-    *alignment* is a power of two. Every range begins on a boundary and occupies a whole number of them, so lengths
-    are rounded up here and nowhere else.
+    *alignment* is a power of two. Every range begins at a multiple of it and has a multiple of it as its length, so
+    this is the only place that rounds lengths up.
     """
 
     def __init__(self, *, alignment: int = 4096) -> None:
@@ -33,9 +33,9 @@ class Arena:
         self.taken = 0
         """Bytes that are backed by memory so far."""
         self.capacity = 0
-        """Bytes that are handed out or could be: the largest range that an empty arena gives."""
+        """Bytes that are handed out or can be: the largest range that an empty arena gives."""
         self.used = 0
-        """Bytes handed out, rounded as they were; the head is not among them."""
+        """Bytes that are handed out, rounded up, without the head."""
         self._head = 0
         self._given: list[dict[int, int]] = [{} for _ in range(_TABLE_OF[-1] + 1)]  # offset -> rounded length
         self._holes: dict[int, int] = {}  # first byte -> length
@@ -54,11 +54,11 @@ class Arena:
         return self._lengths[-1] if self._lengths else 0
 
     def rounded(self, length: int) -> int:
-        """What a range of *length* bytes occupies."""
+        """The bytes that a range of *length* bytes occupies."""
         return (length + self._mask) & ~self._mask
 
     def grow(self, taken: int) -> None:
-        """Make the bytes from the old `taken` to *taken* free. Misuse when it would fall."""
+        """Make the bytes from the old `taken` to *taken* free. Misuse: *taken* is less than the old one."""
         if taken < self.taken:
             raise Misuse(f"taken would fall from {self.taken} to {taken}: an arena only grows")
         start = max(self.taken & ~self._mask, self._head)
@@ -69,7 +69,7 @@ class Arena:
             self._release(start, end - start)
 
     def reserve_head(self, length: int) -> None:
-        """Never hand out the first *length* bytes. Before anything is handed out, and once."""
+        """Never hand out the first *length* bytes. Call it once, before the first range is handed out."""
         if self._head or self.used:
             raise Misuse("reserve_head comes once, before the first range is handed out")
         if length < 1:
@@ -86,7 +86,7 @@ class Arena:
         """The offset of a range of *length* bytes, or None when no hole is large enough."""
         if length < 1:
             raise Misuse(f"length is {length}: it must be 1 or more")
-        # A length that is round already is kept as the very object: all chunks of a layout then share one.
+        # A length that needs no rounding stays the same int object, so all chunks of a layout share one.
         need = length if not length & self._mask else self.rounded(length)
         lengths = self._lengths
         at = bisect_left(lengths, need)
@@ -107,7 +107,7 @@ class Arena:
         return offset
 
     def free(self, offset: int, length: int) -> None:
-        """Take back what `allocate` gave for *length*. Misuse on a double free or a range that was not handed out."""
+        """Take back the range that `allocate` gave for *length*. Misuse: that range is not handed out now."""
         need = self.rounded(length)
         table = self._given[_TABLE_OF[hash((offset,)) % _KEYS]]
         if table.get(offset) != need:
@@ -117,7 +117,7 @@ class Arena:
         self._release(offset, need)
 
     def holes(self) -> list[tuple[int, int]]:
-        """(offset, length) of every hole, in order. For status and tests: it sorts."""
+        """(offset, length) of every hole, in order. It sorts, so it is for statistics and tests alone."""
         return sorted(self._holes.items())
 
     def _release(self, offset: int, length: int) -> None:

@@ -7,26 +7,26 @@
                                        |
                                        `--last copy into it and last reader of it ended--> ABSENT
 
-Rule 1: every transition of a chunk stands in this file. Rule 2: no I/O and no clock here; `index` decides who may write
-or read, and until when.
+Rule 1: every transition of a chunk stands in this file. Rule 2: no I/O and no clock here; `index` decides which engine
+may write or read, and until when.
 
-A chunk is a *row*, a small positive integer, of flat arrays. Row 0 is no chunk, so a link of 0 leads nowhere. To the
-garbage collector a million rows are a few arrays and not a million objects. Rows are used again through a free list.
+A chunk is a *row*, a small positive integer, of flat arrays. Row 0 belongs to no chunk, so a link of 0 leads nowhere.
+To the garbage collector a million rows are a few arrays and not a million objects. A free list gives rows out again.
 
-A row's `refs` counts the copies into it that have not ended (WRITING), its leases, pins and holds (READY), or what is
-left of either (DOOMED). Its bytes go back to the arena at 0, so a DOOMED chunk stays in *quarantine* while any process
-may still read or write it. A DOOMED chunk is out of the directory and out of the tree. Its children are roots from then
-on, valid by content; a lookup reaches them again when their parent is stored anew.
+A row's `refs` counts the copies into it that have not ended (WRITING), its leases, pins and holds (READY), or the rest
+of either (DOOMED). Its bytes go back to the arena at 0, so a DOOMED chunk stays in *quarantine* while any process may
+still read or write it. A DOOMED chunk is out of the directory and out of the tree. Its children are roots from then on,
+valid by content; a lookup reaches them again when their parent is stored anew.
 
-The order of eviction is a ring of READY chunks that nobody reads, least recently used first, in which an ancestor
-always stands nearer the recent end than its descendants: so leaves go before their parents. The oldest chunk may still
+The order of eviction is a ring of the READY chunks that have no reader, the least recently used first. An ancestor
+always stands nearer the recent end than its descendants, so leaves go before their parents. The oldest chunk may still
 have children that are read or written, and so are not in the order. Such a chunk is *parked*: it leaves the order, and
-comes back when a child of its own comes back or goes. So each step of the search for a victim was paid for by an
-earlier event: O(1) amortised.
+comes back when a child of its own comes back or goes. An earlier event has paid for each step of the search for a
+victim: O(1) amortised.
 
-A reset replaces a namespace's whole generation at once. *Stale* is what READY is called in a replaced generation: in no
-directory, linked in a tree that nobody follows, and given back piece by piece before anything else is evicted. A stale
-chunk that is read becomes DOOMED when the sweep meets it, or goes with its last reader if that is sooner.
+A reset replaces a namespace's whole generation at once. A READY chunk of a replaced generation is *stale*: it is in no
+directory, its links are followed no more, and it is given back, piece by piece, before any other chunk is evicted. A
+stale chunk that has readers becomes DOOMED when the sweep meets it, or goes with its last reader if that is sooner.
 """
 
 import math
@@ -42,25 +42,25 @@ from lmcache_trio._core.index.generations import DOOMED, READY, WRITING, Generat
 __all__ = ["MOST_EVICTED", "Chunks", "Writing"]
 
 MOST_EVICTED = 4
-"""Times its own length that is evicted for one chunk's room before it gets none, while anything else is in use.
+"""How much is evicted at most for one chunk, in extents of that chunk, while other chunks are in use.
 
-Measured with one chunk in twenty leased and chunks eight times as long coming in: of stores whose neighbours are used
-together, as nearly all are, 98 of 100 find a hole within it; of chunks used in random order, 65, until there are holes
-of their length. A store that fails leaves free what it evicted, so the next store begins where it ended.
+Measured with one chunk in twenty leased, and new chunks eight times as long as the old ones. If neighbours are used
+together, as nearly all are, 98 of 100 stores find a hole within this bound. If chunks are used in random order, 65 do,
+until there are holes of their length. The room that a failed store has made stays free for the next one.
 """
 
 DIGEST_ROOM = 32
 _BLOCK = 1024
-"""Rows made at a time: a dozen appends per chunk would be a tenth of what storing it costs."""
+"""Rows made at a time: a dozen appends per chunk would be a tenth of the cost of a store."""
 
 
 @attrs.define(eq=False)
 class Writing:
-    """What only a WRITING chunk has: its engine, and how far its shards are."""
+    """The fields of a WRITING chunk alone: its engine, and how far its shards are."""
 
     engine: str
     missing: int
-    """Shards of which no copy has ended."""
+    """Shards whose copy has not ended well yet."""
     deadline: float
     claimed: int = 0
     """One bit per shard."""
@@ -93,7 +93,7 @@ class Chunks:
         self.written_by: Counter[str] = Counter()  # bytes that are WRITING, or in that quarantine, by engine
         self.bytes_written = 0  # by all engines
         self.bytes_offered = 0
-        self._bytes_idle = 0  # of READY and stale chunks that nobody reads: what room can be made of
+        self._bytes_idle = 0  # of READY and stale chunks that have no reader: they can be evicted
         self.evictions = 0
         self.aborted = 0
 
@@ -108,7 +108,7 @@ class Chunks:
     def begin(self, namespace: Namespace, digest: bytes, parent: int, writing: Writing) -> int:
         """A WRITING row for *digest*, for which others are evicted; 0 when there is no room.
 
-        The row is made, and hung under *parent*, before any other is evicted: only so the chunks that it extends stay.
+        The row is made, and hung under *parent*, before any other is evicted, so the chunks that it extends stay.
         """
         extent = namespace.extent
         if not self._spare:
@@ -152,7 +152,7 @@ class Chunks:
         self._spare.extend(range(made + _BLOCK - 1, made - 1, -1))
 
     def _make_room(self, extent: int, wanting: int) -> int | None:
-        """The place of *extent* bytes for the row *wanting*, whose ancestors stay."""
+        """The offset of *extent* bytes for the row *wanting*, whose ancestors stay."""
         arena, generations = self._arena, self.generations
         if self._bytes_idle + arena.free_bytes < extent:
             return None  # evicting all idle chunks would not do: they stay
@@ -160,8 +160,8 @@ class Chunks:
             self.sweep_one()
             if arena.largest_hole >= extent:
                 return arena.allocate(extent)
-        # If no chunk is in use, all can go, so there will be a hole. If some stay, they may lie so that there is none:
-        # the idle cache is not flushed to find that out.
+        # If no chunk is in use, all can go, so there will be a hole. If some stay, there may be no hole in the end, and
+        # the idle cache is not flushed to find out.
         all_may_go = self._bytes_idle == arena.used and not self.parent[wanting]
         bound = math.inf if all_may_go else MOST_EVICTED * extent
         for row in self._victims():
@@ -170,7 +170,7 @@ class Chunks:
             del namespace.table_of[digest[0]][digest]
             self._unhang(row)
             self.evictions += 1
-            if namespace.extent == extent:  # as nearly always: the new chunk gets the very place
+            if namespace.extent == extent:  # as nearly always: the new chunk takes this place
                 namespace.counts[READY] -= 1
                 self._bytes_idle -= extent
                 self._free(row)
@@ -188,7 +188,7 @@ class Chunks:
     # --- WRITING ------------------------------------------------------------------------------------------------------
 
     def claim(self, row: int, namespace: Namespace, shard: int, deadline: float) -> int:
-        """A copy into *shard* of a WRITING chunk begins, and may take until *deadline*. Returns its place."""
+        """A copy into *shard* of a WRITING chunk begins, and may take until *deadline*. Returns the slot's offset."""
         writing = self.writing[row]
         writing.claimed |= 1 << shard
         if deadline > writing.deadline:
@@ -200,7 +200,7 @@ class Chunks:
     def publish(self, rows: Sequence[int], namespace: Namespace, shards: int) -> list[int]:
         """*shards* copies into each of *rows* ended well. Returns those that became READY by it, in order.
 
-        A row that was doomed meanwhile, as by another shard's abort, only has its copies counted as ended.
+        Of a row that was doomed meanwhile, as by another shard's abort, the copies only count as ended.
         """
         state, refs, published = self.state, self._refs, []
         for row in rows:
@@ -232,7 +232,7 @@ class Chunks:
     # --- READY: readers -----------------------------------------------------------------------------------------------
 
     def offer(self, namespace: Namespace, digests: Sequence[bytes], limit: int) -> list[int]:
-        """One more reader of each of the leading READY run: a lease, which the engine has not taken yet.
+        """One more reader, a lease that the engine has not taken yet, of each chunk of the leading READY run.
 
         The run is cut where all offered chunks together would hold more than *limit* bytes.
         """
@@ -259,7 +259,7 @@ class Chunks:
         return run
 
     def unoffer(self, rows: Sequence[int], namespace: Namespace) -> None:
-        """The lease of *rows* was taken, or is over: it is offered no more."""
+        """The lease of *rows* was taken, or is over: its chunks are offered no more."""
         offered, gone = self._offered, 0
         for row in rows:
             count = offered[row] - 1
@@ -268,7 +268,7 @@ class Chunks:
         self.bytes_offered -= gone * namespace.extent
 
     def retain(self, rows: Sequence[int], namespace: Namespace) -> None:
-        """One more reader of each of *rows*, which are READY or read already."""
+        """One more reader of each of *rows*, which are READY or have readers."""
         refs = self._refs
         fresh = [row for row in rows if not refs[row]]
         for row in rows:
@@ -277,13 +277,13 @@ class Chunks:
             self._keep(fresh, namespace)
 
     def _keep(self, rows: Sequence[int], namespace: Namespace) -> None:
-        """READY *rows* get their first reader: they can't be evicted now."""
+        """READY *rows* have got their first reader: they can't be evicted now."""
         self._take_out(rows)
         namespace.retained += len(rows)
         self._bytes_idle -= len(rows) * namespace.extent
 
     def let_go(self, rows: Sequence[int], namespace: Namespace, *, touch: bool) -> None:
-        """One reader less of each of *rows*, which stand ancestors first. *touch*: they were used just now."""
+        """One reader less of each of *rows*, which come ancestors first. *touch*: they were used just now."""
         refs, idle = self._refs, []
         if namespace.replaced:  # a sweep may have met some of them
             doomed = [row for row in rows if self.state[row] == DOOMED]
@@ -337,15 +337,15 @@ class Chunks:
             self.generations.leave(namespace)
 
     def sweep_one(self) -> None:
-        """Deal with one chunk of the oldest replaced generation, of which there is one."""
+        """Give back, or doom, one chunk of the oldest replaced generation. There must be one."""
         # Each table gives its youngest chunk in turn, so places come back about in order and few holes are made. That
-        # also takes the directory apart: to free it in one go would stop the loop for as long as all its entries take.
+        # also takes the directory apart: to free all its entries at once would stop the loop for that long.
         namespace = self.generations.outdated[0]
         names = namespace.tables.pop()
         if names:
             namespace.tables.insert(0, names)
             _, row = names.popitem()
-            # a chunk that was read may be gone already, and its row another chunk's
+            # a chunk that had readers may be gone, and its row be another chunk's
             if self.state[row] == READY and self._namespace[row] == namespace.number:
                 self._unlink(row)
                 if self._refs[row]:
@@ -360,7 +360,7 @@ class Chunks:
             self.generations.leave(namespace)
 
     def _drop(self, row: int, namespace: Namespace) -> None:
-        """Give back a READY or stale chunk that nobody reads and that is out of tree and order."""
+        """Give back a READY or stale chunk that has no reader and is out of the tree and the order."""
         namespace.counts[READY] -= 1
         self._bytes_idle -= namespace.extent
         self._arena.free(self.offset[row], namespace.extent)
@@ -369,7 +369,7 @@ class Chunks:
             self.generations.leave(namespace)
 
     def _free(self, row: int) -> None:
-        """No chunk has *row* any more. It was taken out of the tree and the order before."""
+        """No chunk has *row* any more. It is out of the tree and the order already."""
         self.state[row] = 0  # FREE
         self._spare.append(row)
 
@@ -396,7 +396,7 @@ class Chunks:
             self._put_back(above)
 
     def _unlink(self, row: int) -> None:
-        """Forget the links of *row* but not those of its relatives, which nobody follows any more."""
+        """Forget the links of *row*. Those of its relatives stay, but are followed no more."""
         self.parent[row] = self._first_child[row] = self._next_sibling[row] = self._previous_sibling[row] = 0
 
     # --- the order of eviction ----------------------------------------------------------------------------------------
@@ -427,7 +427,7 @@ class Chunks:
         older[0] = top
 
     def _put_back(self, row: int) -> None:
-        """Put *row* just below its nearest ancestor in order, and before it the parked ancestors that it kept out."""
+        """Put *row* just below its nearest ancestor in the order, after the parked ancestors that it kept out."""
         newer, older, parent, state, refs = self._newer, self._older, self.parent, self.state, self._refs
         chain = []
         while row and newer[row] < 0 and state[row] == READY and not refs[row]:
@@ -446,7 +446,7 @@ class Chunks:
             row = below
 
     def _take_out(self, rows: Iterable[int]) -> None:
-        """Take *rows* out of the order; those that are not in it are left alone."""
+        """Take *rows* out of the order. Rows that are not in it are left alone."""
         newer, older = self._newer, self._older
         for row in rows:
             after = newer[row]
@@ -457,7 +457,7 @@ class Chunks:
                 newer[row] = -1
 
     def _victims(self) -> Iterator[int]:
-        """The chunk to evict next, and next, each out of the order already. It is evicted before the next is asked."""
+        """The chunks to evict, one after the other, each out of the order. Evict one before you ask for the next."""
         while row := self._newer[0]:
             self._take_out((row,))
             if not self._first_child[row]:

@@ -1,9 +1,9 @@
-"""Namespaces as generations of chunks: a reset replaces a generation, whatever it holds, by an empty one.
+"""Namespaces as generations of chunks: a reset puts an empty generation in the place of the former one.
 
-A generation has a number, which stands in each of its rows, and counts of its rows by state. So what a whole server
-holds is a sum over generations, and a reset changes no row. A number is used again once its generation is over.
+A generation has a number, which stands in each of its rows, and counts of its rows by state. So the chunks of a whole
+server are a sum over generations, and a reset changes no row. A number is used again once its generation is over.
 
-Generations are counted and found here. `Index` decides what becomes of the chunks of a replaced one.
+This file finds and counts generations. `Index` and `Chunks` decide about the chunks of a replaced generation.
 """
 
 from collections import OrderedDict, deque
@@ -33,15 +33,15 @@ WRITING, READY, DOOMED = int(State.WRITING), int(State.READY), int(State.DOOMED)
 """For loops that are run a million times."""
 
 _STATES = {"ready": READY, "writing": WRITING, "quarantined": DOOMED, "stale": READY}
-"""Words for users. What is READY in a replaced generation is stale."""
+"""Words for users. A READY row of a replaced generation is stale."""
 
 
 class Namespace:
     """One generation of a namespace: its byte layout, its directory from digest to row, and counts of its rows.
 
     A reset puts a new generation in the place of this one, which is *replaced* from then on: no name leads to its rows
-    any more. The directory is several dicts from bytes to int (which the garbage collector does not track), told apart
-    by the digest's first byte: *table_of* has the dict of each byte, *tables* has each dict once.
+    any more. The directory is several dicts from bytes to int, which the garbage collector does not track. The digest's
+    first byte chooses the dict: *table_of* has the dict of each byte, *tables* has each dict once.
     """
 
     __slots__ = (
@@ -52,7 +52,7 @@ class Namespace:
     def __init__(
         self, number: int, name: bytes, lengths: tuple[int, ...], starts: tuple[int, ...], extent: int
     ) -> None:
-        self.number = number  # which no other generation has while a row of this one is left
+        self.number = number  # no other generation has it while a row of this one is left
         self.name = name
         self.lengths = lengths
         self.starts = starts  # where each shard's slot begins in a chunk's extent
@@ -61,7 +61,7 @@ class Namespace:
         self.tables: list[dict[bytes, int]] = [{} for _ in range(_TABLES)]
         self.table_of = [self.tables[number] for number in _TABLE_OF]
         self.counts = [0, 0, 0, 0]  # rows, by state
-        self.retained = 0  # of those that are READY; not kept up once it is replaced
+        self.retained = 0  # READY rows with readers; not kept up once the generation is replaced
         self.replaced = False
         self.users = 0  # engines
 
@@ -79,7 +79,7 @@ class Generations:
         self.outdated: deque[Namespace] = deque()
         """Replaced generations; the first one is being swept."""
         self.unused: OrderedDict[bytes, Namespace] = OrderedDict()
-        """Namespaces that no engine uses and that hold chunks; the one that was left longest ago comes first."""
+        """Namespaces that hold chunks and that no engine uses. The one that was left longest ago comes first."""
         self._spare: list[int] = []
 
     def attach(self, name: bytes, shard_bytes: Sequence[int], rounded: Callable[[int], int]) -> None:
@@ -93,7 +93,7 @@ class Generations:
             self.unused.pop(name, None)
             return
         if not lengths or min(lengths) < 1:
-            raise Misuse(f"shard_bytes is {lengths}: give one length of 1 or more a shard")
+            raise Misuse(f"shard_bytes is {lengths}: give one length of 1 or more per shard")
         starts, extent = [], 0
         for length in lengths:
             starts.append(extent)
@@ -108,7 +108,7 @@ class Generations:
             self.leave(namespace)
 
     def replace(self, namespace: Namespace) -> None:
-        """Put an empty generation in the place of *namespace*, if an engine uses it; it is outdated from then on."""
+        """*namespace* is outdated from now on. If an engine uses it, an empty generation takes its place."""
         self.retire(namespace)
         if not namespace.users:
             return
@@ -120,11 +120,11 @@ class Generations:
         del self.present[namespace.name]
         self.unused.pop(namespace.name, None)
         namespace.replaced = True
-        namespace.table_of = []  # nothing is found there any more; a sweep takes the tables apart
+        namespace.table_of = []  # no digest is found any more; a sweep takes the tables apart
         self.outdated.append(namespace)
 
     def leave(self, namespace: Namespace) -> None:
-        """A row of *namespace*, its directory or its last user is gone: maybe it is over."""
+        """A row of *namespace*, its directory or its last user is gone. Forget the namespace if that was all."""
         if any(namespace.counts) or (namespace.tables if namespace.replaced else namespace.users):
             return
         if not namespace.replaced:

@@ -1,6 +1,6 @@
-"""The values that the index hands out: leases, pins, reservations and holds.
+"""Grants, as the index hands them out: reservations, leases, pins and holds.
 
-They carry names and places, never a right of their own: the index alone knows whether a right still holds.
+They carry names and places. Only the index knows whether a grant still stands.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ HoldNumber = NewType("HoldNumber", int)
 
 @attrs.frozen
 class Slot:
-    """A place in the arena to write to, for the digest at *position* of the request (of a load: for that shard)."""
+    """A place in the arena to write to. *position* is that of its digest in the request; in a load, its shard."""
 
     position: int
     offset: int
@@ -62,9 +62,9 @@ class Pin:
 
 @attrs.frozen
 class Hold:
-    """A READY chunk that is kept in place for the server's own reading: *offsets* and *lengths*, one per shard.
+    """A READY chunk that stays in place for the server's own reading. *offsets* and *lengths* have one entry per shard.
 
-    *parent* is the digest of the chunk before it: empty for a chain's first chunk, None when it is not known any more.
+    *parent* is the digest of the chunk before it: empty for a chain's first chunk, None if it is not known any more.
     """
 
     number: HoldNumber

@@ -1,4 +1,4 @@
-"""The index: which engine writes a chunk, who reads it, and until when.
+"""The index: which engine writes a chunk, which readers it has, and until when.
 
 A reservation is one worker's right to write chunks:
 
@@ -7,15 +7,15 @@ A reservation is one worker's right to write chunks:
 
 A WRITING chunk belongs to the engine that began it, whose workers may claim its other shards. An ENDING reservation
 publishes nothing: its chunks are doomed, and its slots stay in quarantine until the writer says that its copy ended (an
-abort, or a commit that comes too late), or has exited. The end of a session ends no reservation: a store that was
-submitted is finished.
+abort, or a commit that comes too late), or has exited. The end of a session ends no reservation: stores that were
+submitted are finished.
 
-A lease is a session's right to read, a pin is a worker's read in progress, a hold is the server's own. Each is one
-reader of each of its chunks, and keeps them where they are.
+A lease is a session's right to read, a pin is a worker's read in progress, a hold is the server's own read. Each is
+one reader of each of its chunks, and keeps them in place.
 
 `chunks` has the life of a chunk, its place in the order of eviction, and its bytes. No I/O, no clock, no waiting: times
-are seconds on the caller's monotonic clock, ids come from a function that is passed in, and a method that raises has
-changed nothing (but a late commit, which raises `Gone` and ends its copy).
+are seconds on the caller's monotonic clock, and ids come from a function that is passed in. A method that raises has
+changed nothing, except a late commit, which raises `Gone` and ends its copy.
 """
 
 from array import array
@@ -36,7 +36,7 @@ from lmcache_trio.statistics import IndexCounted, IndexHeld, IndexStatistics
 __all__ = ["SERVER", "Hold", "Index", "Lease", "Pin", "Reservation", "SessionKey", "Slot"]
 
 EXPIRED_AT_ONCE = 4096
-"""Chunks, about: leases of more are not ended in one go, which takes some 1 ms, when their time is up together."""
+"""Chunks, about, whose leases are ended in one go when their time is up together. That takes about 1 ms."""
 
 _REASONS = ("present", "writing", "no_space", "orphan", "too_large", "share")
 """Why a chunk gets no slot; the numbered cases of `Index.reserve` say when."""
@@ -82,7 +82,7 @@ class Index:
     """Chunks, leases, pins, reservations and holds over one arena.
 
     *new_id* gives unguessable ids; *lease_share* is the part of the arena's taken bytes that leases may hold before
-    they are taken; *write_share* is the part that one engine may be writing, of what no other engine is writing;
+    they are taken; *write_share* is the part that one engine may be writing, of the bytes that no other is writing;
     *most_unused* is how many namespaces that no engine uses may keep their chunks.
     """
 
@@ -112,7 +112,7 @@ class Index:
         self._most_unused = most_unused
         self._lease_limit = int(lease_share * arena.taken)
         self._chunks = Chunks(arena)
-        # Time runs one way and each timeout is one constant: what is overdue comes first.
+        # Time runs one way and each timeout is a constant, so the overdue ones come first.
         self._live: OrderedDict[bytes, _ReservationRecord] = OrderedDict()
         self._ending: dict[bytes, _ReservationRecord] = {}
         self._reservations_of: dict[int, set[bytes]] = {}  # live and ending, by worker
@@ -159,13 +159,13 @@ class Index:
         return () if known is None else known.lengths
 
     def chunk_bytes(self, namespace: bytes) -> int:
-        """What a chunk takes in the arena, over all shards; 0 for a namespace that is not attached."""
+        """A chunk's extent: its bytes in the arena, over all shards; 0 for a namespace that is not attached."""
         known = self._chunks.generations.present.get(namespace)
         return 0 if known is None else known.extent
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def reserve(  # noqa: PLR0913, PLR0915 the protocol's sentence has as many words, and all cases stand in one sight
+    def reserve(  # noqa: PLR0913, PLR0915 the message has as many fields, and all cases stand in one sight
         self,
         session: SessionKey,
         worker: int,
@@ -178,8 +178,8 @@ class Index:
         """Promise slots for *shard* of the leading absent run of *digests* that fits now; drop and count the rest.
 
         *parent* is the digest before the first one (empty: a chain's first chunk). Workers of one engine share a chunk:
-        the first worker to reserve it allocates all its shards, the others claim theirs. Nothing waits for space:
-        chunks that are neither leased, pinned, held nor being written are evicted, the least recently used leaf first.
+        the first worker to reserve it allocates all its shards, the others claim theirs. A reserve never waits for
+        space: idle chunks are evicted, the least recently used leaf first.
         """
         known = self._chunks.generations.present.get(namespace)
         if known is None:
@@ -207,7 +207,7 @@ class Index:
                 # 2. It is READY: passed over.
                 if row not in writing:
                     reason = "present"
-                # 3. Another engine is writing it: nothing waits for that, and the chunks behind it could not be found.
+                # 3. Another engine is writing it: a reserve does not wait, and the chunks behind it could not be found.
                 elif writing[row].engine != engine:
                     reason, stopped = "writing", stopped or "orphan"
                 # 4. This engine is writing it, and a chunk before it got no slot.
@@ -264,7 +264,7 @@ class Index:
     def commit(self, reservation_id: bytes, worker: int) -> Sequence[ChunkKey]:
         """The copy ended, and all is written. Returns the keys of the chunks that became READY by it.
 
-        Gone: the reservation was aborted before, in whatever way. Nothing is published, but the copy counts as ended.
+        Gone: the reservation was aborted before. No chunk is published, but the copy counts as ended.
         """
         reserved = self._live.get(reservation_id)
         if reserved is None or reserved.worker != worker:
@@ -285,11 +285,11 @@ class Index:
         self._copy_ended(reservation_id, worker)
 
     def may_publish(self, reservation_id: bytes) -> bool:
-        """Whether a `commit` would still publish something: not once the reservation was aborted, in whatever way."""
+        """Whether a `commit` would still publish chunks. False: the reservation was aborted."""
         return reservation_id in self._live
 
     def would_keep(self, reservation_id: bytes) -> int:
-        """How many chunks a `commit` would keep: not those that were doomed meanwhile, as by another shard's abort."""
+        """How many chunks a `commit` would keep, without those that were doomed, as by another shard's abort."""
         reserved, state = self._live.get(reservation_id), self._chunks.state
         return 0 if reserved is None else sum(state[row] == WRITING for row in reserved.rows)
 
@@ -298,9 +298,9 @@ class Index:
         return self._chunks.written_by[engine]
 
     def _may_write(self, engine: str, extent: int) -> bool:
-        """Whether *extent* bytes more are within the share of *engine*: of the arena without what others write.
+        """Whether *engine* may write *extent* bytes more: its share is of the arena less the bytes that others write.
 
-        So engines that never commit leave a part of the arena: n engines with a share s each leave (1 - s)^n or more.
+        So engines that never commit leave a part of the arena: n engines with a share s leave (1 - s)^n of it or more.
         One chunk is always within the share. The server's own loads are not bounded here.
         """
         mine = self._chunks.written_by[engine]
@@ -318,7 +318,7 @@ class Index:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def match(self, namespace: bytes, digests: Sequence[bytes]) -> int:
-        """How many leading chunks are READY. Changes nothing."""
+        """How many leading chunks are READY. They are not touched."""
         known, count = self._chunks.generations.present.get(namespace), 0
         if known is not None:
             for digest in digests:
@@ -329,13 +329,13 @@ class Index:
 
     @property
     def room_to_offer(self) -> int:
-        """Bytes that leases may still be given; a lookup is offered nothing beyond."""
+        """Bytes that leases may still have: a lookup is offered no chunk beyond."""
         return self._lease_limit - self._chunks.bytes_offered
 
     def lease(self, session: SessionKey, namespace: bytes, digests: Sequence[bytes], now: float) -> Lease | None:
         """Lease and touch the leading READY run, cut where lease_share is reached; None when that is empty.
 
-        A session has one lease: asking for a new one ends the former, whatever the answer.
+        A session has one lease: to ask for a new one ends the former.
         """
         former = self._lease_of.get(session)
         if former is not None:
@@ -374,8 +374,8 @@ class Index:
     ) -> Pin:
         """Turn *count* chunks of a lease, from *start*, into a read in progress of *worker*, for its *shard*.
 
-        *namespace* is the engine's present one. Gone: there is no such lease, it is another engine's or another
-        namespace's, or its namespace was reset. Misuse: a shard or a range that the lease does not have.
+        *namespace* is the engine's present one. Gone: there is no such lease, it belongs to another engine or
+        namespace, or its namespace was reset. Misuse: a shard or a range that the lease does not have.
         """
         leased = self._leases.get(lease_id)
         if leased is None or leased.session[0] != engine:
@@ -397,7 +397,7 @@ class Index:
         return Pin(pin_id, tuple([offset[row] + first for row in rows]), leased.namespace.lengths[shard])
 
     def unpin(self, pin_id: bytes, worker: int) -> bool:
-        """The read ended. Whether it was valid: not if it is unknown, another worker's, or its namespace was reset."""
+        """The read ended. False, not valid: it is unknown, belongs to another worker, or its namespace was reset."""
         pinned = self._pins.get(pin_id)
         if pinned is None or pinned.worker != worker:
             return False
@@ -407,12 +407,12 @@ class Index:
         return not pinned.namespace.replaced
 
     def is_valid(self, pin_id: bytes) -> bool:
-        """Whether an `unpin` would say now that the read is valid."""
+        """Whether an `unpin` now would find the read valid."""
         pinned = self._pins.get(pin_id)
         return pinned is not None and not pinned.namespace.replaced
 
     def hold(self, key: ChunkKey) -> Hold | None:
-        """Keep a READY chunk in place for the server, without a touch; None when it is not READY."""
+        """Keep a READY chunk in place for the server's own read, without a touch. None: it is not READY."""
         chunks, known = self._chunks, self._chunks.generations.present.get(key.namespace)
         row = 0 if known is None else known.table_of[key.digest[0]].get(key.digest, 0)
         if known is None or chunks.state[row] != READY:
@@ -426,7 +426,7 @@ class Index:
         return Hold(HoldNumber(self._holds_made), key, parent, offsets, known.lengths)
 
     def unhold(self, hold: Hold) -> None:
-        """The server reads it no more. Idempotent."""
+        """The server's read is over. Idempotent."""
         held = self._holds.pop(hold.number, None)
         if held is not None:
             namespace, row = held
@@ -435,7 +435,7 @@ class Index:
     # --- ends -------------------------------------------------------------------------------------------------------
 
     def end_session(self, session: SessionKey) -> None:
-        """End the session's lease. Pins live on, and stores that were submitted are finished. Idempotent."""
+        """End the session's lease. Its pins and reservations live on. Idempotent."""
         lease_id = self._lease_of.get(session)
         if lease_id is not None:
             self.release(lease_id)
@@ -443,8 +443,8 @@ class Index:
     def lose_worker(self, worker: int) -> None:
         """The worker's connection is gone: its pins end, its reservations are aborted. Idempotent.
 
-        Their slots stay in quarantine until `copies_ended`. A lost worker's reads may go on: their end is not awaited,
-        because no engine will believe them.
+        The reservations' slots stay in quarantine until `copies_ended`. The worker's reads may go on, but the index
+        does not wait for their end, because no engine will use their bytes.
         """
         for pin_id in list(self._pins_of.get(worker, ())):
             self.unpin(pin_id, worker)
@@ -460,7 +460,7 @@ class Index:
     def reset(self, namespace: bytes) -> None:
         """Drop every chunk of *namespace*; no reservation from before commits anything. Idempotent.
 
-        It costs as much as there are copies in progress, however many chunks there are: `sweep` gives those back.
+        The cost depends on the copies in progress and not on the chunks, which `sweep` gives back.
         """
         known = self._chunks.generations.present.get(namespace)
         if known is None:
@@ -471,9 +471,9 @@ class Index:
             self._chunks.generations.replace(known)
 
     def sweep(self, limit: int) -> bool:
-        """Give back up to *limit* chunks that a `reset` dropped. Whether there are more: call again then.
+        """Give back up to *limit* chunks that a `reset` dropped. True: there are more, so call again.
 
-        Without a call, stale chunks stay until a reserve needs room, and go before any other chunk is evicted.
+        Without a call, stale chunks stay until a reserve needs room, which takes them before it evicts any other.
         """
         outdated = self._chunks.generations.outdated
         while outdated and limit > 0:
@@ -482,7 +482,7 @@ class Index:
         return bool(outdated)
 
     def expire(self, now: float) -> float:
-        """End leases and reservations that are overdue. Returns when to call next (inf: nothing will be overdue).
+        """End leases and reservations that are overdue. Returns when to call next (inf: there are none left).
 
         That time is in the past if more leases are overdue than are ended in one go.
         """
@@ -504,7 +504,7 @@ class Index:
             self._overdue[reserved.worker] = None
             self._abort(reserved)
         writing = self._chunks.writing
-        while writing:  # the first of those that are left has a shard that no worker claimed in time
+        while writing:  # those that are left have a shard that no worker claimed in time
             row, details = next(iter(writing.items()))
             if details.deadline > now:
                 due = min(due, details.deadline)
@@ -513,13 +513,13 @@ class Index:
         return due
 
     def _abort(self, reserved: _ReservationRecord) -> None:
-        """LIVE to ENDING: nothing of it will be published, in any shard; its slots wait for the copy's end."""
+        """LIVE to ENDING: its chunks are never published, in any shard, and its slots wait for the copy's end."""
         del self._live[reserved.id]
         self._ending[reserved.id] = reserved
         self._chunks.doom([row for row in reserved.rows if self._chunks.state[row] == WRITING])
 
     def _copy_ended(self, reservation_id: bytes, worker: int) -> bool:
-        """The copy of an ENDING reservation ended. False: there is no such reservation of *worker*."""
+        """The copy of an ENDING reservation ended. False: *worker* has no such reservation."""
         reserved = self._ending.get(reservation_id)
         if reserved is None or reserved.worker != worker:
             return False
@@ -530,7 +530,7 @@ class Index:
         return True
 
     def _stop_writing(self, namespace: Namespace) -> None:
-        """Nothing of *namespace* is WRITING from now on."""
+        """No chunk of *namespace* is WRITING from now on."""
         for reserved in [reserved for reserved in self._live.values() if reserved.namespace is namespace]:
             self._abort(reserved)
         if namespace.counts[WRITING]:  # the chunks that are left have a shard that no worker claimed
@@ -574,7 +574,7 @@ class Index:
 
 
 def _discard(held: dict[int, set[bytes]], worker: int, ident: bytes) -> None:
-    """*worker* has *ident* no more."""
+    """*worker* does not have *ident* any more."""
     held[worker].remove(ident)
     if not held[worker]:
         del held[worker]

@@ -4,14 +4,14 @@
        ^                   |                   |
        `-----release-------'------release------'        lookup: from any state to PENDING
 
-A session holds the request's digest chain, its current lookup (the id of the message that asked, its state, its answer)
+A session holds the request's digest chain, its current lookup (the id of the Lookup message, its state, its answer)
 and that answer's lease. Rule 1: every transition of a session lives in this file. Rule 2: no I/O and no clock here.
 Rule 3: the answer stays until the next lookup or the end, so that a status question may be repeated. Rule 4: a method
 that raises has changed nothing.
 
-An answer whose lease has run out, or was ended by a reset, reads ANSWERED with 0 chunks: the answer is still
-definitive, and 0 is the only count that can be kept now. UNKNOWN would read as "ask again", and the old count would
-make the engine load chunks that may be gone.
+An answer whose lease has run out, or was ended by a reset, reads ANSWERED with 0 chunks. The answer is still
+definitive, and 0 is the only count that the server can promise now. UNKNOWN would mean "ask again", and the old count
+would make the engine load chunks that may be gone.
 """
 
 import enum
@@ -27,11 +27,11 @@ __all__ = ["LookupState", "Session", "Sessions", "Status"]
 
 MOST_ENDED = 8192
 """Ended sessions that are remembered per engine, 100 bytes each: so many requests may end while a store of the first
-one still waits for its turn."""
+one still waits to reserve."""
 
 
 class LookupState(enum.Enum):
-    """What is known of a session's lookup. UNKNOWN: there was no lookup, or it was released."""
+    """The state of a session's lookup. UNKNOWN: there was no lookup, or it was released."""
 
     UNKNOWN = "unknown"
     PENDING = "pending"
@@ -86,7 +86,7 @@ class Session:
         return [chain[i : i + width] for i in range(0, upto * width, width)]
 
     def answer(self, asked: int, chunks: int, lease: bytes = b"", expires: float = -math.inf) -> bool:
-        """The lookup *asked* found *chunks* leading chunks. False, changing nothing, if it is not pending any more."""
+        """The lookup *asked* found *chunks* leading chunks. False: it is not pending any more, and nothing changes."""
         if self.state is not LookupState.PENDING or self.asked != asked:
             return False
         self.state, self.chunks, self.lease, self.expires = LookupState.ANSWERED, chunks, lease, expires
@@ -100,11 +100,11 @@ class Session:
         return lease
 
     def lose_lease(self) -> None:
-        """The session has no lease from now on, and an answer that was given under it is 0 chunks."""
+        """The session has no lease from now on, and the answer that was given under it reads 0 chunks."""
         self.chunks, self.lease, self.expires = 0, b"", -math.inf
 
     def status(self, now: float) -> Status:
-        """What to say of the lookup at *now*. Idempotent."""
+        """The lookup's status at *now*. Idempotent."""
         if self.lease and now >= self.expires:
             self.lose_lease()
         ttl = max(0.0, self.expires - now) if self.lease else 0.0
@@ -115,8 +115,8 @@ class Sessions:
     """The sessions of one engine. A reset, and a new identity, *bars* all sessions that are live or remembered.
 
     A barred session's KV was computed before, so its stores get no slots any more; its lookups go on. A request that
-    goes on after its engine's own reset is a new session. The end of a session bars nothing: a store that was submitted
-    before may ask for its slots after it.
+    goes on after its engine's own reset is a new session. The end of a session does not bar it: a store that was
+    submitted before may ask for its slots later.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class Sessions:
         self._generation = 0
 
     def open(self, session: Session) -> None:
-        """*session* is live from now on, if it is not already."""
+        """*session* is live from now on. Idempotent."""
         if self.live.get(session.number) is not session:
             session.generation = self._generation
             self.live[session.number] = session
@@ -142,11 +142,11 @@ class Sessions:
         return session
 
     def bar(self) -> None:
-        """No KV that was computed before is stored from now on."""
+        """KV that was computed before is not stored any more."""
         self._generation += 1
 
     def why_no_store(self, number: int) -> str:
-        """Why a store of the session *number* gets no slots; "" if it may have some."""
+        """The reason why a store of the session *number* gets no slots; "" if it may have some."""
         session = self.live.get(number)
         generation = self._ended.get(number) if session is None else session.generation
         if generation is None:

@@ -1,1 +1,1 @@
-"""What is decided for a tier: when it may be used, what is loaded from it, and what is written to it."""
+"""The decisions for a tier: when it may be used, and which chunks are loaded from it and written to it."""

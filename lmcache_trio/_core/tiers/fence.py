@@ -4,8 +4,8 @@
        `-----------------failed-----------^
 
 A tier begins as PROBING: it has yet to show that it works. Each failure in a row doubles the time until the next probe.
-A tier that stayed OPEN for longer than it was fenced before begins anew with the shortest time, so a tier that works
-for a moment after each probe is not probed more and more often.
+If a tier stayed OPEN for longer than it was fenced before, that time begins anew at the shortest. So a tier that works
+only for a moment after each probe is probed less and less often.
 
 Rule 1: every transition of a fence lives in this file. Rule 2: no I/O and no clock here. Rule 3: an event that the
 state does not know raises `Misuse` and changes nothing. Only a failure may come at any time, because calls that are
@@ -40,7 +40,7 @@ class Fence:
         self._opened = 0.0
         self.state = FenceState.PROBING
         self.reason = ""
-        """Why the tier is fenced, or was last."""
+        """Why the tier is fenced, or was fenced last."""
         self.until = -inf
         self.failures = 0
         """How often the tier was fenced, ever."""

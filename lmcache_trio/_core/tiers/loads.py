@@ -6,13 +6,12 @@
       |--no wisher left--> UNWANTED                                         (gone)
       `--given up, missed--> MISSED                                         (gone)
 
-Two lookups that want the same chunk share one load, which counts its *wishers*. An UNWANTED load whose call still runs
-keeps its bytes in flight until the call has returned; if the chunk is wanted anew meanwhile, the new load waits for the
-old one. A load also waits while the load of the chunk that it extends has not begun: a chunk gets no slot before its
-parent does.
+Lookups that want the same chunk share one load, and are its *wishers*. An UNWANTED load whose call still runs keeps its
+bytes in flight until the call has returned. If its chunk is wanted anew meanwhile, the new load waits for the old one.
+A load also waits while the load of the chunk that it extends has not begun: a chunk gets no slot before its parent.
 
-The load with the nearest deadline comes first (of equal ones the first that was wanted), as long as the bytes and the
-number of loads in flight allow; one load alone is always allowed. No load overtakes the first that does not fit, so
+The load with the nearest deadline comes first; of equal ones, the one that was wanted first. The loads in flight are
+bounded in bytes and number, but one load alone is always allowed. No load overtakes the first one that does not fit, so
 none starves.
 
 Rule 1: every transition of a load lives in this file. Rule 2: no I/O and no clock here.
@@ -41,12 +40,12 @@ class LoadState(Enum):
 
 
 Wisher = Callable[[], None]
-"""A lookup's callback, called when its load has LANDED or MISSED, or was given up. It counts once per load."""
+"""A lookup's callback. It is called when a load has LANDED or MISSED, or was given up. A load has it once at most."""
 
 
 @attrs.define(eq=False)
 class TierLoad:
-    """One chunk on its way from a tier, *size* bytes in memory; *parent* is the digest before it (b"": none)."""
+    """One chunk's load from a tier, *size* bytes in memory. *parent* is the digest before the chunk's (b"": none)."""
 
     key: ChunkKey
     parent: bytes
@@ -58,12 +57,12 @@ class TierLoad:
 
     @property
     def settled(self) -> bool:
-        """Whether it is over: no wisher has to wait for it."""
+        """Whether the load is over, so no wisher waits for it."""
         return self.state is not LoadState.WANTED and self.state is not LoadState.LOADING
 
 
 class Loads:
-    """One tier's loads. *most_bytes* and *most* bound the loads in flight, whose calls have not returned."""
+    """One tier's loads. *most_bytes* and *most* bound the loads in flight: those whose calls have not returned."""
 
     def __init__(self, *, most_bytes: int, most: int) -> None:
         self._most_bytes = most_bytes
@@ -71,8 +70,8 @@ class Loads:
         self._numbers = 0
         self._current: dict[ChunkKey, TierLoad] = {}  # WANTED, LOADING, LANDED
         self._ending: dict[ChunkKey, TierLoad] = {}  # UNWANTED, its call has not returned
-        self._queue: list[tuple[float, int, TierLoad]] = []  # a heap; some have another deadline or state by now
-        self._parked: dict[ChunkKey, list[TierLoad]] = {}  # by the load that they wait for
+        self._queue: list[tuple[float, int, TierLoad]] = []  # a heap; some entries are outdated
+        self._parked: dict[ChunkKey, list[TierLoad]] = {}  # by the chunk whose load they wait for
         self.in_flight = 0
         self.bytes_in_flight = 0
         self.bytes_landed = 0
@@ -82,7 +81,7 @@ class Loads:
         return len(self._current) + len(self._ending)
 
     def want(self, key: ChunkKey, parent: bytes, size: int, deadline: float, wisher: Wisher) -> TierLoad:
-        """*wisher* wants *key* until *deadline*. The load may have other wishers, and be LANDED already."""
+        """*wisher* wants *key* until *deadline*. The load may have other wishers, or be LANDED already."""
         load = self._current.get(key)
         if load is None:
             self._numbers += 1
@@ -92,7 +91,7 @@ class Loads:
         return load
 
     def unwant(self, load: TierLoad, wisher: Wisher) -> bool:
-        """*wisher* wants it no more. True if that was the last wisher: the caller ends the load's call, if it runs."""
+        """*wisher* does not want *load* any more. True: it was the last wisher, and the caller ends the load's call."""
         if load.wishers.pop(wisher, None) is None:
             return False
         if load.wishers:
@@ -108,7 +107,7 @@ class Loads:
         return True
 
     def next(self) -> TierLoad | None:
-        """The load whose call begins now. None: no load is WANTED, or calls in flight must return first."""
+        """The load whose call begins now. None: no load is WANTED, or a call in flight must return first."""
         while self._queue:
             deadline, _, load = self._queue[0]
             if load.state is not LoadState.WANTED or load.deadline != deadline:
@@ -138,7 +137,7 @@ class Loads:
         self.bytes_landed += load.size
 
     def missed(self, load: TierLoad) -> None:
-        """The load's call has returned without the chunk; or, if the load is UNWANTED, has returned at all."""
+        """The load's call has returned without the chunk. Of an UNWANTED load: with or without it."""
         if load.state is LoadState.LOADING:
             self._returned(load)
             self._leave(load, LoadState.MISSED)
@@ -202,5 +201,5 @@ class Loads:
                 heappush(self._queue, (load.deadline, load.number, load))
 
     def waiting(self) -> Iterator[TierLoad]:
-        """The loads that are WANTED, in no order: for statistics and tests."""
+        """The loads that are WANTED, in no order. For tests."""
         return (load for load in self._current.values() if load.state is LoadState.WANTED)

@@ -1,4 +1,4 @@
-"""The plan of one lookup that memory does not cover: which chunks are here, which a tier has, which to load next.
+"""The plan of one lookup that memory does not cover: which chunks are in memory, which a tier has, which to load next.
 
 Each chunk of the lookup:
 
@@ -7,8 +7,8 @@ Each chunk of the lookup:
        |--here--> HERE
        `--every tier said no--> ABSENT
 
-Only the leading run counts, so no chunk behind the first ABSENT one is wanted any more: the plan is cut there. It is
-done when all chunks before the cut are HERE. Each tier is asked once, for the chunks that no tier before it has.
+Only the leading run counts, so the plan is cut at the first ABSENT chunk: no chunk behind it is wanted any more. The
+plan is done when all chunks before the cut are HERE. Each tier is asked once, for the chunks that no nearer tier has.
 
 Rule: no I/O and no clock here.
 """
@@ -22,7 +22,7 @@ __all__ = ["Place", "Plan"]
 
 
 class Place(Enum):
-    """Where a chunk is, as far as its lookup knows."""
+    """Where a chunk is, to the lookup's knowledge."""
 
     UNKNOWN = "unknown"
     FOUND = "found"
@@ -43,10 +43,10 @@ class Plan:
         self._coming = 0
         self._asked: dict[int, list[int]] = {}
         self.cut = count
-        """Chunks that may still become the leading run."""
+        """Chunks that may still belong to the leading run."""
         self.run = 0
         """Leading chunks that are HERE."""
-        self._frontier = 0  # behind the last chunk that `to_want` gave
+        self._frontier = 0  # the position behind the last chunk that `to_want` gave
 
     @property
     def done(self) -> bool:
@@ -70,7 +70,7 @@ class Plan:
         return asked
 
     def answered(self, tier: int, found: Sequence[bool]) -> None:
-        """*tier* has *found* some of the chunks that it was asked for."""
+        """*tier* has answered: *found* says which of the chunks that it was asked for it has."""
         asked = self._asked.get(tier)
         if asked is None or len(asked) != len(found):
             raise Misuse(f"tier {tier} was not asked for {len(found)} chunks")
@@ -88,8 +88,8 @@ class Plan:
     def to_want(self) -> Iterable[tuple[int, int]]:
         """(position, tier) of the loads to want next, now COMING: in order, without gaps, within the window.
 
-        A chunk gets no slot before its parent, and only the loads of one tier are put in that order. So a chunk of
-        another tier than its parent's waits until the parent is HERE.
+        A chunk gets no slot before its parent, and only loads of the same tier keep that order. So a chunk whose parent
+        comes from another tier waits until the parent is HERE.
         """
         while self._frontier < self.cut and self._coming < self._window:
             at = self._frontier

@@ -1,10 +1,10 @@
-"""The queue of chunks to be written to one tier: it is bounded in bytes, and drops the chunks beyond.
+"""The queue of chunks to be written to one tier. It is bounded in bytes, and drops chunks beyond.
 
     offered --take--> being written --written--> (done)
        `--too much, forget, clear--> dropped
 
-Nothing waits for room. When a chunk does not fit, the oldest queued chunk that no queued chunk extends is dropped (the
-oldest leaf), which may be the new chunk itself. So the beginning of a prompt is written, which later prompts share. A
+No chunk waits for room. When a chunk does not fit, the oldest leaf is dropped: the oldest queued chunk that no queued
+chunk extends. That may be the new chunk itself. So the beginning of a prompt is written, which later prompts share. A
 chunk is taken after the chunks that it extends.
 
 Every chunk is under a hold, which the caller ends: `offer`, `forget` and `clear` return the holds of dropped chunks.
@@ -34,7 +34,7 @@ class _Queued:
 
 
 class Writeback:
-    """One tier's queue. A chunk that is larger than the bound is accepted alone: else it could never be written."""
+    """One tier's queue. A chunk that is larger than the bound is accepted alone, or it could never be written."""
 
     def __init__(self) -> None:
         self._queued: dict[ChunkKey, _Queued] = {}
@@ -46,7 +46,7 @@ class Writeback:
         self.bytes_queued = 0
         self.bytes_writing = 0
         self.dropped = 0
-        """Chunks that were dropped because there were too many, ever."""
+        """Chunks that were dropped for want of room, or by `clear`, ever."""
 
     def __len__(self) -> int:
         return len(self._queued)
@@ -63,7 +63,7 @@ class Writeback:
     def offer(self, hold: Hold, limit: int) -> list[Hold]:
         """Queue the chunk of *hold*. Returns the holds of chunks that are dropped to keep within *limit* bytes."""
         if hold.key in self._queued:
-            return [hold]  # it is queued already: it is not lost
+            return [hold]  # its chunk is queued under another hold, and will be written
         parent = ChunkKey(hold.key.namespace, hold.parent) if hold.parent else None
         self._numbers += 1
         entry = _Queued(hold, self._numbers, sum(hold.lengths), parent, self._children[hold.key])
@@ -76,7 +76,7 @@ class Writeback:
             self._children[parent] += 1
             if (above := self._queued.get(parent)) is not None:
                 above.children += 1
-        # Entries that are gone leave the two orders when they are met, or here if that takes long: O(1) amortised.
+        # Entries that are gone leave the two orders when they are met, or here if there are many: O(1) amortised.
         if len(self._order) > 2 * len(self._queued) + 64:
             self._order = deque(entry for entry in self._order if not entry.gone)
         if len(self._leaves) > 2 * len(self._queued) + 64:
@@ -118,11 +118,11 @@ class Writeback:
         self.bytes_writing -= size
 
     def forget(self, namespace: bytes) -> list[Hold]:
-        """Drop the queued chunks of *namespace*, which nobody wants any more. They are not counted."""
+        """Drop the queued chunks of *namespace*, which was reset. They are not counted."""
         return self._take_out([entry for key, entry in self._queued.items() if key.namespace == namespace])
 
     def clear(self) -> list[Hold]:
-        """Drop all queued chunks: the tier takes none."""
+        """Drop all queued chunks: the tier takes none now."""
         self.dropped += len(self._queued)
         return self._take_out(list(self._queued.values()))
 

@@ -1,1 +1,1 @@
-"""What is decided for the device: which copies are started next, and what memory an engine exports for them."""
+"""The decisions for the device: which copies start next, and which memory an engine exports for them."""

@@ -1,7 +1,7 @@
 """Exports: the memory of an engine that a server's device may move KV in, and one tensor per layer inside it.
 
-Values only. An `Export` that exists is in bounds: its tensors lie inside its memory and its blocks inside its tensors,
-whichever client sent the numbers. Only a device can tell whether the memory exists and is the engine's.
+Values only. An `Export` that exists is in bounds, whichever client sent the numbers: its tensors lie inside its memory
+and its blocks inside its tensors. Only a device can tell whether the memory exists and is the engine's.
 
 A layer's tensor has one *piece* when its block dimension comes first, and two (K and V) when it comes second. A slot
 holds, layer after layer and piece after piece, the chunk's blocks in order, each block's bytes as they lie in the
@@ -19,10 +19,10 @@ from lmcache_trio.errors import Misuse
 __all__ = ["CudaMemory", "DType", "Export", "Piece", "SharedMemory", "TensorView", "read_blocks"]
 
 MAX_PARTS = 4096
-"""Most layers, and most allocations, that one export may have."""
+"""The most layers, and the most allocations, of one export."""
 MAX_RANK = 8
 MAX_SIZE = 1 << 48
-"""More bytes than any memory has: a number beyond it is garbage, and below it no sum here overflows."""
+"""More bytes than any memory has. A larger number is garbage; no sum of smaller ones overflows here."""
 
 
 class DType(IntEnum):
@@ -103,7 +103,7 @@ class Piece:
 
 @attrs.frozen
 class Export:
-    """An engine's paged KV: *num_blocks* blocks in each of *layers*. `Misuse` names what is out of bounds."""
+    """An engine's paged KV: *num_blocks* blocks in each of *layers*. `Misuse` names the part that is out of bounds."""
 
     memory: tuple[SharedMemory | CudaMemory, ...]
     """All of one kind."""
@@ -147,7 +147,7 @@ class Export:
 def read_blocks(
     where: str, shape: Sequence[int], strides: Sequence[int], itemsize: int, num_blocks: int
 ) -> list[tuple[int, int, int]]:
-    """(start, stride, length) in bytes of each piece of a tensor; *where* names it in messages.
+    """(start, stride, length) in bytes of each piece of a tensor. *where* names the tensor in errors.
 
     `Misuse`: the block dimension is neither the first nor the second after K and V, or a block is not contiguous.
     """
@@ -182,7 +182,7 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def _check_memory(memory: SharedMemory | CudaMemory) -> None:
     if not 0 < memory.size <= MAX_SIZE:
-        raise Misuse(f"an allocation of {memory.size} bytes: give more than 0, and what a machine can have")
+        raise Misuse(f"an allocation of {memory.size} bytes: give more than 0, and no more than a machine can have")
     if isinstance(memory, SharedMemory):
         if memory.descriptor < 0:
             raise Misuse(f"shared memory has a descriptor, which {memory.descriptor} is not")

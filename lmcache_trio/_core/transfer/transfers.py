@@ -4,16 +4,16 @@
        |                              `--abort, or a copy failed--> ENDING --copies that run have ended--> ENDED
        `--abort--> ENDED                                              `--the end of one is lost--> stays ENDING
 
-A *transfer* is the copies of one request, between an engine's blocks and slots: a list of *units*, one per chunk. They
-start in order once the transfer is *allowed*: everything that its copies must follow is done. Until then it waits
+A *transfer* is the copies of one request, between an engine's blocks and slots: a list of *units*, one per chunk. The
+units start in order once the transfer is *allowed*, when its copies have no event to wait for. Until then it waits
 outside the queue, where it keeps no other transfer waiting. A *batch* is given to the device at once: units of one
 transfer, or of neighbours in the queue that move the same engine's memory.
 
-Rule 1: only the device ends a copy. An abort keeps units that have not begun from beginning, and no more. Until ENDED,
-slots and blocks stay owned: for good, if the device can't tell any more. Rule 2: loads go ahead of stores, because an
-engine waits for them; after *turns* batches of loads in a row one batch of stores goes, if there is one. So neither
-starves. Rule 3: no more than *in_flight* bytes are with the device, so a load never queues behind more than that; a
-unit that is larger goes alone. Rule 4: no I/O and no clock here; a method that raises has changed nothing.
+Rule 1: only the device ends a copy. An abort only keeps units from starting. Until ENDED, a transfer owns its slots and
+blocks: for good, if the device can't tell when a copy ends. Rule 2: loads go ahead of stores, because an engine waits
+for them. After *most_loads* batches of loads in a row one batch of stores goes, if there is one, so neither starves.
+Rule 3: no more than *in_flight* bytes are with the device, so a load never queues behind more than that. A unit that is
+larger goes alone. Rule 4: no I/O and no clock here; a method that raises has changed nothing.
 """
 
 from collections import deque
@@ -37,7 +37,7 @@ class Direction(Enum):
 
 
 class TransferState(Enum):
-    """A transfer that is ENDING will not succeed, and copies of it still run."""
+    """A transfer that is ENDING will not succeed, and some of its copies still run."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -54,7 +54,7 @@ def _has_bytes(transfer: object, attribute: "attrs.Attribute[Sequence[int]]", un
 class Transfer:
     """One request's copies. *units* are their sizes in bytes; *owner* is the memory that they move.
 
-    *allowed*: its units may start.
+    *allowed*: the units may start.
     """
 
     direction: Direction
@@ -66,7 +66,7 @@ class Transfer:
     started: int = attrs.field(default=0, init=False)
     """Units that were given to the device."""
     running: int = attrs.field(default=0, init=False)
-    """Batches with units of it that have not ended."""
+    """Batches with units of this transfer that have not ended."""
     succeeded: bool = attrs.field(default=False, init=False)
 
 
@@ -92,23 +92,23 @@ class Transfers:
     """All transfers that have not ended. Sizes in bytes: *in_flight* with the device, *batch* at once.
 
     Two batches fit, so that the second is with the device when the first ends. Between two batches the host's device
-    loses 0.3 ms to the loop, and 32 MiB take it 4.5 ms; a new load waits for 128 MiB at most, 18 ms. A batch has half
-    as many bytes while transfers of the other direction wait.
+    waits 0.3 ms for the loop, and 32 MiB take it 4.5 ms. A new load waits for 128 MiB at most: 18 ms. While transfers
+    of the other direction wait, a batch has half as many bytes.
     """
 
-    def __init__(self, *, in_flight: int = 128 << 20, batch: int = 64 << 20, turns: int = 4) -> None:
-        if in_flight < 1 or batch < 1 or turns < 1:
-            raise Misuse("in_flight, batch and turns must be 1 or more")
+    def __init__(self, *, in_flight: int = 128 << 20, batch: int = 64 << 20, most_loads: int = 4) -> None:
+        if in_flight < 1 or batch < 1 or most_loads < 1:
+            raise Misuse("in_flight, batch and most_loads must be 1 or more")
         self._in_flight = in_flight
         self._batch = batch
-        self._turns = turns
+        self._most_loads = most_loads
         self._queues: dict[Direction, deque[Transfer]] = {direction: deque() for direction in Direction}
         self._running: set[Batch] = set()
         self._bytes_running = 0
         self._loads_in_a_row = 0
 
     def submit(self, transfer: Transfer) -> None:
-        """Queue *transfer*, behind those of its direction."""
+        """Queue *transfer*, behind the others of its direction."""
         if transfer.state is not TransferState.QUEUED or transfer.submitted:
             raise Misuse("a transfer is submitted once")
         transfer.submitted = True
@@ -116,7 +116,7 @@ class Transfers:
             self._queues[transfer.direction].append(transfer)
 
     def allow(self, transfer: Transfer) -> None:
-        """Everything that *transfer* must follow is done: it is queued behind those that wait now. Idempotent."""
+        """The event of *transfer* has happened: it is queued behind the others that wait now. Idempotent."""
         if not transfer.submitted:
             raise Misuse("only a transfer that was submitted can be allowed")
         if transfer.state is TransferState.QUEUED and not transfer.allowed:
@@ -124,8 +124,8 @@ class Transfers:
             self._queues[transfer.direction].append(transfer)
 
     def next(self) -> Batch | None:
-        """The batch to start now, which counts as running; None when there is nothing to start, or no room."""
-        direction = self._turn()
+        """The batch to start now, which counts as running. None: no transfer waits, or there is no room."""
+        direction = self._next_direction()
         if direction is None:
             return None
         queue = self._queues[direction]
@@ -154,7 +154,7 @@ class Transfers:
         return batch
 
     def ended(self, batch: Batch, *, failed: bool = False) -> list[Transfer]:
-        """The device is done with *batch*. Returns the transfers that have ended by it, in order."""
+        """The device is done with *batch*. Returns the transfers that ended with it, in order."""
         self._leave(batch)
         ended = []
         for part in batch.parts:
@@ -170,13 +170,13 @@ class Transfers:
         return ended
 
     def lost(self, batch: Batch) -> None:
-        """The device can't tell any more when *batch* ends: its transfers never do; its bytes keep no other waiting."""
+        """The device can't tell when *batch* ends: its transfers never end, but its bytes keep no other waiting."""
         self._leave(batch)
         for part in batch.parts:
             self._drop_rest(part.transfer)
 
     def coming(self) -> Iterator[Transfer]:
-        """The transfers that the next batch may be made of: the caller may abort those that have become pointless."""
+        """The transfers that the next batch may consist of. The caller may abort them while it iterates."""
         for queue in self._queues.values():
             size = 0
             for transfer in self._candidates(queue):
@@ -186,9 +186,9 @@ class Transfers:
                     break
 
     def abort(self, transfer: Transfer) -> bool:
-        """*transfer* is not wanted any more. True if it has ended by that; else `ended` will name it. Idempotent.
+        """*transfer* is not wanted any more. True: it has ended now. False: `ended` will name it. Idempotent.
 
-        A transfer that was not submitted yet has ended, and must not be submitted.
+        A transfer that was not submitted has ended too, and must not be submitted.
         """
         if transfer.state is TransferState.QUEUED:
             self._unqueue(transfer)
@@ -205,9 +205,9 @@ class Transfers:
         queued = sum(len(queue) for queue in self._queues.values())
         return QueueHeld(queued, copies_running=len(self._running), copy_bytes_running=self._bytes_running)
 
-    def _turn(self) -> Direction | None:
+    def _next_direction(self) -> Direction | None:
         loads, stores = self._queues[Direction.LOAD], self._queues[Direction.STORE]
-        if loads and not (stores and self._loads_in_a_row >= self._turns):
+        if loads and not (stores and self._loads_in_a_row >= self._most_loads):
             return Direction.LOAD
         return Direction.STORE if stores else None
 
@@ -216,7 +216,7 @@ class Transfers:
         return self._batch // 2 if all(self._queues.values()) else self._batch
 
     def _cut(self, transfer: Transfer, size: int) -> tuple[Part, int]:
-        """The units of *transfer* that still fit into a batch that has *size* bytes, and their bytes."""
+        """The units of *transfer* that still fit into a batch of *size* bytes, and their bytes."""
         at, more = transfer.started, 0
         while at < len(transfer.units):
             unit = transfer.units[at]
@@ -244,5 +244,5 @@ class Transfers:
             queue.remove(transfer)
 
     def _candidates(self, queue: deque[Transfer]) -> Iterator[Transfer]:
-        """Transfers that may go next, and together: neighbours that move one owner's memory."""
+        """The transfers that may go next, in one batch: neighbours that move one owner's memory."""
         return takewhile(lambda each: each.owner == queue[0].owner, queue)

@@ -12,7 +12,7 @@ LOAD, STORE = Direction.LOAD, Direction.STORE
 
 
 def queue(**settings: int) -> Transfers:
-    return Transfers(**{"in_flight": 100, "batch": 50, "turns": 2, **settings})
+    return Transfers(**{"in_flight": 100, "batch": 50, "most_loads": 2, **settings})
 
 
 def submit(transfers: Transfers, direction: Direction, units: Sequence[int], owner: str = "a") -> Transfer:
@@ -160,7 +160,7 @@ def test_what_is_not_so_is_refused_and_changes_nothing() -> None:
     with pytest.raises(Misuse):
         Transfer(LOAD, "a", [])
     with pytest.raises(Misuse):
-        queue(turns=0)
+        queue(most_loads=0)
     with pytest.raises(Misuse):
         transfers.allow(Transfer(LOAD, "a", [1], allowed=False))
     assert transfers.statistics() == QueueHeld(0, 0, 0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lmcache_trio._core.transfer.transfers import Direction, Transfer, Transfers
 
-TURNS, MOST = 2, 4
+MOST_LOADS, MOST = 2, 4
 """MOST: units of one transfer."""
 
 
@@ -36,18 +36,18 @@ class Waiting:
     """Begun since it came, in either direction."""
 
     def check(self) -> None:
-        """At most so many copies of its direction go before it, and TURNS of loads before each of stores."""
-        most = (TURNS + 1) * (self.before + 1)
+        """At most so many copies of its direction go before it, and MOST_LOADS of loads before each of stores."""
+        most = (MOST_LOADS + 1) * (self.before + 1)
         assert self.transfer.started or self.copies <= most, "it has not begun"
         rest = len(self.transfer.units) - self.transfer.started
-        assert not rest or self.copies <= most + (TURNS + 1) * len(self.transfer.units), "it was begun and left"
+        assert not rest or self.copies <= most + (MOST_LOADS + 1) * len(self.transfer.units), "it was begun and left"
 
 
 class Run:
     """A device that carries out one copy after the other."""
 
     def __init__(self, batch: int) -> None:
-        self.transfers = Transfers(in_flight=10, batch=batch, turns=TURNS)
+        self.transfers = Transfers(in_flight=10, batch=batch, most_loads=MOST_LOADS)
         self.waiting: list[Waiting] = []
 
     def submit(self, transfer: Transfer) -> None:

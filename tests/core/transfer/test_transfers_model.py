@@ -8,7 +8,7 @@ from lmcache_trio._core.transfer.transfers import Batch, Direction, Transfer, Tr
 from lmcache_trio.statistics import QueueHeld
 
 LOAD, STORE = Direction.LOAD, Direction.STORE
-IN_FLIGHT, BATCH, TURNS = 40, 20, 3
+IN_FLIGHT, BATCH, MOST_LOADS = 40, 20, 3
 
 
 class QueueModel(RuleBasedStateMachine):
@@ -18,7 +18,7 @@ class QueueModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.transfers = Transfers(in_flight=IN_FLIGHT, batch=BATCH, turns=TURNS)
+        self.transfers = Transfers(in_flight=IN_FLIGHT, batch=BATCH, most_loads=MOST_LOADS)
         self.running: list[Batch] = []
         self.order: dict[Direction, list[Transfer]] = {LOAD: [], STORE: []}  # with units to start, as they came
         self.held: set[Transfer] = set()  # not allowed yet
@@ -64,9 +64,9 @@ class QueueModel(RuleBasedStateMachine):
             return
         assert not self.running or size + batch.size <= IN_FLIGHT
         if batch.direction is STORE:
-            assert not waiting[LOAD] or self.loads_in_a_row >= TURNS
+            assert not waiting[LOAD] or self.loads_in_a_row >= MOST_LOADS
         else:
-            assert not waiting[STORE] or self.loads_in_a_row < TURNS
+            assert not waiting[STORE] or self.loads_in_a_row < MOST_LOADS
         self.loads_in_a_row = 0 if batch.direction is STORE else self.loads_in_a_row + 1
         order = waiting[batch.direction]
         assert [part.transfer for part in batch.parts] == order[: len(batch.parts)]
