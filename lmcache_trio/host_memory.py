@@ -11,15 +11,17 @@ waits for the GIL once instead of 64 times.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
 from lmcache_trio.abc import Piece
+from lmcache_trio.errors import Misuse
 
-__all__ = ["BlockIndex", "BlockRun", "Bytes", "enter_pages", "in_line", "runs_of"]
+__all__ = ["BlockIndex", "Bytes", "PagedBlocks", "Run", "blocks_of", "enter_pages", "in_line"]
 
 Bytes = npt.NDArray[np.uint8]
 BlockIndex = npt.NDArray[np.int64]
@@ -37,15 +39,84 @@ def enter_pages(address: int, length: int) -> bool:
     return bool(_libc.madvise(address, length, _POPULATE_WRITE) == 0)
 
 
-class BlockRun:
+class Run(Protocol):
+    """Pieces that one call moves. In a slot they stand one behind the other, each with the chunk's blocks in order.
+    Block numbers must be in range.
+    """
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, over the pieces."""
+        ...
+
+    def gather(self, blocks: BlockIndex, part: Bytes) -> None:
+        """Copy the blocks *blocks* of each piece into *part* of a slot, which has just their length."""
+        ...
+
+    def scatter(self, part: Bytes, count: int, places: "slice | BlockIndex", blocks: BlockIndex) -> None:
+        """Of the *count* blocks in *part* of a slot, copy those at *places* into the blocks *blocks* of each piece."""
+        ...
+
+
+class PagedBlocks:
+    """All blocks of one worker's KV: *runs*, in the order of a slot. Any thread may copy, and several at once.
+
+    *half*, if given, is called in the middle of a copy. `Misuse`, and nothing is copied, unless a slot is as long as
+    its chunk: a longer one would be published half empty, a shorter one written or read over.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs
+        self.block_bytes = sum(run.block_bytes for run in runs)
+        """Bytes of one block, over all layers and pieces."""
+
+    def gather(self, blocks: BlockIndex, slot: Bytes, *, half: Callable[[], None] | None = None) -> None:
+        """Copy the blocks *blocks*, those of one chunk, into *slot*, a writable array of their bytes."""
+        count, at = len(blocks), 0
+        if slot.size != count * self.block_bytes:
+            raise self._misfit(slot, count)
+        for i, run in enumerate(self.runs):
+            if half is not None and i == len(self.runs) // 2:
+                half()
+            end = at + count * run.block_bytes
+            run.gather(blocks, slot[at:end])
+            at = end
+
+    def scatter(
+        self,
+        slot: Bytes,
+        count: int,
+        places: "slice | BlockIndex",
+        blocks: BlockIndex,
+        *,
+        half: Callable[[], None] | None = None,
+    ) -> None:
+        """Of the *count* blocks in *slot*, copy those at *places* into the blocks *blocks*, and into no other."""
+        at = 0
+        if slot.size != count * self.block_bytes:
+            raise self._misfit(slot, count)
+        for i, run in enumerate(self.runs):
+            if half is not None and i == len(self.runs) // 2:
+                half()
+            end = at + count * run.block_bytes
+            run.scatter(slot[at:end], count, places, blocks)
+            at = end
+
+    def _misfit(self, slot: Bytes, count: int) -> Misuse:
+        return Misuse(
+            f"the slot has {slot.size} bytes, which {count} blocks of {self.block_bytes} bytes do not fill exactly"
+        )
+
+
+class _HostRun:
     """Pieces of one allocation at a constant distance, moved by one call where they lie without a gap.
 
-    *rows* is their memory as [pieces, blocks, bytes of a block]. In a slot they stand one behind the other, each with
-    the chunk's blocks in order. Block numbers must be in range.
+    *rows* is their memory as [pieces, blocks, bytes of a block].
     """
 
     def __init__(self, rows: Bytes) -> None:
         pieces, count, length = rows.shape
+        self.block_bytes = pieces * length
         self._rows = rows
         self._item = f"V{length}"
         items = rows.view(self._item)[:, :, 0]
@@ -53,12 +124,7 @@ class BlockRun:
         self._flat = items.reshape(-1) if rows.flags.c_contiguous else None
         self._starts = count * np.arange(pieces)[:, None]
 
-    def slot_bytes(self, blocks: int) -> int:
-        """The bytes of a slot that *blocks* blocks of these pieces take."""
-        return len(self._pieces) * blocks * int(self._rows.shape[2])
-
     def gather(self, blocks: BlockIndex, part: Bytes) -> None:
-        """The blocks *blocks* of each piece into *part* of a slot, which has just their length."""
         pieces, _, length = self._rows.shape
         out = part.reshape(pieces, len(blocks), length)
         if self._flat is not None:  # else `take` would first copy everything into one piece
@@ -71,7 +137,6 @@ class BlockRun:
                 np.copyto(out[:, i], self._rows[:, block])
 
     def scatter(self, part: Bytes, count: int, places: "slice | BlockIndex", blocks: BlockIndex) -> None:
-        """Of the *count* blocks in *part* of a slot, those at *places* into the blocks *blocks* of each piece."""
         source = part.view(self._item).reshape(-1, count)
         if self._flat is not None and len(blocks) == count:
             self._flat[(self._starts + blocks).ravel()] = source.reshape(-1)
@@ -94,8 +159,8 @@ def in_line(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return found
 
 
-def runs_of(pieces: Sequence[Piece], allocations: Sequence[Bytes], num_blocks: int) -> list[BlockRun]:
-    """*pieces*, in the order of a slot, as what one call moves each. They lie in *allocations*, whole ones."""
+def blocks_of(pieces: Sequence[Piece], allocations: Sequence[Bytes], num_blocks: int) -> PagedBlocks:
+    """The blocks of *pieces*, which stand in the order of a slot and lie in *allocations*, whole ones."""
     runs = []
     for run in in_line(pieces):
         head, memory = run[0], allocations[run[0].allocation]
@@ -103,5 +168,5 @@ def runs_of(pieces: Sequence[Piece], allocations: Sequence[Bytes], num_blocks: i
         stride = head.stride if num_blocks > 1 else head.length  # a tensor of one block may have any
         shape = (len(run), num_blocks, head.length)
         rows = np.lib.stride_tricks.as_strided(memory[head.offset :], shape, (step, stride, 1))
-        runs.append(BlockRun(rows))
-    return runs
+        runs.append(_HostRun(rows))
+    return PagedBlocks(runs)

@@ -22,7 +22,7 @@ from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.threads import DedicatedThread, offload
 
 if TYPE_CHECKING:
-    from lmcache_trio.host_memory import BlockIndex, BlockRun, Bytes
+    from lmcache_trio.host_memory import BlockIndex, Bytes
 
 __all__ = ["HostConfig", "HostDevice"]
 
@@ -39,13 +39,14 @@ class AttachedHost(Attached):
     """The engine's memory, mapped."""
 
     def __init__(self, export: Export, maps: "Sequence[Bytes]") -> None:
-        from lmcache_trio.host_memory import runs_of
+        from lmcache_trio.host_memory import blocks_of
 
         super().__init__(export)
-        self.runs: list[BlockRun] = runs_of([p for layer in export.pieces for p in layer], maps, export.num_blocks)
+        self.blocks = blocks_of([p for layer in export.pieces for p in layer], maps, export.num_blocks)
 
     def close(self) -> None:
-        self.runs = []  # the mappings go with their last view
+        """Let the mappings go: each goes with its last view."""
+        del self.blocks
 
 
 class _HostTicket(Ticket):
@@ -169,18 +170,14 @@ def copy_blocks(copy: Copy, memory: Memory) -> int:
     every = np.asarray(copy.blocks, dtype=np.int64).reshape(len(copy.slots), count)
     for offset, blocks in zip(copy.slots, every, strict=True):
         slot = np.frombuffer(memory.view(offset, length), dtype=np.uint8)
-        at = 0
-        wanted = np.flatnonzero(blocks >= 0)
-        places: slice | BlockIndex = wanted  # blocks that are left out in the middle are cut out of a copy
-        if len(wanted) and wanted[-1] - wanted[0] == len(wanted) - 1:
-            places = slice(int(wanted[0]), int(wanted[-1]) + 1)
-        for run in attached.runs:
-            part = slot[at : at + run.slot_bytes(count)]
-            if copy.direction is Direction.STORE:
-                run.gather(blocks, part)
-            else:
-                run.scatter(part, count, places, blocks[wanted])
-            at += len(part)
+        if copy.direction is Direction.STORE:
+            attached.blocks.gather(blocks, slot)
+        else:
+            wanted = np.flatnonzero(blocks >= 0)
+            places: slice | BlockIndex = wanted  # blocks that are left out in the middle are cut out of a copy
+            if len(wanted) and wanted[-1] - wanted[0] == len(wanted) - 1:
+                places = slice(int(wanted[0]), int(wanted[-1]) + 1)
+            attached.blocks.scatter(slot, count, places, blocks[wanted])
     return length * len(copy.slots)
 
 

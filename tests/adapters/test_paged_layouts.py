@@ -74,12 +74,12 @@ def test_blocks_come_back_byte_for_byte_and_no_other_is_touched(
     caches = make()
     kept = {name: tensor.clone() for name, tensor in caches.items()}
     kv = PagedKV(caches, num_blocks=BLOCKS)
-    slot = np.zeros(kv.block_bytes * len(chosen), dtype=np.uint8)
-    kv.gather(kv.check(chosen), slot)
+    slot = np.zeros(kv.blocks.block_bytes * len(chosen), dtype=np.uint8)
+    kv.blocks.gather(kv.check(chosen), slot)
     for tensor in caches.values():
         tensor.zero_()
     into = [2, 0, 8, 6][: len(chosen)][skip:]
-    kv.scatter(slot, len(chosen), skip, kv.check(into))
+    kv.blocks.scatter(slot, len(chosen), slice(skip, skip + len(into)), kv.check(into))
     for name, tensor in caches.items():
         for number in range(BLOCKS):
             found = block(tensor, number)
@@ -97,16 +97,16 @@ def test_the_number_of_blocks_is_read_from_the_shapes(make: Callable[[], Caches]
 def test_a_slot_holds_layers_then_pieces_then_blocks() -> None:
     caches = apart_second()
     kv = PagedKV(caches)
-    slot = np.zeros(kv.block_bytes * 2, dtype=np.uint8)
-    kv.gather(kv.check([7, 3]), slot)
+    slot = np.zeros(kv.blocks.block_bytes * 2, dtype=np.uint8)
+    kv.blocks.gather(kv.check([7, 3]), slot)
     pieces = [tensor[piece, [7, 3]].contiguous() for tensor in caches.values() for piece in range(2)]
     assert slot.tobytes() == b"".join(piece.view(torch.uint8).numpy().tobytes() for piece in pieces)
 
 
 def test_layers_of_one_storage_are_moved_by_one_call() -> None:
-    assert len(PagedKV(one_storage_layers_outside())._runs) == 1
-    assert len(PagedKV(one_storage_blocks_outside())._runs) == 1
-    assert len(PagedKV(apart_second())._runs) == LAYERS
+    assert len(PagedKV(one_storage_layers_outside()).blocks.runs) == 1
+    assert len(PagedKV(one_storage_blocks_outside()).blocks.runs) == 1
+    assert len(PagedKV(apart_second()).blocks.runs) == LAYERS
 
 
 def test_layouts_that_differ_have_different_fingerprints() -> None:
@@ -151,13 +151,13 @@ def test_a_block_that_is_not_there_is_refused() -> None:
 def test_nothing_as_large_as_a_chunk_is_made_on_the_way() -> None:
     kv = PagedKV({f"l{i}": torch.zeros(2, BLOCKS, 16, 8, 64) for i in range(8)})
     chosen = kv.check([7, 3, 9, 1])
-    slot = np.zeros(kv.block_bytes * 4, dtype=np.uint8)
-    kv.gather(chosen, slot)
+    slot = np.zeros(kv.blocks.block_bytes * 4, dtype=np.uint8)
+    kv.blocks.gather(chosen, slot)
     profile: Any = torch.autograd.profiler.profile(profile_memory=True)
     with profile:
         tracemalloc.start()
-        kv.gather(chosen, slot)
-        kv.scatter(slot, 4, 0, chosen)
+        kv.blocks.gather(chosen, slot)
+        kv.blocks.scatter(slot, 4, slice(4), chosen)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < slot.nbytes / 8
@@ -169,12 +169,12 @@ def test_any_choice_of_blocks_makes_the_round_trip(order: list[int], count: int)
     caches = one_storage_blocks_outside()
     kept = {name: tensor.clone() for name, tensor in caches.items()}
     kv = PagedKV(caches)
-    slot = np.zeros(kv.block_bytes * count, dtype=np.uint8)
+    slot = np.zeros(kv.blocks.block_bytes * count, dtype=np.uint8)
     chosen = kv.check(order[:count])
-    kv.gather(chosen, slot)
+    kv.blocks.gather(chosen, slot)
     for tensor in caches.values():
         tensor[order[:count]] = 0
-    kv.scatter(slot, count, 0, chosen)
+    kv.blocks.scatter(slot, count, slice(count), chosen)
     assert all(torch.equal(caches[name], kept[name]) for name in caches)
 
 
@@ -184,12 +184,12 @@ def test_a_slot_of_another_length_than_the_chunk_is_neither_written_nor_read(mak
     caches = make()
     kv = PagedKV(caches, num_blocks=BLOCKS)
     before = {name: tensor.clone() for name, tensor in caches.items()}
-    blocks = np.arange(4)
-    for size in (0, 3 * kv.block_bytes, 4 * kv.block_bytes - 1, 4 * kv.block_bytes + 1, 5 * kv.block_bytes):
+    blocks, length = np.arange(4), kv.blocks.block_bytes
+    for size in (0, 3 * length, 4 * length - 1, 4 * length + 1, 5 * length):
         slot = np.zeros(size, dtype=np.uint8)
         moves: list[Callable[[], None]] = [
-            partial(kv.gather, blocks, slot),
-            partial(kv.scatter, slot, 4, 1, blocks[:2]),
+            partial(kv.blocks.gather, blocks, slot),
+            partial(kv.blocks.scatter, slot, 4, slice(1, 3), blocks[:2]),
         ]
         for move in moves:
             with pytest.raises(Misuse, match=f"slot has {size} bytes"):

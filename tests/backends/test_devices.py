@@ -185,7 +185,7 @@ async def test_what_was_attached_is_unmapped_when_it_is_detached() -> None:
                 await device.wait_ended(ticket)
             in_loop: list[bool] = []
             assert isinstance(attached, AttachedHost)
-            weakref.finalize(attached.runs[0], lambda: in_loop.append(is_in_loop()))
+            weakref.finalize(attached.blocks.runs[0], lambda: in_loop.append(is_in_loop()))
             device.detach(attached)
             del attached, ticket
             assert device._unmapping is not None

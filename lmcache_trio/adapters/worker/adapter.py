@@ -354,7 +354,7 @@ class WorkerAdapter:
         registered = self._registered
         while (kv := registered.latest) is not None and client.arena is not None:
             parts = ("fingerprint 1", kv.layout, str(self._block_tokens), str(client.chunk_tokens), *self._extra)
-            shard_bytes = kv.block_bytes * (client.chunk_tokens // self._block_tokens)
+            shard_bytes = kv.blocks.block_bytes * (client.chunk_tokens // self._block_tokens)
             # A worker that only the server can move for has no layout, and is offered nothing, before that can.
             attaching = self._wanted == "device"
             register = partial(client.register, seed_of(*parts), shard_bytes, self._block_tokens, attaching=attaching)

@@ -1,4 +1,7 @@
-"""KV on a GPU, from the engine's side: what there is to export of it, and plain copies where that can't be done.
+"""KV on a GPU, from the engine's side: its export, and plain copies where that can't be done.
+
+Plain copies go through a staging tensor, in the background and behind what the engine had submitted (`fence`). They are
+correct, and slow: they serve memory that the server's device cannot open.
 
 Exporting asks the driver, through `cuda-bindings`, for a handle of the whole allocation that a tensor lies in. It is
 asked in the loop's thread, which has no CUDA context of its own: the GPU's primary one, which is torch's, is borrowed.
@@ -16,9 +19,9 @@ import torch
 
 from lmcache_trio._core.transfer.exports import CudaMemory, Piece
 from lmcache_trio.adapters.specs import check_whole
-from lmcache_trio.adapters.worker.paged import PagedKV, Run
+from lmcache_trio.adapters.worker.paged import PagedKV
 from lmcache_trio.errors import Misuse, Unavailable
-from lmcache_trio.host_memory import BlockIndex, Bytes, in_line
+from lmcache_trio.host_memory import BlockIndex, Bytes, PagedBlocks, in_line
 
 __all__ = ["CudaPagedKV", "cuda_memory_of", "make_paged_kv"]
 
@@ -60,14 +63,15 @@ class _CudaRun:
 
     rows: torch.Tensor
 
-    def slot_bytes(self, blocks: int) -> int:
-        return self.rows.shape[0] * blocks * self.rows.shape[2]
+    @property
+    def block_bytes(self) -> int:
+        return self.rows.shape[0] * self.rows.shape[2]
 
     def gather(self, blocks: BlockIndex, part: Bytes) -> None:
         index = torch.from_numpy(blocks).to(self.rows.device)
         self._view(part, len(blocks)).copy_(self.rows.index_select(1, index))  # returns when it has ended
 
-    def scatter(self, part: Bytes, count: int, places: slice, blocks: BlockIndex) -> None:
+    def scatter(self, part: Bytes, count: int, places: "slice | BlockIndex", blocks: BlockIndex) -> None:
         source = self._view(part, count)[:, places].to(self.rows.device)
         self.rows.index_copy_(1, torch.from_numpy(blocks).to(self.rows.device), source)
         torch.cuda.current_stream(self.rows.device).synchronize()
@@ -91,7 +95,7 @@ class CudaPagedKV(PagedKV):
         event.record()
         return event
 
-    def _make_runs(self, pieces: Sequence[Piece], storages: Sequence[torch.UntypedStorage]) -> Sequence[Run]:
+    def _blocks_of(self, pieces: Sequence[Piece], storages: Sequence[torch.UntypedStorage]) -> PagedBlocks:
         runs = []
         for run in in_line(pieces):
             head, storage = run[0], storages[run[0].allocation]
@@ -99,7 +103,7 @@ class CudaPagedKV(PagedKV):
             step = run[1].offset - head.offset if len(run) > 1 else 0
             shape = (len(run), self.num_blocks, head.length)
             runs.append(_CudaRun(flat.as_strided(shape, (step, head.stride, 1), head.offset)))
-        return runs
+        return PagedBlocks(runs)
 
 
 def make_paged_kv(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> PagedKV:

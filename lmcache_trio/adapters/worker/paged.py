@@ -1,37 +1,26 @@
-"""An engine's paged KV in CPU memory: read the layout from the tensors, move whole blocks to and from slots.
+"""An engine's paged KV in CPU memory: its layout, as the tensors have it. `host_memory` copies its blocks.
 
 Blocks are opaque bytes. A layer has one *piece* when its block dimension comes first, and two (K and V) when it comes
-second; a slot holds, layer after layer and piece after piece, the chunk's blocks in order. `host_memory` moves them.
-
-KV on a GPU is moved by plain copies through a staging tensor, in the background and behind what the engine had
-submitted (`fence`): correct, and slow, for memory that the server's device cannot open. It refuses tensors whose blocks
-are not contiguous.
+second. A slot holds, layer after layer and piece after piece, the chunk's blocks in order. Tensors whose blocks are not
+contiguous are refused. `cuda_kv` has KV on a GPU.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from lmcache_trio._core.transfer.exports import Piece, read_blocks
 from lmcache_trio.errors import Misuse
-from lmcache_trio.host_memory import BlockIndex, Bytes, runs_of
+from lmcache_trio.host_memory import BlockIndex, PagedBlocks, blocks_of
 
-__all__ = ["PagedKV", "Run"]
-
-
-class Run(Protocol):
-    """Pieces moved by one call, in CPU memory (`host_memory.BlockRun` says how) or on a GPU."""
-
-    def slot_bytes(self, blocks: int) -> int: ...
-    def gather(self, blocks: BlockIndex, part: Bytes) -> None: ...
-    def scatter(self, part: Bytes, count: int, places: slice, blocks: BlockIndex) -> None: ...
+__all__ = ["PagedKV"]
 
 
 class PagedKV:
-    """All layers' KV of one worker. `gather` and `scatter` may run in any thread, and several at once."""
+    """All layers' KV of one worker."""
 
     memory = "cpu"
     """The type of the device that its tensors are on."""
@@ -60,69 +49,22 @@ class PagedKV:
         """What a fingerprint needs to know: equal for engines whose slots hold the same layers, in the same order, with
         the same bytes in the same places.
         """
-        self.block_bytes = sum(piece.length for piece in pieces)
-        """Bytes of one block, over all layers and pieces."""
-        self._runs = self._make_runs(pieces, list(storages.values()))
+        self.blocks = self._blocks_of(pieces, list(storages.values()))
 
-    def _make_runs(self, pieces: Sequence[Piece], storages: Sequence[torch.UntypedStorage]) -> Sequence[Run]:
+    def _blocks_of(self, pieces: Sequence[Piece], storages: Sequence[torch.UntypedStorage]) -> PagedBlocks:
         flat = [torch.empty(0, dtype=torch.uint8).set_(storage).numpy() for storage in storages]
-        return runs_of(pieces, flat, self.num_blocks)
+        return blocks_of(pieces, flat, self.num_blocks)
 
     def fence(self) -> Any:
         """Called in the engine's thread: what a copy that is submitted now must wait for."""
         return None
 
     def check(self, block_ids: Sequence[int]) -> BlockIndex:
-        """*block_ids* as an index; `Misuse` if one is none of ours."""
+        """*block_ids* as an index. `Misuse`: the KV has no such block."""
         index = np.asarray(block_ids, dtype=np.int64)
         if index.size and (index.min() < 0 or index.max() >= self.num_blocks):
             raise Misuse(f"block_ids run from {index.min()} to {index.max()}: there are {self.num_blocks} blocks")
         return index
-
-    def gather(self, block_ids: BlockIndex, slot: Bytes, *, half: Callable[[], None] | None = None) -> None:
-        """Copy the blocks of one chunk into *slot*, a writable array of their bytes.
-
-        *half* is called in the middle. `Misuse`, and nothing is copied, unless *slot* is as long as a chunk: a longer
-        one would be published half empty.
-        """
-        count, at = len(block_ids), 0
-        if slot.size != count * self.block_bytes:
-            raise self._misfit(slot, count)
-        for i, run in enumerate(self._runs):
-            if half is not None and i == len(self._runs) // 2:
-                half()
-            part = slot[at : at + run.slot_bytes(count)]
-            run.gather(block_ids, part)
-            at += len(part)
-
-    def scatter(
-        self,
-        slot: Bytes,
-        chunk_blocks: int,
-        skip: int,
-        block_ids: BlockIndex,
-        *,
-        half: Callable[[], None] | None = None,
-    ) -> None:
-        """Copy the chunk's blocks from number *skip* on into the blocks *block_ids*, and into no other.
-
-        *slot* holds *chunk_blocks* blocks; those behind the last of *block_ids* stay unread. Else as `gather`: a
-        shorter slot would be read, and written over.
-        """
-        if slot.size != chunk_blocks * self.block_bytes:
-            raise self._misfit(slot, chunk_blocks)
-        places, at = slice(skip, skip + len(block_ids)), 0
-        for i, run in enumerate(self._runs):
-            if half is not None and i == len(self._runs) // 2:
-                half()
-            part = slot[at : at + run.slot_bytes(chunk_blocks)]
-            run.scatter(part, chunk_blocks, places, block_ids)
-            at += len(part)
-
-    def _misfit(self, slot: Bytes, blocks: int) -> Misuse:
-        return Misuse(
-            f"the slot has {slot.size} bytes, which {blocks} blocks of {self.block_bytes} bytes do not fill exactly"
-        )
 
 
 def _guess_blocks(kv_caches: Mapping[str, torch.Tensor]) -> int:

@@ -125,7 +125,7 @@ class ShmMover:
         self._probe("slots known", job.spec)
         half: Callable[[], None] | None = partial(self._probe, "half copied", job.spec)
         for position, slot in zip(POSITIONS.unpack(reserved.positions), client.slots(reserved), strict=True):
-            job.kv.gather(job.blocks[position], np.frombuffer(slot, dtype=np.uint8), half=half)
+            job.kv.blocks.gather(job.blocks[position], np.frombuffer(slot, dtype=np.uint8), half=half)
             half = None
         self._probe("before commit", job.spec)
 
@@ -140,6 +140,8 @@ class ShmMover:
             raise Misuse(f"{len(job.blocks)} blocks do not lie within {len(slots)} chunks of {width} blocks")
         for slot in slots:
             end = at + width - skip
-            job.kv.scatter(np.frombuffer(slot, dtype=np.uint8), width, skip, job.blocks[at:end], half=half)
+            blocks = job.blocks[at:end]
+            places = slice(skip, skip + len(blocks))
+            job.kv.blocks.scatter(np.frombuffer(slot, dtype=np.uint8), width, places, blocks, half=half)
             at, skip, half = end, 0, None
         self._probe("before valid", job.spec)
