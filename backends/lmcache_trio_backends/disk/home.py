@@ -1,13 +1,14 @@
 """The directory of one disk tier: whether it may be used, which files in it are ours, and whether it is still there.
 
-    PATH/                          the user's: empty at first, or marked as ours
+    PATH/                          the user's: empty at first, or marked as a disk tier's
     PATH/lmcache-trio.lock         the mark, with the directory's id; held by flock while a server uses the directory
-    PATH/lmcache-trio-format-2/    all else that this version keeps; private, and so is each file in it
+    PATH/lmcache-trio-format-2/    all other files of this version; private, as is each file in it
     PATH/lmcache-trio-format-N/    another version's: an older one is removed, a newer one stays as it is
 
-Rule 1: a file is opened, made or removed through the descriptor of the directory that was checked, never through a
-symbolic link. So a path that leads elsewhere in the middle of a run changes nothing there. Rule 2: a file that has no
-name of ours is never removed or written. Every method blocks, and runs in the index file's thread; `check` in any.
+Rule 1: the tier opens, makes and removes files through the descriptor of the directory that it checked, never through a
+symbolic link. So it changes nothing elsewhere if the path leads elsewhere in the middle of a run.
+Rule 2: a file is removed or written only under a name of the tier's own.
+Every method blocks, and runs in the index file's thread; `check` runs in any thread.
 """
 
 import errno
@@ -31,7 +32,7 @@ __all__ = ["FORMAT", "INDEX_NAME", "LOCK_NAME", "Home", "open_own", "slab_name"]
 log = logging.getLogger("lmcache_trio.disk")
 
 FORMAT = 2
-"""Version of all files except the lock, whose format never changes. 1 had its files in the user's directory itself."""
+"""Version of all files except the lock, whose format never changes."""
 LOCK_NAME = "lmcache-trio.lock"
 INDEX_NAME = "lmcache-trio-index"
 _FORMAT_NAME = re.compile(r"lmcache-trio-format-(\d{1,9})")
@@ -40,17 +41,13 @@ _PREFIX = "lmcache-trio-"
 _MARK = re.compile(rb"lmcache-trio disk tier\nid ([0-9a-f]{32})\n(?:process (\d+)\n)?")
 _MARK_BYTES = 128
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_OLD_NAMES = re.compile(r"lock|index(?:-wal|-shm|-journal)?|probe|slab-\d{5}")
-_OLD_SCHEMA = b"key BLOB PRIMARY KEY, parent BLOB NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL"
 _OVERFLOW_UID = 65534
-"""Owner of what belongs to somebody outside of our user namespace, where that has no such user: `/` itself does."""
-
-
+"""The owner that a user namespace shows for files of a user whom it does not have, as for `/` itself."""
 _BACK = " (unmounted, or renamed?): bring it back, or restart the server to begin in what is there now"
 
 
 def _is_mapped(uid: int) -> bool:
-    """Does our user namespace have a user *uid*?"""
+    """Whether this process's user namespace has a user *uid*."""
     rows = [[int(field) for field in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()]
     return any(first <= uid < first + count for first, _, count in rows)
 
@@ -62,7 +59,7 @@ def slab_name(index: int) -> str:
 
 @attrs.define
 class _Known:
-    """The directory as it was when it was open last: another one is not taken for it."""
+    """The directory as it was when it was open last, to tell it from another in its place."""
 
     id: bytes
     place: tuple[int, int]
@@ -70,7 +67,7 @@ class _Known:
 
 
 class Home:
-    """The directory *path* of one tier, for as long as the tier lives; open between `open` and `close`."""
+    """The directory *path* of one tier. Lives as long as the tier; open between `open` and `close`."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -82,15 +79,15 @@ class Home:
     # ---- opening
 
     def open(self, *, flush: bool) -> None:
-        """Make it or check it, lock it, and remove what older versions left. *flush*: it outlives a power failure.
+        """Make or check the directory, lock it, remove older formats. *flush*: its names outlive a power failure.
 
-        ConfigError says why it may not be used. OSError: it can't be now, or another stands where it was before.
+        ConfigError: it may not be used. OSError: it can't be used now, or another directory stands in its place.
         """
         try:
             self._check_way()
             self._open_top(flush)
             mark = self._take_mark()
-            self._settle_formats()
+            self._remove_older_formats()
             self._open_inside(flush)
             self.check()
             self._known = _Known(mark, _place(os.fstat(self._top)))
@@ -100,7 +97,7 @@ class Home:
             raise
 
     def _check_way(self) -> None:
-        """ConfigError when somebody else could put another directory in the place of this one."""
+        """ConfigError when another user could put another directory in the place of this one."""
         real = Path(os.path.realpath(self.path))
         trusted = {os.geteuid(), 0} if _is_mapped(_OVERFLOW_UID) else {os.geteuid(), 0, _OVERFLOW_UID}
         for step in dict.fromkeys([self.path, *self.path.parents, *real.parents]):
@@ -109,11 +106,11 @@ class Home:
             except FileNotFoundError:
                 continue
             if step == self.path and not stat.S_ISLNK(found.st_mode):
-                continue  # it is checked when it is open
+                continue  # `_open_top` checks the directory itself
             if found.st_uid not in trusted:
                 self._refuse(f"{step} in it belongs to another user (uid {found.st_uid}), who could replace it")
             if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
-                self._refuse(f"everybody can write in {step}, and replace what is in it; `chmod o-w {step}`")
+                self._refuse(f"every user can write in {step}, and replace files in it; `chmod o-w {step}`")
 
     def _open_top(self, flush: bool) -> None:
         known = self._known
@@ -143,7 +140,7 @@ class Home:
             self._refuse(f"others can write in it; {', or '.join(ways)}")
 
     def _take_mark(self) -> bytes:
-        """Lock the directory, if it is one of ours or may become one. Returns its id."""
+        """Lock the directory, if it is a tier's or may become one. Returns its id."""
         mark = self._mark()
         known = self._known
         if known is not None and not known.removed:
@@ -159,16 +156,18 @@ class Home:
             if exc.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             held = _MARK.match(os.pread(self._lock, _MARK_BYTES, 0))
-            self._refuse_in_use(held[2] if held else None, exc)
+            process = held[2].decode("ascii") if held and held[2] else "unknown"
+            problem = f"{str(self.path)!r} is in use by process {process}; give each server a directory of its own"
+            raise ConfigError("path", problem) from exc
         mark = _MARK.match(os.pread(self._lock, _MARK_BYTES, 0))
         if mark is None:
             content = f"lmcache-trio disk tier\nid {secrets.token_hex(16)}\n".encode("ascii")
             os.pwrite(self._lock, content, 0)
-            os.fsync(self._lock)  # once in its life: a power failure must not leave files of ours without their mark
+            os.fsync(self._lock)  # once in its life: a power failure must not leave files without their mark
             os.fsync(self._top)
             mark = _MARK.match(content)
             assert mark is not None
-        os.ftruncate(self._lock, mark.end(1) + 1)  # the id is never cut: without it the directory would be foreign
+        os.ftruncate(self._lock, mark.end(1) + 1)  # without its id the directory would be foreign
         os.pwrite(self._lock, f"process {os.getpid()}\n".encode("ascii"), mark.end(1) + 1)
         return mark[1]
 
@@ -183,16 +182,14 @@ class Home:
             os.close(fd)
 
     def _claim(self) -> None:
-        """ConfigError when something of the user's is in it. What format 1 left there is removed.
+        """ConfigError when the directory holds a file of the user's.
 
-        A mark that was lost, or damaged, is no reason to refuse what can be nothing else than ours.
+        A mark that is lost or damaged does not matter if all files in the directory can only be a tier's.
         """
         names = set(os.listdir(self._top))
         ours = {name for name in names if self._is_format(name)}
         foreign = {name for name in names - ours if not self._is_nothing(name, marked=bool(ours))}
-        if self._is_old(foreign):
-            self._remove_old(foreign)
-        elif foreign:
+        if foreign:
             some = ", ".join(map(repr, sorted(foreign)[:3])) + (", …" if len(foreign) > 3 else "")
             self._refuse(f"it holds files that are not a disk tier's ({some}), and nothing of them is touched")
         elif ours:
@@ -201,7 +198,7 @@ class Home:
             log.info("a disk tier is begun in %s", self.path)
 
     def _is_format(self, name: str) -> bool:
-        """Whether it is a directory as we make them, with nothing else in it."""
+        """Whether it is a format's directory as `_open_inside` makes it, with nothing but a tier's files in it."""
         found = os.stat(name, dir_fd=self._top, follow_symlinks=False)
         if not _FORMAT_NAME.fullmatch(name) or not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             return False
@@ -212,17 +209,14 @@ class Home:
             os.close(fd)
 
     def _is_nothing(self, name: str, *, marked: bool) -> bool:
-        """What a fresh file system has; a mark that a kill left unwritten, or, beside files of ours, a damaged one."""
+        """Whether it is a fresh file system's lost+found, or an empty mark (beside files of a tier, a damaged one)."""
         found = os.stat(name, dir_fd=self._top, follow_symlinks=False)
         if name == LOCK_NAME:
             return stat.S_ISREG(found.st_mode) and found.st_size <= (_MARK_BYTES if marked else 0)
         return name == "lost+found" and stat.S_ISDIR(found.st_mode)
 
-    def _settle_formats(self) -> None:
-        names = os.listdir(self._top)
-        if self._is_old(old := {name for name in names if _OLD_NAMES.fullmatch(name)}):
-            self._remove_old(old)  # an older version was used again in the meantime
-        for name in sorted(names):
+    def _remove_older_formats(self) -> None:
+        for name in sorted(os.listdir(self._top)):
             number = _FORMAT_NAME.fullmatch(name)
             if number is None or int(number[1]) == FORMAT:
                 continue
@@ -261,52 +255,17 @@ class Home:
         except OSError as exc:
             if exc.errno not in (errno.ENOTDIR, errno.ELOOP):
                 raise
-            raise ConfigError("path", f"{self.inside} is no directory of ours; remove it") from exc
+            raise ConfigError("path", f"{self.inside} is not a directory of this tier; remove it") from exc
         found = os.fstat(self._in)
         if found.st_uid != os.geteuid():
             raise ConfigError("path", f"{self.inside} belongs to another user (uid {found.st_uid}); remove it")
         if found.st_mode & 0o077:
             os.fchmod(self._in, 0o700)
 
-    # ---- format 1, whose files had no prefix and lay beside each other in the directory itself
-
-    def _is_old(self, names: set[str]) -> bool:
-        """Whether *names* are format 1's and nothing else: by their names, and by the schema in its index."""
-        return all(map(_OLD_NAMES.fullmatch, names)) and self._with_schema(names) is not None
-
-    def _with_schema(self, names: set[str]) -> str | None:
-        for name in names & {"index", "index-wal"}:
-            fd = open_own(name, os.O_RDONLY, dir_fd=self._top, shown=self.path)
-            try:
-                if _OLD_SCHEMA in os.pread(fd, 1 << 20, 0):
-                    return name
-            finally:
-                os.close(fd)
-        return None
-
-    def _remove_old(self, names: set[str]) -> None:
-        lock = open_own("lock", os.O_RDONLY, dir_fd=self._top, shown=self.path) if "lock" in names else -1
-        try:
-            if lock >= 0:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as exc:
-                    self._refuse_in_use(os.pread(lock, 32, 0).strip(), exc)
-            log.info("the files in %s were made by an older version: they are removed, the cache begun anew", self.path)
-            for name in names:
-                if not stat.S_ISREG(os.stat(name, dir_fd=self._top, follow_symlinks=False).st_mode):
-                    self._refuse(f"{name!r} in it is not a file of a disk tier")
-            last = self._with_schema(names)  # a kill before that leaves what is known by it
-            for name in sorted(names, key=lambda name: name == last):
-                os.unlink(name, dir_fd=self._top)
-        finally:
-            if lock >= 0:
-                os.close(lock)
-
     # ---- files, while it is open
 
     def open_file(self, name: str, flags: int) -> int:
-        """A file of ours in it; see `open_own`."""
+        """Open a file of the tier's; see `open_own`."""
         try:
             return open_own(name, flags, dir_fd=self._in, shown=self.inside)
         except FileNotFoundError:
@@ -314,28 +273,28 @@ class Home:
             raise
 
     def slabs(self) -> Iterator[tuple[int, str]]:
-        """(number, name) of each slab there is, in no order."""
+        """(number, name) of each slab's file, in no order."""
         for name in os.listdir(self._in):
             if number := _SLAB_NAME.fullmatch(name):
                 yield int(number[1]), name
 
     def remove_file(self, name: str) -> None:
-        """It need not be there; ConfigError if something that is no file has its name."""
+        """Remove it if it exists; ConfigError if it is not a file."""
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(os.stat(name, dir_fd=self._in, follow_symlinks=False).st_mode):
-                raise ConfigError("path", f"{self.inside / name} is no file of ours (a link, a directory?); remove it")
+                raise _irregular(self.inside / name)
             os.unlink(name, dir_fd=self._in)
 
     def file_system(self) -> os.statvfs_result:
-        """What it has, and what of that is free."""
+        """The size of the directory's file system, and what of it is free."""
         return os.fstatvfs(self._in)
 
     def flush_names(self) -> None:
-        """The names in it outlive a power failure."""
+        """The names of the tier's files outlive a power failure from now on."""
         os.fsync(self._in)
 
     def check(self) -> None:
-        """OSError when the path leads elsewhere now: bytes written would be bytes that nobody finds again."""
+        """OSError when the path leads elsewhere now: bytes that are written here would never be found again."""
         if self._top < 0:
             return
         top = os.fstat(self._top)
@@ -360,7 +319,7 @@ class Home:
                 raise FileNotFoundError(errno.ENOENT, f"{name!r} in the directory was removed or replaced")
 
     def close(self) -> None:
-        """Idempotent. It is unlocked."""
+        """Close and unlock the directory. Idempotent."""
         if self._is_open and self._known is not None:
             self._known.removed = not os.fstat(self._top).st_nlink
         self._is_open = False
@@ -374,25 +333,20 @@ class Home:
         fix = "give an empty directory for this server alone, or one that is not there yet"
         raise ConfigError("path", f"{str(self.path)!r} can't be used: {why}; {fix}")
 
-    def _refuse_in_use(self, holder: bytes | None, exc: OSError) -> NoReturn:
-        process = (holder or b"").decode("ascii", "replace") or "unknown"
-        problem = f"{str(self.path)!r} is in use by process {process}; give each server a directory of its own"
-        raise ConfigError("path", problem) from exc
-
 
 def open_own(name: str | Path, flags: int, *, dir_fd: int | None = None, shown: Path = Path()) -> int:
-    """Open a regular file of this user's, private once it is written; ConfigError if another kind has its name."""
+    """Open a regular file of this user's, and make it private; ConfigError if anything else has its name."""
     where = shown / name
     try:
         fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600, dir_fd=dir_fd)
     except OSError as exc:
         if exc.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
-        raise ConfigError("path", f"{where} is no file of ours (a link, a directory?); remove it") from exc
+        raise _irregular(where) from exc
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise ConfigError("path", f"{where} is no file of ours (a pipe, a device?); remove it")
+            raise _irregular(where)
         if found.st_nlink > 1:
             raise ConfigError("path", f"{where} has a second name elsewhere (a hard link); remove one")
         if found.st_uid != os.geteuid():
@@ -403,6 +357,10 @@ def open_own(name: str | Path, flags: int, *, dir_fd: int | None = None, shown: 
         os.close(fd)
         raise
     return fd
+
+
+def _irregular(path: Path) -> ConfigError:
+    return ConfigError("path", f"{path} is not a regular file (a link, a directory, a pipe?); remove it")
 
 
 def _place(found: os.stat_result) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """The directory of a disk tier: what it takes, what it refuses, what it never touches, and what it notices."""
 
-import fcntl
 import os
 import shutil
 import sqlite3
@@ -387,111 +386,6 @@ async def test_a_link_of_ones_own_to_the_directory_is_followed(tmp_path: Path) -
 
 
 # ---- formats
-
-
-SCHEMA_1 = """
-PRAGMA journal_mode = WAL;
-CREATE TABLE IF NOT EXISTS chunks (
-    key BLOB PRIMARY KEY, parent BLOB NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL,
-    recency INTEGER NOT NULL, shards BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS forgotten (namespace BLOB PRIMARY KEY, generation INTEGER NOT NULL) WITHOUT ROWID;
-PRAGMA user_version = 1;
-"""
-
-
-@pytest.fixture(params=["closed", "killed"])
-def format_1(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A directory as format 1 had it, the server of which ended well, or was killed with all in its log."""
-    path = tmp_path / "kv"
-    path.mkdir()
-    db = sqlite3.connect(path / "index", isolation_level=None)
-    db.executescript(SCHEMA_1)
-    if request.param == "killed":
-        (path / "copy").mkdir()
-        for name in ("index", "index-wal"):
-            shutil.copy(path / name, path / "copy" / name)
-        db.close()
-        for name in ("index", "index-wal"):
-            (path / "copy" / name).rename(path / name)
-        (path / "copy").rmdir()
-    else:
-        db.close()
-    (path / "lock").write_text("4711\n")
-    for number in range(3):
-        (path / f"slab-{number:05}").write_bytes(bytes(MIB))
-    return path
-
-
-async def test_a_directory_of_format_1_is_begun_anew_with_one_line(
-    format_1: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "lmcache_trio.disk")
-    tier = disk_tier(format_1)
-    async with tier.open():
-        assert sum("older version" in line for line in caplog.messages) == 1
-        assert sorted(os.listdir(format_1)) == [f"lmcache-trio-format-{FORMAT}", LOCK_NAME]
-        assert await stored(tier, 1) == [True]
-    caplog.clear()
-    async with tier.open():
-        assert await loaded(tier, 1) == [True]
-    assert "older version" not in caplog.text
-
-
-async def test_a_removal_of_format_1_that_a_kill_ended_is_gone_on_with(
-    format_1: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Killed(BaseException):
-        pass
-
-    really = os.unlink
-    for left in (2, 1, 0):
-        left_now = left
-
-        def unlink(path: Any, *, dir_fd: int | None = None) -> None:
-            nonlocal left_now
-            if not left_now:
-                raise Killed
-            left_now -= 1
-            really(path, dir_fd=dir_fd)
-
-        monkeypatch.setattr(os, "unlink", unlink)
-        with pytest.raises(Killed):
-            Home(str(format_1)).open(flush=False)
-        monkeypatch.undo()
-    async with disk_tier(format_1).open():
-        assert sorted(os.listdir(format_1)) == [f"lmcache-trio-format-{FORMAT}", LOCK_NAME]
-
-
-async def test_files_of_format_1_beside_a_newer_format_go_too(format_1: Path) -> None:
-    """The older version was used again in the meantime."""
-    (aside := format_1.parent / "aside").mkdir()
-    for name in os.listdir(format_1):
-        (format_1 / name).rename(aside / name)
-    tier = disk_tier(format_1)
-    async with tier.open():
-        assert await stored(tier, 1) == [True]
-    for name in os.listdir(aside):
-        (aside / name).rename(format_1 / name)
-    (format_1 / "notes").write_bytes(b"the user's")
-    async with tier.open():
-        assert await loaded(tier, 1) == [True]
-        assert sorted(os.listdir(format_1)) == [f"lmcache-trio-format-{FORMAT}", LOCK_NAME, "notes"]
-
-
-async def test_a_directory_of_format_1_with_something_of_the_users_is_refused(format_1: Path) -> None:
-    (format_1 / "notes").write_bytes(b"the user's")
-    before = everything(format_1)
-    assert "'index'" in await refusal(format_1)
-    assert everything(format_1) == before
-
-
-async def test_a_directory_of_format_1_in_which_a_server_lives_is_refused(format_1: Path) -> None:
-    before = everything(format_1)
-    with open(format_1 / "lock", "rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "process 4711" in await refusal(format_1)
-    assert everything(format_1) == before
 
 
 async def test_an_older_format_goes_with_one_line_and_a_newer_one_stays(
