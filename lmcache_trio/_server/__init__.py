@@ -1,1 +1,1 @@
-"""The Trio shell around the core: it waits, moves messages and ends what must end. Decisions are made in `_core`."""
+"""The Trio shell around the core: it waits, sends and receives messages, and starts and ends tasks. `_core` decides."""

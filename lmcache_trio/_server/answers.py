@@ -1,9 +1,9 @@
-"""How a lookup is answered: at once from memory, or by a prefetch from the tiers, and how a scheduler is told of it.
+"""How a lookup is answered: at once from memory, or by a push after a prefetch from the tiers.
 
-A prefetch is one task, a child of the connection. It waits for what the tiers' own tasks tell it and never for a call
-into a tier, so its budget is kept whatever hangs. When the budget is used up, the answer is what is resident by then.
-What the prefetch wanted, held and leased goes with it at once, in synchronous code: at the answer, and when the lookup
-is released, replaced or ended, or its connection lost.
+A prefetch is one task, a child of the connection. It waits for events that the tiers' own tasks set, and never for a
+call into a tier, so it keeps its budget even if a tier hangs. When the budget is used up, the answer is the chunks that
+are in memory by then. All that the prefetch wanted, held and leased ends with it at once, in synchronous code: at the
+answer, and when the lookup is released, replaced or ended, or its connection is lost.
 """
 
 import logging
@@ -32,9 +32,9 @@ __all__ = ["Answers", "answer_of"]
 log = logging.getLogger("lmcache_trio.server")
 
 NEXT_TIER = 0.25
-"""Share of the budget after which the next tier is asked too, although the one before it has not answered."""
+"""Share of the budget after which the next tier is asked too, even if the one before it has not answered."""
 HELD_AT_ONCE = 512
-"""Chunks looked for in memory before others get their turn: about 1 ms."""
+"""Chunks that are looked for in memory in one go, which takes about 1 ms. Then the other tasks of the loop run."""
 _STATES = {
     LookupState.UNKNOWN: AnswerState.UNKNOWN,
     LookupState.PENDING: AnswerState.PENDING,
@@ -43,7 +43,7 @@ _STATES = {
 
 
 def answer_of(session: Session, reply_to: int) -> Answer:
-    """The state of *session*'s lookup, as its scheduler is told; *reply_to* is 0 in a push."""
+    """The Answer that tells a scheduler the state of *session*'s lookup. *reply_to* is 0 in a push."""
     status = session.status(trio.current_time())
     ttl_ms = floor(status.ttl * 1000)
     return Answer(reply_to, session.number, status.asked, _STATES[status.state], status.chunks, status.lease, ttl_ms)
@@ -52,23 +52,23 @@ def answer_of(session: Session, reply_to: int) -> Answer:
 class Answers:
     """Answers lookups, runs their prefetches, and counts hits and misses. Without tiers no prefetch ever begins.
 
-    *budget*: seconds that a prefetch may take, unless its lookup gives it less.
+    *budget* is the seconds that a prefetch may take. A lookup may give it less.
     """
 
     def __init__(self, index: Index, clock: Clock, tiers: Tiers, drain: Drain, counts: Counts, budget: float) -> None:
         self.index = index
         self.tiers = tiers
         self.prefetches: dict[Session, Prefetch] = {}
-        """Those that run."""
+        """The prefetches that run, by the session of their lookup."""
         self._clock = clock
         self._drain = drain
         self._events = counts.events
         self._budget = budget
 
     def look_up(self, peer: Peer, engine: Engine, session: Session, message: Lookup, wanted: list[bytes]) -> None:
-        """Answer *message*, which wants to know of *wanted*; or begin a prefetch, if tiers may know more than memory.
+        """Answer *message*, which asks for *wanted*; or begin a prefetch, if tiers may have more than memory.
 
-        A chunk that memory has and does not lease means that lease_share is used up: no more can be offered then.
+        If memory has the next chunk and does not lease it, lease_share is used up, so no prefetch could offer more.
         """
         lease = self._lease(engine, session, wanted, engine.namespace)
         leased = 0 if lease is None else lease.chunks
@@ -92,7 +92,7 @@ class Answers:
             running.close()
 
     def push(self, prefetch: "Prefetch", asked: int, wanted: Sequence[bytes]) -> None:
-        """Answer *asked* with what memory has by now, if the layout is still the *prefetch*'s, which then ends."""
+        """End *prefetch*, and answer *asked* with the chunks in memory; with none if the layout has changed."""
         if prefetch.closed:
             return
         engine, session = prefetch.engine, prefetch.session
@@ -105,7 +105,7 @@ class Answers:
         prefetch.peer.send(answer_of(session, 0))
 
     def _lease(self, engine: Engine, session: Session, wanted: Sequence[bytes], namespace: bytes) -> Lease | None:
-        """Lease what memory has of *wanted* in *namespace* (b"": nothing), in place of the session's former lease."""
+        """Lease the leading chunks of *wanted* in memory, in place of the session's former lease."""
         if not wanted or not namespace or self._drain.stopping:
             return None
         lease = self.index.lease((engine.name, session.number), namespace, wanted, trio.current_time())
@@ -120,7 +120,7 @@ class Answers:
         else:
             session.answer(asked, lease.chunks, lease.id, lease.expires)
             for writer in self.tiers.writers:
-                if writer.unwritten:  # it is offered what it has not taken, now that an engine uses it
+                if writer.unwritten:  # a chunk that it has not taken is offered again, since an engine uses it
                     writer.used(lease.namespace, wanted[: lease.chunks])
         self._events["lookups"] += bool(wanted)
         self._events["hits"] += session.chunks
@@ -141,7 +141,7 @@ class Answers:
 
 
 class Prefetch:
-    """One lookup's chunks, gathered into memory. `close` may come at any time, and is the end of all that it holds."""
+    """One lookup's chunks, gathered into memory. `close` may come at any time."""
 
     def __init__(self, answers: Answers, peer: Peer, engine: Engine, session: Session, lease: Lease | None) -> None:
         self.peer = peer
@@ -160,11 +160,11 @@ class Prefetch:
         self._landed: list[tuple[TierRunner, TierLoad]] = []
 
     def wake(self) -> None:
-        """Something that it waits for is known."""
+        """A question was answered, or a load is over."""
         self._changed.set()
 
     def close(self) -> None:
-        """Let go of everything, and end the task. Idempotent."""
+        """End the task, and all that it holds and waits for. Idempotent."""
         self.closed = True
         self._scope.cancel()
         for tier, question in self._questions.items():
@@ -182,9 +182,9 @@ class Prefetch:
         self.lease = b""
 
     async def run(self, wanted: Sequence[bytes], deadline: float) -> None:
-        """Gather until all is known or *deadline* has come."""
+        """Gather until the leading run can't grow any more, or *deadline* has come."""
         if self.closed:
-            return  # before its first step: the session may have another lookup by now
+            return  # before the task's first step: the session may have another lookup by now
         with self._scope, trio.move_on_at(deadline):
             await self._gather(wanted, deadline)
 
@@ -234,7 +234,7 @@ class Prefetch:
             runner.contains.ask(question)
 
     def _collect(self, plan: Plan) -> None:
-        """Take note of what is known by now, and let go of what is not needed for it."""
+        """Tell *plan* of the questions and loads that have ended, and end the loads that it does not need any more."""
         for tier, question in list(self._questions.items()):
             if question.found is not None:
                 del self._questions[tier]

@@ -1,12 +1,12 @@
-"""One client's connection: its reader, which carries out requests, and its writer, which sends what had to wait.
+"""One client's connection: its reader, which carries out requests, and its writer, which sends the outbox.
 
-The reader answers inline and without a task. When the client does not read its replies, the reader reads nothing more
-until it does: the backpressure meets that client alone. A message that no client may send ends this one connection,
+The reader answers inline and without a task. While the outbox has frames that the client has not read, the reader reads
+nothing more: the backpressure meets that client alone. A message that no client may send ends this one connection,
 after a last word.
 
 The loop is shared by time, not by count. A client's turn takes `TURN`. A client that takes more than `SHARE` of the
 loop uses the *lane*, in which one client has one turn per pass of the loop. A client that asks little skips the lane,
-however busy that is. Lost clients are taken apart one after the other, each in pieces of `TURN`.
+even if that is busy. Lost clients are taken apart one after the other, each in pieces of `TURN`.
 """
 
 import logging
@@ -30,18 +30,18 @@ __all__ = ["TAKE_UP", "serve_peer"]
 log = logging.getLogger("lmcache_trio.server")
 
 TAKE_UP = 5.0
-"""Seconds that a WELCOME stands."""
+"""Seconds after its WELCOME in which a client must take up its address."""
 LAST_WORD = 0.2
-"""Seconds that a client whose connection is being ended has to read why."""
+"""Seconds that a client has to read the last word before its connection ends."""
 TURN = 0.0005
-"""Seconds in which messages of one client are carried out in a row: some 30 lookups of one chunk, or one statistics."""
+"""Seconds of a client's turn: some 30 lookups of one chunk, or one Statistics. One message may take longer."""
 SHARE = 0.01
-"""Share of the loop's time that a client may take outside the lane; a hundred such clients would fill the loop."""
+"""Share of the loop's time that a client may take outside the lane. A hundred such clients would fill the loop."""
 _NAMES = {Role.OBSERVER: "an observer", Role.SCHEDULER: "a scheduler", Role.WORKER: "a worker"}
 
 
 async def serve_peer(parts: Parts, peer: Peer, listener: PairListener, branch: Branch) -> None:
-    """Wait for *peer* to take up its address, then serve it until either side ends it, and all that it owned."""
+    """Wait for *peer* to take up its address, and serve it until either side ends it. Then end all that it owned."""
     path = socket_path(listener.address)
     try:
         with peer.scope:
@@ -75,7 +75,7 @@ async def serve_peer(parts: Parts, peer: Peer, listener: PairListener, branch: B
 
 
 async def _leave(parts: Parts, peer: Peer) -> None:
-    """End *peer*, and what it owned in pieces: others have their turns between them."""
+    """End *peer*, and all that it owned in pieces. Other clients have their turns between the pieces."""
     async with parts.turns.leaving:
         if peer.transport is not None:
             peer.transport.close()
@@ -85,10 +85,10 @@ async def _leave(parts: Parts, peer: Peer) -> None:
 
 
 def _is_the_same(peer: Peer, transport: Connection) -> bool:
-    """Whether the process at the other end is the one that said HELLO, and lives. It is watched from now on."""
+    """Whether the process at the other end said HELLO, and lives. Its pidfd is the peer's from now on."""
     pidfd = transport.open_pidfd()
     same = peer.is_process(transport.peer_pid, pidfd) and not peer.has_exited()
-    if peer.pidfd is not None:  # if the two cannot be told apart, the one behind this connection copies
+    if peer.pidfd is not None:  # if the kernel cannot tell the two apart, the one behind this connection copies
         os.close(peer.pidfd)
     peer.pidfd = pidfd
     return same
@@ -109,13 +109,13 @@ async def _read_guarded(parts: Parts, peer: Peer, transport: Connection) -> None
             await transport.wait_closed()
     except LMCacheTrioError as exc:
         log.warning("the connection of %s ended: %s", peer, exc)
-    except Exception:  # a bug of ours: it costs this one connection, and is told
+    except Exception:  # a bug of ours: it costs this one connection, and is logged
         parts.counts.events["connection_bugs"] += 1
         log.exception("bug in the connection of %s, which is ended", peer)
 
 
 async def _read(parts: Parts, peer: Peer, transport: Connection) -> None:
-    owed, since = 0.0, trio.current_time()  # seconds of the loop beyond its share, and at what time
+    owed, since = 0.0, trio.current_time()  # seconds of the loop that it took beyond its share, at that time
     while True:
         frame = await transport.receive()
         asks_little = owed - SHARE * (trio.current_time() - since) <= TURN
@@ -133,7 +133,7 @@ async def _read(parts: Parts, peer: Peer, transport: Connection) -> None:
 
 
 def _have_turn(parts: Parts, peer: Peer, transport: Connection, frame: bytes) -> float:
-    """Carry out *frame* and what is there behind it, until the turn is over. Returns the seconds that it took."""
+    """Carry out *frame* and the frames behind it, until the turn is over. Returns the seconds that the turn took."""
     began = trio.current_time()
     while True:
         _carry_out(parts, peer, frame)
@@ -165,7 +165,7 @@ def _reply_to(parts: Parts, peer: Peer, message: Message) -> Message | None:
     """Carry out *message* and return the reply; `ProtocolError` when no client may send it.
 
     An error of `lmcache_trio.errors` becomes an ErrorReply of its kind. Any other exception is a bug in one handler: it
-    is logged, counted and answered, and ends nothing else.
+    is logged, counted and answered, and the connection goes on.
     """
     kind = type(message)
     if kind not in FROM_CLIENT[peer.hello.role]:
@@ -178,7 +178,7 @@ def _reply_to(parts: Parts, peer: Peer, message: Message) -> Message | None:
         if kind is Register:
             log.warning("%s cannot be cached: %s", peer, exc)
         return _error_reply(message, exc)
-    except Exception as exc:  # a bug of ours: contained here, logged, and told to the sender
+    except Exception as exc:  # a bug of ours: contained here, and answered
         parts.counts.events["handler_bugs"] += 1
         log.exception("bug in the handler of %s for %s", kind.__name__, peer)
         return _error_reply(message, Unavailable(f"internal error of the server: {exc!r}; see its log"))
@@ -195,7 +195,7 @@ def _out_of_place(peer: Peer, message: Message) -> Message | None:
 
 
 def _error_reply(message: Message | int, error: LMCacheTrioError) -> ErrorReply | None:
-    """The reply that tells of *error*; None for a notice, which gets no reply (the error is logged)."""
+    """The reply that tells of *error*. None: a notice gets no reply, and its error is only logged."""
     number = message if isinstance(message, int) else getattr(message, "id", None)
     if number is None:
         log.debug("notice %s: %s", type(message).__name__, error)
@@ -204,16 +204,16 @@ def _error_reply(message: Message | int, error: LMCacheTrioError) -> ErrorReply 
 
 
 async def _write(peer: Peer, transport: Connection) -> None:
-    """Send what was queued, in order, as the transport takes it."""
+    """Send the outbox, in order, as the transport takes it."""
     while True:
         await peer.queued.wait()
         try:
             while peer.outbox:
                 await transport.send(peer.outbox[0])
-                if peer.outbox:  # it was emptied meanwhile if the client was lost
+                if peer.outbox:  # if the client was lost, the outbox is empty now
                     peer.outbox.popleft()
         except Gone:
-            peer.outbox.clear()  # the reader is told as well, and ends the connection
+            peer.outbox.clear()  # the reader notices it too, and ends the connection
         peer.queued = trio.Event()
         peer.drained.set()
         peer.drained = trio.Event()

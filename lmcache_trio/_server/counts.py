@@ -1,4 +1,4 @@
-"""What a server counts beside its index: events by name, dropped chunks by reason, and limits that were met."""
+"""The server's counters beside the index's: events by name, dropped chunks by reason, and limits that were met."""
 
 import logging
 from collections import Counter
@@ -26,7 +26,7 @@ class Counts:
     """Requests that exceeded a limit, by the limit's name."""
 
     def over_limit(self, peer: Peer, name: str, what: str) -> Misuse:
-        """*peer* would exceed the limit *name* with *what*: counts it, logs it once per peer, returns the error."""
+        """The error for *peer*, which would exceed the limit *name*: *what* says how. Counted; logged once per peer."""
         self.limits[name] += 1
         error = Misuse(f"{peer} has {what}: that is limits.{name}; the server's configuration can raise it")
         if name not in peer.limits_met:

@@ -1,4 +1,4 @@
-"""The end of a server: nothing new is given out, and copies that are under way may end."""
+"""The end of a server: it grants nothing more, and copies that are under way may end."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,10 @@ __all__ = ["Drain"]
 
 @attrs.define(eq=False)
 class Drain:
-    """Read wherever slots, leases or reads are given out."""
+    """Read by every part that grants slots, leases or reads."""
 
     stopping: bool = False
-    """Nothing more is given out."""
+    """The server grants nothing more."""
     progress: trio.Event = attrs.field(factory=trio.Event)
     """Set when a copy has ended, or the peer that made it was lost."""
 

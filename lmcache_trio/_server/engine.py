@@ -22,14 +22,14 @@ class Engine:
     workers: dict[int, Peer] = attrs.field(factory=dict)
     layouts: dict[int, Register] = attrs.field(factory=dict)
     attaching: dict[int, Register] = attrs.field(factory=dict)
-    """Layouts that count once the memory of their worker is attached: it moves nothing before."""
+    """Layouts that count once the memory of their worker is attached. The worker moves nothing before."""
     identity: bytes = b""
-    """What its scheduler said last of its model."""
+    """The identity of its model, as its scheduler said last."""
     namespace: bytes = b""
     last_layout: tuple[bytes, ...] = ()
-    """The latest fingerprints that were known of all shards: what was granted is of these."""
+    """The latest complete set of fingerprints, by shard: all grants are of this layout."""
     is_told_of: bool = False
-    """Was it logged that a shard's layout is missing?"""
+    """Whether the log says already that a shard's layout is missing."""
     sessions: Sessions = attrs.field(factory=Sessions)
     digests: int = 0  # of all sessions
     resets_due: set[bytes] = attrs.field(factory=set)

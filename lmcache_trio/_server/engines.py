@@ -1,6 +1,6 @@
-"""Engines: which peers form one, the namespace that their layouts make, their sessions, and what ends those.
+"""Engines: their peers, the namespace that their layouts make, their sessions and their grants.
 
-Everything here is synchronous and called from the Trio loop, so that each step is whole.
+All methods are synchronous and called from the Trio loop, so each step is whole.
 """
 
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger("lmcache_trio.server")
 
 
 class Engines:
-    """All engines, by name. An engine is there from the HELLO of its first peer until its last peer has left."""
+    """All engines, by name. An engine exists from the HELLO of its first peer until its last peer has left."""
 
     def __init__(  # noqa: PLR0913 each is a part that it works with
         self,
@@ -59,14 +59,14 @@ class Engines:
         return iter(self._engines.values())
 
     def of(self, peer: Peer) -> Engine:
-        """The engine that *peer*, a scheduler or a worker, belongs to. Gone: it is not there any more."""
+        """The engine that *peer*, a scheduler or a worker, belongs to. Gone: it does not exist any more."""
         engine = self._engines.get(peer.hello.engine)
         if engine is None or peer.lost:
             raise Gone(f"the engine of {peer} is not there any more")
         return engine
 
     def find(self, hello: Hello) -> Engine | None:
-        """The engine of the client that says *hello*, if it is there; an observer has none."""
+        """The engine of the client that says *hello*, if it exists. An observer has none."""
         return self._engines.get(hello.engine) if hello.role is not Role.OBSERVER else None
 
     # --- peers --------------------------------------------------------------------------------------------------------
@@ -145,19 +145,19 @@ class Engines:
                 raise
 
     def fenced(self, peer: Peer) -> None:
-        """Nothing more is moved for *peer*: its engine is offered nothing, until it registers again."""
+        """The device moves nothing more for *peer*, so its engine is offered nothing until *peer* registers again."""
         engine, shard = self.find(peer.hello), peer.hello.shard
         if engine is not None and engine.workers.get(shard) is peer and shard in engine.layouts:
             del engine.layouts[shard]
             self.settle_namespace(engine)
 
     def tell_missing(self, engine: Engine) -> None:
-        """Log, once until it is complete, that *engine* asks for chunks, and no layout of its workers is known."""
+        """Log that *engine* asks for chunks while a layout of its workers is missing; once, until it is complete."""
         if not engine.namespace and not engine.is_told_of:
             self._tell_layout(engine)
 
     def _tell_layout(self, engine: Engine) -> None:
-        """Log what can be cached for *engine*, or why nothing can."""
+        """Log how much can be cached for *engine*, or the reason why nothing can."""
         engine.is_told_of = not engine.namespace
         if not engine.namespace:
             missing = sorted(set(range(engine.shards)) - set(engine.layouts))
@@ -181,9 +181,9 @@ class Engines:
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def identify(self, engine: Engine, identity: bytes) -> None:
-        """The scheduler of *engine* says what its model is. Another one than before ends what was granted before.
+        """The scheduler of *engine* says its model's *identity*. A new one ends the grants and bars the sessions.
 
-        A store of that time may hold what the next weights computed, if this message came late.
+        If this message came late, a store of before may hold KV that the new weights computed.
         """
         if identity != engine.identity:
             engine.identity = identity
@@ -192,9 +192,9 @@ class Engines:
             self.settle_namespace(engine)
 
     def reset(self, namespace: bytes) -> list[Deletion]:
-        """Drop every chunk of *namespace*, for all its engines. Returns the tiers' deletions, which go on by now.
+        """Drop every chunk of *namespace*, for all its engines. Returns the tiers' deletions, which have begun.
 
-        Nothing of it is served from now on, nor stored or loaded by what began before.
+        From now on no chunk of before is served, and no store or load that began before publishes one.
         """
         self._index.reset(namespace)
         self._counts.events["resets"] += 1
@@ -208,19 +208,19 @@ class Engines:
     def _end_answers(self, engine: Engine) -> None:
         for session in engine.sessions.live.values():
             if session.lease:
-                self._index.release(session.lease)  # what it kept is stale after a reset: the extents come free
+                self._index.release(session.lease)  # its chunks are stale after a reset, and are given back
                 session.lose_lease()
 
     def _see_layout(self, engine: Engine, layout: tuple[bytes, ...]) -> None:
-        """If the layout of *engine* is another, what was granted under the former ends."""
+        """If *layout* is not the former one, the grants of *engine* end."""
         if layout != engine.last_layout:
             engine.last_layout = layout
             self._end_grants(engine)
 
     def _end_grants(self, engine: Engine) -> None:
-        """What was answered or granted to *engine* until now is neither published nor valid.
+        """The leases, pins and reservations of *engine* end.
 
-        Copies that are under way end by themselves; the slots of the writers among them stay quarantined until then.
+        Copies that are under way run on; the slots of the writers among them stay in quarantine until then.
         """
         self._end_answers(engine)
         for peer in engine.workers.values():
@@ -229,7 +229,7 @@ class Engines:
                 self._transfer.end_grants(peer)
 
     def end_session(self, engine: Engine, number: int) -> None:
-        """The session goes, with everything that it owned; one that is not there is no error."""
+        """End the session *number*, and all that it owned. Idempotent."""
         session = engine.sessions.end(number)
         if session is not None:
             engine.digests -= session.known
@@ -259,7 +259,7 @@ class Engines:
             peer.limits_met.add("write_share")
             words = (
                 "%s is writing %s with its engine, and gets no more at one time: that is write_share (%g of the memory"
-                " that no other engine is writing); what it stores beyond is dropped until copies of it end"
+                " that no other engine is writing); further stores of it are dropped until its copies end"
             )
             log.warning(words, peer, format_size(self._index.bytes_written_by(engine.name)), self._config.write_share)
         return made

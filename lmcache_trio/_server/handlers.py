@@ -1,6 +1,6 @@
-"""One plain function per sentence: `(parts, peer, message) -> reply | None`, called inline by the peer's reader.
+"""One plain function per message: `(parts, peer, message) -> reply | None`. The peer's reader calls it inline.
 
-Nothing here waits. A request that fails raises an error of `lmcache_trio.errors`, which `connection` answers.
+No handler waits. A request that fails raises an error of `lmcache_trio.errors`, which `connection` answers.
 """
 
 import json
@@ -59,7 +59,7 @@ def _register(parts: Parts, peer: Peer, message: Register) -> Message:
     shard = peer.hello.shard
     former = engine.layouts.pop(shard, None)
     if parts.transfer is not None:
-        parts.transfer.lose(peer)  # what it attached had the former layout
+        parts.transfer.lose(peer)  # the memory that it attached had the former layout
     engine.attaching.pop(shard, None)
     if message.attaching:
         engine.attaching[shard] = message
@@ -114,7 +114,7 @@ def _reserve(parts: Parts, peer: Peer, message: Reserve) -> Message:
 
 def _commit(parts: Parts, peer: Peer, message: Commit) -> Message:
     ours = message.reservation in peer.copies
-    peer.copies.discard(message.reservation)  # whatever the index says of it: the copy has ended
+    peer.copies.discard(message.reservation)  # the copy has ended, even if the index refuses the commit
     kept = parts.index.would_keep(message.reservation)
     try:
         keys = parts.index.commit(message.reservation, peer.number)
@@ -124,7 +124,7 @@ def _commit(parts: Parts, peer: Peer, message: Commit) -> Message:
     except Gone:
         if not ours:
             raise
-        published = 0  # given to this client and aborted meanwhile: refused, as it had to expect
+        published = 0  # the server aborted this client's reservation meanwhile, so a late commit is no error
     finally:
         parts.drain.progress.set()
     return Committed(message.id, published, kept)
@@ -158,4 +158,4 @@ HANDLERS: dict[type[Message], Callable[[Parts, Peer, Any], Message | None]] = {
     **SCHEDULER_HANDLERS,
     **TRANSFER_HANDLERS,
 }
-"""One for each sentence of `protocol.FROM_CLIENT`, and for no other."""
+"""One handler for each message of `protocol.FROM_CLIENT`, and for no other."""

@@ -1,6 +1,6 @@
-"""A scheduler's sentences: its lookups, what becomes of them, and a reset. As in `handlers`, nothing here waits.
+"""The handlers of a scheduler's messages: its lookups and their ends, its identity, and a reset. No handler waits.
 
-How a lookup is answered stands in `answers`.
+`answers` has how a lookup is answered.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ from lmcache_trio.errors import Misuse
 __all__ = ["HANDLERS"]
 
 MOST_RESETS_DUE = 64
-"""Identities that one engine may have reset before its layout is known: after a restart of the server, one or two."""
+"""Resets that one engine may ask for before its layout is known: after a restart of the server, one or two."""
 
 
 def _lookup(parts: Parts, peer: Peer, message: Lookup) -> Message:
@@ -113,7 +113,7 @@ def _reset(parts: Parts, peer: Peer, message: Reset) -> Message | None:
 
 
 async def _acknowledge_reset(parts: Parts, peer: Peer, message: Reset, deletions: Sequence[Deletion]) -> None:
-    """A task of the client's: reply when the tiers have deleted, or it is known that one can't."""
+    """A task of the client: reply when all tiers have deleted, or when one is known not to."""
     with trio.move_on_after(parts.config.tier_timeout):
         for deletion in deletions:
             await deletion.known.wait()

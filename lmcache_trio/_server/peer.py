@@ -23,25 +23,25 @@ def _not_connected(fn: Callable[..., Awaitable[object]], *args: object, name: ob
 
 @attrs.define(eq=False)
 class Peer:
-    """One connection, from its HELLO on. `number` is its name in the index; nothing else ever has the same."""
+    """One connection, from its HELLO on. `number` is its name in the index, and is never used again."""
 
     number: int
     hello: Hello
     peer_pid: int | None
-    pidfd: int | None  # owned; None for a client that cannot be seen, which therefore gets no arena
+    pidfd: int | None  # owned; None: the client's process cannot be watched, so it gets no arena
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-    transport: Connection | None = None  # None until the client has taken up its own address
-    copies: set[bytes] = attrs.field(factory=set)  # reservations whose copy was not yet said to have ended
-    pins: dict[bytes, int] = attrs.field(factory=dict)  # and how many chunks each reads
-    outbox: deque[bytes] = attrs.field(factory=deque)  # what the transport had no room for, in order
+    transport: Connection | None = None  # None until the client has taken up its address
+    copies: set[bytes] = attrs.field(factory=set)  # reservations whose copy has not ended, to the server's knowledge
+    pins: dict[bytes, int] = attrs.field(factory=dict)  # by id: how many chunks each reads
+    outbox: deque[bytes] = attrs.field(factory=deque)  # frames that wait for room in the transport, in order
     queued: trio.Event = attrs.field(factory=trio.Event)
     drained: trio.Event = attrs.field(factory=trio.Event)
     most_unread: int = 1
-    deaf: bool = False  # it is ended because it did not read
-    resets: int = 0  # that have no reply yet
+    deaf: bool = False  # its connection is ended because it did not read
+    resets: int = 0  # resets that have no reply yet
     limits_met: set[str] = attrs.field(factory=set)
     lost: bool = False
-    start: Starter = _not_connected  # a task of its connection's, which ends with it
+    start: Starter = _not_connected  # starts a task that ends with the connection
 
     def __str__(self) -> str:
         what = f"shard {self.hello.shard} of {self.hello.shards}" if self.hello.role is Role.WORKER else "scheduler"
@@ -59,7 +59,7 @@ class Peer:
             except trio.WouldBlock:
                 pass
             except Gone:
-                return  # its reader finds out by itself
+                return  # its reader notices it too
         if len(self.outbox) >= self.most_unread:
             self.deaf = True
             self.scope.cancel()
@@ -68,9 +68,9 @@ class Peer:
         self.queued.set()
 
     def is_process(self, pid: int | None, pidfd: int | None) -> bool:
-        """Is this client's process the one of *pid* and *pidfd*, as far as can be told?
+        """Whether this client's process is the one of *pid* and *pidfd*, as far as the kernel can tell.
 
-        Since Linux 6.9 each process has an inode of its own behind its pidfds; before, all pidfds have one.
+        Since Linux 6.9 the pidfds of each process have an inode of their own. Before, all pidfds share one.
         """
         if self.pidfd is not None and pidfd is not None and os.fstat(self.pidfd).st_ino != os.fstat(pidfd).st_ino:
             return False
@@ -87,7 +87,7 @@ class Peer:
 
 @attrs.define(eq=False)
 class LostWriter:
-    """A client whose connection is gone while it may still be copying: its slots wait for its word or for its exit."""
+    """A client that may still be copying after its connection was lost. Its slots wait for its word or for its exit."""
 
     number: int
     token: bytes

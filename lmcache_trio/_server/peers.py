@@ -1,6 +1,6 @@
-"""All peers: who is let in under which number, and what ends with a connection that is lost.
+"""All peers: their admission, and the end of a connection that is lost.
 
-Everything here is synchronous but the wait for the exit of a process that may still be copying.
+All methods are synchronous, but one: the wait for the exit of a process that may still be copying.
 """
 
 import itertools
@@ -28,7 +28,7 @@ log = logging.getLogger("lmcache_trio.server")
 class Peers:
     """The peers that are welcomed or connected, and the writers that were lost.
 
-    *numbers* gives each its name in the index; *start* starts the wait for a lost writer's exit.
+    *numbers* gives each its name in the index. *start* starts the wait for a lost writer's exit.
     """
 
     def __init__(  # noqa: PLR0913 each is a part that it works with
@@ -61,22 +61,22 @@ class Peers:
 
     @property
     def idle(self) -> bool:
-        """Whether no peer has a copy or a read under way, and the device has none for one."""
+        """Whether no peer has a copy or a read under way, and the device moves nothing for one."""
         moving = self._transfer is not None and self._transfer.busy
         return not moving and not any(peer.copies or peer.pins for peer in self)
 
     def admit(self, hello: Hello, peer_pid: int | None, pidfd: int | None) -> Peer:
-        """A place for the client that said *hello*, which `rendezvous` found in order. The peer owns *pidfd*."""
+        """A peer for the client that said *hello*, which `rendezvous` has checked. The peer owns *pidfd*."""
         peer = Peer(next(self._numbers), hello, peer_pid, pidfd, most_unread=self._config.limits.pushes)
         self._peers[peer.number] = peer
         self._engines.join(peer)
         return peer
 
     def dismiss(self, peer: Peer) -> None:
-        """The connection is gone, or replaced: everything that *peer* owned ends now. Idempotent.
+        """The connection is gone, or replaced: all that *peer* owned ends now. Idempotent.
 
-        A peer that may still be copying becomes a lost writer, whose pidfd stays open until its exit was seen. The
-        task of the connection finds its scope cancelled.
+        A peer that may still be copying becomes a lost writer, whose pidfd stays open until its exit. The connection's
+        scope is cancelled.
         """
         if peer.lost:
             return
@@ -100,7 +100,7 @@ class Peers:
         self._drain.progress.set()
 
     def end_some(self, peer: Peer, until: float) -> bool:
-        """End sessions and reads of *peer*, at least one, *until* that time. Are there more?"""
+        """End sessions and reads of *peer*, at least one, *until* that time. True: there are more."""
         engine = self._engines.find(peer.hello)
         sessions = engine.sessions.live if engine is not None and engine.scheduler is peer else {}
         while True:
@@ -114,14 +114,14 @@ class Peers:
                 return True
 
     def copies_ended(self, writer: LostWriter) -> None:
-        """The process of *writer* exited, or its client said after a reconnect that its copies ended. Idempotent."""
+        """The process of *writer* exited, or its client came back and said that its copies ended. Idempotent."""
         if writer in self.lost_writers:
             self.lost_writers.remove(writer)
             self._index.copies_ended(writer.number)
             writer.scope.cancel()
 
     async def _wait_exit(self, writer: LostWriter) -> None:
-        """Wait until the process of *writer* has exited, or its client spoke up: then its slots leave quarantine."""
+        """Wait until the process of *writer* has exited, or its client has spoken. Then its slots leave quarantine."""
         try:
             with writer.scope:
                 await trio.lowlevel.wait_readable(writer.pidfd)
@@ -132,7 +132,7 @@ class Peers:
             os.close(writer.pidfd)
 
     def tell_overdue(self) -> None:
-        """A line of log for each client that did not commit in time, the first time."""
+        """Log each client that did not commit in time, once per client."""
         for worker in self._index.overdue_writers():
             peer = self._peers.get(worker)
             if peer is None and self._transfer is not None:

@@ -1,6 +1,6 @@
 """Finds backends by name: entry points in `lmcache_trio.memory`, `lmcache_trio.tiers` and `lmcache_trio.devices`.
 
-The built-in ones are found the same way. Nothing here imports a backend that was not chosen.
+The built-in ones are found the same way. Only the backend that was chosen is imported.
 """
 
 from collections.abc import Mapping
@@ -30,10 +30,10 @@ def make_device(table: Mapping[str, Any]) -> Device | None:
 
 
 def make_backend(kind: str, key: str, table: Mapping[str, Any], interface: type[P]) -> P:
-    """The backend of *kind* (`memory`, `tiers`, `devices`) that *table* names; *key* is the table's own dotted name."""
+    """The backend of *kind* (`memory`, `tiers`, `devices`) that *table* names; *key* is the table's dotted name."""
     cls: Any = find_backend(kind, key, str(table["backend"]))
     if not issubclass(cls, interface):
-        raise ConfigError(f"{key}.backend", f"{table['backend']!r} names {cls!r}, which is no {interface.__name__}")
+        raise ConfigError(f"{key}.backend", f"{table['backend']!r} names {cls!r}, which is not a {interface.__name__}")
     settings = {name: value for name, value in table.items() if name != "backend"}
     config = structure(cls.Config, settings, key)
     try:
@@ -46,7 +46,7 @@ def make_backend(kind: str, key: str, table: Mapping[str, Any], interface: type[
 
 
 def find_backend(kind: str, key: str, name: str) -> type[Any]:
-    """The class behind the entry point *name* of group `lmcache_trio.<kind>`; ConfigError lists what there is."""
+    """The class behind the entry point *name* of group `lmcache_trio.<kind>`; ConfigError lists the installed ones."""
     installed: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=f"lmcache_trio.{kind}")}
     if name not in installed:
         meant = closest(name, installed)
@@ -58,5 +58,5 @@ def find_backend(kind: str, key: str, name: str) -> type[Any]:
     except (ImportError, AttributeError) as exc:
         raise ConfigError(f"{key}.backend", f"{name!r} ({installed[name].value}) cannot be imported: {exc}") from exc
     if not isinstance(found, type):
-        raise ConfigError(f"{key}.backend", f"{name!r} ({installed[name].value}) is no class")
+        raise ConfigError(f"{key}.backend", f"{name!r} ({installed[name].value}) is not a class")
     return found

@@ -1,7 +1,7 @@
-"""The front door: which client is let in, in which role, and what it is told. `supervise` starts what follows.
+"""The rendezvous: which client is admitted, in which role, and with which reply. `supervise` starts its connection.
 
-HELLO --in order--> WELCOME, and a place among the peers that others see as taken
-      `-otherwise-> REFUSED, with one sentence of why and what to do
+HELLO --in order--> WELCOME, and a place among the peers
+      `-otherwise-> REFUSED, with the reason and what to do about it
 """
 
 import logging
@@ -25,11 +25,11 @@ __all__ = ["new_boot", "receive_hello", "welcome"]
 log = logging.getLogger("lmcache_trio.server")
 
 CLIENT_DESCRIPTORS = 4
-"""File descriptors that a client takes while it is let in; 3 later."""
+"""File descriptors that a client takes while it is admitted; 3 later."""
 OTHER_DESCRIPTORS = 64
-"""Kept for all else: a server has 17 with a disk tier that is empty, and one more for each of its slabs."""
+"""Descriptors for all other use: a server has 17 with an empty disk tier, and one more per slab."""
 LEAST_CLIENTS = 9
-"""With how few descriptors ever: a scheduler and 8 workers, for which a server is not started with fewer than 64."""
+"""Admitted with however few descriptors: a scheduler and 8 workers. No server starts with fewer than 64."""
 
 NO_ARENA = (
     "the server cannot watch this client's process, so it could not tell when a dead client's copies have ended: its "
@@ -44,7 +44,7 @@ def new_boot() -> bytes:
 
 
 def receive_hello(parts: Parts, introduction: Introduction) -> Peer | Refused:
-    """Decide on the HELLO of a process. A peer that is let in has its place when this returns."""
+    """Decide on the HELLO of a process. A peer that is admitted has its place when this returns."""
     pidfd, peer_pid = introduction.open_pidfd(), introduction.peer_pid
     try:
         if introduction.refusal:
@@ -66,7 +66,7 @@ def receive_hello(parts: Parts, introduction: Introduction) -> Peer | Refused:
 
 
 def welcome(parts: Parts, peer: Peer, address: str) -> Welcome:
-    """The sentence that lets *peer* in; its own address is *address*."""
+    """The message that admits *peer*, whose own address is *address*."""
     common = Welcome(PROTOCOL_VERSION, address, parts.boot, parts.config.chunk_tokens)
     if peer.hello.role is not Role.WORKER:
         return attrs.evolve(common, arena_note="only a client with role=Role.WORKER gets the arena")
@@ -84,7 +84,7 @@ def _check_carried(introduction: Introduction, hello: Hello) -> None:
 
 
 def _check(parts: Parts, hello: Hello) -> None:
-    """Misuse if it does not fit to the clients that are here, Unavailable while nobody is let in."""
+    """Misuse: *hello* contradicts the connected clients. Unavailable: the server admits no client now."""
     if parts.drain.stopping:
         raise Unavailable("the server is stopping; connect again when it is back")
     engine = parts.engines.find(hello)
@@ -96,7 +96,7 @@ def _check(parts: Parts, hello: Hello) -> None:
 
 
 def _check_room(parts: Parts, replaced: int) -> None:
-    """Unavailable if there are as many clients as there may be, when *replaced* of them have gone."""
+    """Unavailable: without the *replaced* clients, there are still as many as may be."""
     config = parts.config
     most, way = config.limits.clients, "the server's configuration can raise it"
     if not most and not config.address.startswith("memory://"):
@@ -110,12 +110,12 @@ def _check_room(parts: Parts, replaced: int) -> None:
 
 
 def _others(engine: Engine, hello: Hello) -> bool:
-    """Clients that live: one whose process was killed may be here a moment longer than its successor needs."""
+    """Whether other clients of *engine* live. One whose process was killed may be among the peers a moment longer."""
     return any(peer.hello.token != hello.token and not peer.has_exited() for peer in engine.peers())
 
 
 def _replaced_by(parts: Parts, hello: Hello, peer_pid: int | None, pidfd: int | None) -> Iterator[Peer]:
-    """The clients whose place *hello* takes: its own old connection, and dead ones. Misuse if a live one holds it."""
+    """The clients whose place *hello* takes: its own old connection, and dead ones. Misuse: a live client has it."""
     for peer in parts.peers:
         if peer.hello.token == hello.token:
             if not peer.is_process(peer_pid, pidfd):
@@ -134,4 +134,4 @@ def _replaced_by(parts: Parts, hello: Hello, peer_pid: int | None, pidfd: int | 
             )
         yield holder
     if engine.shards != hello.shards:
-        yield from engine.peers()  # all of them dead, or `_check` had refused
+        yield from engine.peers()  # all of them are dead, or `_check` would have refused

@@ -17,10 +17,10 @@ def prepare_directory(address: str, access: Access = PRIVATE) -> None:
     """Make the directory of *address* if it is missing, as private as *access* says; ConfigError if it is not safe to
     use, or if a client that *access* names could not get there.
 
-    Whoever can write in the directory can put a socket of their own in the place of ours (a client would not speak to
-    it, but not find us either), so it must belong to this user (or root) and be closed to others, unless it is sticky,
-    as /tmp is. A directory of this user's that holds nothing but the server's sockets gets its mode from *access*; any
-    other is left alone.
+    A user who can write in the directory can replace the server's socket by another one. (A client would not speak to
+    that, but would not find the server either.) So the directory must belong to this user or root, and be closed to
+    others, unless it is sticky, as /tmp is. A directory of this user that has only the server's sockets gets its mode
+    from *access*; any other is left alone.
     """
     path = socket_path(address)
     if path is None:
@@ -35,7 +35,7 @@ def prepare_directory(address: str, access: Access = PRIVATE) -> None:
     except OSError as exc:
         raise ConfigError("address", f"cannot use {directory}: {exc.strerror}; give another path") from exc
     if not stat.S_ISDIR(found.st_mode):
-        raise ConfigError("address", f"{directory} is no directory; give another path")
+        raise ConfigError("address", f"{directory} is not a directory; give another path")
     if found.st_uid not in (os.geteuid(), 0):
         raise ConfigError("address", f"{directory} belongs to another user (uid {found.st_uid}); give another path")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
@@ -60,13 +60,13 @@ def _set_mode(directory: Path, access: Access) -> None:
 
 
 def _holds_sockets_alone(path: Path) -> bool:
-    """Is there nothing in its directory that a server at *path* has not made?"""
+    """Whether the directory of *path* has only files that a server at *path* has made."""
     ours = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{12})?")
     return all(ours.fullmatch(name) for name in os.listdir(path.parent))
 
 
 def _check_way(directory: Path, access: Access) -> None:
-    """Those whom *access* names must get through each directory on the way."""
+    """ConfigError: a directory on the way is closed to users whom *access* names."""
     if access == PRIVATE:
         return
     for folder in (directory, *directory.parents):

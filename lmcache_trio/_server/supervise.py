@@ -1,4 +1,4 @@
-"""The wiring and the nursery tree of a server; `open_server` has both in one sight.
+"""The wiring and the nursery tree of a server. `open_server` has both in one sight.
 
     serve
     |- memory        grows the arena, pushes ArenaGrown
@@ -6,11 +6,11 @@
     |- clock         sleeps until something in the index falls due; sweeps after a reset
     |- tiers         one task per tier: its questions, its loads (a task each), its writes
     |- transfer      the device transfer worker, and one task per copy, which waits for its end
-    `- connections   the front door, and one nursery per client: reader, writer, prefetches; dies first
+    `- connections   the rendezvous, and one nursery per client: reader, writer, prefetches; dies first
 
 Parts are made in order of need, each whole, so that no part is completed from outside. Shutdown order is nesting order.
-Leaving `open_server` drains: nothing more is given out, and copies under way have `grace` seconds to end; then
-connections end; tiers have the rest of the grace to write their queues; then everything else ends.
+Leaving `open_server` drains: the server grants nothing more, and copies under way have `grace` seconds to end. Then the
+connections end, tiers have the rest of the grace to write their queues, and all else ends.
 """
 
 import gc
@@ -58,14 +58,14 @@ __all__ = ["Server", "open_server", "serve"]
 log = logging.getLogger("lmcache_trio.server")
 
 ENDING = 0.5
-"""Seconds of a process's grace that are kept for the end itself, behind copies and tiers. It may take them anyway."""
+"""Seconds of a process's grace that are kept for its own end, after copies and tiers. It may take as long."""
 LAST = 0.2
-"""Seconds before the grace is over at which a process that still runs is ended: a thread of it hangs, maybe for ever.
-What is on a disk is safe at any moment, so all that a longer wait would buy is a kinder exit status."""
+"""Seconds before the end of the grace at which a process that still runs ends itself: a thread hangs, maybe for ever.
+The chunks on a disk are safe at any moment, so a longer wait would only bring a kinder exit status."""
 
 DESCRIPTORS = 64
-"""File descriptors without which no start is tried. A server has 17 with a disk tier that is empty, and 4 more per
-client while that is let in, 3 later: a scheduler and 8 workers make it 53."""
+"""No start is tried with fewer file descriptors. A server has 17 with an empty disk tier, and 4 more per client while
+that is admitted, 3 later: a scheduler and 8 workers make it 53."""
 
 REPEAT = 0.5
 """Seconds in which further signals repeat the first. `timeout` and terminals signal a process and then its group, and
@@ -90,7 +90,7 @@ class Server:
         return self._parts.statistics().table()
 
     def remove_files(self) -> None:
-        """Unlink what other processes can see of this server. For an end in a hurry; sync, safe to call twice."""
+        """Unlink the files by which other processes find this server. For an end in a hurry. Idempotent."""
         for path in self._parts.sockets:
             with suppress(OSError):
                 os.unlink(path)
@@ -106,7 +106,7 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
 ) -> AsyncIterator[Server]:
     """Serve until the block is left. ConfigError names the setting at fault.
 
-    *memory*, *tiers* and *device* are for programs that bring their own; by default those that `config` names are made.
+    *memory*, *tiers* and *device* are for programs that bring their own. By default they are made as `config` says.
     """
     config = Config() if config is None else config
     memory = make_memory(config.memory) if memory is None else memory
@@ -184,7 +184,7 @@ def _make_index(config: Config) -> Index:
 
 
 @asynccontextmanager
-async def _transfer(  # noqa: PLR0913 the device's branch, and all that its worker is made of
+async def _transfer(  # noqa: PLR0913 all parts that the device's worker works with
     device: Device | None,
     memory: Memory,
     index: Index,
@@ -194,7 +194,7 @@ async def _transfer(  # noqa: PLR0913 the device's branch, and all that its work
     counts: Counts,
     tasks: Tasks,
 ) -> AsyncIterator[TransferWorker | None]:
-    """The device's branch. It ends when no copy runs any more: a copy's wait is shielded."""
+    """The device's branch. It ends when no copy runs any more: the wait for a copy is shielded."""
     if device is None:
         yield None
         return
@@ -206,7 +206,7 @@ async def _transfer(  # noqa: PLR0913 the device's branch, and all that its work
 
 @contextmanager
 def _grace_until(end: float, lost: Callable[[], str]) -> Iterator[None]:
-    """Wait in the block until *end* at most; what is *lost* by then is told."""
+    """The block may wait until *end*. If it has to end then, *lost* says for the log what was lost."""
     with trio.move_on_at(end) as scope:
         yield
     if scope.cancelled_caught:
@@ -216,7 +216,7 @@ def _grace_until(end: float, lost: Callable[[], str]) -> Iterator[None]:
 async def _grow(parts: Parts, *, task_status: trio.TaskStatus[None]) -> None:
     """Take the arena piece by piece, until it is whole or the file system has no more.
 
-    Started once the first piece is there: the server would refuse stores of clients that came earlier as too large.
+    It counts as started with the first piece: before, stores would be dropped as too large.
     """
     grew = await _take_piece(parts)
     task_status.started()
@@ -238,9 +238,9 @@ async def _take_piece(parts: Parts) -> bool:
 
 
 async def _be_found(parts: Parts, front: Rendezvous, fronts: ExitStack, start: Starter) -> None:
-    """Answer at *front*; where its file was removed, at a new one of the same name, or the server ends.
+    """Answer at *front*. If its file was removed, answer at a new one of the same name, or end the server.
 
-    Clients that are connected notice nothing. *fronts* closes what it listens at.
+    Connected clients notice nothing. *fronts* closes the listeners.
     """
     config = parts.config
     while True:
@@ -265,7 +265,7 @@ async def _admit(parts: Parts, front: Rendezvous, start: Starter) -> None:
     while True:
         try:
             introduction = await front.accept()
-        except Gone as exc:  # it is closed behind this task: a server that nobody can reach would only hold memory
+        except Gone as exc:  # it was closed under this task: a server without clients would only hold memory
             raise Unavailable(f"nobody can connect to {front.address} any more, so the server ends: {exc}") from exc
         peer = rendezvous.receive_hello(parts, introduction)
         if isinstance(peer, Refused):
@@ -293,7 +293,7 @@ def serve(config: Config | None = None, on_ready: Callable[[Server], None] | Non
     """
     try:
         trio.run(_serve, config, on_ready)
-    except ExceptionGroup as group:  # the nursery's wrapping means nothing to who runs a server
+    except ExceptionGroup as group:  # the nursery's wrapping means nothing to an operator
         refused: ConfigError | ExceptionGroup[ConfigError] | None = group.subgroup(ConfigError)
         while isinstance(refused, ExceptionGroup):
             refused = refused.exceptions[0]
@@ -307,7 +307,7 @@ async def _serve(config: Config | None, on_ready: Callable[[Server], None] | Non
     with _ending_signals() as signals:
         async with trio.open_nursery() as watch:
             async with open_server(attrs.evolve(config, grace=_draining(grace))) as server:
-                gc.freeze()  # what is there now stays: no collection need look at it. One before finds 54 of 36,000
+                gc.freeze()  # no collection looks at the objects of now any more. One before this finds 54 of 36,000
                 if on_ready is not None:
                     on_ready(server)
                 began = trio.current_time()
@@ -329,7 +329,7 @@ def _log_start(config: Config, server: Server) -> None:
 
 
 def _take_descriptors() -> None:
-    """Let this process have as many file descriptors as it may; ConfigError where these are too few."""
+    """Let this process have as many file descriptors as it may. ConfigError: these are too few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # where "no limit" is more than the kernel lets any process have
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -344,10 +344,10 @@ def _take_descriptors() -> None:
 
 @contextmanager
 def _ending_signals() -> Iterator["trio.MemoryReceiveChannel[signal.Signals]"]:
-    """The signals that ask this process to end, as they come; a SIGHUP that nohup has set to be ignored stays ignored.
+    """The signals that ask this process to end, as they come. A SIGHUP that nohup has set to be ignored stays ignored.
 
-    After the block they are ignored, so that a late repeat does not change the exit status of a clean end; where the
-    block raises, their former actions return. (Trio's own receiver would raise anew what came and was not read.)
+    After the block they are ignored, so that a late repeat does not change the exit status of a clean end. If the block
+    raises, their former actions return. (Trio's own receiver would raise signals that came and were not read anew.)
     """
     send, receive = trio.open_memory_channel[signal.Signals](math.inf)
     loop = trio.lowlevel.current_trio_token()
@@ -370,12 +370,12 @@ def _ending_signals() -> Iterator["trio.MemoryReceiveChannel[signal.Signals]"]:
 
 
 def _draining(grace: float) -> float:
-    """Seconds of *grace* that copies under way and tiers have: the rest is for the end itself."""
+    """Seconds of *grace* for copies under way and tiers. The rest is for the process's own end."""
     return max(grace - ENDING, grace / 2)
 
 
 async def _end_in_a_hurry(server: Server, signals: "trio.MemoryReceiveChannel[signal.Signals]", grace: float) -> None:
-    """On a second signal, or when something hangs until the grace is over: leave without waiting for anything."""
+    """On a second signal, or if a thread hangs until the grace is over: leave without waiting."""
     signum = signal.SIGTERM
     with trio.move_on_after(max(grace - LAST, ENDING)):
         signum = await _second_signal(signals)
@@ -385,7 +385,7 @@ async def _end_in_a_hurry(server: Server, signals: "trio.MemoryReceiveChannel[si
 
 
 async def _second_signal(signals: "trio.MemoryReceiveChannel[signal.Signals]") -> signal.Signals:
-    """Wait for one of *signals* that does not repeat the first, which came just now."""
+    """Wait for a signal that does not repeat the first, which came just now."""
     repeated_until = trio.current_time() + REPEAT
     while True:
         number = await signals.receive()

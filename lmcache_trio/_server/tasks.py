@@ -1,7 +1,7 @@
 """How the server starts tasks: a `Starter` puts them into one nursery, a `Branch` opens a nursery for a block.
 
-`supervise` makes both, from one `Tasks`, and hands them out; no other part of the server has a nursery. It refuses to
-keep one: a starter is passed to the part that needs it, for as long as its block lasts.
+`supervise` makes both, from one `Tasks`, and hands them out. No other part of the server has a nursery, and no object
+keeps one: a part that starts tasks is passed a starter, for as long as the nursery's block lasts.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,18 +24,18 @@ Branch = Callable[[], AbstractAsyncContextManager[Starter]]
 
 
 class Tasks:
-    """Makes starters, and counts the tasks in their nurseries: a walk through the tree of 2,000 clients takes 20 ms."""
+    """Makes starters, and counts the tasks in their nurseries. (To walk the tree of 2,000 clients takes 20 ms.)"""
 
     def __init__(self) -> None:
         self._nurseries: set[trio.Nursery] = set()
 
     @property
     def running(self) -> int:
-        """Tasks in the nurseries of all starters."""
+        """How many tasks the nurseries of all starters have."""
         return sum(len(nursery.child_tasks) for nursery in self._nurseries)
 
     def starter(self, nursery: trio.Nursery) -> Starter:
-        """Starts tasks in *nursery*."""
+        """The starter of tasks in *nursery*."""
         self._nurseries.add(nursery)
 
         def start(fn: Callable[..., Awaitable[object]], *args: object, name: object = None) -> None:
@@ -45,7 +45,7 @@ class Tasks:
 
     @asynccontextmanager
     async def branch(self) -> AsyncIterator[Starter]:
-        """A nursery of its own for the block, and the starter of its tasks, which are cancelled at the block's end."""
+        """A new nursery for the block, and the starter of its tasks, which are cancelled at the block's end."""
         try:
             async with trio.open_nursery() as nursery:
                 yield self.starter(nursery)

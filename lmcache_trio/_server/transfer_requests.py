@@ -1,7 +1,7 @@
-"""What a worker asks of the device transfer worker, sentence by sentence: checked here, before anything is granted.
+"""The handlers of a worker's requests to the transfer worker. They check a request before the index grants anything.
 
-Like the other handlers these are plain functions that never wait. What they return is the reply; None means that it
-comes later, from the transfer worker.
+Like the other handlers these are plain functions that never wait. They return the reply, or None if it comes later,
+from the transfer worker.
 """
 
 import os
@@ -33,7 +33,7 @@ from lmcache_trio.errors import Misuse, ProtocolError, Unavailable
 __all__ = ["HANDLERS"]
 
 EVENT_BYTES = 64
-"""Of a CUDA IPC event's handle."""
+"""The length of a CUDA IPC event's handle."""
 
 
 def _attach(parts: Parts, peer: Peer, message: Attach) -> Message | None:
@@ -58,7 +58,7 @@ def _attach(parts: Parts, peer: Peer, message: Attach) -> Message | None:
 
 
 def _exported(parts: Parts, message: Attach, descriptors: Sequence[int], layout: Register) -> Export:
-    """What *message* exports, if it is the memory of *layout* and can be opened now."""
+    """The export of *message*, if it is the memory of *layout* and can be opened now."""
     transfer = _transfer(parts)
     try:
         export = decode_export(message.export, descriptors)
@@ -121,7 +121,7 @@ def _withdraw(parts: Parts, peer: Peer, message: Withdraw) -> None:
 
 
 def _let_go(parts: Parts, peer: Peer, message: LetGo) -> Message | None:
-    """End what is left of that client's connection first: what it still had to say is not listened to any more."""
+    """End the old connection of that client first: a message still under way on it must not begin a copy."""
     for other in [c for c in parts.peers if c.hello.token == message.token and c is not peer]:
         if not other.is_process(peer.peer_pid, peer.pidfd):
             raise Misuse("LetGo speaks for another process' client")
@@ -136,7 +136,7 @@ def _transfer(parts: Parts) -> TransferWorker:
 
 
 def _check_slots(parts: Parts, engine: Engine, peer: Peer, attachment: Attachment) -> None:
-    """A copy between a slot and a chunk's blocks must fill both exactly, whoever said how long they are."""
+    """A copy between a slot and a chunk's blocks must fill both exactly. Misuse: their lengths differ."""
     lengths = parts.index.shard_bytes(engine.namespace)
     if lengths and lengths[peer.hello.shard] != attachment.chunk_blocks * attachment.attached.export.block_bytes:
         raise Misuse(

@@ -35,7 +35,7 @@ def test_a_backends_own_setting_is_named_under_its_table() -> None:
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [("os:nothing", "cannot be imported"), ("no_such_module:X", "cannot be imported"), ("os:sep", "is no class")],
+    [("os:nothing", "cannot be imported"), ("no_such_module:X", "cannot be imported"), ("os:sep", "is not a class")],
 )
 def test_an_entry_point_that_leads_nowhere_is_named(monkeypatch: pytest.MonkeyPatch, value: str, words: str) -> None:
     point = importlib.metadata.EntryPoint("mine", value, "lmcache_trio.memory")
@@ -47,7 +47,7 @@ def test_an_entry_point_that_leads_nowhere_is_named(monkeypatch: pytest.MonkeyPa
 def test_a_class_that_is_no_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     point = importlib.metadata.EntryPoint("mine", "pathlib:Path", "lmcache_trio.memory")
     monkeypatch.setattr("lmcache_trio._server.plugins.entry_points", lambda group: [point])
-    with pytest.raises(ConfigError, match="which is no Memory"):
+    with pytest.raises(ConfigError, match="which is not a Memory"):
         make_memory({"backend": "mine"})
 
 

@@ -48,7 +48,7 @@ async def test_two_runs_of_a_server_have_two_boot_ids(rigs: Opener) -> None:
         ({"shard": 2, "shards": 2}, ErrorKind.MISUSE, "count from 0"),
     ],
 )
-async def test_a_hello_out_of_order_is_refused_with_one_sentence(
+async def test_a_hello_out_of_order_is_refused_with_the_reason(
     rig: Rig, changes: dict[str, Any], kind: ErrorKind, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     reply = await _say(rig, **changes)

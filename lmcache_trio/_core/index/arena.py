@@ -1,7 +1,7 @@
 """The arena's allocator: best fit over coalesced holes, on 4 KiB boundaries.
 
 It knows offsets and lengths alone: no file, no bytes, no chunks. Size classes were the other choice, but classes
-calcify: with two chunk sizes, a class that owns all slabs starves the other. The distinct lengths of holes, which are
+calcify: with two chunk sizes, a class that owns all memory starves the other. The distinct lengths of holes, which are
 few as chunk sizes are few, stand in a sorted list, so a call costs one bisection.
 
 A range that is given back must be exactly a range that was handed out.

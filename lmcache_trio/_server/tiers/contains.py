@@ -1,6 +1,6 @@
-"""Asks one tier which chunks it has: one `contains` at a time, which answers all questions that came meanwhile.
+"""Asks one tier which chunks it has. One `contains` at a time answers all questions that came meanwhile.
 
-So a slow tier gets fewer and larger calls, and a tier that hangs holds up one call, however many lookups wait.
+So a slow tier gets fewer and larger calls, and a tier that hangs holds up a single call.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +16,12 @@ from lmcache_trio.errors import Unavailable
 __all__ = ["ContainsBatcher", "Question"]
 
 MOST_KEYS = 16_384
-"""Keys in one call, or those of one question if it has more."""
+"""Keys in one call. A question with more gets a call alone."""
 
 
 @attrs.define(eq=False)
 class Question:
-    """*found* is None until it is known; *wake* is called then."""
+    """One lookup's question. *found* is None until the answer, which calls *wake*."""
 
     namespace: bytes
     digests: Sequence[bytes]
@@ -40,7 +40,7 @@ class ContainsBatcher:
     def __init__(self, calls: GuardedCalls, tier: Tier) -> None:
         self._calls = calls
         self._tier = tier
-        self._pending: dict[Question, None] = {}  # in order; dicts, because any may be withdrawn
+        self._pending: dict[Question, None] = {}  # in order; a dict, because any may be withdrawn
         self._under_way: dict[Question, None] = {}
         self._asked = trio.Event()
         calls.when_fenced.append(self.give_up)
@@ -62,7 +62,7 @@ class ContainsBatcher:
         self._under_way.pop(question, None)
 
     def give_up(self, namespace: bytes | None = None) -> None:
-        """Answer with no all questions of *namespace*, or all there are."""
+        """Answer all questions, or those of *namespace*, with no."""
         for question in [*self._pending, *self._under_way]:
             if namespace is None or question.namespace == namespace:
                 self.withdraw(question)

@@ -1,7 +1,7 @@
-"""Loads from one tier into memory: each load is one task in the tier's branch, however many lookups want its chunk.
+"""Loads from one tier into memory. Each load is one task in the tier's branch, for all lookups that want its chunk.
 
-`_core.tiers.loads` decides which load begins next and which is not wanted any more. A slot belongs to its load until
-the tier's call has returned, which a thread that hangs may never do; only then is the slot committed or aborted.
+`_core.tiers.loads` decides which load begins next and which is not wanted any more. A load owns its slot until the
+tier's call has returned, which may never come if a thread hangs. Only then is the slot committed or aborted.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from lmcache_trio.errors import Gone, Unavailable
 __all__ = ["MOST", "TierLoader"]
 
 MOST = 64
-"""Loads in flight, however small: tasks and threads of a tier that is stalled."""
+"""Loads in flight, for each of which a stalled tier keeps a task and a thread."""
 
 
 class TierLoader:
     """Carries out *loads*, one tier's. A chunk that was loaded is offered to the *others*: the other tiers' writers.
 
-    *every* has the loads of all tiers, these included: they share the room that leases leave.
+    *every* has the loads of all tiers, these included, because all share the room that leases leave.
     """
 
     def __init__(  # noqa: PLR0913 each is a part that it works with
@@ -63,7 +63,7 @@ class TierLoader:
         calls.when_fenced.append(self.give_up)
 
     def want(self, key: ChunkKey, parent: bytes, deadline: float, wisher: Wisher) -> TierLoad:
-        """See `Loads.want`; a LANDED chunk is held for as long as it is wanted."""
+        """As `Loads.want`. A LANDED chunk is held for as long as it is wanted."""
         wanted = self.loads.want(key, parent, sum(self._index.shard_bytes(key.namespace)), deadline, wisher)
         if not self._calls.open:
             self.give_up()
@@ -88,7 +88,8 @@ class TierLoader:
             await self._stirred.wait()
             self._stirred = trio.Event()
             while (load := self.loads.next()) is not None:
-                reservation = self._reserve(load)  # here: slots follow the chain's order, and tasks start in any
+                # Not in the load's own task: tasks start in any order, and slots follow the chain's.
+                reservation = self._reserve(load)
                 if reservation is None:
                     self._settle(load, None, False)
                 else:
@@ -101,7 +102,7 @@ class TierLoader:
             with scope:
                 filled = await self._fill(load, reservation)
         except Unavailable:
-            pass  # it fenced the tier, and all wishers are told
+            pass  # the call fenced the tier, which tells all wishers
         finally:
             self._settle(load, reservation, filled)
 
@@ -128,12 +129,12 @@ class TierLoader:
         return bool(hit)
 
     def _settle(self, load: TierLoad, reservation: Reservation | None, filled: bool) -> None:
-        """The call of *load* has returned. Synchronous: no other task runs in between."""
+        """The call of *load* has returned, or was not made. Synchronous, so no other task runs in between."""
         self._scopes.pop(load, None)
         if reservation is not None and not filled:
             self._index.abort(reservation.id, SERVER)
         if reservation is not None and filled:
-            with suppress(Gone):  # a reset came between, or its time was up
+            with suppress(Gone):  # a reset or its timeout came first
                 keys = self._index.commit(reservation.id, SERVER)
                 self.bytes_loaded += load.size
                 for writer in self._others:

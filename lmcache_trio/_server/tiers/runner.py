@@ -5,10 +5,10 @@
     |- loader     loads chunks from it into memory, one task per load
     `- writer     writes chunks back to it and deletes namespaces, one call at a time
 
-A tier is opened in the background, and used while its fence is open. A failure cancels the three branches, closes the
-tier and answers every question and load. After a while the tier is opened again and asked for a chunk that no engine
-has, and the deletions that it owes are carried out; then it serves. A call that hangs in a thread keeps only its own
-tier fenced, until it returns.
+A tier is opened in the background, and used while its fence is open. A failure answers every question and load, ends
+the three branches and closes the tier. After a while the tier is opened again and asked for a chunk that no engine has,
+and the deletions that it owes are carried out. Then it serves. A call that hangs in a thread keeps only its own tier
+fenced, until it returns.
 """
 
 import trio
@@ -31,7 +31,7 @@ ABSENT = ChunkKey(bytes(DIGEST_BYTES), bytes(DIGEST_BYTES))
 
 
 class TierRunner:
-    """Runs one tier. `opened`: it has served for the first time, or failed to; `settled`: its `open` has."""
+    """Runs one tier. `settled`: its first `open` has returned or failed. `opened`: it has served, or failed to."""
 
     def __init__(self, tier: Tier, calls: GuardedCalls, loader: TierLoader, writer: TierWriter) -> None:
         self.name = calls.name
@@ -43,10 +43,10 @@ class TierRunner:
         self.opened = trio.Event()
         self.settled = trio.Event()
         self.refusal: ConfigError | None = None
-        """The setting for which the tier cannot be opened at all."""
+        """The wrong setting that keeps the tier from opening at all."""
 
     async def run(self, branch: Branch) -> None:
-        """Run the tier, until cancelled. ConfigError: its first opening refused a setting."""
+        """Run the tier until cancelled. ConfigError: its first opening refused a setting."""
         while True:
             try:
                 await self._live(branch)
@@ -85,7 +85,7 @@ class TierRunner:
                 await self.calls.watch()
 
     def forget(self, namespace: bytes) -> Deletion:
-        """Serve nothing of *namespace* from now on: its questions are answered with no, and its loads have missed."""
+        """Serve no chunk of *namespace* from before: its questions are answered with no, and its loads have missed."""
         deletion = self.writer.forget(namespace)
         self.contains.give_up(namespace)
         self.loader.give_up(namespace)

@@ -26,9 +26,9 @@ __all__ = ["FIRST_OPENING", "Tiers", "make_tiers"]
 log = logging.getLogger("lmcache_trio.server")
 
 FIRST_OPENING = 0.3
-"""Seconds that a start gives its tiers to open, beside its other work: most do, and a wrong setting is then told at
-once. A slower tier opens in the background; a server is ready in under a second, whatever its tiers. A `LocalTier` is
-waited for without a limit: there, a setting that is wrong must be told before, on any machine."""
+"""Seconds that a start gives its tiers to open, beside its other work. Most tiers do, so a wrong setting ends the start
+at once. A slower tier opens in the background: a server is ready in under a second with any tiers. For a `LocalTier`
+the start waits without a limit, so that its wrong settings end the start on any machine."""
 
 
 def make_tiers(config: Config) -> list[Tier]:
@@ -62,7 +62,7 @@ class Tiers:
 
     @property
     def refusal(self) -> ConfigError | None:
-        """The setting for which a tier could not be opened, if there is one."""
+        """The wrong setting that kept a tier from opening, if there is one."""
         return next((runner.refusal for runner in self.runners if runner.refusal is not None), None)
 
     def open(self, start: Starter, branch: Branch) -> None:
@@ -72,8 +72,8 @@ class Tiers:
             start(runner.run, branch)
 
     async def wait_opened(self) -> None:
-        """Wait until each tier is open or has failed to open, or `FIRST_OPENING` is over, and in any case until each
-        `LocalTier` was opened or could not be. Raises `refusal`.
+        """Wait until each tier is open or has failed to open, or `FIRST_OPENING` is over. In any case, wait until each
+        `LocalTier` is open or has failed to open. Raises `refusal`.
         """
         with trio.move_on_at(self._opened_by):
             for runner in self.runners:
@@ -85,15 +85,15 @@ class Tiers:
                 if patience.cancelled_caught:
                     log.warning("the start waits for the tier %s, which is not open yet: it may hang", runner.name)
                     await runner.settled.wait()
-        if self.refusal is not None:  # its task ends the server too, but this one may run on before that
+        if self.refusal is not None:  # its runner's task ends the server too, maybe later than this one
             raise self.refusal
 
     def forget(self, namespace: bytes) -> list[Deletion]:
-        """Serve nothing of *namespace* any more. Returns the deletions, which the runners carry out."""
+        """Serve no chunk of *namespace* from before. Returns the deletions, which the runners carry out."""
         return [runner.forget(namespace) for runner in self.runners]
 
     async def wait_idle(self) -> None:
-        """Wait until every tier has written what it was offered, or is fenced."""
+        """Wait until every tier has written all offered chunks, or is fenced."""
         for writer in self.writers:
             await writer.wait_idle()
 

@@ -1,12 +1,12 @@
-"""Whose KV is open in the device: which memory belongs to which worker, from Attach until no copy of it runs.
+"""Attachments: the workers' KV that is open in the device, from Attach until no copy of it runs.
 
     Attach --opened--> attached --lost / registered or attached anew--> over --last copy ended--> detached
-       |                   `--the end of a copy is not known--> fenced (nothing more is taken) --the same--> over
-       `--refused, or overtaken by what came meanwhile--> an ErrorReply
+       |                   `--the end of a copy is not known--> fenced (no more requests) --the same--> over
+       `--refused, or registered or attached anew meanwhile--> an ErrorReply
 
 If a worker registers again while its memory is being opened, the opening is cancelled, because the layout has changed.
-The loss of the client cancels it too, so that other openings need not wait. Fenced memory is never let go, since a copy
-may still run there.
+The loss of the client cancels it too, so that other openings need not wait. Fenced memory is never detached, since a
+copy may still run there.
 """
 
 import itertools
@@ -37,18 +37,18 @@ MAX_WORKS = 1024
 
 
 class Registry(Protocol):
-    """The registered layouts: told what becomes of the memory behind one."""
+    """The registered layouts. It is told when the memory behind one is open, or fenced."""
 
     def attached(self, peer: Peer) -> None:
         """The memory of *peer* is open. Misuse: its layout cannot count."""
 
     def fenced(self, peer: Peer) -> None:
-        """Nothing more is moved for *peer*."""
+        """The device moves nothing more for *peer*."""
 
 
 @attrs.define(eq=False)
 class Work:
-    """One request. *grant* is its reservation or pin; *blocks* has `chunk_blocks` entries a slot."""
+    """One request. *grant* is the id of its reservation or pin. *blocks* has `chunk_blocks` entries per slot."""
 
     number: int
     grant: bytes
@@ -69,13 +69,13 @@ class Attachment:
     reader: int
     registry: Registry
     works: dict[int, Transfer] = attrs.field(factory=dict)
-    """What is under way, by the number of its request."""
+    """The transfers under way, by the number of their request."""
     fenced: str = ""
-    """Why nothing more is taken, if so."""
+    """The reason why no more requests are taken; "" while they are."""
 
 
 class Attachments:
-    """All of them. *over* is told of one that ends; `settle` lets go of it when nothing of it runs any more."""
+    """All attachments. *over* is told of one that is over; `settle` detaches it when no transfer of it is left."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Attachments:
         return len(self._open) + len(self._ending)
 
     def attach(self, peer: Peer, number: int, export: Export, chunk_blocks: int, registry: Registry) -> None:
-        """Open *export*, which takes its time; when that is known, the reply is sent and its descriptors are closed."""
+        """Open *export* in a task, which then sends the reply and closes the export's descriptors."""
         self.lose(peer)
         self._opening[peer.number] = scope = trio.CancelScope()
         self.unanswered[peer.number] += 1
@@ -141,7 +141,7 @@ class Attachments:
         peer.send(reply)
         if peer.number in self._open and latest:
             try:
-                registry.attached(peer)  # behind the reply, so that nothing is offered before the worker is ready
+                registry.attached(peer)  # after the reply, so no chunk is offered before the worker is ready
             except Misuse as exc:
                 log.warning("the layout of %s does not count: %s", peer, exc)
                 self.lose(peer)
@@ -154,14 +154,14 @@ class Attachments:
             log.info("the memory of %s cannot be opened: %s", peer, exc)
             kind = ErrorKind.MISUSE if isinstance(exc, Misuse) else ErrorKind.UNAVAILABLE
             return None, ErrorReply(number, kind, str(exc)[:4000])
-        except Exception as exc:  # a bug of the device's: told to everyone whom it may concern, and contained
+        except Exception as exc:  # a bug in the device: contained here, and answered
             self._counts.events["device_bugs"] += 1
             log.exception("bug in the device: the memory of %s was not opened", peer)
             why = f"internal error of the device: {exc!r}"
             return None, ErrorReply(number, ErrorKind.UNAVAILABLE, why[:4000])
 
     def of(self, peer: Peer) -> Attachment:
-        """The attachment of *peer*, which may be asked to move one thing more."""
+        """The attachment of *peer*, for one request more."""
         found = self._open.get(peer.number)
         if found is None or peer.lost:
             raise Misuse(f"{peer} has no memory attached: say Attach, and wait for its reply")
@@ -180,19 +180,19 @@ class Attachments:
         return next((found.peer for found in self._open.values() if found.writer == writer), None)
 
     def lose(self, peer: Peer) -> None:
-        """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
+        """The connection is gone, or its layout has changed: no copy for *peer* begins any more. Idempotent."""
         opening = self._opening.pop(peer.number, None)
         if opening is not None:
             opening.cancel()
         attachment = self._open.pop(peer.number, None)
         if attachment is not None:
             self._ending.add(attachment)
-            self._index.lose_worker(attachment.writer)  # nothing is published; the slots stay quarantined
+            self._index.lose_worker(attachment.writer)  # its stores are not published; slots stay in quarantine
             self._over(attachment)
             self.settle(attachment)
 
     def settle(self, attachment: Attachment) -> None:
-        """Let go of it, if it is over and nothing of it runs any more."""
+        """Detach *attachment* if it is over and no transfer of it is left."""
         if attachment in self._ending and not attachment.works:
             self._ending.remove(attachment)
             self._detach(attachment.attached)
@@ -200,6 +200,6 @@ class Attachments:
     def _detach(self, attached: Attached) -> None:
         try:
             self._device.detach(attached)
-        except Exception:  # an engine's memory stays open, and nothing else comes of it
+        except Exception:  # an engine's memory stays open, and all else goes on
             self._counts.events["device_bugs"] += 1
             log.exception("bug in the device: it did not let go of an engine's memory")

@@ -1,7 +1,7 @@
-"""Waits for what an engine's GPU has still to do, before the copy that must follow it is queued.
+"""Waits for the events of engines' GPUs, each before the transfer that must follow it is queued.
 
 An event that never happens keeps only its own transfer waiting. Each wait has a task of its own, which ends with the
-transfer. This starts no task: `supervise` gives it `start`.
+transfer. `supervise` passes the starter of these tasks.
 """
 
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger("lmcache_trio.server")
 
 
 class CopyEvents:
-    """All that are waited for. *happened* is told which transfer may be copied now, *failed* which one never may."""
+    """The events that are waited for. *happened* is told which transfer may be copied now, *failed* which never may."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class CopyEvents:
         self._start(self._see, device, attachment, event, transfer, scope, name="event")
 
     def over(self, transfer: Transfer) -> None:
-        """Nothing is waited for on behalf of *transfer* any more."""
+        """*transfer* waits for its event no more. Idempotent."""
         scope = self._waits.pop(transfer, None)
         if scope is not None:
             scope.cancel()
@@ -52,7 +52,7 @@ class CopyEvents:
     async def _see(
         self, device: EventDevice, attachment: Attachment, event: bytes, transfer: Transfer, scope: trio.CancelScope
     ) -> None:
-        if scope.cancel_called:  # its memory may be closed by now
+        if scope.cancel_called:  # the memory may be closed by now
             return
         tell = self._failed
         with scope:

@@ -1,19 +1,18 @@
 """The device transfer worker: moves the KV of engines that exported it, so that they need not.
 
-A request owns what the index gave it under names of its own (not its client's), until the device says that its copy has
-ended: its engine may have died, its session ended, its namespace been reset; slots and engine memory stay as they are
-until then. What a copy was good for is decided after it: the index publishes nothing of a reservation that was aborted
-meanwhile. What has not begun by then is not begun. The reply is what gives the engine its blocks back.
+A request owns its grant, under a name of its own in the index and not its client's, until the device says that the copy
+has ended. Its engine may have died by then, its session ended, its namespace been reset: slots and engine memory stay
+as they are. The worth of a copy is decided after it: the index publishes no chunk of a reservation that was aborted
+meanwhile. A transfer that would be copied in vain is not begun. The reply gives the engine its blocks back.
 
     StoreBlocks     reserve --> its event --> queue --> device --> commit --> Stored
     RetrieveBlocks  pin     --> its event --> queue --> device --> unpin  --> Retrieved
 
-A transfer whose event has not happened stands in no queue: an engine that is stopped keeps no other from the device.
+A transfer whose event has not happened stands in no queue, so a stopped engine keeps no other from the device.
 
-`_core.transfer.transfers` decides which copies run when; `attachments` has the memory that is open, `events` the waits
-for a GPU. A bug in the device ends neither this worker nor the server: where the end of a copy cannot be told, the copy
-keeps its slots, its blocks and its engine's memory for good, and no reply says otherwise. This starts no task:
-`supervise` gives it `start`.
+`_core.transfer.transfers` decides which copies run when, `attachments` has the open memory, `events` the waits for a
+GPU. A bug in the device ends neither this worker nor the server. If nobody can tell when a copy ends, it keeps its
+slots, its blocks and its engine's memory for good, and gets no reply. `supervise` passes the starter of all tasks.
 """
 
 import itertools
@@ -64,18 +63,18 @@ class TransferWorker:
         self.attachments = Attachments(device, index, numbers, start, counts, self._abort_all)
         self._work: dict[Transfer, tuple[Attachment, Work]] = {}
         self._events = CopyEvents(start, counts, happened=self._allow, failed=self._abort)
-        self._moving: Counter[bytes] = Counter()  # works by their client's token
+        self._moving: Counter[bytes] = Counter()  # requests under way, by their client's token
         self._asking: list[tuple[bytes, Peer, int]] = []  # LetGo questions
         self._wake = trio.Event()
         self._growing = False
         self._grew = False
         self.takes_events = isinstance(device, EventDevice)
-        """Can the device wait for what an engine's GPU has still to write? Else it must get no memory of a GPU."""
+        """Whether the device can wait for an event of an engine's GPU. If not, no GPU's memory is attached."""
 
     # --- the tasks --------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Start copies as they come and as there is room."""
+        """Start copies as there is room for them."""
         while True:
             self._drop_pointless()
             while (batch := self._queue.next()) is not None:
@@ -85,7 +84,7 @@ class TransferWorker:
             await self._wake.wait()
 
     def _drop_pointless(self) -> None:
-        """Abort what comes next and would be copied in vain: nothing of it would be published, or be valid."""
+        """Abort the next transfers if they would be in vain: stores that publish nothing, loads that are not valid."""
         while pointless := [transfer for transfer in self._queue.coming() if self._is_pointless(transfer)]:
             for transfer in pointless:
                 self._abort(transfer)
@@ -100,7 +99,7 @@ class TransferWorker:
         except LMCacheTrioError as exc:
             log.warning("the device took no copy: %s", exc)
             self._ended(batch, failed=True)
-        except Exception:  # by its contract nothing was begun
+        except Exception:  # by the contract no copy was begun
             self._counts.events["device_bugs"] += 1
             log.exception("bug in the device: it took no copy")
             self._ended(batch, failed=True)
@@ -108,7 +107,7 @@ class TransferWorker:
             self._start_task(self._see_end, batch, ticket, name="copy")
 
     async def _see_end(self, batch: Batch, ticket: Ticket) -> None:
-        """Shielded: what a copy owns is not given back before it has ended, whoever gives up waiting."""
+        """Wait for the end of *batch*. Shielded: a copy keeps all that it owns until it has ended."""
         failed = False
         with trio.CancelScope(shield=True):
             try:
@@ -116,7 +115,7 @@ class TransferWorker:
             except Unavailable as exc:
                 failed = True
                 log.warning("%s", exc)
-            except Exception:  # nobody knows whether the copy has ended
+            except Exception:  # the copy may still run
                 self._counts.events["device_bugs"] += 1
                 log.exception("bug in the device: a copy's slots, and its engine's memory, are not used again")
                 self._lost(batch)
@@ -135,7 +134,7 @@ class TransferWorker:
     # --- the arena --------------------------------------------------------------------------------------------------
 
     def arena_grew(self) -> None:
-        """Tell the device, if it wants to know, once for all growth of a while."""
+        """Tell the device of the arena's growth, if it has a use for it; once for several pieces."""
         if isinstance(self._device, ArenaDevice) and len(self.attachments):
             self._grew = True
             if not self._growing:
@@ -144,7 +143,7 @@ class TransferWorker:
 
     async def _tell_growth(self, device: ArenaDevice) -> None:
         try:
-            while self._grew:  # also by what grew while it was told
+            while self._grew:  # also while the device was told
                 self._grew = False
                 await device.arena_grew()
         except LMCacheTrioError as exc:
@@ -177,25 +176,25 @@ class TransferWorker:
         self._wake.set()
 
     def lose(self, peer: Peer) -> None:
-        """The connection is gone, or its layout is another now: nothing of it begins any more. Idempotent."""
+        """The connection is gone, or its layout has changed: no copy for *peer* begins any more. Idempotent."""
         self.attachments.lose(peer)
         self._asking = [asked for asked in self._asking if not asked[1].lost]
 
     def end_grants(self, peer: Peer) -> None:
-        """The layout of the client's engine is another: nothing that was asked under the former begins any more."""
+        """The grants of the client's engine have ended: no request of before begins any more."""
         attachment = self.attachments.find(peer)
         if attachment is not None:
             self._index.lose_worker(attachment.writer)
             self._abort_all(attachment)
 
     def withdraw(self, peer: Peer, number: int) -> None:
-        """Request *number* is not wanted any more; one that is not there has been answered already."""
+        """Request *number* is not wanted any more. It may have been answered already."""
         attachment = self.attachments.find(peer)
         if attachment is not None and number in attachment.works:
             self._abort(attachment.works[number])
 
     def let_go(self, asker: Peer, number: int, token: bytes) -> Message | None:
-        """Ack now, or later, once no copy for the client with *token* runs."""
+        """Ack now; or None, and an Ack later, once no copy for the client with *token* runs."""
         if self._moving[token]:
             self._asking.append((token, asker, number))
             return None
@@ -218,7 +217,7 @@ class TransferWorker:
         self._wake.set()
 
     def _lost(self, batch: Batch) -> None:
-        """Nobody can tell when *batch* ends: nothing more is moved for its engine, and all others go on."""
+        """The end of *batch* cannot be told: nothing more is moved for its worker, and all others go on."""
         attachment = self._work[batch.parts[0].transfer][0]
         attachment.fenced = "the device lost sight of a copy of this memory: nothing more is moved for this worker"
         self._queue.lost(batch)
@@ -226,7 +225,7 @@ class TransferWorker:
         attachment.registry.fenced(attachment.peer)
 
     def _finish(self, transfer: Transfer) -> None:
-        """No copy of it runs: give back what it owned, and say what came of it."""
+        """No copy of *transfer* runs any more: give back all that it owned, and reply."""
         attachment, work = self._work.pop(transfer)
         del attachment.works[work.number]
         self._events.over(transfer)
@@ -245,7 +244,7 @@ class TransferWorker:
 
     def _stored(self, attachment: Attachment, work: Work, *, succeeded: bool) -> Stored:
         index, count = self._index, len(work.slots)
-        kept = index.would_keep(work.grant)  # not what was aborted, whatever becomes of its copy
+        kept = index.would_keep(work.grant)  # without the chunks that were aborted, though their copy ran
         if not succeeded or not kept:
             index.abort(work.grant, attachment.writer)
             work.dropped["failed" if kept else "aborted"] = count
@@ -258,7 +257,7 @@ class TransferWorker:
         return Stored(work.number, kept, len(keys), work.dropped)
 
     def _answer_asking(self, token: bytes) -> None:
-        """One thing less is moved for the client with *token*."""
+        """One request less is under way for the client with *token*. Answer its LetGo questions if it was the last."""
         self._moving[token] -= 1
         if not self._moving[token]:
             del self._moving[token]
@@ -270,10 +269,10 @@ class TransferWorker:
 
     @property
     def busy(self) -> bool:
-        """Does a copy run, or wait to?"""
+        """Whether a copy runs, or waits to."""
         return bool(self._work)
 
     def statistics(self) -> TransfersHeld:
-        """What is held now."""
+        """The figures of now."""
         attaching = self.attachments.unanswered.total()
         return TransfersHeld(self._queue.statistics(), attached=len(self.attachments), attaching=attaching)
