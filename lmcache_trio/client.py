@@ -24,7 +24,7 @@ from lmcache_trio._transport import Connection, dial_pair, introduce, wait_liste
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._transport.conversation import Conversation, Reply, expect
 from lmcache_trio._transport.socket_files import NotToBeUsed
-from lmcache_trio._wire.codec import OFFSETS, POSITIONS, decode, encode
+from lmcache_trio._wire.codec import POSITIONS, decode, encode
 from lmcache_trio._wire.messages import (
     MAX_RESERVED,
     PROTOCOL_VERSION,
@@ -330,8 +330,7 @@ class Client(Conversation):
 
         `Unavailable`: there is no arena. `ProtocolError`: one lies outside of it.
         """
-        arena = self._mapped()
-        return [arena.view(offset, named.slot_bytes) for offset in OFFSETS.unpack(named.offsets)]
+        return self._mapped().slots(named)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

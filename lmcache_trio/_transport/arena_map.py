@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import trio
 
+from lmcache_trio._wire.codec import OFFSETS
+from lmcache_trio._wire.messages import Pinned, Reserved
 from lmcache_trio.errors import ProtocolError, Unavailable
 from lmcache_trio.host_memory import enter_pages
 from lmcache_trio.threads import offload
@@ -60,6 +62,12 @@ class ArenaMap:
         self.size = size
         self.populated = 0
         """Leading bytes whose pages are in this process' tables already."""
+
+    def slots(self, named: Reserved | Pinned) -> list[memoryview]:
+        """The slots that *named* names, in its order, each just as long as the server said. `ProtocolError` as `view`.
+        Any thread may call this.
+        """
+        return [self.view(offset, named.slot_bytes) for offset in OFFSETS.unpack(named.offsets)]
 
     def view(self, offset: int, length: int) -> memoryview:
         """The *length* bytes of a slot that the server named. `ProtocolError` if they lie outside of the arena."""

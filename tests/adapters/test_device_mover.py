@@ -40,6 +40,7 @@ class Server:
     """The server as a client object shows it: what was asked, and when; the test replies."""
 
     boot = b"b" * 16
+    arena = object()
     lost = False
     chunk_tokens = 64
 
@@ -75,9 +76,9 @@ class World:
 
     def __init__(self) -> None:
         hello = Hello(PROTOCOL_VERSION, "worker", b"t" * 16, Role.WORKER, "engine", 0, 1)
-        self.jobs = Jobs()
         registered = RegisteredKV(latest=KV, known=KV, chunk_tokens=64)
-        self.mover = DeviceMover("memory://nowhere", hello, self.jobs, registered, TIMEOUT)
+        self.mover = DeviceMover("memory://nowhere", hello, registered, TIMEOUT)
+        self.jobs = Jobs(self.mover)
 
     def store(self, fence: Any = None) -> StoreJob:
         spec = StoreSpec("r", 1, b"", b"d" * 32, (0, 1), chunk_tokens=64)
@@ -90,13 +91,6 @@ class World:
         job = LoadJob(spec, np.arange(2), kv=KV, fence=fence, reported=True)
         self.jobs.begin(job)
         return job
-
-    async def move(self, server: Any, job: StoreJob | LoadJob) -> None:
-        with self.jobs.contained(job):
-            if isinstance(job, StoreJob):
-                await self.mover.store(server, job)
-            else:
-                await self.mover.load(server, job)
 
 
 @pytest.fixture
@@ -111,7 +105,7 @@ async def test_a_request_is_late_when_nothing_comes_of_any_not_when_it_waits_beh
     copied: list[int] = []
 
     async def one(job: StoreJob) -> None:
-        await world.move(server, job)
+        await world.jobs.run(server, job)
         copied.append(world.jobs.statistics()["stored_chunks"])  # by then, over all of them
 
     async with trio.open_nursery() as nursery:
@@ -156,7 +150,7 @@ async def test_what_a_living_server_says_nothing_of_is_waited_for_without_end_an
     over = trio.Event()
 
     async def move() -> None:
-        await world.move(server, world.store() if what == "store" else world.load())
+        await world.jobs.run(server, world.store() if what == "store" else world.load())
         over.set()
 
     try:
@@ -185,8 +179,8 @@ async def test_what_a_living_server_says_nothing_of_is_waited_for_without_end_an
 async def test_what_the_engine_submitted_goes_before_its_copies(world: World) -> None:
     server: Any = Server()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(world.move, server, world.store(Fence()))
-        nursery.start_soon(world.move, server, world.load(Fence()))
+        nursery.start_soon(world.jobs.run, server, world.store(Fence()))
+        nursery.start_soon(world.jobs.run, server, world.load(Fence()))
         await trio.testing.wait_all_tasks_blocked()
         kinds = {type(message): message for message in server.said}
         assert kinds[StoreBlocks].event == kinds[RetrieveBlocks].event == b"e" * 64

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmcache_trio.adapters.specs import LoadSpec
-from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob
+from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, Moved
 from lmcache_trio.threads import Handoff
 
 
@@ -44,9 +44,9 @@ def test_a_retrieve_that_ended_and_is_not_reported_yet_keeps_nobody_waiting(
     handoffs: Callable[[type[Any]], None],
 ) -> None:
     handoffs(NeverWaited)
-    jobs = Jobs()
+    jobs = Jobs(None)
     a, _ = load(jobs, "a"), load(jobs, "b")
-    jobs.loaded(a)
+    jobs.end(a, Moved(1))
     jobs.wait_retrieve(60)
     assert jobs.take_finished() == (set(), {"a"})
 
@@ -56,14 +56,14 @@ def test_whichever_retrieve_ends_first_ends_the_wait_each_time(
     handoffs: Callable[[type[Any]], None], which: int
 ) -> None:
     handoffs(Meanwhile)
-    jobs = Jobs()
+    jobs = Jobs(None)
     under_way = [load(jobs, name) for name in "abc"]
     for number in (which, (which + 1) % 3):
-        Meanwhile.happens.append(partial(jobs.loaded, under_way[number]))
+        Meanwhile.happens.append(partial(jobs.end, under_way[number], Moved(1)))
         jobs.wait_retrieve(60)
         assert jobs.take_finished() == (set(), {"abc"[number]})
 
 
 def test_with_no_retrieve_under_way_nobody_waits(handoffs: Callable[[type[Any]], None]) -> None:
     handoffs(NeverWaited)
-    Jobs().wait_retrieve(60)
+    Jobs(None).wait_retrieve(60)

@@ -19,6 +19,7 @@ TIMEOUT = 5.0
 class Server:
     """It drops every store, and takes *seconds* for each reply."""
 
+    arena = object()
     chunk_tokens = 64
 
     def __init__(self, seconds: float) -> None:
@@ -37,20 +38,15 @@ class Server:
 
 async def store(count: int, seconds: float) -> dict[str, int]:
     """What became of *count* stores that were submitted at one time."""
-    jobs, server = Jobs(), Server(seconds)
-    client: Any = server
-    mover = ShmMover("test", jobs, RegisteredKV(latest=KV, known=KV, chunk_tokens=64), TIMEOUT)
-
-    async def run(job: StoreJob) -> None:
-        with jobs.contained(job):
-            await mover.store(client, job)
-
+    client: Any = Server(seconds)
+    mover = ShmMover("test", RegisteredKV(latest=KV, known=KV, chunk_tokens=64), TIMEOUT)
+    jobs = Jobs(mover)
     async with trio.open_nursery() as nursery:
         for _ in range(count):
             spec = StoreSpec("r", 1, b"", b"d" * 32, (0, 1), chunk_tokens=64)
             job = StoreJob(spec, np.arange(2), kv=KV, fence=None, reported=True)
             jobs.begin(job)
-            nursery.start_soon(run, job)
+            nursery.start_soon(jobs.run, client, job)
     mover.close()
     return jobs.statistics()
 

@@ -21,7 +21,7 @@ from lmcache_trio._wire.messages import MAX_DIGESTS, MAX_RESERVED, PROTOCOL_VERS
 from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
 from lmcache_trio.adapters.worker.device_mover import ATTACH_TIMEOUT, DeviceMover
-from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, Mover, RegisteredKV, StoreJob, reply_within, wait_for
+from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, RegisteredKV, StoreJob, reply_within, wait_for
 from lmcache_trio.adapters.worker.shm_mover import Probe, ShmMover, no_probe
 from lmcache_trio.client import Client, sentence
 from lmcache_trio.config import format_size
@@ -95,15 +95,13 @@ class WorkerAdapter:
             Hello, PROTOCOL_VERSION, f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards
         )
         self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None, server_uids=server_uids)
-        self._jobs = Jobs()
         self._registered = RegisteredKV(chunk_tokens=chunk_tokens or 0)
-        self._shm = ShmMover(f"lmcache-trio copies {shard}", self._jobs, self._registered, reply_timeout, probe)
-        self._device = DeviceMover(address, hello, self._jobs, self._registered, reply_timeout, server_uids)
+        self._shm = ShmMover(f"lmcache-trio copies {shard}", self._registered, reply_timeout, probe)
+        self._device = DeviceMover(address, hello, self._registered, reply_timeout, server_uids)
+        self._jobs = Jobs(None if path == "device" else self._shm)
         self._wanted = path
         self._path: Literal["device", "shm"] = "shm"
         self._path_reason = "no KV is registered yet"
-        self._mover: Mover | None = None if path == "device" else self._shm
-        """The mover of `path`; None if that is not the path that was asked for."""
         self._choices = 0
         self._link.start(connect_timeout)
 
@@ -213,24 +211,14 @@ class WorkerAdapter:
         for job in jobs:
             self._jobs.begin(job)
         for job in jobs:
-            if not self._link.spawn(self._run, job, refused=partial(self._jobs.fail, job)):
-                self._jobs.fail(job)
+            if not self._link.spawn(self._jobs.run, job, refused=partial(self._jobs.end, job)):
+                self._jobs.end(job)
 
     def _wait_ended(self, jobs: Sequence[StoreJob | LoadJob]) -> None:
         """Block until *jobs* are over; those that a dead loop leaves behind fail."""
         wait_for([job.ended for job in jobs], lambda: self._link.alive)
         for job in jobs:
-            self._jobs.fail(job)
-
-    async def _run(self, client: Client | None, job: StoreJob | LoadJob) -> None:
-        """In the loop: the whole of *job*. It fails without a server, or without a mover."""
-        with self._jobs.contained(job):
-            if client is None or client.arena is None or self._mover is None:
-                return
-            if isinstance(job, StoreJob):
-                await self._mover.store(client, job)
-            elif job.spec.lease:  # else its answer was used up before the engine allocated: a miss
-                await self._mover.load(client, job)
+            self._jobs.end(job)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -267,7 +255,7 @@ class WorkerAdapter:
         jobs = self._jobs.running() if self._link.alive else []
         if wait_for([job.ended for job in jobs], lambda: self._link.alive, _LAST_REPLIES * self._reply_timeout):
             for job in jobs:
-                self._jobs.fail(job)  # nothing, unless the loop died
+                self._jobs.end(job)  # nothing, unless the loop died
         else:
             logger.warning("some of %d copies did not end: their blocks stay the server's", len(jobs))
         if self._link.stop(2 * self._reply_timeout):
@@ -318,10 +306,10 @@ class WorkerAdapter:
             return
         self._path, self._path_reason = path, reason
         if path == "shm" and self._wanted == "device":
-            self._mover = None
+            self._jobs.mover = None
             logger.warning("working without a cache: the path 'device' was asked for, but %s", reason)
         else:
-            self._mover = self._device if path == "device" else self._shm
+            self._jobs.mover = self._device if path == "device" else self._shm
             logger.info("KV takes the path %r: %s", path, reason)
 
     def _see_room(self, client: Client) -> None:
@@ -363,7 +351,7 @@ class WorkerAdapter:
                 with reply_within(seconds):
                     await register()
                 await self._choose(client, kv)
-                if self._mover is None:
+                if self._jobs.mover is None:
                     with reply_within(seconds):
                         await register()  # an Attach that was given up must not succeed later
                 elif attaching:

@@ -31,7 +31,7 @@ from lmcache_trio._wire.messages import (
     Stored,
     Withdraw,
 )
-from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, RegisteredKV, StoreJob
+from lmcache_trio.adapters.worker.jobs import LoadJob, Moved, RegisteredKV, StoreJob
 from lmcache_trio.client import Client, connect, wait_server
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
 
@@ -58,7 +58,6 @@ class DeviceMover:
         self,
         address: str,
         hello: Hello,
-        jobs: Jobs,
         registered: RegisteredKV,
         reply_timeout: float,
         server_uids: Collection[int] | None = None,
@@ -66,7 +65,6 @@ class DeviceMover:
         self._address = address
         self._server_uids = server_uids
         self._hello = hello
-        self._jobs = jobs
         self._registered = registered
         self._reply_timeout = reply_timeout
         self._progress = 0.0
@@ -100,7 +98,7 @@ class DeviceMover:
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
-    async def store(self, client: Client, job: StoreJob) -> None:
+    async def store(self, client: Client, job: StoreJob) -> Moved:
         """See `Mover.store`."""
         if job.before is not None:
             await job.before.asked.wait()
@@ -108,16 +106,15 @@ class DeviceMover:
         spec, blocks = job.spec, POSITIONS.pack(job.spec.block_ids)
         ask = StoreBlocks(client.new_id(), spec.session, spec.parent, spec.digests, blocks, event=_event_of(job.fence))
         stored = await self._moved(client, job, ask, Stored)
-        self._jobs.stored(job, stored.copied, stored.dropped)
+        return Moved(stored.copied, stored.dropped)
 
-    async def load(self, client: Client, job: LoadJob) -> None:
+    async def load(self, client: Client, job: LoadJob) -> Moved | None:
         """See `Mover.load`."""
         self._registered.check(client, job, alike=False)
         spec, blocks, event = job.spec, POSITIONS.pack(job.spec.block_ids), _event_of(job.fence)
         ask = RetrieveBlocks(client.new_id(), spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, event=event)
         loaded = await self._moved(client, job, ask, Retrieved)
-        if loaded.valid and job.kv is self._registered.latest:
-            self._jobs.loaded(job)
+        return Moved(spec.count) if loaded.valid and job.kv is self._registered.latest else None
 
     async def _moved(
         self, client: Client, job: StoreJob | LoadJob, ask: StoreBlocks | RetrieveBlocks, kind: type[_M]

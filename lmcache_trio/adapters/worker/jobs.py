@@ -1,7 +1,7 @@
-"""A worker's jobs: what it has under way, what came of it, and which KV its jobs name.
+"""A worker's jobs: those that are under way, what came of the others, and the KV that they name.
 
-One table is shared by the host's threads and the loop. Nothing here copies or asks a server. Only `wait_retrieve` and
-`wait_for` wait, on behalf of a host thread.
+One table is shared by the host's threads and the loop. In the loop, `Jobs.run` has a mover carry out one job; a failure
+costs that job and nothing else. Only `wait_retrieve` and `wait_for` keep a host thread waiting.
 """
 
 import logging
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lmcache_trio.adapters.worker.paged import PagedKV
     from lmcache_trio.host_memory import BlockIndex
 
-__all__ = ["Job", "Jobs", "LoadJob", "Mover", "RegisteredKV", "StoreJob", "reply_within", "wait_for"]
+__all__ = ["Job", "Jobs", "LoadJob", "Moved", "Mover", "RegisteredKV", "StoreJob", "reply_within", "wait_for"]
 
 logger = logging.getLogger("lmcache_trio")
 _Spec = TypeVar("_Spec", StoreSpec, LoadSpec)
@@ -49,7 +49,7 @@ class Job(Generic[_Spec]):
         self.asked = trio.Event()
         """In the loop: its request to the server has gone out, or never will."""
         self.copied: Handoff[bool] = Handoff()
-        """Its copy has ended, or will not begin."""
+        """Its copy has ended, or will not begin: nothing reads or writes its blocks any more."""
         self.ended: Handoff[bool] = Handoff()
 
 
@@ -72,18 +72,28 @@ class LoadJob(Job[LoadSpec]):
     __slots__ = ()
 
 
-class Mover(Protocol):
-    """Moves the blocks of one job. Its caller contains the failures of the job (`Jobs.contained`).
-
-    A mover ends a job that went well, and raises for one that did not. It returns once nothing touches the blocks.
+@attrs.frozen
+class Moved:
+    """What came of a job: the chunks that were stored and are kept, or loaded; and those of a store that were dropped,
+    by reason.
     """
 
-    async def store(self, client: Client, job: StoreJob) -> None:
+    chunks: int
+    dropped: Mapping[str, int] = attrs.field(factory=dict)
+
+
+class Mover(Protocol):
+    """Moves the blocks of one job, for a client that has an arena. `Jobs.run` contains what it raises.
+
+    It returns or raises once nothing touches the blocks, and sets `copied` if they are free before that.
+    """
+
+    async def store(self, client: Client, job: StoreJob) -> Moved:
         """Store the blocks of *job*."""
         ...
 
-    async def load(self, client: Client, job: LoadJob) -> None:
-        """Fill the blocks of *job*."""
+    async def load(self, client: Client, job: LoadJob) -> Moved | None:
+        """Fill the blocks of *job*. None: the server does not vouch for what they hold now."""
         ...
 
 
@@ -118,9 +128,11 @@ class RegisteredKV:
 
 
 class Jobs:
-    """The table of stores and loads, from their submission to their end."""
+    """The table of stores and loads, from their submission to their end. *mover* moves them."""
 
-    def __init__(self) -> None:
+    def __init__(self, mover: Mover | None) -> None:
+        self.mover = mover
+        """In the loop: the mover of jobs that begin now; None if the path that was asked for cannot be had."""
         self._lock = Lock()
         self._stores: set[StoreJob] = set()
         self._loads: set[LoadJob] = set()
@@ -141,46 +153,16 @@ class Jobs:
             else:
                 self._loads.add(job)
 
-    # --- ends: each is idempotent -----------------------------------------------------------------------------------
-
-    def copied(self, job: StoreJob | LoadJob) -> None:
-        """The copy of *job* has ended: nothing reads or writes its blocks any more."""
-        with self._lock:
-            job.copied.set(True)
-
-    def stored(self, job: StoreJob, kept: int, dropped: Mapping[str, int]) -> None:
-        """*job* ended well: *kept* chunks are published, and the others *dropped*, each for its reason."""
-        with self._lock:
-            if job in self._stores:
-                self._counted["stored_chunks"] += kept
-                for reason, number in dropped.items():
-                    self._counted[f"dropped_{reason}"] += number
-                self._end(job)
-
-    def loaded(self, job: LoadJob) -> None:
-        """*job* ended well: its blocks hold what the server has vouched for."""
-        with self._lock:
-            if job in self._loads:
-                self._counted["retrieved_chunks"] += job.spec.count
-                self._end(job)
-
-    def fail(self, job: StoreJob | LoadJob) -> None:
-        """*job* did not end well, if it has not ended. The blocks of a failed load hold anything."""
-        with self._lock:
-            if isinstance(job, StoreJob):
-                if job in self._stores:
-                    self._counted[f"dropped_{job.reason}"] += job.spec.chunks
-                    self._end(job)
-            elif job in self._loads:
-                self._counted["failed_chunks"] += job.spec.count
-                self._failed_blocks.update(job.spec.block_ids)
-                self._end(job)
-
-    @contextmanager
-    def contained(self, job: StoreJob | LoadJob) -> Iterator[None]:
-        """In the loop: whatever fails within costs *job*, unless it has ended, and nothing else."""
+    async def run(self, client: Client | None, job: StoreJob | LoadJob) -> None:
+        """In the loop: the whole of *job*. It fails without a server, without a mover, and by whatever is raised."""
+        moved: Moved | None = None
         try:
-            yield
+            if client is None or client.arena is None or self.mover is None:
+                return
+            if isinstance(job, StoreJob):
+                moved = await self.mover.store(client, job)
+            elif job.spec.lease:  # else its answer was used up before the engine allocated: a miss
+                moved = await self.mover.load(client, job)
         except LMCacheTrioError as exc:
             logger.info("a %s of %s failed: %s", type(job.spec).__name__, job.spec.request_id, exc)
         except Exception:
@@ -188,27 +170,42 @@ class Jobs:
             logger.exception("bug in a %s of %s: it failed", type(job.spec).__name__, job.spec.request_id)
         finally:
             job.asked.set()
-            self.fail(job)
+            self.end(job, moved)
+
+    def end(self, job: StoreJob | LoadJob, moved: Moved | None = None) -> None:
+        """*job* is over, unless it was before; *moved* is what came of it. None: it failed, and the blocks of a failed
+        load hold anything.
+        """
+        with self._lock:
+            if isinstance(job, StoreJob):
+                if job not in self._stores:
+                    return
+                self._stores.remove(job)
+                job.before = None
+                if self._last_store is job:
+                    self._last_store = None
+                came = moved or Moved(0, {job.reason: job.spec.chunks})
+                self._counted["stored_chunks"] += came.chunks
+                for reason, number in came.dropped.items():
+                    self._counted[f"dropped_{reason}"] += number
+            elif job not in self._loads:
+                return
+            else:
+                self._loads.remove(job)
+                if moved is None:
+                    self._counted["failed_chunks"] += job.spec.count
+                    self._failed_blocks.update(job.spec.block_ids)
+                else:
+                    self._counted["retrieved_chunks"] += moved.chunks
+            if job.reported:
+                (self._stored if isinstance(job, StoreJob) else self._loaded).add(job.spec.request_id)
+            job.copied.set(True)
+            job.ended.set(True)
+            self._any_ended.set(True)
 
     def count(self, what: str) -> None:
         with self._lock:
             self._counted[what] += 1
-
-    def _end(self, job: StoreJob | LoadJob) -> None:
-        if isinstance(job, StoreJob):
-            self._stores.discard(job)
-            job.before = None
-            if self._last_store is job:
-                self._last_store = None
-            if job.reported:
-                self._stored.add(job.spec.request_id)
-        else:
-            self._loads.discard(job)
-            if job.reported:
-                self._loaded.add(job.spec.request_id)
-        job.copied.set(True)
-        job.ended.set(True)
-        self._any_ended.set(True)
 
     # --- what the host asks -----------------------------------------------------------------------------------------
 

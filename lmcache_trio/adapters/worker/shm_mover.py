@@ -13,10 +13,11 @@ from functools import partial
 import numpy as np
 import trio
 
+from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.codec import POSITIONS
 from lmcache_trio._wire.messages import Commit, Committed, Pinned, Reserve, Reserved
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
-from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, RegisteredKV, StoreJob, reply_within
+from lmcache_trio.adapters.worker.jobs import LoadJob, Moved, RegisteredKV, StoreJob, reply_within
 from lmcache_trio.client import Client
 from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.threads import DedicatedThread
@@ -40,10 +41,7 @@ def no_probe(point: str, spec: StoreSpec | LoadSpec) -> None:
 class ShmMover:
     """Copies in threads whose names begin with *name*. *reply_timeout*: seconds that it waits for one reply."""
 
-    def __init__(
-        self, name: str, jobs: Jobs, registered: RegisteredKV, reply_timeout: float, probe: Probe = no_probe
-    ) -> None:
-        self._jobs = jobs
+    def __init__(self, name: str, registered: RegisteredKV, reply_timeout: float, probe: Probe = no_probe) -> None:
         self._registered = registered
         self._reply_timeout = reply_timeout
         self._probe = probe
@@ -51,7 +49,7 @@ class ShmMover:
         self._threads = [DedicatedThread(f"{name} {i}") for i in range(max(1, cores - 1))]
         self._waiting = [0] * len(self._threads)
 
-    async def store(self, client: Client, job: StoreJob) -> None:
+    async def store(self, client: Client, job: StoreJob) -> Moved:
         """See `Mover.store`."""
         spec = job.spec
         await self._turn(client, job)
@@ -63,17 +61,17 @@ class ShmMover:
         kept, dropped = 0, dict(reserved.dropped)
         if reserved.reservation:
             try:
-                await self._copy(self._gather, client, job, reserved)
+                await self._copy(self._gather, client.arena, job, reserved)
             except BaseException:
                 client.abort_nowait(reserved.reservation)
                 raise
-        self._jobs.copied(job)
+        job.copied.set(True)
         if reserved.reservation:
             with reply_within(self._reply_timeout):
                 kept = (await client.request(Commit(client.new_id(), reserved.reservation), Committed)).kept
             aborted = len(POSITIONS.unpack(reserved.positions)) - kept
             dropped["aborted"] = dropped.get("aborted", 0) + aborted
-        self._jobs.stored(job, kept, dropped)
+        return Moved(kept, dropped)
 
     async def _turn(self, client: Client, job: StoreJob) -> None:
         """Wait until the store before *job* has asked, for as long as the server says anything."""
@@ -85,22 +83,21 @@ class ShmMover:
         if job.before is not None and not job.before.asked.is_set():
             raise Unavailable(f"the server said nothing for {self._reply_timeout} s")
 
-    async def load(self, client: Client, job: LoadJob) -> None:
+    async def load(self, client: Client, job: LoadJob) -> Moved | None:
         """See `Mover.load`."""
         spec = job.spec
         self._registered.check(client, job, alike=False)
         with reply_within(self._reply_timeout):
             pinned = await client.retrieve(spec.lease, spec.start, spec.count)
         try:
-            await self._copy(self._scatter, client, job, pinned)
+            await self._copy(self._scatter, client.arena, job, pinned)
         except BaseException:
             client.done_nowait(pinned.pin)
             raise
-        self._jobs.copied(job)
+        job.copied.set(True)
         with reply_within(self._reply_timeout):
             valid = await client.done(pinned.pin)
-        if valid and job.kv is self._registered.latest:
-            self._jobs.loaded(job)
+        return Moved(spec.count) if valid and job.kv is self._registered.latest else None
 
     def close(self) -> None:
         """Take no more copies. Idempotent; does not wait."""
@@ -118,24 +115,24 @@ class ShmMover:
 
     # --- in a thread ------------------------------------------------------------------------------------------------
 
-    def _gather(self, client: Client, job: StoreJob, reserved: Reserved) -> None:
+    def _gather(self, arena: ArenaMap, job: StoreJob, reserved: Reserved) -> None:
         """Blocks → slots."""
         if job.fence is not None:
             job.fence.synchronize()
         self._probe("slots known", job.spec)
         half: Callable[[], None] | None = partial(self._probe, "half copied", job.spec)
-        for position, slot in zip(POSITIONS.unpack(reserved.positions), client.slots(reserved), strict=True):
+        for position, slot in zip(POSITIONS.unpack(reserved.positions), arena.slots(reserved), strict=True):
             job.kv.blocks.gather(job.blocks[position], np.frombuffer(slot, dtype=np.uint8), half=half)
             half = None
         self._probe("before commit", job.spec)
 
-    def _scatter(self, client: Client, job: LoadJob, pinned: Pinned) -> None:
+    def _scatter(self, arena: ArenaMap, job: LoadJob, pinned: Pinned) -> None:
         """Slots → blocks."""
         if job.fence is not None:  # what the engine has still to do with these blocks comes first
             job.fence.synchronize()
         self._probe("slots known", job.spec)
         half: Callable[[], None] | None = partial(self._probe, "half copied", job.spec)
-        width, at, skip, slots = job.spec.chunk_blocks, 0, job.spec.skip_blocks, client.slots(pinned)
+        width, at, skip, slots = job.spec.chunk_blocks, 0, job.spec.skip_blocks, arena.slots(pinned)
         if len(job.blocks) > len(slots) * width - skip:
             raise Misuse(f"{len(job.blocks)} blocks do not lie within {len(slots)} chunks of {width} blocks")
         for slot in slots:

@@ -62,7 +62,7 @@ async def test_memory_that_cannot_be_exported_takes_shm_by_itself(cuda: FakeDriv
         client: Any = SimpleNamespace(lost=False)
         kv: Any = SimpleNamespace(tensors=layers(allocation), num_blocks=BLOCKS)
         await worker._choose(client, kv)
-        assert (worker.path, worker._mover) == ("shm", worker._shm)
+        assert (worker.path, worker._jobs.mover) == ("shm", worker._shm)
         assert "driver" in worker.path_reason
     finally:
         worker.shutdown()
