@@ -1,6 +1,6 @@
 """Which chunks the disk takes: all, or only those that were offered before.
 
-It remembers digests and nothing else, in bounded memory, and forgets them with the process.
+An admission keeps marks of keys in bounded memory, and nothing on disk.
 """
 
 from typing import Protocol
@@ -11,7 +11,7 @@ __all__ = ["ADMISSIONS", "Admission", "make_admission"]
 
 
 class Admission(Protocol):
-    """Asked once for each chunk that is offered and not there."""
+    """Called once for each chunk that is offered and absent."""
 
     def __call__(self, key: ChunkKey) -> bool: ...
 

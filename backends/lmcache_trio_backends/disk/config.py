@@ -21,7 +21,7 @@ DURABILITIES = ("process", "periodic", "power")
 MIN_SIZE = 4 << 20
 _BAD_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 _MARGIN = 64 << 10
-"""Bytes for the directory itself, the lock, and blocks in which the file system notes where a slab's blocks are."""
+"""Bytes for the directory itself, the lock, and the file system's own maps of the slabs."""
 
 
 def _at_least(least: int) -> Callable[[object, Any, int], None]:
@@ -35,7 +35,7 @@ def _at_least(least: int) -> Callable[[object, Any, int], None]:
 def _one_of(names: tuple[str, ...]) -> Callable[[object, Any, str], None]:
     def check(instance: object, attribute: Any, value: str) -> None:
         if value not in names:
-            raise ConfigError(attribute.name, f"{value!r} is none of {', '.join(names)}")
+            raise ConfigError(attribute.name, f"{value!r} is not one of {', '.join(names)}")
 
     return check
 
@@ -66,23 +66,24 @@ class DiskConfig:
         validator=_one_of(DURABILITIES),
         metadata={
             "help": "What a stored chunk outlives: `process`, the server's death; `periodic`, also a power failure 5 s"
-            " later; `power`, a power failure at once."
+            " later; `power`, any power failure."
         },
     )
     admission: str = attrs.field(
         default="all",
         validator=_one_of(ADMISSIONS),
-        metadata={"help": "Chunks to take: `all`, or `second_hit`, each when it is offered for the second time."},
+        metadata={"help": "Chunks to take: `all`, or with `second_hit` those that are offered for the second time."},
     )
     direct: bool = attrs.field(
-        default=False, metadata={"help": "Read and write past the page cache (O_DIRECT); refused if that cannot be."}
+        default=False,
+        metadata={"help": "Read and write past the page cache, by O_DIRECT; refused if a disk has none."},
     )
     slab_size: int = attrs.field(
         default=1 << 30,
         validator=_at_least(1 << 20),
         metadata={
             "unit": "bytes",
-            "help": "Bytes by which the tier grows; a directory keeps the one it was made with.",
+            "help": "Bytes by which the tier grows; a directory keeps the value of its first use.",
         },
     )
     threads: int = attrs.field(
@@ -94,7 +95,7 @@ class DiskConfig:
 
 @attrs.frozen
 class Budget:
-    """*size* shared out: bytes of slabs, of the index file, and of its write-ahead log."""
+    """The shares of *size*: bytes of slabs, of the index file, and of its write-ahead log."""
 
     slabs: int
     index: int
@@ -109,7 +110,7 @@ class Budget:
 
 
 def failure_of(path: str, exc: Exception) -> ConfigError | Unavailable:
-    """*exc*, for which a tier in *path* was not opened, as callers know it: a ConfigError where no other time helps."""
+    """*exc*, for which a tier in *path* could not be opened, as callers know it: ConfigError unless it may pass."""
     if not isinstance(exc, OSError) or exc.errno not in _BAD_PATH:
         return Unavailable(f"the disk tier in {path!r}: {exc}")
     why = f"{exc.strerror} (for uid {os.geteuid()})" if isinstance(exc, PermissionError) else exc.strerror
@@ -117,15 +118,14 @@ def failure_of(path: str, exc: Exception) -> ConfigError | Unavailable:
 
 
 def usable_size(config: DiskConfig) -> int:
-    """`size`, or what its file system has in all where that is less. It blocks. ConfigError: it has too little.
+    """`size`, or the size of the whole file system if that is less. It blocks. ConfigError: that is too little.
 
-    What others take of it now is another matter: that may change, and the tier grows into what is free.
+    The present use of the disk by others does not count: it may change, and the tier grows into free space.
     """
     path = Path(config.path)
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    disk = os.statvfs(there)
+    disk = os.statvfs(next(place for place in (path, *path.absolute().parents) if place.exists()))
     total = disk.f_blocks * disk.f_frsize
-    if not total or config.size <= total:  # some file systems don't tell
+    if not total or config.size <= total:  # some file systems give none
         return config.size
     if total < MIN_SIZE:
         raise ConfigError("path", f"the file system of {config.path!r} has {total} bytes; give one of {MIN_SIZE}")

@@ -5,7 +5,7 @@ survives a kill: bytes are written before their row, and a row is erased before 
 docs/reference/disk-tier.md says how the bytes lie, what each durability level promises, and what each kind of failure
 does.
 
-It refuses to share its directory, to grow beyond its size, and to guess: bytes that fail their checksum are dropped.
+The tier never shares its directory, never grows beyond its size, and drops bytes that fail their checksum.
 """
 
 import errno
@@ -72,7 +72,7 @@ class DiskTier(LocalTier):
         self._begin(config)
 
     def _begin(self, config: DiskConfig) -> None:
-        """Forget the last opening: all parts are made again, and nothing is open yet."""
+        """Forget the last opening and make all parts again; nothing is open yet."""
         budget = Budget.of(config.size)
         self._table = ChunkTable(Arena(), capacity=budget.slabs, index_room=budget.index)
         self._files = Files(config, budget, self._home)
@@ -92,18 +92,21 @@ class DiskTier(LocalTier):
     async def open(self) -> AsyncIterator[None]:
         """Lock the directory and read its index; a large one is read on in the background, while stores are dropped.
 
-        ConfigError for a setting that does not fit this machine, at the first time; after that, whatever is wrong is
-        `Unavailable`, because it may pass.
+        ConfigError for a setting that does not fit this machine. Once the tier was open, each failure is `Unavailable`,
+        because it may pass.
         """
         self._anew = self._anew or self._threads.corrupt
         try:
             size = await offload(usable_size, self.config)
             self._begin(attrs.evolve(self.config, size=size))
             await self._open_files()
-        except (OSError, ConfigError) as exc:
-            raise self._refused(exc) from exc
+        except (OSError, ConfigError, sqlite3.Error) as exc:
+            failure = exc if isinstance(exc, ConfigError) else failure_of(self.config.path, exc)
+            if isinstance(failure, ConfigError) and self._was_open:
+                failure = Unavailable(f"the disk tier in {self.config.path!r}: {failure}")
+            raise failure from exc
         self._was_open, self._anew = True, False
-        failure: Exception | None = None
+        raised: Exception | None = None
         try:
             async with trio.open_nursery() as house:
                 house.start_soon(self._recovery.run)
@@ -113,13 +116,13 @@ class DiskTier(LocalTier):
                 try:
                     yield
                 except Exception as exc:  # noqa: BLE001 - raised again below: the nursery would wrap it in a group
-                    failure = exc
+                    raised = exc
                 house.cancel_scope.cancel()
         finally:
             self._is_open = False
             await self._close()
-        if failure is not None:
-            raise failure
+        if raised is not None:
+            raise raised
 
     async def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
         """Which of *keys* are published."""
@@ -132,12 +135,11 @@ class DiskTier(LocalTier):
         return there
 
     async def load(self, loads: Sequence[Load]) -> list[bool]:
-        """Read and verify; what fails is dropped from the disk and counted (`corrupt`)."""
+        """Read and verify; a chunk that fails is dropped from the disk and counted (`corrupt`)."""
         self._check()
-        views = [[_flat(view) for view in load.shards] for load in loads]
-        reads = await self._begin_reads(loads, [tuple(len(view) for view in some) for some in views])
+        reads = await self._begin_reads(loads)
         held = [(i, read) for i, read in enumerate(reads) if read is not None]
-        transfer = SlabTransfer([(read.offset, views[i]) for i, read in held], self._io.read, self._pieces)
+        transfer = SlabTransfer([(read.offset, loads[i].shards) for i, read in held], self._io.read, self._pieces)
         try:
             await self._threads.carry(transfer)
         finally:
@@ -164,21 +166,21 @@ class DiskTier(LocalTier):
         return hits
 
     async def store(self, records: Sequence[Record]) -> list[bool]:
-        """Write, evicting what was least recently used; True once a restart would find it."""
+        """Write, and evict the least recently used chunks for it; True once a restart would find the chunk."""
         self._check()
-        taken = [False] * len(records)
         if not self._ready.is_set():
             self._counts["dropped_not_ready"] += len(records)
             await trio.lowlevel.checkpoint()
-            return taken
-        group: dict[int, list[memoryview]] = {}
+            return [False] * len(records)
+        taken: list[bool] = []
+        group: list[Record] = []
         size = 0
-        for i, record in enumerate(records):
-            group[i] = [_flat(view) for view in record.shards]
-            size += sum(map(len, group[i]))
-            if size >= GROUP_BYTES or len(group) == self._index.batch or i == len(records) - 1:
-                await self._store_group(records, group, taken)
-                group, size = {}, 0
+        for record in records:
+            group.append(record)
+            size += sum(view.nbytes for view in record.shards)
+            if size >= GROUP_BYTES or len(group) == self._index.batch or len(taken) + len(group) == len(records):
+                taken += await self._store_group(group)
+                group, size = [], 0
         return taken
 
     async def delete(self, namespace: bytes) -> None:
@@ -195,7 +197,7 @@ class DiskTier(LocalTier):
                 break
 
     def statistics(self) -> dict[str, int | str]:
-        """Held: `chunks`, `bytes_used`, `bytes_taken` by slabs, `ready` (0: the index is read). The rest is counted."""
+        """Held: `chunks`, `bytes_used`, `bytes_taken` by slabs, `ready` (0: reading the index). Counted: `COUNTS`."""
         held: dict[str, int | str] = {"chunks": 0, "bytes_used": 0, "bytes_capacity": Budget.of(self.config.size).slabs}
         if self._is_open:
             held |= {
@@ -207,7 +209,7 @@ class DiskTier(LocalTier):
         return held | {name: self._counts[name] for name in COUNTS}
 
     def _check(self) -> None:
-        """Unavailable while it is not open, and once its index file or a flush has failed."""
+        """Unavailable unless the tier is open, and once its index file or a flush has failed."""
         if not self._is_open:
             raise Unavailable(f"the disk tier in {self.config.path!r} is not open")
         if self._threads.failed is not None:
@@ -215,20 +217,23 @@ class DiskTier(LocalTier):
 
     # ---- loading
 
-    async def _begin_reads(self, loads: Sequence[Load], lengths: Sequence[tuple[int, ...]]) -> list[Read | None]:
+    async def _begin_reads(self, loads: Sequence[Load]) -> list[Read | None]:
+        """Where each chunk lies, held in place; None for one that is absent or of other lengths."""
         rows = {} if self._ready.is_set() else await self._recovery.query([load.key for load in loads])
         reads: list[Read | None] = []
-        for load, n in zip(loads, lengths, strict=True):
+        for load in loads:
+            lengths = tuple(view.nbytes for view in load.shards)
             row = rows.get(name_of(load.key))
             if row is None or self._ready.is_set():
-                reads.append(self._table.begin_read(load.key, n))
-            elif row.lengths == n:
-                reads.append(Read(load.key, -1, row.offset, row.generation, n, row.sums))
+                reads.append(self._table.begin_read(load.key, lengths))
+            elif row.lengths == lengths:
+                reads.append(Read(load.key, -1, row.offset, row.generation, lengths, row.sums))
             else:
                 reads.append(None)
         return reads
 
     def _suspect(self, read: Read) -> None:
+        """Drop a chunk that failed verification."""
         self._counts["corrupt"] += 1
         if not self._failed:
             what = read.key.digest.hex()[:16]
@@ -242,14 +247,13 @@ class DiskTier(LocalTier):
 
     # ---- storing
 
-    async def _store_group(
-        self, records: Sequence[Record], group: dict[int, list[memoryview]], taken: list[bool]
-    ) -> None:
-        """Store those of *records* that stand in *group*, with their buffers: bytes first, then all rows at once."""
+    async def _store_group(self, records: Sequence[Record]) -> list[bool]:
+        """Store *records*: bytes first, then all rows at once."""
+        taken = [False] * len(records)
         writes: dict[int, Write] = {}
         try:
-            for i, views in group.items():
-                found = await self._make_room(records[i], tuple(map(len, views)))
+            for i, record in enumerate(records):
+                found = await self._make_room(record)
                 if isinstance(found, Write):
                     writes[i] = found
                 elif found is Refusal.PUBLISHED:
@@ -258,17 +262,18 @@ class DiskTier(LocalTier):
                     self._counts[f"dropped_{found.value}"] += 1
             if not writes:
                 await trio.lowlevel.checkpoint()
-                return
-            chunks = [(write.row.offset, group[i]) for i, write in writes.items()]
+                return taken
+            chunks = [(write.row.offset, records[i].shards) for i, write in writes.items()]
             transfer = SlabTransfer(chunks, self._io.write, self._pieces)
             await self._threads.carry(transfer)
             if transfer.error is not None and transfer.error.errno in NO_SPACE:
-                self._drop_full(len(writes))  # a disk that writes elsewhere each time, in spite of fallocate
-                return
-            if transfer.error is not None:
+                self._note_full(len(writes))  # a disk that writes elsewhere each time, in spite of fallocate
+            elif transfer.error is not None:
                 raise self._threads.unavailable(transfer.error) from transfer.error
-            with trio.CancelScope(shield=True):
-                await self._publish(writes, transfer, taken)
+            else:
+                with trio.CancelScope(shield=True):
+                    await self._publish(writes, transfer, taken)
+            return taken
         finally:
             for write in writes.values():
                 self._table.abort(write)
@@ -276,7 +281,7 @@ class DiskTier(LocalTier):
                 self._wake.set()
 
     async def _publish(self, writes: dict[int, Write], transfer: SlabTransfer, taken: list[bool]) -> None:
-        """Rows into the index file, then into the table. What is published, or may be, leaves *writes*."""
+        """Rows into the index file, then into the table. A write that is published, or may be, leaves *writes*."""
         if self.config.durability == "power":
             await self._threads.flush(self._slabs.flush)
         sums = {i: transfer.sums_of(n) for n, i in enumerate(writes)}
@@ -285,7 +290,7 @@ class DiskTier(LocalTier):
             await self._threads.ask(self._index.publish, [write.row._replace(sums=found) for _, write, found in whole])
         except Full:
             writes.update((i, write) for i, write, _ in whole)
-            self._drop_full(len(whole))
+            self._note_full(len(whole))
             freed = self._table.evict(sum(extent_of(write.row.lengths) for _, write, _ in whole))
             self._counts["evicted"] += freed  # the next stores take their pages
             return
@@ -295,9 +300,10 @@ class DiskTier(LocalTier):
         self._unflushed = True
         self._expect_flush()
 
-    async def _make_room(self, record: Record, lengths: tuple[int, ...]) -> Write | Refusal:
-        """An extent for *record*: in a hole, in a new slab, or in place of what was least recently used; or why not."""
+    async def _make_room(self, record: Record) -> Write | Refusal:
+        """An extent for *record*: in a hole, in a new slab, or in place of the least recently used; or why not."""
         table = self._table
+        lengths = tuple(view.nbytes for view in record.shards)
         found = table.reserve(record.key, record.parent, lengths, self._admit)
         while found is Refusal.NO_HOLE or found is Refusal.NO_INDEX_ROOM:
             if found is Refusal.NO_INDEX_ROOM or not await self._grow():
@@ -313,7 +319,7 @@ class DiskTier(LocalTier):
         return found
 
     async def _grow(self) -> bool:
-        """Take another slab, or a part of one. Whether there is one."""
+        """Take another slab, or a part of one. False: the disk or the tier has no more room."""
         before = self._slabs.taken
         async with self._growing:
             if self._slabs.taken > before:
@@ -330,12 +336,9 @@ class DiskTier(LocalTier):
             log.info("the disk of %s has space again: %d bytes are used", self._index.path.parent, taken)
         return taken > before
 
-    def _drop_full(self, count: int) -> None:
-        self._counts["dropped_no_space"] += count
-        self._note_full()
-
-    def _note_full(self) -> None:
-        """The file system has no room, which is capacity reached. One line tells when it begins, one when it ends."""
+    def _note_full(self, dropped: int = 0) -> None:
+        """The file system is full, so capacity is reached. The log says so when that begins, and when it ends."""
+        self._counts["dropped_no_space"] += dropped
         self._counts["disk_full"] += 1
         if not self._is_full:
             self._is_full = True
@@ -345,7 +348,7 @@ class DiskTier(LocalTier):
     # ---- keeping house
 
     async def _keep_house(self) -> None:
-        """Erase what is doomed as it comes; write recency, and flush, when it is due. A failure fails the tier."""
+        """Erase doomed rows; write recency, and flush, when a flush is due. A failure fails the tier."""
         await self._ready.wait()
         try:
             while True:
@@ -358,12 +361,12 @@ class DiskTier(LocalTier):
                     self._due = math.inf
                     await self._flush()
         except Unavailable as exc:
-            log.warning("%s", self._threads.fail(exc))  # nobody awaits this task: the next call raises it
+            log.warning("%s", self._threads.fail(exc))  # the next call raises it
 
     async def _erase_batch(self) -> bool:
-        """Erase a batch of the doomed rows that nobody holds, so that their bytes are free. Whether there were any.
+        """Erase a batch of doomed rows without holders, so that their bytes are free. False if there were none.
 
-        One batch: a store that needs room for one chunk does not wait for the end of a whole namespace.
+        One batch, because a store that needs room for one chunk must not wait for a whole namespace.
         """
         async with self._erasing:
             doomed = self._table.take_doomed(self._index.batch)
@@ -388,7 +391,7 @@ class DiskTier(LocalTier):
             await self._threads.ask(self._index.checkpoint)
 
     def _tell_failed(self) -> None:
-        """One line for all that failed since the first of them, which had its own."""
+        """Log one line for all chunks that failed since the first one, which had a line of its own."""
         if self._failed > 1:
             log.warning("%d more chunks of %s failed verification and are dropped", self._failed - 1, self.config.path)
         self._failed = 0
@@ -396,12 +399,9 @@ class DiskTier(LocalTier):
     # ---- opening and closing
 
     async def _open_files(self) -> None:
-        """Open everything; where the index was found corrupt, begin empty."""
+        """Open all files; begin empty if the index was found corrupt."""
         try:
             await self._threads.index_thread.run(self._files.open, self._anew)
-        except sqlite3.Error as exc:
-            await self._close()
-            raise failure_of(self.config.path, exc) from exc
         except BaseException:
             await self._close()
             raise
@@ -410,7 +410,7 @@ class DiskTier(LocalTier):
         self._counts["lost_changes"] += self._files.lost_changes
 
     async def _close(self) -> None:
-        """Write what is owed and close; a disk that hangs is left behind after 5 s, still locked by this process."""
+        """Write to the index what is due, and close. After 5 s a disk that hangs is left, locked by this process."""
         self._tell_failed()
         owed: list[Callable[[], None]] = []
         if self._threads.failed is None and self._ready.is_set():
@@ -428,15 +428,3 @@ class DiskTier(LocalTier):
         if scope.cancelled_caught:
             log.warning("closing %s has not ended after %g s: its disk hangs", self.config.path, CLOSE_SECONDS)
         self._threads.index_thread.close()
-
-    def _refused(self, exc: OSError | ConfigError) -> ConfigError | Unavailable:
-        """Why it can't be opened, or, once it was open, can't be now."""
-        failure = exc if isinstance(exc, ConfigError) else failure_of(self.config.path, exc)
-        if isinstance(failure, ConfigError) and self._was_open:
-            return Unavailable(f"the disk tier in {self.config.path!r}: {failure}")
-        return failure
-
-
-def _flat(view: memoryview) -> memoryview:
-    """*view* as bytes."""
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")

@@ -1,4 +1,4 @@
-"""The files of one disk tier, opened and closed together. Both calls block, and run in the index file's thread.
+"""The files of one disk tier, opened and closed together. All calls block.
 
 In the directory that `home` keeps:
 
@@ -21,14 +21,14 @@ from lmcache_trio_backends.disk.slabs import NO_SPACE, Slabs, fallocate, probe
 __all__ = ["Files"]
 
 _RESERVE = "lmcache-trio-reserve"
-"""A file that keeps the log's space while no server runs. So a tier on a full disk can be opened, and read."""
+"""A file that keeps the log's space while no server runs, so that a tier on a full disk can be opened and read."""
 _OTHER_DESCRIPTORS = 64
-"""File descriptors that a server needs beside those of the slabs, for its own files and a few engines."""
+"""File descriptors that a server needs beside the slabs', for its own files and a few engines."""
 log = logging.getLogger("lmcache_trio.disk")
 
 
 class Files:
-    """ChunkTable, index and slabs. Nothing is open before `open`, nor after it failed."""
+    """Directory, index and slabs. They are closed before `open`, and after it failed."""
 
     def __init__(self, config: DiskConfig, budget: Budget, home: Home) -> None:
         self._config = config
@@ -40,20 +40,20 @@ class Files:
         self.slabs = Slabs(home, slab_size=self._slab_size, capacity=budget.slabs, direct=config.direct)
         self.lost_changes = 0
         self.index_lost = False
-        """`open` found an index that was damaged, or none for the slabs that are there: the tier begins empty."""
+        """`open` found a damaged index, or slabs without an index: the tier begins empty."""
 
     def open(self, anew: bool) -> None:
-        """Lock the directory, try what the settings ask of its file system, open all files. *anew*: begin empty."""
+        """Lock the directory, try its file system, open all files. *anew*: begin empty."""
         self._home.open(flush=self._config.durability == "power")
         try:
             probe(self._home, direct=self._config.direct)
-            self._home.remove_file(_RESERVE)  # the log takes its place, also on a disk that others have filled
+            self._home.remove_file(_RESERVE)  # the log takes its space, also on a full disk
             if anew:
                 self.index.remove()
             why = "it was found damaged" if anew else ""
             why = self.index.open() or why
             slab_size = self.index.fact("slab_size")
-            if slab_size is None or slab_size <= 0 or slab_size % ALIGNMENT:  # new: nothing names the bytes of any slab
+            if slab_size is None or slab_size <= 0 or slab_size % ALIGNMENT:  # new: it names no bytes
                 removed = self.slabs.remove()
                 if why or removed:
                     self.index_lost = True
@@ -73,7 +73,7 @@ class Files:
             raise
 
     def _check_descriptors(self) -> None:
-        """ConfigError when this process may not have all slabs open at one time."""
+        """ConfigError if this process may not have all slabs open at one time."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         slabs = -(-self.slabs.capacity // self.slabs.slab_size)
         if 0 <= soft < slabs + _OTHER_DESCRIPTORS:  # RLIM_INFINITY is -1
@@ -85,7 +85,7 @@ class Files:
             raise ConfigError("slab_size", problem)
 
     def grow(self) -> int:
-        """As `Slabs.grow`, less the bytes that the index may still need; OSError also when the directory is gone."""
+        """As `Slabs.grow`, less the bytes that the index may still need; OSError also if the directory is gone."""
         self._home.check()
         return self.slabs.grow(self.index.spare)
 
@@ -104,7 +104,7 @@ class Files:
                 os.close(fd)
 
     def close(self, owed: Sequence[Callable[[], None]] = (), *, flush: bool = False) -> None:
-        """Write what is *owed* to the index, *flush* the slabs, close. Idempotent; a failure leaves nothing open."""
+        """Make the *owed* writes to the index, *flush* the slabs, close all, also after a failure. Idempotent."""
         try:
             for write in owed:
                 write()
@@ -112,8 +112,7 @@ class Files:
                 self.slabs.flush()
         finally:
             try:
-                is_clean = self.index.close()
-                if is_clean:
+                if self.index.close():
                     self._keep_reserve()
             finally:
                 self.slabs.close()

@@ -1,11 +1,10 @@
-"""The threads of the disk tier: one for the index file, a few for the slabs, and the transfers that those carry out.
+"""The threads of the disk tier, one for the index file and a few for the slabs, and the transfers of the latter.
 
-A call that is cancelled ends when the threads that use its buffers have returned, and not before. An index file that
-could not be written, or slabs that could not be flushed, fail the tier until it is opened again and reads what is
-really on the disk.
+A cancelled call ends when the threads that use its buffers have returned, and not before. If the index file cannot be
+written, or the slabs not flushed, the tier fails until it is opened again and reads what is really on the disk.
 
 The checksum of a shard is the xxh3 of its 1 MiB pieces' xxh3s. A piece that was just read is still in the core's cache,
-so its checksum costs next to nothing (measured 53 GB/s against 13 for 32 MiB at once); and several threads can take the
+so its checksum costs next to nothing (measured 53 GB/s, against 13 for 32 MiB at once). Several threads can take the
 pieces of one shard in any order.
 """
 
@@ -31,7 +30,7 @@ __all__ = ["DIRECT_PIECES", "PIECE", "IOThreads", "SlabTransfer"]
 
 PIECE = 1 << 20
 DIRECT_PIECES = 8
-"""Pieces that one O_DIRECT call moves: the kernel does not read ahead there, so each call must ask for more."""
+"""Pieces that one O_DIRECT call moves: the kernel does not read ahead for it, so each call must ask for more."""
 
 T = TypeVar("T")
 
@@ -47,10 +46,10 @@ class _Span:
 
 
 class SlabTransfer:
-    """Chunks to be moved between buffers and the slabs, in one thread or several.
+    """Chunks that one thread or several move between buffers and the slabs.
 
     *chunks* are (offset in the slabs, one buffer per shard). *move* is a `ByteIO`'s `read` or `write`, called for
-    *pieces* pieces at a time. The buffers are used until `IOThreads.carry` has returned.
+    *pieces* pieces at a time. The threads use the buffers until `IOThreads.carry` has returned.
     """
 
     def __init__(
@@ -66,9 +65,9 @@ class SlabTransfer:
         for chunk, (offset, views) in enumerate(chunks):
             shards = []
             for view in views:
-                size = len(view)
+                size, flat = view.nbytes, view.cast("B")
                 for at in range(0, size, unit):
-                    self.spans.append(_Span(offset + at, view[at : at + unit], count + at // PIECE, chunk))
+                    self.spans.append(_Span(offset + at, flat[at : at + unit], count + at // PIECE, chunk))
                 shards.append((count, -(-size // PIECE)))
                 count += shards[-1][1]
                 offset += -(-size // ALIGNMENT) * ALIGNMENT  # each shard begins on a page
@@ -81,7 +80,7 @@ class SlabTransfer:
         self.failed_chunks: set[int] = set()
 
     def run(self, check: Callable[[], None]) -> None:
-        """In a thread: move spans until none is left, or one failed, or it was stopped. *check* is called first."""
+        """In a thread: call *check*, then move spans until none is left, one fails, or the transfer is stopped."""
         chunk = -1
         try:
             check()
@@ -112,8 +111,8 @@ class SlabTransfer:
 class IOThreads:
     """The threads of one open tier. *count*: reads and writes in flight at one time.
 
-    *check* raises OSError when another directory has taken the place of the tier's. A thread calls it before it moves
-    bytes, and after a call failed: if the directory is gone, that is the reason.
+    *check* raises OSError if the tier's directory is gone or replaced. A thread calls it before it moves bytes, and
+    after a failed call: a lost directory is then the reason.
     """
 
     def __init__(self, path: Path, count: int, check: Callable[[], None]) -> None:
@@ -124,20 +123,20 @@ class IOThreads:
         self.index_thread = DedicatedThread("disk index")
         self.failed: Unavailable | None = None
         self.corrupt = False
-        """The index file is not a sound database: the next opening is to begin empty."""
+        """The index file is not a sound database: the next opening begins empty."""
 
     def unavailable(self, exc: BaseException) -> Unavailable:
-        """*exc* as callers know it."""
+        """*exc* as a tier's callers know it."""
         return Unavailable(f"the disk tier in {str(self._path)!r}: {exc}")
 
     def fail(self, exc: BaseException) -> Unavailable:
-        """Every call fails from now on; returns the reason."""
+        """Fail every call from now on. Returns the reason."""
         if self.failed is None:
             self.failed = exc if isinstance(exc, Unavailable) else self.unavailable(exc)
         return self.failed
 
     async def ask(self, fn: Callable[..., T], *args: object) -> T:
-        """Run it in the index file's thread. A failure fails the tier."""
+        """Run *fn* in the index file's thread. A failure fails the tier."""
         if self.failed is not None:
             raise Unavailable(str(self.failed))
         try:
@@ -156,9 +155,9 @@ class IOThreads:
         return exc
 
     async def flush(self, fn: Callable[[], None]) -> None:
-        """Run it in a thread for slabs. A failure fails the tier.
+        """Run *fn* in a thread for slabs. A failure fails the tier.
 
-        The kernel reports bytes that it lost only once, to the caller that flushes first; the next flush succeeds.
+        The kernel reports lost bytes only once, to the first flush after the loss; the next flush succeeds.
         """
         try:
             await offload(fn, limiter=self._limiter)
@@ -166,16 +165,16 @@ class IOThreads:
             raise self.fail(exc) from exc
 
     async def run(self, fn: Callable[..., T]) -> T:
-        """Run it in a thread for slabs."""
+        """Run *fn* in a thread for slabs."""
         try:
             return await offload(fn, limiter=self._limiter)
         except (OSError, ConfigError) as exc:
             raise self.unavailable(exc) from exc
 
     async def carry(self, transfer: SlabTransfer) -> None:
-        """Carry out *transfer*. A cancellation lets each thread finish its span.
+        """Carry out *transfer*. After a cancellation each thread finishes its span.
 
-        Below 4 spans per thread the start of a thread costs more than it brings.
+        Below 4 spans per thread the start of another thread costs more than it saves.
         """
         count = max(1, min(self._count, len(transfer.spans) // 4))
         move = functools.partial(offload, transfer.run, self._check, limiter=self._limiter)

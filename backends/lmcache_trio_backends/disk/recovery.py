@@ -1,8 +1,8 @@
-"""How the disk tier reads its index file into the chunk table when it is opened, and answers meanwhile.
+"""The recovery of a disk tier: reads its index file into the chunk table when the tier is opened.
 
-A million rows take a while, so most of them are read in the background. Rows that were read are known from memory; the
-others are found by query, which waits for one page of the recovery at most. Until the end nothing is stored, evicted or
-deleted.
+A million rows take a while, so most of them are read in the background. The chunk table answers for the rows that were
+read, a query to the index file for the others. A query waits for one page of the recovery at most. Until its end the
+tier stores, evicts and deletes nothing.
 """
 
 import logging
@@ -23,15 +23,15 @@ __all__ = ["PAGE_ROWS", "SMALL", "Recovery"]
 log = logging.getLogger("lmcache_trio.disk")
 
 PAGE_ROWS = 400
-"""Rows read at a time: some 2 ms, so a query never waits longer behind one."""
+"""Rows read at a time: some 2 ms, which is the longest that a query waits."""
 SMALL = 1 << 20
-"""Bytes of an index that is read before the tier is open: some 5,000 rows, 80 ms. A larger one is read after that."""
+"""The largest index, in bytes, that is read before the tier is open: some 5,000 rows, 80 ms."""
 
 
 class Recovery:
-    """Sets `under_way` when the tier may be used, and `ready` at the end or when the index file failed.
+    """Sets `under_way` when the tier may be used, and `ready` at its end or when the index file failed.
 
-    Damaged rows are dropped, and counted in *counts* as `corrupt`.
+    It drops damaged rows, and counts them in *counts* as `corrupt`.
     """
 
     def __init__(self, table: ChunkTable, files: Files, threads: IOThreads, counts: "Counter[str]") -> None:
@@ -44,7 +44,7 @@ class Recovery:
         self.ready = trio.Event()
         self.under_way = trio.Event()
         self.suspects: list[Read] = []
-        """Chunks that failed verification meanwhile."""
+        """Chunks that failed verification before the end of the recovery."""
 
     async def run(self) -> None:
         """Read the index file in small steps."""
@@ -60,15 +60,15 @@ class Recovery:
             for read in self.suspects:
                 self._table.quarantine(read)
         except Unavailable as exc:
-            log.warning("%s", exc)  # each call raises the same
+            log.warning("%s", exc)  # each call of the tier raises the same
         if damaged := self._files.index.damaged + self._table.overlaid:
             log.warning("%s: %d rows were damaged and are dropped", self._files.index.path, damaged)
             self._counts["corrupt"] += damaged
-        self._tell_lost()
+        self._log_lost()
         self.ready.set()
         self.under_way.set()
 
-    def _tell_lost(self) -> None:
+    def _log_lost(self) -> None:
         lost, damage = self._table.lost, self._files.slabs.damage
         self._counts["lost_slabs"] += lost
         if lost or damage:
@@ -82,7 +82,7 @@ class Recovery:
             )
 
     async def query(self, keys: Sequence[ChunkKey]) -> dict[bytes, Row]:
-        """The index file's rows for those of *keys* that were not read into the table yet, by name."""
+        """The index file's rows, by name, for those of *keys* that were not read into the table yet."""
         names = [] if self._all_read else [name for name in map(name_of, keys) if name > self._read_to]
         if not names:
             await trio.lowlevel.checkpoint()

@@ -1,8 +1,8 @@
 """The slab files: preallocated bytes, read and written in place. Every method here blocks, and runs in a thread.
 
-The slabs are one row of bytes: slab i holds [i * slab_size, (i + 1) * slab_size), all of one size but the last, and an
-extent may cross from one to the next. A slab is taken with `fallocate`, so a full disk says so then and there, and
-a chunk that was given room has it. This module knows no chunks and keeps nothing but open files.
+The slabs are one sequence of bytes: slab i holds [i * slab_size, (i + 1) * slab_size). All slabs but the last have one
+size, and an extent may cross from one to the next. `fallocate` takes a slab's blocks at once, so a full disk fails
+there, and not when a chunk is written. This module knows no chunks; it keeps open files and nothing else.
 """
 
 import ctypes
@@ -21,12 +21,11 @@ __all__ = ["NO_SPACE", "Slabs", "fallocate", "probe", "set_aside"]
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _CANT_ALLOCATE = "can't set space aside (fallocate); use ext4, XFS or tmpfs"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A disk, a user's quota, or the largest file that a process may write (RLIMIT_FSIZE) is full."""
+"""The disk, the user's quota, or the largest file that a process may write (RLIMIT_FSIZE) is full."""
 LEAST_GROWTH = 1 << 20
-"""Bytes that a slab grows by at least, where the disk has less than a whole slab: smaller ones are many small files'
-worth of holes."""
+"""The least bytes that a slab grows by when the disk has less than a whole slab: smaller steps make many holes."""
 _KEEP_SIZE = 1
-"""FALLOC_FL_KEEP_SIZE: the bytes are set aside behind the end of the file, which stays where it is."""
+"""FALLOC_FL_KEEP_SIZE: set bytes aside behind the end of the file, and leave its size as it is."""
 _BOUNCE = 1 << 20
 
 
@@ -42,15 +41,15 @@ class Slabs:
         self._fds: list[int] = []
         self.taken = 0
         self.lost: list[Lost] = []
-        """What `open` found missing before the last slab, in order."""
+        """The parts that `open` found missing before the last slab, in order."""
         self.damage: list[str] = []
-        """The same for the log: which slab, and what of it is gone."""
+        """The same for the log: which slab, and how much of it is gone."""
 
     def open(self) -> None:
-        """Open what is there, cut to the capacity. What is missing costs the bytes that lay there, and no others.
+        """Open the slabs, cut to the capacity. A missing part costs the chunks in it, and no others.
 
-        The last slab may be short: a kill left it half made, and the next `grow` finishes it. Any other is made whole
-        again; where there is no space for that now, its bytes are not used until the next opening.
+        The last slab may be short: a kill left it half made, and the next `grow` finishes it. Any other slab is made
+        whole again. If the disk has no space for that now, the missing bytes stay unused until the next opening.
         """
         there = dict(self._home.slabs())
         for index in [index for index in there if index * self.slab_size >= self.capacity]:
@@ -85,7 +84,7 @@ class Slabs:
         self.lost.append(Lost(start + whole, start + length, usable))
 
     def remove(self) -> int:
-        """Delete all slabs, as nothing names their bytes any more. How many there were."""
+        """Delete all slabs, because no index names their bytes any more. Returns how many there were."""
         self.close()
         self.taken = 0
         names = [name for _, name in self._home.slabs()]
@@ -94,9 +93,9 @@ class Slabs:
         return len(names)
 
     def grow(self, spare: int) -> int:
-        """Take the next slab, or the rest of the last; where the disk has less, what it has, but for *spare* bytes.
+        """Take the next slab, or the rest of the last, or as much as the disk has, less *spare* bytes.
 
-        Returns the bytes taken; the same again: no more to come, or no more now.
+        Returns all bytes taken so far. The same number again: the tier has its capacity, or the disk has no more now.
         """
         if self.taken >= self.capacity:
             return self.taken
@@ -106,7 +105,7 @@ class Slabs:
         length = min(self.slab_size, self.capacity - start) - have
         least = min(length, LEAST_GROWTH)
         disk = self._home.file_system()
-        if disk.f_blocks:  # some file systems don't tell
+        if disk.f_blocks:  # some file systems give none
             length = min(length, (disk.f_bavail * disk.f_frsize - spare) // ALIGNMENT * ALIGNMENT)
         if length < least:
             return self.taken
@@ -117,12 +116,12 @@ class Slabs:
                 if exc.errno not in NO_SPACE:  # a disk can be out of files (inodes) before it is out of bytes
                     raise
                 return self.taken
-            self._home.flush_names()  # or a power failure takes the file whose bytes were flushed
-        while length >= least:  # a quota, or a limit on a file's size, is known by trying
+            self._home.flush_names()  # or a power failure removes a file whose bytes were flushed
+        while length >= least:  # only an attempt shows a quota, or a limit on a file's size
             try:
                 fallocate(self._fds[index], have, length)
             except OSError as exc:
-                os.ftruncate(self._fds[index], have)  # what the attempt took goes back
+                os.ftruncate(self._fds[index], have)  # give back the attempt's blocks
                 if exc.errno in _NO_FALLOCATE:
                     raise ConfigError("path", f"the file system of {str(self._home.path)!r} {_CANT_ALLOCATE}") from exc
                 if exc.errno not in NO_SPACE:
@@ -134,7 +133,7 @@ class Slabs:
         return self.taken
 
     def read(self, offset: int, view: memoryview) -> int:
-        """Fill *view* from *offset*; fewer bytes where the files are shorter than they should be."""
+        """Fill *view* from *offset*; fewer bytes if the files are shorter than they should be."""
         done = 0
         for fd, place, part in self._parts(offset, view):
             got = _read_direct(fd, place, part) if self._direct else _read(fd, place, part)
@@ -144,7 +143,7 @@ class Slabs:
         return done
 
     def write(self, offset: int, view: memoryview) -> None:
-        """Write all of *view* at *offset*; with O_DIRECT what follows up to the next 4 KiB boundary becomes zeros."""
+        """Write all of *view* at *offset*. O_DIRECT fills the rest up to the next 4 KiB boundary with zeros."""
         for fd, place, part in self._parts(offset, view):
             if self._direct:
                 _write_direct(fd, place, part)
@@ -154,7 +153,7 @@ class Slabs:
                     done += os.pwritev(fd, [part[done:]], place + done)
 
     def flush(self) -> None:
-        """All that was written is on the disk itself when this returns."""
+        """Bring all written bytes to the disk itself."""
         for fd in self._fds:
             os.fdatasync(fd)
 
@@ -165,7 +164,7 @@ class Slabs:
             os.close(fd)
 
     def _parts(self, offset: int, view: memoryview) -> Iterator[tuple[int, int, memoryview]]:
-        """(file, place in it, bytes) for each slab that *view* lies in; nothing for slabs that are not there."""
+        """(file, place in it, bytes) for each slab that *view* lies in, up to the first slab that does not exist."""
         at = 0
         while at < len(view):
             index, place = divmod(offset + at, self.slab_size)
@@ -181,10 +180,10 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def fallocate(fd: int, offset: int, length: int, mode: int = 0) -> None:
-    """fallocate(2) itself, without the lock of the interpreter. OSError where the file system has none.
+    """fallocate(2) itself, without the GIL. OSError if the file system has none.
 
-    `os.posix_fallocate` makes do there: the C library writes a byte into each block, which promises nothing on a file
-    system that writes elsewhere next time, and takes its time.
+    `os.posix_fallocate` would then write a byte into each block. That is slow, and promises nothing on a file system
+    that writes each version of a block elsewhere.
     """
     while _libc.fallocate(fd, mode, offset, length):
         if (number := ctypes.get_errno()) != errno.EINTR:
@@ -192,7 +191,7 @@ def fallocate(fd: int, offset: int, length: int, mode: int = 0) -> None:
 
 
 def set_aside(path: Path, length: int) -> bool:
-    """Set *length* bytes of *path* aside without making it longer: SQLite may grow into them. False: no space now."""
+    """Set *length* bytes of *path* aside behind its end, for SQLite to grow into. False: the disk has no space now."""
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fallocate(fd, 0, length, _KEEP_SIZE)
@@ -206,14 +205,14 @@ def set_aside(path: Path, length: int) -> bool:
 
 
 def probe(home: Home, *, direct: bool) -> None:
-    """ConfigError when the file system can't do what is asked of it; found by doing it."""
+    """Try fallocate, and O_DIRECT if *direct*. ConfigError if the file system has none."""
     name = "lmcache-trio-probe"
     try:
         fd = home.open_file(name, os.O_RDWR | os.O_CREAT)
     except OSError as exc:
         if exc.errno not in NO_SPACE:
             raise
-        return  # not even a file can be made: it is tried the next time
+        return  # the next opening tries again
     try:
         fallocate(fd, 0, ALIGNMENT)
         if direct:
@@ -223,7 +222,7 @@ def probe(home: Home, *, direct: bool) -> None:
             _write_direct(fd, 0, memoryview(bytes(ALIGNMENT)))
     except OSError as exc:
         if exc.errno in NO_SPACE:
-            return  # it can, but for now
+            return  # it can, but the disk is full now
         if exc.errno not in _NO_FALLOCATE:
             raise
         if not direct:
@@ -244,18 +243,18 @@ def _read(fd: int, place: int, view: memoryview) -> int:
 
 
 def _is_aligned(view: memoryview) -> bool:
-    import numpy as np  # a fifth of the time in which a server starts, and only O_DIRECT needs it
+    import numpy as np  # costs a fifth of a server's start, and only O_DIRECT needs it
 
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0]) % ALIGNMENT == 0
 
 
 def _straight(view: memoryview) -> int:
-    """Bytes of *view* that O_DIRECT may move itself: its whole pages, if it begins on one."""
+    """Bytes of *view* that O_DIRECT may move without a copy: its whole pages, if it begins on a page."""
     return len(view) // ALIGNMENT * ALIGNMENT if len(view) >= ALIGNMENT and _is_aligned(view) else 0
 
 
 def _read_direct(fd: int, place: int, view: memoryview) -> int:
-    """Whole pages go straight into *view*, the rest through pages of our own."""
+    """Read whole pages straight into *view*, and the rest through a buffer of whole pages."""
     whole = _straight(view)
     done = 0
     while done < whole:
