@@ -114,6 +114,7 @@ class Client(Conversation):
         super().__init__(connection)
         self.boot = welcome.boot
         self.chunk_tokens = welcome.chunk_tokens
+        """Of its engine's chunks."""
         self.arena_size = welcome.arena_size
         self.taken = welcome.taken
         self.arena_note = welcome.arena_note
@@ -441,7 +442,7 @@ async def connect(address: str, hello: Hello, server_uids: Collection[int] | Non
     try:
         try:
             address, frame = await _introduce(address, encode(hello), trusted, descriptors)
-            reply = check_welcome(frame)
+            reply = check_welcome(frame, hello)
         except Gone as exc:
             raise Unavailable(f"the server at {address} went away") from exc
         except ProtocolError as exc:
@@ -480,11 +481,15 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     shards: int = 1,
     name: str = "",
     identity: bytes = b"",
+    block_tokens: int = 0,
+    chunk_tokens: int = 0,
     server_uids: Collection[int] | None = None,
 ) -> AsyncIterator[Client]:
     """Connect to the server at *address*; a worker gets the arena mapped too, in `Client.arena`.
 
     *identity* (32 bytes at most) is a scheduler's digest of its model: engines of other models have other namespaces.
+    *block_tokens* are those of the engine's blocks, *chunk_tokens* those of its chunks, a multiple of them. With
+    neither (0), the engine's chunks have as many as the server's setting says. All clients of an engine say the same.
     The server must run as this process' uid, as root, or as one of *server_uids*, by default those that the setting
     `client.server_uids` names.
     `Unavailable`: nobody listens there, or somebody else does, or this process may not connect. `Misuse`: the server
@@ -492,6 +497,7 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     role not an observer's. `ProtocolError`: it is another release's, or none.
     """
     who = name or f"pid {os.getpid()}"
-    hello = sentence(Hello, PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards, identity)
+    sizes = (block_tokens, chunk_tokens)
+    hello = sentence(Hello, PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards, identity, *sizes)
     async with connect(address, hello, server_uids) as client:
         yield client

@@ -19,6 +19,7 @@ __all__ = [
     "ChunkKey",
     "chain_digests",
     "check_chunk_tokens",
+    "chunk_tokens_for",
     "identity_of",
     "join_digests",
     "namespace_of",
@@ -92,12 +93,17 @@ def chain_digests(
     return digests
 
 
+def chunk_tokens_for(wish: int, block_tokens: int) -> int:
+    """Tokens of a chunk of an engine whose blocks have *block_tokens*: the fewest whole blocks that reach *wish*."""
+    return -(-wish // block_tokens) * block_tokens
+
+
 def check_chunk_tokens(chunk_tokens: int, block_tokens: int) -> None:
     """`Misuse`, unless a chunk of *chunk_tokens* is a whole number of the engine's blocks of *block_tokens*."""
     if chunk_tokens < 1 or chunk_tokens % block_tokens:
         raise Misuse(
-            f"chunk_tokens ({chunk_tokens}) is not a multiple of the engine's block_tokens ({block_tokens}): set the"
-            " server's chunk_tokens to one that is"
+            f"chunk_tokens ({chunk_tokens}) is not a multiple of the engine's block_tokens ({block_tokens}): give one"
+            " that is, or leave it out"
         )
 
 

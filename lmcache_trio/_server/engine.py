@@ -18,6 +18,8 @@ class Engine:
 
     name: str
     shards: int
+    chunk_tokens: int
+    """Of its chunks: the word of the first of its peers."""
     scheduler: Peer | None = None
     workers: dict[int, Peer] = attrs.field(factory=dict)
     layouts: dict[int, Register] = attrs.field(factory=dict)

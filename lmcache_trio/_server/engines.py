@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import trio
 
 from lmcache_trio._core.index.index import Index, Reservation
-from lmcache_trio._core.keys import namespace_of
+from lmcache_trio._core.keys import chunk_tokens_for, namespace_of
 from lmcache_trio._server.answers import Answers
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
@@ -69,6 +69,13 @@ class Engines:
         """The engine of the client that says *hello*, if it exists. An observer has none."""
         return self._engines.get(hello.engine) if hello.role is not Role.OBSERVER else None
 
+    def chunk_tokens_of(self, hello: Hello) -> int:
+        """Tokens of a chunk of the engine whose client says *hello*: that engine's, or what a new engine gets."""
+        engine = self.find(hello)
+        if engine is not None:
+            return engine.chunk_tokens
+        return hello.chunk_tokens or chunk_tokens_for(self._config.chunk_tokens, hello.block_tokens or 1)
+
     # --- peers --------------------------------------------------------------------------------------------------------
 
     def join(self, peer: Peer) -> None:
@@ -76,7 +83,7 @@ class Engines:
         hello = peer.hello
         if hello.role is Role.OBSERVER:
             return
-        engine = self._engines.setdefault(hello.engine, Engine(hello.engine, hello.shards))
+        engine = self._engines.setdefault(hello.engine, Engine(hello.engine, hello.shards, self.chunk_tokens_of(hello)))
         if hello.role is Role.SCHEDULER:
             engine.scheduler = peer
             self.identify(engine, hello.identity)
@@ -163,7 +170,7 @@ class Engines:
             missing = sorted(set(range(engine.shards)) - set(engine.layouts))
             log.info("engine %r has no cache until its shards %s are registered", engine.name, missing)
             return
-        tokens, size = self._config.chunk_tokens, self._index.arena.capacity
+        tokens, size = engine.chunk_tokens, self._index.arena.capacity
         chunk = self._index.chunk_bytes(engine.namespace)
         if chunk > size:
             self._counts.events["layouts_too_large"] += 1

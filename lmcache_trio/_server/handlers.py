@@ -55,7 +55,7 @@ def _register(parts: Parts, peer: Peer, message: Register) -> Message:
     engine = parts.engines.of(peer)
     if peer.pidfd is None:
         raise Misuse(f"{peer} got no arena, so it can neither store nor retrieve; the welcome's arena_note says why")
-    check_chunk_tokens(parts.config.chunk_tokens, message.block_tokens)
+    check_chunk_tokens(engine.chunk_tokens, message.block_tokens)
     shard = peer.hello.shard
     former = engine.layouts.pop(shard, None)
     if parts.transfer is not None:

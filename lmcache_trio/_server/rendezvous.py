@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import attrs
 
+from lmcache_trio._core.keys import check_chunk_tokens
 from lmcache_trio._server.engine import Engine
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
@@ -67,7 +68,7 @@ def receive_hello(parts: Parts, introduction: Introduction) -> Peer | Refused:
 
 def welcome(parts: Parts, peer: Peer, address: str) -> Welcome:
     """The message that admits *peer*, whose own address is *address*."""
-    common = Welcome(PROTOCOL_VERSION, address, parts.boot, parts.config.chunk_tokens)
+    common = Welcome(PROTOCOL_VERSION, address, parts.boot, parts.engines.chunk_tokens_of(peer.hello))
     if peer.hello.role is not Role.WORKER:
         return attrs.evolve(common, arena_note="only a client with role=Role.WORKER gets the arena")
     if peer.pidfd is None:
@@ -87,11 +88,20 @@ def _check(parts: Parts, hello: Hello) -> None:
     """Misuse: *hello* contradicts the connected clients. Unavailable: the server admits no client now."""
     if parts.drain.stopping:
         raise Unavailable("the server is stopping; connect again when it is back")
+    if hello.chunk_tokens and hello.block_tokens:
+        check_chunk_tokens(hello.chunk_tokens, hello.block_tokens)
     engine = parts.engines.find(hello)
     if engine is not None and engine.shards != hello.shards and _others(engine, hello):
         raise Misuse(
             f"engine {hello.engine!r} has {engine.shards} shards for the clients that are here, but {hello.shards} for "
             "this one; all must agree, and two engines must not share an engine id"
+        )
+    if engine is not None and not _chunks_fit(engine, hello) and _others(engine, hello):
+        chunks = f"chunks of {hello.chunk_tokens} tokens" if hello.chunk_tokens else "any chunks"
+        raise Misuse(
+            f"engine {hello.engine!r} has chunks of {engine.chunk_tokens} tokens for the clients that are here, and "
+            f"this one asks for {chunks} of blocks of {hello.block_tokens or 'any'} tokens; give all clients of an "
+            "engine the same block_tokens and chunk_tokens"
         )
 
 
@@ -107,6 +117,11 @@ def _check_room(parts: Parts, replaced: int) -> None:
     if most and len(parts.peers) - replaced >= most:
         parts.counts.limits["clients"] += 1
         raise Unavailable(f"{most} clients are connected, and no more are let in: that is limits.clients; {way}")
+
+
+def _chunks_fit(engine: Engine, hello: Hello) -> bool:
+    """Whether the client that says *hello* can work with the chunks of *engine*."""
+    return hello.chunk_tokens in (0, engine.chunk_tokens) and engine.chunk_tokens % (hello.block_tokens or 1) == 0
 
 
 def _others(engine: Engine, hello: Hello) -> bool:
@@ -133,5 +148,5 @@ def _replaced_by(parts: Parts, hello: Hello, peer_pid: int | None, pidfd: int | 
                 "each engine an engine id of its own"
             )
         yield holder
-    if engine.shards != hello.shards:
+    if engine.shards != hello.shards or not _chunks_fit(engine, hello):
         yield from engine.peers()  # all of them are dead, or `_check` would have refused

@@ -44,21 +44,20 @@ def _attach(parts: Parts, peer: Peer, message: Attach) -> Message | None:
         raise Misuse("register the layout before its memory is attached")
     if transfer.attachments.unanswered[peer.number] >= parts.config.limits.attaches:
         raise parts.counts.over_limit(peer, "attaches", f"{parts.config.limits.attaches} Attach without a reply")
+    chunk_blocks = engine.chunk_tokens // layout.block_tokens
     descriptors = peer.transport.take_descriptors() if peer.transport is not None else []
     try:
-        export = _exported(parts, message, descriptors, layout)
+        export = _exported(parts, message, descriptors, layout, chunk_blocks)
     except BaseException:
         for fd in descriptors:
             os.close(fd)
         raise
-    transfer.attachments.attach(
-        peer, message.id, export, parts.config.chunk_tokens // layout.block_tokens, parts.engines
-    )
+    transfer.attachments.attach(peer, message.id, export, chunk_blocks, parts.engines)
     return None
 
 
-def _exported(parts: Parts, message: Attach, descriptors: Sequence[int], layout: Register) -> Export:
-    """The export of *message*, if it is the memory of *layout* and can be opened now."""
+def _exported(parts: Parts, message: Attach, descriptors: Sequence[int], layout: Register, chunk_blocks: int) -> Export:
+    """The export of *message*, if it is the memory of *layout* and can be opened now. *chunk_blocks*: per chunk."""
     transfer = _transfer(parts)
     try:
         export = decode_export(message.export, descriptors)
@@ -66,7 +65,6 @@ def _exported(parts: Parts, message: Attach, descriptors: Sequence[int], layout:
         raise Misuse(str(exc)) from exc
     if isinstance(export.memory[0], CudaMemory) and not transfer.takes_events:
         raise Unavailable("this server's device cannot wait for what a GPU has still to write: copy through the arena")
-    chunk_blocks = parts.config.chunk_tokens // layout.block_tokens
     if export.block_bytes * chunk_blocks != layout.shard_bytes:
         raise Misuse(
             f"the export's chunks have {export.block_bytes * chunk_blocks} bytes, the registered ones "

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 import attrs
 import msgspec
-from attrs.validators import and_, ge, max_len
+from attrs.validators import and_, ge, le, max_len
 
 __all__ = [
     "MAX_DIGESTS",
@@ -66,7 +66,7 @@ __all__ = [
     "Withdraw",
 ]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_DIGESTS = 65_536
 """Most chunks one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
 
@@ -97,6 +97,7 @@ _DIGESTS = _packed(32)
 _RESERVED = _packed(32, MAX_RESERVED)
 _OFFSETS = _packed(8)
 _POSITIONS = _packed(4)
+_TOKENS: _Validator = and_(ge(0), le(1 << 20))
 _NAME: _Validator = max_len(512)
 _ID: _Validator = max_len(32)
 
@@ -140,6 +141,7 @@ class Hello(Message):
     """Who asks to be let in. *token* is 16 random bytes, one a client object, the same after a reconnect.
 
     *identity* is a scheduler's: the digest of its model and weights. It is part of its engine's namespace.
+    *block_tokens* are those of the engine's blocks, *chunk_tokens* those that its chunks must have. 0: not said.
     """
 
     opcode: ClassVar[int] = 1
@@ -151,12 +153,15 @@ class Hello(Message):
     shard: int = attrs.field(default=0, validator=ge(0))
     shards: int = attrs.field(default=1, validator=ge(1))
     identity: bytes = attrs.field(default=b"", validator=_ID)
+    block_tokens: int = attrs.field(default=0, validator=_TOKENS)
+    chunk_tokens: int = attrs.field(default=0, validator=_TOKENS)
 
 
 @attrs.frozen
 class Welcome(Message):
     """Where this client's own socket is, and the arena. Withdrawn when not taken up within 5 s.
 
+    *chunk_tokens* are those of its engine's chunks; an observer is told what an engine that says nothing would get.
     A worker's brings the descriptor of the arena along, a sealed anonymous file of *arena_size* bytes, of which *taken*
     are backed by memory so far. Without one *arena_size* is 0, and *arena_note* says why.
     """

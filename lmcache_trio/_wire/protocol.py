@@ -109,12 +109,14 @@ def check_hello(frame: bytes) -> Hello:
     return hello
 
 
-def check_welcome(frame: bytes) -> Welcome | Refused:
-    """The server's answer at the rendezvous; `ProtocolError` when it is none, or of another version."""
+def check_welcome(frame: bytes, hello: Hello) -> Welcome | Refused:
+    """The server's answer to *hello*; `ProtocolError` when it is none, of another version, or none to that one."""
     answer = decode_expected(frame, Welcome, Refused)
     if isinstance(answer, Welcome) and answer.version != PROTOCOL_VERSION:
         raise ProtocolError(
             f"the server speaks version {answer.version} of the protocol, this client {PROTOCOL_VERSION}: "
             "install the same release of lmcache-trio on both sides"
         )
+    if isinstance(answer, Welcome) and hello.chunk_tokens not in (0, answer.chunk_tokens):
+        raise ProtocolError(f"it grants chunks of {answer.chunk_tokens} tokens, not the {hello.chunk_tokens} asked for")
     return answer

@@ -131,6 +131,10 @@ class Limits:
     )
 
 
+DEFAULT_CHUNK_TOKENS = 64
+"""What an engine goes by, too, as long as no server has told it."""
+
+
 @attrs.frozen
 class Config:
     """All settings of a server. Each field's `metadata["help"]` is its one line of documentation."""
@@ -142,8 +146,9 @@ class Config:
     )
     access: Access = setting(attrs.Factory(Access), "Who may connect, beside the server's own uid and root.")
     chunk_tokens: int = setting(
-        256,
-        "Tokens per chunk, the unit of caching; a multiple of every engine's block size.",
+        DEFAULT_CHUNK_TOKENS,
+        "Tokens per chunk, the unit of caching, of engines that name none; each gets the fewest whole blocks of its own"
+        " that reach this.",
         check=between(1, 65_536),
     )
     lease_timeout: float = setting(

@@ -154,8 +154,8 @@ def test_kv_memory_is_let_go_of_before_it_is_unmapped_and_taken_again_after(monk
 
 
 def test_an_unknown_extra_key_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"kv_connector_extra_config\.chunk_tokens: is not a setting"):
-        connector(extra={"chunk_tokens": 256})
+    with pytest.raises(ConfigError, match=r"kv_connector_extra_config\.chunk_token: is not a setting"):
+        connector(extra={"chunk_token": 256})
 
 
 def test_more_than_one_kv_cache_group_is_refused_by_name() -> None:

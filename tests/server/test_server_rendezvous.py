@@ -23,12 +23,56 @@ async def test_a_welcome_names_the_boot_the_chunk_the_arena_and_an_address_of_on
     one, other = await rig.scheduler("a"), await rig.scheduler("b")
     assert one.welcome.boot == other.welcome.boot == rig.server.boot
     assert len(rig.server.boot) == 16
-    assert one.welcome.chunk_tokens == 256
+    assert one.welcome.chunk_tokens == 64
     assert (one.welcome.arena_size, one.welcome.arena_note) == (0, "only a client with role=Role.WORKER gets the arena")
     worker = await rig.worker("a")
     assert (worker.welcome.arena_size, worker.welcome.arena_note) == (rig.memory.size, "")
     assert one.welcome.address != other.welcome.address
     assert await one.get(Pong, Ping) == Pong(1, rig.server.boot)
+
+
+@pytest.mark.parametrize(
+    ("block_tokens", "asked", "granted"),
+    [
+        *(
+            (block, 0, chunk)
+            for block, chunk in ((0, 64), (1, 64), (16, 64), (48, 96), (64, 64), (384, 384), (544, 544))
+        ),
+        *((16, 16, 16), (16, 256, 256), (0, 100, 100), (1152, 2304, 2304)),
+    ],
+)
+async def test_an_engine_gets_the_chunks_that_it_asks_for_or_the_fewest_whole_blocks_that_reach_the_setting(
+    rig: Rig, block_tokens: int, asked: int, granted: int
+) -> None:
+    welcome = await _say(rig, block_tokens=block_tokens, chunk_tokens=asked)
+    assert isinstance(welcome, Welcome)
+    assert welcome.chunk_tokens == granted
+
+
+async def test_all_clients_of_an_engine_have_the_chunks_of_its_first(rig: Rig) -> None:
+    first = await _say(rig, role=Role.SCHEDULER, block_tokens=16, chunk_tokens=128)
+    assert first.chunk_tokens == 128
+    assert (await _say(rig, shard=0, block_tokens=16)).chunk_tokens == 128
+    other = await _say(rig, engine="another", block_tokens=16)
+    assert other.chunk_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"block_tokens": 16, "chunk_tokens": 256}, "asks for chunks of 256 tokens of blocks of 16 tokens"),
+        ({"block_tokens": 48}, "asks for any chunks of blocks of 48 tokens"),
+        ({"block_tokens": 48, "chunk_tokens": 100}, "is not a multiple"),
+    ],
+)
+async def test_a_client_that_cannot_use_the_chunks_of_its_engine_is_refused(
+    rig: Rig, changes: dict[str, int], words: str
+) -> None:
+    await rig.scheduler("engine")
+    reply = await _say(rig, **changes)
+    assert isinstance(reply, Refused)
+    assert reply.kind is ErrorKind.MISUSE
+    assert words in reply.reason
 
 
 async def test_two_runs_of_a_server_have_two_boot_ids(rigs: Opener) -> None:

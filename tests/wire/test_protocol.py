@@ -140,14 +140,21 @@ def test_what_is_no_hello_is_refused_by_name() -> None:
 
 
 def test_welcome_of_another_version_names_both_and_refused_is_taken() -> None:
-    welcome = m.Welcome(version=m.PROTOCOL_VERSION, address="a", boot=b"b", chunk_tokens=1)
-    assert check_welcome(encode(welcome)) == welcome
+    welcome, said = m.Welcome(version=m.PROTOCOL_VERSION, address="a", boot=b"b", chunk_tokens=16), hello()
+    assert check_welcome(encode(welcome), said) == welcome
     refused = m.Refused(kind=ErrorKind.UNAVAILABLE, reason="full")
-    assert check_welcome(encode(refused)) == refused
+    assert check_welcome(encode(refused), said) == refused
     with pytest.raises(ProtocolError, match=rf"version 7 .* this client {m.PROTOCOL_VERSION}"):
-        check_welcome(encode(attrs.evolve(welcome, version=7)))
+        check_welcome(encode(attrs.evolve(welcome, version=7)), said)
     with pytest.raises(ProtocolError, match="where Welcome or Refused was expected"):
-        check_welcome(encode(m.Ack(id=1)))
+        check_welcome(encode(m.Ack(id=1)), said)
+
+
+def test_a_welcome_must_grant_the_chunks_that_the_hello_asked_for() -> None:
+    welcome = m.Welcome(version=m.PROTOCOL_VERSION, address="a", boot=b"b", chunk_tokens=16)
+    assert check_welcome(encode(welcome), hello(chunk_tokens=16)) == welcome
+    with pytest.raises(ProtocolError, match="chunks of 16 tokens, not the 32 asked for"):
+        check_welcome(encode(welcome), hello(chunk_tokens=32))
 
 
 # --- what a server lets each role say ---------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ Call = Callable[[Role], Awaitable[Caller]]
 async def call() -> AsyncIterator[Call]:
     async def come_in(role: Role) -> Caller:
         introduction = hello(token=secrets.token_bytes(16), role=role, engine=secrets.token_hex(8))
-        welcome = check_welcome(await introduce(server.address, encode(introduction)))
+        welcome = check_welcome(await introduce(server.address, encode(introduction)), introduction)
         assert isinstance(welcome, m.Welcome)
         return Caller(await dial_pair(welcome.address))
 

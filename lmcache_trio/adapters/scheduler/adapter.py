@@ -77,7 +77,8 @@ class SchedulerAdapter:
             named = _version(weights_version)
             self._prompts.rename(named, named)
         name, token, model = f"scheduler {os.getpid()}", os.urandom(16), self._prompts.model
-        hello = sentence(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, 0, shards, model)
+        said = (0, shards, model, block_tokens, chunk_tokens or 0)
+        hello = sentence(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said)
         self._told: Client | None = None
         """The client whose server was told of the model and of all resets; None while there is none."""
         self._resets_owed: dict[bytes, None] = {}
@@ -99,7 +100,7 @@ class SchedulerAdapter:
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of one chunk: the server's word, once a server has been there."""
+        """Tokens of one chunk: the first server's word, once one has been there."""
         return self._prompts.chunk_tokens
 
     @property
@@ -342,7 +343,8 @@ class SchedulerAdapter:
             self._told = client
 
     def _adopt_chunk_tokens(self, chunk_tokens: int) -> None:
-        """Take the server's *chunk_tokens*; where they differ, prompts are hashed anew. Under the lock."""
+        """Take the first server's *chunk_tokens*; where they differ, prompts are hashed anew. Under the lock."""
+        self._link.hello = attrs.evolve(self._link.hello, chunk_tokens=chunk_tokens)
         if self._prompts.adopt_chunk_tokens(chunk_tokens):
             for request in self._lookups.requests.values():
                 request.prompt = Prompt()

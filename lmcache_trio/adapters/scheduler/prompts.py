@@ -5,16 +5,15 @@ It knows no server, decides nothing about lookups, and sends nothing.
 
 from collections.abc import Callable, Sequence
 
-from lmcache_trio._core.keys import chain_digests, check_chunk_tokens, identity_of, seed_of
+from lmcache_trio._core.keys import chain_digests, check_chunk_tokens, chunk_tokens_for, identity_of, seed_of
 from lmcache_trio.adapters.specs import check_whole, own_numbers
+from lmcache_trio.config import DEFAULT_CHUNK_TOKENS
 from lmcache_trio.errors import Misuse
 from lmcache_trio.threads import Lock
 
 __all__ = ["Extras", "Prompt", "Prompts"]
 
 Extras = Callable[[int, int], bytes]
-_LEAST_CHUNK_TOKENS = 256
-"""Of a chunk before a server says how many it has: the server's own default, where it is whole blocks."""
 
 
 class Prompt:
@@ -43,11 +42,8 @@ class Prompts:
         if chunk_tokens is not None:
             check_whole("chunk_tokens", chunk_tokens, 1)
         self.block_tokens = block_tokens
-        least = -(-_LEAST_CHUNK_TOKENS // block_tokens) * block_tokens
-        self.chunk_tokens = least if chunk_tokens is None else chunk_tokens
-        self._chunk_tokens_fixed = self._chunk_tokens_given = chunk_tokens is not None
-        if self._chunk_tokens_fixed:
-            check_chunk_tokens(self.chunk_tokens, block_tokens)
+        self.chunk_tokens = chunk_tokens or chunk_tokens_for(DEFAULT_CHUNK_TOKENS, block_tokens)
+        check_chunk_tokens(self.chunk_tokens, block_tokens)
         self._identity = _checked_identity(identity)
         self.weights: tuple[str | bytes, ...] = ()
         """What tells the weights from those that the identity names."""
@@ -67,17 +63,11 @@ class Prompts:
         self.seed = self._seed()
 
     def adopt_chunk_tokens(self, chunk_tokens: int) -> bool:
-        """Take the server's *chunk_tokens*. True: it differs, so every prompt must be hashed anew. Under the lock.
+        """Take the first server's *chunk_tokens*. True: they are others, so every prompt must be hashed anew.
 
-        Only the first server's is taken; a later one that differs is refused with `Misuse`.
+        Later servers are told them. Under the lock.
         """
-        if chunk_tokens != self.chunk_tokens and self._chunk_tokens_fixed:
-            fix = "set them alike, or leave the engine's out"
-            if not self._chunk_tokens_given:
-                fix = f"it began with a server of {self.chunk_tokens}; set the server's to that, or restart the engine"
-            raise Misuse(f"the server's chunk_tokens is {chunk_tokens} and this engine's {self.chunk_tokens}: {fix}")
         check_chunk_tokens(chunk_tokens, self.block_tokens)
-        self._chunk_tokens_fixed = True
         differs = chunk_tokens != self.chunk_tokens
         self.chunk_tokens = chunk_tokens
         self.seed = self._seed()

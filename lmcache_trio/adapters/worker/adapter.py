@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
+import attrs
 import trio
 
 from lmcache_trio._core.keys import check_chunk_tokens, seed_of
@@ -73,6 +74,7 @@ class WorkerAdapter:
         check_whole("shard", shard)
         if chunk_tokens is not None:
             check_whole("chunk_tokens", chunk_tokens, 1)
+            check_chunk_tokens(chunk_tokens, block_tokens)
         if shard >= shards:
             raise Misuse(f"shard is {shard} of {shards}: shards count from 0")
         check_seconds("reply_timeout", reply_timeout)
@@ -84,16 +86,14 @@ class WorkerAdapter:
         if path not in get_args(Path):
             raise Misuse(f"path is {path!r}: it must be one of {', '.join(get_args(Path))}")
         self._block_tokens = block_tokens
-        self._wanted_chunk_tokens = chunk_tokens
         self._extra = tuple(fingerprint_extra)
         self._reply_timeout = reply_timeout
         self._token = os.urandom(16)
         self._connected_before = False
         self._arena_note = ""
         self._room_note = ""
-        hello = sentence(
-            Hello, PROTOCOL_VERSION, f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards
-        )
+        name, said = f"worker {shard} {os.getpid()}", (shard, shards, b"", block_tokens, chunk_tokens or 0)
+        hello = sentence(Hello, PROTOCOL_VERSION, name, self._token, Role.WORKER, engine_id, *said)
         self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None, server_uids=server_uids)
         self._registered = RegisteredKV(chunk_tokens=chunk_tokens or 0)
         self._shm = ShmMover(f"lmcache-trio copies {shard}", self._registered, reply_timeout, probe)
@@ -270,13 +270,9 @@ class WorkerAdapter:
                 await client.copies_ended(self._token)
         self._connected_before = True
         self._registered.known = None
-        self._registered.chunk_tokens = client.chunk_tokens
-        if self._wanted_chunk_tokens not in (None, client.chunk_tokens):
-            raise Misuse(
-                f"the server's chunk_tokens is {client.chunk_tokens} and this engine's {self._wanted_chunk_tokens}:"
-                " set them alike, or leave the engine's out"
-            )
         check_chunk_tokens(client.chunk_tokens, self._block_tokens)
+        self._registered.chunk_tokens = client.chunk_tokens
+        self._link.hello = attrs.evolve(self._link.hello, chunk_tokens=client.chunk_tokens)  # for later servers
         if client.arena is None and client.arena_note != self._arena_note:
             self._arena_note = client.arena_note
             logger.warning("working without a cache: %s", client.arena_note or "the server gave this worker no arena")

@@ -247,14 +247,6 @@ def test_an_identity_that_names_no_model_is_refused(identity: object) -> None:
         SchedulerAdapter("unix:///nowhere", engine_id="e", identity=identity, block_tokens=16)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("given", "fix"), [(64, "leave the engine's out"), (None, "restart the engine")])
-def test_a_server_of_other_chunks_is_refused_with_the_way_out(given: int | None, fix: str) -> None:
-    made = prompts.Prompts(["a model"], 16, given, Lock())
-    made.adopt_chunk_tokens(64)
-    with pytest.raises(Misuse, match=f"chunk_tokens is 128 and this engine's 64.*{fix}"):
-        made.adopt_chunk_tokens(128)
-
-
 def test_an_identity_that_reads_like_weights_is_another_model() -> None:
     plain = prompts.Prompts(["a model", "weights version", "1"], 16, 64, Lock())
     renamed = prompts.Prompts(["a model"], 16, 64, Lock())

@@ -302,11 +302,6 @@ def test_a_wrong_setting_is_refused_by_name(settings: dict[str, float], named: s
         )
 
 
-def test_a_chunk_that_is_no_whole_number_of_blocks_is_refused_with_both_names(live_server: ServerProcess) -> None:
-    with pytest.raises(Misuse, match=r"chunk_tokens.*block_tokens"):
-        SchedulerAdapter(live_server.address, engine_id="e", identity=["a model"], block_tokens=48)
-
-
 def test_the_subclass_overrides_one_method_and_adds_private_ones() -> None:
     changed = {name for name in vars(PollingSchedulerAdapter) if not name.startswith("__")}
     assert {name for name in changed if hasattr(SchedulerAdapter, name)} == {"check_lookup_result"}

@@ -26,6 +26,7 @@ def test_all_settings_are_taken_over() -> None:
         "load": "sync",
         "namespace": "mine",
         "path": "device",
+        "chunk_tokens": 1152,
         "weights_version": "step 7",
         "server_uids": [1000, 7],
     }
@@ -39,9 +40,16 @@ def test_all_settings_are_taken_over() -> None:
         weights_version="step 7",
         server_uids=(1000, 7),
         path="device",
+        chunk_tokens=1152,
     )
     assert parse_settings(extra) == found
     assert set(extra) == {field.name for field in attrs.fields(ConnectorSettings)}
+
+
+@pytest.mark.parametrize("tokens", [0, -16, 65_537, "64", 1.5, True])
+def test_chunk_tokens_is_a_number_of_tokens(tokens: object) -> None:
+    with pytest.raises(ConfigError, match=r"kv_connector_extra_config\.chunk_tokens"):
+        parse_settings({"chunk_tokens": tokens})
 
 
 @pytest.mark.parametrize("version", ["", 7, None])
