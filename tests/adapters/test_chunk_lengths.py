@@ -180,7 +180,7 @@ def test_a_worker_that_wants_other_chunks_than_its_scheduler_is_refused_by_name(
     one = engines(live_server.address, 16, 64)
     one.worker.shutdown()
     same: dict[str, Any] = {"engine_id": f"chunk lengths {Engine.number}", "connect_timeout": 30.0}
-    with pytest.raises(Misuse, match="chunks of 64 tokens .* asks for chunks of 128 tokens of blocks of 16 tokens"):
+    with pytest.raises(Misuse, match=r"chunks of 64 tokens .* asks for chunks of 128 tokens of blocks of 16 tokens"):
         WorkerAdapter(live_server.address, block_tokens=16, chunk_tokens=128, **same)
     with pytest.raises(Misuse, match="asks for any chunks of blocks of 24 tokens"):
         WorkerAdapter(live_server.address, block_tokens=24, **same)
