@@ -138,7 +138,10 @@ class Client(Conversation):
         return (await self.request(Ping(self.new_id()), Pong)).boot
 
     async def statistics(self) -> dict[str, Any]:
-        """The server's `held` and `counted`."""
+        """The server's figures: a table with the keys `held`, `counted` and `tiers`, as `status --json` prints it.
+
+        A server of another release may have more keys or fewer.
+        """
         reply = await self.request(Statistics(self.new_id()), StatisticsReply)
         found = json.loads(reply.json)
         if not isinstance(found, dict):

@@ -13,8 +13,8 @@ import trio
 
 from lmcache_trio._transport.socket_files import NotToBeUsed
 from lmcache_trio._wire.messages import Hello
-from lmcache_trio.adapters.specs import check_uids
 from lmcache_trio.client import Client, connect, places_of, wait_server
+from lmcache_trio.config.client import check_server_uids
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError
 from lmcache_trio.threads import Handoff, Lock, Portal, inherited
 
@@ -41,7 +41,7 @@ class Link:
         lost: Callable[[], None],
         server_uids: Collection[int] | None = None,
     ) -> None:
-        check_uids("server_uids", server_uids)
+        check_server_uids(server_uids)
         self.address = address
         self.client: Client | None = None
         """The one to use now, for any thread to read; None while there is none."""

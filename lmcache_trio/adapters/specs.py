@@ -9,7 +9,6 @@ made by hand.
 """
 
 import math
-from collections.abc import Collection
 from operator import index
 from typing import Any, TypeVar
 
@@ -37,13 +36,6 @@ def check_seconds(name: str, value: object) -> None:
     """`Misuse`, which names it, unless *value* is a positive number of seconds."""
     if not isinstance(value, int | float) or not 0 < value < math.inf:  # NaN is neither
         raise Misuse(f"{name} is {value!r:.80}: it must be a positive number of seconds")
-
-
-def check_uids(name: str, value: object) -> None:
-    """`Misuse`, which names it, unless *value* is None or a collection of uids."""
-    if value is None or (isinstance(value, Collection) and all(type(uid) is int and uid >= 0 for uid in value)):
-        return
-    raise Misuse(f"{name} is {value!r:.80}: it must be a list of uids, as in [1000]")
 
 
 def own_numbers(name: str, numbers: Any) -> Any:

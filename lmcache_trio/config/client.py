@@ -7,15 +7,15 @@ It refuses to read the server's settings, and to be wrong because one of those i
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import attrs
 
 from lmcache_trio.config import sources
-from lmcache_trio.config.tables import between, check_ids, setting
+from lmcache_trio.config.tables import between, check_ids, setting, structure
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["ClientConfig", "check_interval", "load_client_config"]
+__all__ = ["ClientConfig", "check_interval", "check_server_uids", "load_client_config"]
 
 
 def check_interval(poll_interval: float, lookup_timeout: float, key: str = "poll_interval") -> None:
@@ -42,6 +42,12 @@ class ClientConfig:
 
     def __attrs_post_init__(self) -> None:
         check_interval(self.poll_interval, self.lookup_timeout)
+
+
+def check_server_uids(uids: Collection[int] | None) -> None:
+    """ConfigError for *uids* that an adapter was given, unless they are None or could be the setting `server_uids`."""
+    if uids is not None:
+        structure(ClientConfig, {"server_uids": list(uids) if isinstance(uids, Collection) else uids})
 
 
 def load_client_config(environ: Mapping[str, str] | None = None) -> ClientConfig:

@@ -151,6 +151,16 @@ class Side:
         self.worker.retrieve_now([spec])
         return self.worker.take_failed_blocks()
 
+    def wait_healthy(self) -> None:
+        wait_until(lambda: self.scheduler.is_healthy() and self.worker.is_healthy())
+
+    def check_round_trip(self, request_id: str, tokens: list[int], source: list[int], target: list[int]) -> None:
+        """What is stored from the blocks *source* is found, and comes back into the blocks *target* byte for byte."""
+        self.store(request_id, tokens, source)
+        assert self.lookup(f"{request_id} again", tokens) == len(tokens)
+        assert self.load(f"{request_id} again", len(tokens), target) == set()
+        assert same_blocks(self.kv, source, self.kv, target)
+
     def close(self) -> None:
         self.worker.shutdown()
         self.scheduler.shutdown()

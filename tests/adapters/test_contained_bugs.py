@@ -18,7 +18,7 @@ from lmcache_trio.adapters.link import Link
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.client import Client, connect
 from lmcache_trio.errors import ConfigError, Gone, ProtocolError, Unavailable
-from lmcache_trio.testing.sides import CHUNK, LAYERS, ServerProcess, Side, make_kv, same_blocks, wait_until
+from lmcache_trio.testing.sides import CHUNK, LAYERS, ServerProcess, Side, make_kv, wait_until
 
 MakeSide = Callable[..., Side]
 TOKENS = list(range(3 * CHUNK))
@@ -45,14 +45,6 @@ def buggy(sides: MakeSide, server: ServerProcess) -> tuple[Side, Bug]:
     return sides(server.address, make_kv(1), probe=bug), bug
 
 
-def works(one: Side, request: str = "after") -> None:
-    """The adapter stores and loads as if nothing had been."""
-    one.store(request, OTHERS, FROM)
-    assert one.lookup(f"{request} it", OTHERS) == 3 * CHUNK
-    assert one.load(f"{request} it", 3 * CHUNK, INTO) == set()
-    assert same_blocks(one.kv, FROM, one.kv, INTO)
-
-
 def told(caplog: pytest.LogCaptureFixture) -> int:
     """How often it was logged, with its traceback."""
     return sum(record.levelno == logging.ERROR and record.exc_info is not None for record in caplog.records)
@@ -70,7 +62,7 @@ def test_a_bug_in_a_stores_copy_drops_that_store_and_no_more(
     assert told(caplog) == 1
     assert one.lookup("q", TOKENS) == 0
     wait_until(lambda: live_server.held["bytes_quarantined"] == live_server.held["bytes_writing"] == 0)
-    works(one)
+    one.check_round_trip("after", OTHERS, FROM, INTO)
 
 
 @pytest.mark.parametrize("point", ["slots known", "half copied", "before valid"])
@@ -85,7 +77,7 @@ def test_a_bug_in_a_retrieves_copy_fails_its_blocks_and_no_more(
     assert one.load("q", 3 * CHUNK, INTO) == set(INTO)
     assert worker.statistics()["copy_bugs"] == told(caplog) == 1
     wait_until(lambda: live_server.held["pins"] == 0)
-    works(one)
+    one.check_round_trip("after", OTHERS, FROM, INTO)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +222,7 @@ def test_a_server_that_dies_as_it_says_that_it_opened_the_kv_is_waited_for_again
     one = sides(live_server.address, kv)
     live_server.kill()
     live_server.start()
-    wait_until(lambda: one.scheduler.is_healthy() and one.worker.is_healthy())
+    one.wait_healthy()
     assert one.worker.path == "device"
     assert len(asked) == 2
-    works(one)
+    one.check_round_trip("after", OTHERS, FROM, INTO)

@@ -113,11 +113,8 @@ def test_without_a_server_jobs_fail_and_with_it_back_they_are_carried_out_again(
     one.worker.retrieve_now([LoadSpec("x", 1, b"guessed lease 16", 0, 1, 0, (1, 2, 3, 4))])
     assert one.worker.take_failed_blocks() == {1, 2, 3, 4}
     live_server.start()
-    wait_until(lambda: one.scheduler.is_healthy() and one.worker.is_healthy())
-    one.store("r", TOKENS, FROM)
-    assert one.lookup("p", TOKENS) == 3 * CHUNK
-    assert one.load("p", 3 * CHUNK, INTO) == set()
-    assert same_blocks(one.kv, FROM, one.kv, INTO)
+    one.wait_healthy()
+    one.check_round_trip("r", TOKENS, FROM, INTO)
     assert one.worker.path == path
 
 

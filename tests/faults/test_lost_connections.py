@@ -75,10 +75,7 @@ def test_a_worker_that_lost_its_connection_says_when_its_copies_ended_and_regist
         wait_until(one.scheduler.is_healthy)
         assert one.worker.take_finished()[0] == {"r"}
         assert one.lookup("q", TOKENS) == 0
-        one.store("r", TOKENS, FROM)
-        assert one.lookup("p", TOKENS) == 3 * CHUNK
-        assert one.load("p", 3 * CHUNK, INTO) == set()
-        assert same_blocks(one.kv, FROM, one.kv, INTO)
+        one.check_round_trip("r", TOKENS, FROM, INTO)
     finally:
         one.close()
 
