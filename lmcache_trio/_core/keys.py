@@ -24,7 +24,6 @@ __all__ = [
     "join_digests",
     "namespace_of",
     "seed_of",
-    "split_digests",
 ]
 
 DIGEST_BYTES = 32
@@ -113,15 +112,8 @@ def _packer(count: int) -> Callable[..., bytes]:
     return struct.Struct(f"<{count}i").pack
 
 
-def split_digests(packed: bytes) -> list[bytes]:
-    """The digests that *packed* joins; the length must be a multiple of 32 bytes."""
-    if len(packed) % DIGEST_BYTES:
-        raise Misuse(f"{len(packed)} bytes are not a whole number of {DIGEST_BYTES}-byte digests")
-    return [packed[i : i + DIGEST_BYTES] for i in range(0, len(packed), DIGEST_BYTES)]
-
-
 def join_digests(digests: Iterable[bytes]) -> bytes:
-    """The inverse of `split_digests`."""
+    """*digests* packed, as messages and sessions have them: one after the other."""
     return b"".join(digests)
 
 

@@ -4,12 +4,12 @@ All methods are synchronous and called from the Trio loop, so each step is whole
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import trio
 
 from lmcache_trio._core.index.index import Index, Reservation
-from lmcache_trio._core.keys import chunk_tokens_for, namespace_of
+from lmcache_trio._core.keys import DIGEST_BYTES, chunk_tokens_for, namespace_of
 from lmcache_trio._server.answers import Answers
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
@@ -244,7 +244,7 @@ class Engines:
             self._index.end_session((engine.name, number))
 
     def reserve(
-        self, peer: Peer, engine: Engine, worker: int, session: int, parent: bytes, digests: Sequence[bytes]
+        self, peer: Peer, engine: Engine, worker: int, session: int, parent: bytes, digests: bytes
     ) -> Reservation:
         """Slots for a store of *peer*, which is *worker* to the index. Chunks without a slot are counted by reason."""
         if self._drain.stopping:
@@ -256,8 +256,9 @@ class Engines:
         else:
             reason = engine.sessions.why_no_store(session)
         if reason:  # whatever room there is
-            self._counts.dropped[reason] += len(digests)
-            return Reservation(b"", (), {reason: len(digests)} if digests else {})
+            count = len(digests) // DIGEST_BYTES
+            self._counts.dropped[reason] += count
+            return Reservation(b"", (), {reason: count} if count else {})
         now, key, shard = trio.current_time(), (engine.name, session), peer.hello.shard
         made = self._index.reserve(key, worker, shard, engine.namespace, parent, digests, now)
         if made.id:

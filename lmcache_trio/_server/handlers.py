@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from lmcache_trio._core.keys import check_chunk_tokens, split_digests
+from lmcache_trio._core.keys import check_chunk_tokens
 from lmcache_trio._server.lookups import HANDLERS as SCHEDULER_HANDLERS
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
@@ -102,8 +102,7 @@ def _done(parts: Parts, peer: Peer, message: Done) -> Message:
 
 def _reserve(parts: Parts, peer: Peer, message: Reserve) -> Message:
     engine = parts.engines.of(peer)
-    digests = split_digests(message.digests)
-    made = parts.engines.reserve(peer, engine, peer.number, message.session, message.parent, digests)
+    made = parts.engines.reserve(peer, engine, peer.number, message.session, message.parent, message.digests)
     if not made.id:
         return Reserved(message.id, b"", b"", b"", dict(made.dropped))
     peer.copies.add(made.id)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmcache_trio._core.keys import split_digests
+from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio._core.transfer.exports import CudaMemory, Export
 from lmcache_trio._core.transfer.transfers import Direction
 from lmcache_trio._server.engine import Engine
@@ -78,14 +78,14 @@ def _exported(parts: Parts, message: Attach, descriptors: Sequence[int], layout:
 def _store_blocks(parts: Parts, peer: Peer, message: StoreBlocks) -> Message | None:
     transfer, engine = _transfer(parts), parts.engines.of(peer)
     attachment = transfer.attachments.of(peer)
-    digests, blocks = split_digests(message.digests), POSITIONS.unpack(message.blocks)
-    count = attachment.chunk_blocks
+    blocks, count = POSITIONS.unpack(message.blocks), attachment.chunk_blocks
+    chunks = len(message.digests) // DIGEST_BYTES
     _check_slots(parts, engine, peer, attachment)
-    if not digests or len(blocks) != len(digests) * count:
-        raise Misuse(f"{len(blocks)} blocks for {len(digests)} chunks: give {count} a chunk, one chunk or more")
+    if not chunks or len(blocks) != chunks * count:
+        raise Misuse(f"{len(blocks)} blocks for {chunks} chunks: give {count} per chunk, for one chunk or more")
     _check_blocks(blocks, attachment.attached.export.num_blocks)
     _check_begin(attachment, message)
-    made = parts.engines.reserve(peer, engine, attachment.writer, message.session, message.parent, digests)
+    made = parts.engines.reserve(peer, engine, attachment.writer, message.session, message.parent, message.digests)
     if not made.id:
         return Stored(message.id, 0, 0, dict(made.dropped))
     chosen = [block for slot in made.slots for block in blocks[slot.position * count : (slot.position + 1) * count]]

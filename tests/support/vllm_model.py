@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
-from lmcache_trio._core.keys import chain_digests, join_digests, split_digests
+from lmcache_trio._core.keys import DIGEST_BYTES, chain_digests, join_digests
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.adapters.vllm.scheduler_side import Extras
 
@@ -229,7 +229,8 @@ class Mover:
     def copy(self, spec: StoreSpec | LoadSpec) -> None:
         cells, width = self.memory.cells, CHUNK // BLOCK
         if isinstance(spec, StoreSpec):
-            for i, digest in enumerate(split_digests(spec.digests)):
+            for i in range(len(spec.digests) // DIGEST_BYTES):
+                digest = spec.digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES]
                 blocks = [list(cells[block]) for block in spec.block_ids[i * width : (i + 1) * width]]
                 flat = [kv for block in blocks for kv in block]
                 assert flat == true_kv(self.cache.tokens[digest])[-CHUNK:], "stored under the name of other tokens"

@@ -172,21 +172,21 @@ class Index:
         shard: int,
         namespace: bytes,
         parent: bytes,
-        digests: Sequence[bytes],
+        digests: bytes,
         now: float,
     ) -> Reservation:
         """Promise slots for *shard* of the leading absent run of *digests* that fits now; drop and count the rest.
 
-        *parent* is the digest before the first one (empty: a chain's first chunk). Workers of one engine share a chunk:
-        the first worker to reserve it allocates all its shards, the others claim theirs. A reserve never waits for
-        space: idle chunks are evicted, the least recently used leaf first.
+        *digests* come packed. *parent* is the digest before the first one (empty: a chain's first chunk). Workers of
+        one engine share a chunk: the first worker to reserve it allocates all its shards, the others claim theirs. A
+        reserve never waits for space: idle chunks are evicted, the least recently used leaf first.
         """
         known = self._chunks.generations.present.get(namespace)
         if known is None:
             raise Misuse("the namespace is not attached")
         if not 0 <= shard < known.shards:
             raise Misuse(f"shard is {shard}: the namespace has {known.shards}")
-        if set(map(len, digests)) - {DIGEST_BYTES} or len(parent) not in (0, DIGEST_BYTES):
+        if len(digests) % DIGEST_BYTES or len(parent) not in (0, DIGEST_BYTES):
             raise Misuse(f"digests and parent must have {DIGEST_BYTES} bytes each")
         engine, deadline, bit = session[0], now + self._reservation_timeout, 1 << shard
         chunks, table_of, writing = self._chunks, known.table_of, self._chunks.writing
@@ -200,7 +200,8 @@ class Index:
             # 1. The parent is absent, or another engine is writing it: its children could not be found.
             if not above or (above in writing and writing[above].engine != engine):
                 above, stopped = 0, "orphan"
-        for position, digest in enumerate(digests):
+        for position in range(len(digests) // DIGEST_BYTES):
+            digest = digests[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]
             row, reason = table_of[digest[0]].get(digest, 0), ""
             if row:
                 above = row
@@ -253,7 +254,7 @@ class Index:
         known = self._chunks.generations.present.get(namespace)
         if known is None or not known.users:
             return None
-        first = self.reserve(_LOADS, SERVER, 0, namespace, parent, (digest,), now)
+        first = self.reserve(_LOADS, SERVER, 0, namespace, parent, digest, now)
         if not first.id:
             return None
         made = self._live[first.id]

@@ -9,7 +9,7 @@ import pytest
 
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.index import Index, Lease, Reservation
-from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._core.keys import ChunkKey, join_digests
 from lmcache_trio.statistics import table
 
 PAGE = 4096
@@ -45,7 +45,9 @@ class World:
         """Reserve *chain* but for its first *known* chunks."""
         digests = self.digests(chain)
         parent = digests[known - 1] if known else b""
-        return self.index.reserve((engine, session), worker, shard, self.name, parent, digests[known:], self.now)
+        return self.index.reserve(
+            (engine, session), worker, shard, self.name, parent, join_digests(digests[known:]), self.now
+        )
 
     def store(self, chain: str, *, known: int = 0) -> Reservation:
         """Store *chain* whole, all shards of it."""

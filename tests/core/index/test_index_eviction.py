@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.chunks import MOST_EVICTED
 from lmcache_trio._core.index.index import Index
+from lmcache_trio._core.keys import join_digests
 
 
 def test_the_least_recently_used_leaf_goes_first(world: Callable[..., Any]) -> None:
@@ -128,7 +129,7 @@ def test_nothing_is_evicted_when_all_that_could_go_would_not_do(world: Callable[
     w.store("x")
     w.lease("ab")
     w.index.attach(b"B" * 32, [3 * 4096])
-    got = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", w.digests("z"), 0.0)
+    got = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", join_digests(w.digests("z")), 0.0)
     assert got.dropped == {"no_space": 1}
     assert w.hits("x") == 1
 
@@ -146,7 +147,7 @@ def test_a_place_that_was_handed_over_still_joins_its_neighbours(world: Callable
     w.store("abc")
     w.store("xyz")
     w.index.attach(b"B" * 32, [3 * 4096])
-    got = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", w.digests("L"), 0.0)
+    got = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", join_digests(w.digests("L")), 0.0)
     assert [slot.offset for slot in got.slots] == [0]
     assert w.counted["evictions"] == 6
 
@@ -156,7 +157,7 @@ def test_two_chunk_sizes_alternating_never_deadlock(world: Callable[..., Any]) -
     w.index.attach(b"B" * 32, [5 * 4096])
     for turn in range(60):
         for piece in range(4):
-            digest = w.digests(chr(300 + 4 * turn + piece))
+            (digest,) = w.digests(chr(300 + 4 * turn + piece))
             namespace = (b"B" * 32, w.name)[turn % 2]
             got = w.index.reserve(("e", 1), 1, 0, namespace, b"", digest, 0.0)
             assert got.slots, got.dropped
@@ -173,7 +174,7 @@ def test_a_reserve_that_finds_no_hole_does_not_flush_what_is_idle(world: Callabl
         w.lease(chunk)
     w.index.attach(b"B" * 32, [8 * 4096])
     for turn in range(1, 3):
-        got = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", w.digests("xyz"), 0.0)
+        got = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", join_digests(w.digests("xyz")), 0.0)
         assert got.dropped == {"no_space": 3}
         assert w.counted["evictions"] == turn * MOST_EVICTED * 8
     assert sum(w.hits(chunk) for chunk in chunks) == 256 - 2 * MOST_EVICTED * 8
@@ -195,7 +196,7 @@ def test_a_reserve_that_finds_no_hole_evicts_at_most_its_bound(world: Callable[.
         parent, digests = b"", w.digests(name)
         for digest in digests:
             idle = bytes_idle(w)
-            got = w.index.reserve(("e", 1), 1, 0, namespace, parent, [digest], 0.0)
+            got = w.index.reserve(("e", 1), 1, 0, namespace, parent, digest, 0.0)
             if not got.slots:
                 assert got.dropped == {"no_space": 1}
                 bound = MOST_EVICTED * extents[namespace] + max(extents.values())  # the last one may go beyond
@@ -278,7 +279,7 @@ def test_a_chunk_costs_at_most_300_bytes_beyond_its_digest() -> None:
         before, _ = tracemalloc.get_traced_memory()
         for start in range(0, count, 40):
             batch = [bytes(bytearray(digest)) for digest in digests[start : start + 40]]
-            index.commit(index.reserve(("e", 1), 1, 0, name, b"", batch, 0.0).id, 1)
+            index.commit(index.reserve(("e", 1), 1, 0, name, b"", join_digests(batch), 0.0).id, 1)
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

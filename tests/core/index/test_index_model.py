@@ -6,7 +6,7 @@ from hypothesis.stateful import precondition, rule
 from support.index_model import LEASE, PAGES, PATHS, SHARE, WRITE, Chunk, IndexModel, name
 
 from lmcache_trio._core.index.index import SERVER
-from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._core.keys import ChunkKey, join_digests
 from lmcache_trio.errors import Gone
 from lmcache_trio.statistics import table
 
@@ -38,7 +38,7 @@ class IndexMachine(IndexModel):
             shard,
             namespace,
             parent_key.digest if parent_key else b"",
-            [k.digest for k in keys],
+            join_digests(k.digest for k in keys),
             self.now,
         )
         gone = self.find_gone() | {
@@ -378,7 +378,7 @@ class IndexMachine(IndexModel):
         for state in ("retained", "writing", "quarantined", "stale"):
             assert held[f"bytes_{state}"] == 0
         self.index.attach(b"C" * 32, [PAGES * 4096])  # the whole arena in one chunk: all others must go for it
-        got = self.index.reserve(("z", 1), 99, 0, b"C" * 32, b"", [name("z")], self.now)
+        got = self.index.reserve(("z", 1), 99, 0, b"C" * 32, b"", name("z"), self.now)
         assert len(got.slots) == 1
         self.index.abort(got.id, 99)
         assert self.arena.largest_hole == PAGES * 4096

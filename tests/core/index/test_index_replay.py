@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from lmcache_trio._core.keys import join_digests
+
 Prompt = tuple[bytes, ...]
 REQUESTS = 1500
 
@@ -66,7 +68,7 @@ def serve(world: Any, prompt: Prompt, session: int) -> int:
         assert index.unpin(index.pin(lease.id, "e", world.name, 1, 0, 0, hits).id, 1)
     if hits < len(prompt):
         parent = prompt[hits - 1] if hits else b""
-        stored = index.reserve(key, 1, 0, world.name, parent, prompt[hits:], world.now)
+        stored = index.reserve(key, 1, 0, world.name, parent, join_digests(prompt[hits:]), world.now)
         assert len(stored.slots) + stored.dropped.get("present", 0) == len(prompt) - hits
         index.commit(stored.id, 1)
     index.end_session(key)

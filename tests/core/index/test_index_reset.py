@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lmcache_trio._core.keys import join_digests
 from lmcache_trio.errors import Gone
 
 Make = Callable[..., Any]
@@ -37,7 +38,7 @@ def test_a_sweep_does_no_more_than_it_was_told(world: Make) -> None:
 def test_a_reserve_takes_what_was_reset_before_it_evicts(world: Make) -> None:
     w = world(4)
     w.index.attach(b"B" * 32, [4096])
-    old = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", w.digests("xy"), 0.0)
+    old = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", join_digests(w.digests("xy")), 0.0)
     w.index.commit(old.id, 1)
     w.store("ab")
     w.index.reset(b"B" * 32)  # though these are more recent than none of the others
@@ -125,7 +126,7 @@ def test_resets_in_a_row_leave_nothing_behind(world: Make) -> None:
 def test_other_namespaces_keep_what_they_have(world: Make) -> None:
     w = world(8)
     w.index.attach(b"B" * 32, [4096])
-    kept = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", w.digests("ab"), 0.0)
+    kept = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", join_digests(w.digests("ab")), 0.0)
     w.index.commit(kept.id, 1)
     w.store("ab")
     w.index.reset(w.name)
