@@ -1,9 +1,8 @@
 """The index file: SQLite in WAL mode, one row per chunk. Every method blocks, and all run in one thread of its own.
 
-It keeps what `chunk_table` decided and decides nothing itself, but it erases what cannot be a row of ours. It has one
-connection, opened exclusively. So there is no shared memory file beside it, every checkpoint completes, and the WAL
-keeps within its room: it is written back into the file whenever half of the room is filled, and no transaction takes
-more than a quarter.
+`chunk_table` decides, and the index file keeps the rows. By itself it only erases rows that are damaged. It has one
+exclusive connection. So it needs no shared memory file, every checkpoint completes, and the log (the WAL) keeps within
+its room: SQLite writes the log back once half of the room is filled, and no transaction takes more than a quarter.
 """
 
 import contextlib
@@ -33,9 +32,9 @@ _AS_TEXT = (
     f"SELECT group_concat(hex(key) || CASE WHEN {_TYPED} THEN ' ' || hex(parent) || ' ' || place || ' ' || generation"
     " || ' ' || recency || ' ' || hex(shards) ELSE '' END) FROM"
 )
-"""All rows as one text; of a row with values of wrong types, only the key. sqlite3 gives the interpreter lock away at
-each row and may wait 5 ms for it each time when the loop is busy: 400 rows would then take 2 s, and whoever asks next
-waits behind them. Changes are few statements likewise."""
+"""All rows as one text; of a row with values of wrong types, only the key. sqlite3 releases the GIL at each row. If the
+loop is busy it may wait 5 ms for it each time: 400 rows would take 2 s, and the next query waits behind them. For the
+same reason a change is few statements."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS chunks (
     key BLOB PRIMARY KEY, parent BLOB NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL,
@@ -45,38 +44,38 @@ CREATE TABLE IF NOT EXISTS forgotten (namespace BLOB PRIMARY KEY, generation INT
 """
 _MARK = "-mark"
 _AHEAD = 64
-"""Pages of the index file that the disk gives before they are needed, 256 KiB: each time costs a transaction."""
+"""Pages of the index file that are set aside before they are needed, 256 KiB: each time costs a transaction."""
 _ROW = struct.Struct("<QQ")
 _SHARD_BYTES = 16
-"""Of a packed shard: its length and its checksum."""
+"""Of a packed shard: length and checksum."""
 _SUM = struct.Struct("<Q")
 _NOTE = struct.Struct("<QQ")
-"""The number of the last change, and of the log that it went into."""
+"""The number of the last change, and of the log that has it."""
 _LOG_NUMBERS = 1 << 32
 _MAX_ROWS = 400
 """Rows that one statement names: SQLite takes 32,766 variables."""
 _LIMIT = 1 << 61
-"""No generation, recency or place is as large. A flipped bit below it leaves room to count on from there."""
+"""Generations, recencies and places are smaller. A flipped bit below it leaves room to count on from there."""
 
 
 class Damaged(sqlite3.DatabaseError):
-    """The file is a database, but not one that we wrote."""
+    """The file is a database, but not one that this tier wrote."""
 
 
 class Full(Exception):
-    """The disk has no space for the pages that more rows may take."""
+    """The disk has no space for the pages that the rows may take."""
 
 
 def is_corrupt(exc: BaseException) -> bool:
-    """Whether the file is no sound database, rather than that it could not be read or written."""
+    """Whether the database is damaged; else it could not be read or written."""
     code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
     return isinstance(exc, Damaged) or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _pack(row: Row) -> bytes:
-    """The shards of *row* as the file has them: each one's length and checksum, and a checksum of the row behind them.
+    """The shards of *row* as the file has them: length and checksum of each, and behind them a checksum of the row.
 
-    That one covers all but the recency, which is changed by itself.
+    The latter leaves out the recency, which changes by itself.
     """
     numbers = itertools.chain.from_iterable(zip(row.lengths, row.sums, strict=True))
     shards = struct.pack(f"<{2 * len(row.lengths)}Q", *numbers)
@@ -84,10 +83,10 @@ def _pack(row: Row) -> bytes:
 
 
 def _unpack(fields: Sequence[str]) -> Row | None:
-    """The row that *fields* are, as `_AS_TEXT` gives them; None unless we may have written it.
+    """The row of *fields*, which `_AS_TEXT` gave; None if it is damaged.
 
-    Where other rows lie, and where the slabs end, this can't tell. A server looks at a million rows when it starts, so
-    this is written for speed.
+    `SlabScanner` checks its place beside other rows and the end of the slabs. A server unpacks a million rows when it
+    starts, so this is written for speed.
     """
     name, parent, packed = bytes.fromhex(fields[0]), bytes.fromhex(fields[1]), bytes.fromhex(fields[5])
     offset, generation, recency = int(fields[2]), int(fields[3]), int(fields[4])
@@ -120,36 +119,34 @@ class IndexFile:
         self._room = room
         self._wal_room = wal_room
         self._log_limit = wal_room * 3 // 4
-        """Bytes of the log past which a checkpoint has failed: it is due at half, and a transaction takes a quarter."""
+        """A longer log means that a checkpoint failed: it is due at half, and a transaction takes a quarter."""
         self._flush = flush
         self._db: sqlite3.Connection | None = None
-        self._mark = -1  # a file beside it, with the number of the last change
+        self._mark = -1  # a file beside the index, with the number of the last change
         self._changes = self._noted = 0
         self.behind = 0
-        """Changes that were made, and that the file and its log do not have any more. Known after `open`."""
+        """Changes that the file and its log do not have any more. Known after `open`."""
         self.spare = room
-        """Bytes of *room* that the disk has not given yet. May be read in any thread."""
+        """Bytes of *room* that are not set aside yet. May be read in any thread."""
         self.damaged = 0
-        """Rows that were damaged, and are erased."""
+        """Damaged rows that were erased."""
         self.batch = min(_MAX_ROWS, max(1, wal_room // 4 // (2 * (PAGE + 24)) - 2))
-        """Rows that one transaction may change: each dirties about two pages, all a quarter of the WAL's room.
+        """Rows that one transaction may change. Each dirties about two pages, and all together a quarter of *wal_room*.
 
-        With very many shards they are three, and more than a quarter; half of the room is still free for them.
+        With very many shards a row dirties three pages, and all more than a quarter; half of the room is free for them.
         """
 
     def open(self) -> str:
-        """Open or make it. One that is corrupt, or larger than its room, is made anew: it all can be computed again.
+        """Open the file or make it. If it is corrupt, or larger than its room, make it anew and return why, else "".
 
-        Returns why it was, or nothing.
-
-        It is larger when the tier had a larger size before, and many small chunks. To make it smaller SQLite would need
-        as much space again, and most of its rows name slabs that have been cut off. Free pages are removed.
+        It is larger if the tier had a larger size before, and many small chunks. Free pages are then removed. To remove
+        more SQLite would need as much space again, and most of its rows name slabs that were cut off.
         """
         try:
             self._connect()
             (pages,) = self._do("PRAGMA page_count").fetchone()
             if pages * PAGE > self._room and self.size() <= min(self._room, self._wal_room // 2):
-                self._do("VACUUM")  # what it has too much are free pages, and the log holds the others
+                self._do("VACUUM")  # the surplus is free pages, and the log has room for the others
                 self.close()
                 self._connect()
                 (pages,) = self._do("PRAGMA page_count").fetchone()
@@ -167,13 +164,13 @@ class IndexFile:
         return why
 
     def remove(self) -> None:
-        """Delete it and its WAL."""
+        """Delete the file and its log."""
         self._noted = self.behind = 0
         for suffix in ("", "-wal", "-shm", "-journal", _MARK):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
     def _connect(self) -> None:
-        for suffix in ("", "-wal", "-shm", "-journal"):  # SQLite would follow a link, and let others read
+        for suffix in ("", "-wal", "-shm", "-journal"):  # SQLite follows links, and lets others read
             with contextlib.suppress(FileNotFoundError):
                 path = self.path.with_name(self.path.name + suffix)
                 os.close(open_own(path, os.O_RDWR | (0 if suffix else os.O_CREAT)))
@@ -193,26 +190,23 @@ class IndexFile:
         db.executescript(_SCHEMA)
         db.execute(f"PRAGMA user_version = {FORMAT}")
         db.execute(f"PRAGMA max_page_count = {max(8, self._room // PAGE)}")
-        # can it be written?
+        # fails if the file cannot be written
         db.execute("INSERT INTO facts VALUES ('opened', 1) ON CONFLICT DO UPDATE SET value = value + 1")
-        db.execute("DELETE FROM chunks WHERE key <= x''")  # keys that are no bytes: `page` would never come to them
-        self.damaged += db.execute("SELECT changes()").fetchone()[0]
-        self._count_changes(db)
-        if self._wal.stat().st_size > self._log_limit:  # a former server may have had more room for it
-            self._shorten_log()
-        set_aside(self._wal, self._wal_room)
-        self._take_pages(0)
-
-    def _count_changes(self, db: sqlite3.Connection) -> None:
-        """See how many changes are missing: a log that is cut, damaged or gone is no error to SQLite, only shorter."""
+        # keys of a wrong type, which `page` would never reach
+        self.damaged += db.execute("DELETE FROM chunks WHERE key <= x''").rowcount
+        # SQLite takes a log that is cut, damaged or gone for a shorter one: the changes tell how much is missing
         db.execute("INSERT OR IGNORE INTO facts VALUES ('changes', 0)")
         self._changes = self.fact("changes") or 0
         self.behind += max(0, self._noted - self._changes)
         self._noted = 0
         self._note(self._changes, self._log_number())
+        if self._wal.stat().st_size > self._log_limit:  # a former server may have had more room for it
+            self._shorten_log()
+        set_aside(self._wal, self._wal_room)
+        self._take_pages(0)
 
     def _read_mark(self) -> None:
-        """Before SQLite reads: it would lay an older copy of the log over the file, whose pages are newer."""
+        """Remove an older copy of the log before SQLite reads it: SQLite would lay it over the file's newer pages."""
         if self._mark >= 0:
             return
         self._mark = open_own(self.path.with_name(self.path.name + _MARK), os.O_RDWR | os.O_CREAT)
@@ -224,10 +218,10 @@ class IndexFile:
         if there and log_number and (there - log_number) % _LOG_NUMBERS > _LOG_NUMBERS // 2:
             log.warning("%s is an older copy, and is not read", self._wal)
             self._wal.unlink()
-        self._note(self._noted, 0)  # the next log may begin with any number
+        self._note(self._noted, 0)  # the next log begins with any number
 
     def _log_number(self) -> int:
-        """Which log it is: the next begins with one more ("WAL Header" in SQLite's file format: salt-1). 0: none."""
+        """The log's number; the next log has one more ("WAL Header" in SQLite's file format: salt-1). 0: no log."""
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(self._wal, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -237,14 +231,14 @@ class IndexFile:
         return 0
 
     def _note(self, changes: int, log_number: int) -> None:
-        with contextlib.suppress(OSError):  # it is a witness: a change must not fail for it
+        with contextlib.suppress(OSError):  # the mark is a witness: a change must not fail for it
             os.pwrite(self._mark, 2 * _NOTE.pack(changes, log_number), 0)
 
     def _take_pages(self, rows: int) -> bool:
-        """See that *rows* more find free pages in the file, which the disk has given. False: it has no more now.
+        """Set free pages aside in the file for *rows* more. False: the disk has no more now.
 
-        Else SQLite meets a full disk in the middle, when it writes its log back, and then can't even erase. Pages that
-        it may use must be within the file: it gives back what lies behind, at each checkpoint.
+        Without them SQLite would find a full disk when it writes its log back, and could not even erase. The pages must
+        lie within the file, because each checkpoint gives back the space behind its end.
         """
         (pages,), (free,) = (self._do(f"PRAGMA {count}").fetchone() for count in ("page_count", "freelist_count"))
         need, most = 2 * rows + 2, self._room // PAGE
@@ -253,26 +247,26 @@ class IndexFile:
             return True
         for more in dict.fromkeys(min(count, most - pages) for count in (need - free + _AHEAD, need - free)):
             if set_aside(self.path, (pages + more) * PAGE):
-                with self._transaction() as db:  # a long value comes and goes, and its pages are free
+                with self._transaction() as db:  # the pages of a long value are free once it is deleted
                     db.execute("INSERT OR REPLACE INTO facts VALUES ('ahead', zeroblob(?))", ((more - 2) * (PAGE - 4),))
                     db.execute("DELETE FROM facts WHERE name = 'ahead'")
                 return True
         return False
 
     def fact(self, name: str, value: int | None = None) -> int | None:
-        """The number kept under *name*; *value*, where given, is kept first."""
+        """The number kept under *name*; *value*, if given, replaces it first."""
         if value is not None:
             self._do("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
         found = self._do("SELECT value FROM facts WHERE name = ? AND typeof(value) = 'integer'", (name,)).fetchone()
         return None if found is None else int(found[0])
 
     def size(self) -> int:
-        """Bytes of it that are in use. It is told at once, however many rows there are."""
+        """Bytes of the file that are in use. Quick, however many rows it has."""
         (pages,), (free,) = (self._do(f"PRAGMA {count}").fetchone() for count in ("page_count", "freelist_count"))
         return int(pages - free) * PAGE
 
     def page(self, after: bytes, limit: int) -> list[Row]:
-        """Up to *limit* rows whose keys follow *after*, in order; none when there are none."""
+        """Up to *limit* rows whose keys follow *after*, in order; [] at the end."""
         some = f"(SELECT {_COLUMNS} FROM chunks WHERE key > ? ORDER BY key LIMIT ?)"
         while True:
             before = self.damaged
@@ -281,7 +275,7 @@ class IndexFile:
                 return rows
 
     def find(self, keys: Sequence[bytes]) -> list[Row]:
-        """The rows of those *keys* that are there, in any order."""
+        """The rows of those *keys* that the file has, in any order."""
         found: list[Row] = []
         for i in range(0, len(keys), _MAX_ROWS):
             some = keys[i : i + _MAX_ROWS]
@@ -290,7 +284,7 @@ class IndexFile:
         return found
 
     def _rows(self, source: str, parameters: Sequence[object]) -> list[Row]:
-        """The rows of *source*. What cannot be one is erased, and counted as damaged."""
+        """The rows of *source*. Damaged ones are erased, and counted."""
         (text,) = self._do(f"{_AS_TEXT} {source}", parameters).fetchone()
         sound: list[Row] = []
         damaged: list[bytes] = []
@@ -307,7 +301,7 @@ class IndexFile:
         return sound
 
     def publish(self, rows: Sequence[Row]) -> None:
-        """Keep *rows*, all or none, at most `batch`. Full: none, for want of space on the disk."""
+        """Keep *rows*, at most `batch`: all or none. Full: none, because the disk has no space."""
         if not self._take_pages(len(rows)):
             raise Full
         if not rows:
@@ -318,9 +312,9 @@ class IndexFile:
             db.execute(f"INSERT OR REPLACE INTO chunks VALUES {values}", fields)
 
     def erase(self, doomed: Sequence[Doomed]) -> None:
-        """Remove their rows, all or none, at most `batch`; a newer generation under the same key stays."""
+        """Remove the rows of *doomed*, at most `batch`: all or none. A newer generation under the same key stays."""
         with self._transaction() as db:
-            marks = ",".join("?" * len(doomed))  # a generation is one record's: if both are among ours, it is ours
+            marks = ",".join("?" * len(doomed))  # no two records share a generation
             sql = f"DELETE FROM chunks WHERE key IN ({marks}) AND +generation IN ({marks})"
             db.execute(sql, [*sorted(one.name for one in doomed), *(one.generation for one in doomed)])
 
@@ -330,12 +324,12 @@ class IndexFile:
             db.executemany("UPDATE chunks SET recency = ? WHERE key = ? AND generation = ?", touched)
 
     def forget(self, namespace: bytes, generation: int) -> None:
-        """Rows of *namespace* up to *generation* are dead from now on, whenever they are erased."""
+        """Rows of *namespace* up to *generation* are dead from now on, and may be erased later."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO forgotten VALUES (?, ?)", (namespace, generation))
 
     def forgotten(self) -> list[tuple[bytes, int]]:
-        """What `forget` was told. Damaged: it can't be told any more what is dead."""
+        """The (namespace, generation) of each `forget`. Damaged: dead rows can't be told from others any more."""
         found = self._do("SELECT namespace, generation FROM forgotten").fetchall()
         for namespace, generation in found:
             if not isinstance(namespace, bytes) or len(namespace) != 32 or not isinstance(generation, int):
@@ -343,32 +337,33 @@ class IndexFile:
         return found
 
     def all_erased(self, namespace: bytes) -> None:
-        """No row of *namespace* is dead any more."""
+        """Remove the note of `forget`: all dead rows of *namespace* are erased."""
         with self._transaction() as db:
             db.execute("DELETE FROM forgotten WHERE namespace = ?", (namespace,))
 
     def check(self) -> None:
-        """Damaged, when its pages do not hold together: rows may be missing without a word of SQLite's."""
+        """Damaged if its pages do not hold together: SQLite may then miss rows without an error."""
         (found,) = self._do("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise Damaged(f"{self.path} is malformed: {found}")
 
-    def checkpoint(self) -> None:
-        """Bring all that was published to the disk itself."""
-        self._checkpoint("FULL")
+    def checkpoint(self, mode: str = "FULL") -> None:
+        """Bring all published rows to the disk itself; with mode TRUNCATE, empty the log too."""
+        (busy, _, _) = self._do(f"PRAGMA wal_checkpoint({mode})").fetchone()
+        if busy:
+            raise sqlite3.OperationalError("the log could not be written back: the index file is in use")
 
     def close(self) -> bool:
-        """Idempotent. The last checkpoint is made here, and the WAL is gone. Whether it was open."""
+        """Make the last checkpoint, remove the log, close. Idempotent. Returns whether the file was open."""
         db, self._db = self._db, None
-        mark, self._mark = self._mark, -1
         try:
             if db is not None:
                 db.close()
-                with contextlib.suppress(OSError):  # the log is gone, and the next begins with any number
-                    os.pwrite(mark, 2 * _NOTE.pack(max(self._changes, self._noted), 0), 0)
+                self._note(max(self._changes, self._noted), 0)  # the next log begins with any number
         finally:
-            if mark >= 0:
-                os.close(mark)
+            if self._mark >= 0:
+                os.close(self._mark)
+            self._mark = -1
         return db is not None
 
     def _do(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
@@ -391,16 +386,11 @@ class IndexFile:
                 self._shorten_log()
         except BaseException:
             if self._db.in_transaction:
-                with contextlib.suppress(sqlite3.Error):  # the first error is the one to tell
+                with contextlib.suppress(sqlite3.Error):  # the first error is raised
                     self._db.execute("ROLLBACK")
             raise
 
     def _shorten_log(self) -> None:
-        """SQLite says nothing when a checkpoint of its own fails, and the log grows on: make one that says so."""
-        self._checkpoint("TRUNCATE")
+        """SQLite hides a checkpoint of its own that fails, and the log grows on: make one that raises."""
+        self.checkpoint("TRUNCATE")
         set_aside(self._wal, self._wal_room)
-
-    def _checkpoint(self, mode: str) -> None:
-        (busy, _, _) = self._do(f"PRAGMA wal_checkpoint({mode})").fetchone()
-        if busy:
-            raise sqlite3.OperationalError("the log could not be written back: the index file is in use")
