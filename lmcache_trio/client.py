@@ -1,11 +1,11 @@
 """The asynchronous client: one connection to a server, for programs that are Trio programs themselves.
 
-The adapters are built on it too: `request_nowait` and `notice_nowait` may be called from any thread, which encodes and
-sends by itself, so that a question of a synchronous host costs no hop on its way out. One task reads; it hands each
-reply to whoever waits for it, and what the server says unasked to `on_push`. A connection that is lost is over: every
-waiter gets `Unavailable` at once, and a new client must be opened.
+The adapters are built on it too. Any thread may call `request_nowait` and `notice_nowait`; that thread encodes and
+sends, so the question of a synchronous host costs no hop on its way out. One task reads. It hands each reply to its
+waiter, and each push to `on_push`. A lost connection is over: every waiter gets `Unavailable` at once, and a new client
+must be opened.
 
-It refuses to retry, to reconnect and to import torch.
+The client does not retry, does not reconnect, and imports no torch.
 """
 
 import json
@@ -61,29 +61,26 @@ from lmcache_trio._wire.messages import (
     Taken,
     Welcome,
 )
-from lmcache_trio._wire.protocol import check_welcome, error_of
+from lmcache_trio._wire.protocol import TAKE_UP, check_welcome, error_of
 from lmcache_trio.config import default_addresses, load_client_config
 from lmcache_trio.config.addresses import TcpAddress, parse_address
 from lmcache_trio.errors import ConfigError, Gone, Misuse, ProtocolError, Unavailable
 
-__all__ = ["Client", "Storing", "connect", "open_client", "places_of", "sentence", "serve_connection", "wait_server"]
+__all__ = ["Client", "Storing", "connect", "message_of", "open_client", "places_of", "serve_connection", "wait_server"]
 
 _M = TypeVar("_M", bound=Message)
 
-TAKE_UP = 5.0
-"""Seconds that a WELCOME stands: what the server waits for a client to take it up, too."""
 
+def message_of(kind: type[_M], *values: Any) -> _M:
+    """The message *kind* with the fields *values*. `Misuse`, and nothing is sent, if a server could not decode it.
 
-def sentence(kind: type[_M], *words: Any) -> _M:
-    """A *kind* that says *words*. `Misuse`, and nothing is sent, if a server could not read it.
-
-    It is read here as the server does, which takes two or three times as long as making it: a few us of a round trip.
+    It is decoded here as by the server, which takes two or three times as long as making it: a few us per round trip.
     """
     try:
-        made = kind(*words)
+        made = kind(*values)
         decode(encode(made))
     except (ProtocolError, ValueError, TypeError, OverflowError) as exc:
-        raise Misuse(f"{kind.__name__} cannot be said so: {exc}") from exc
+        raise Misuse(f"{kind.__name__} cannot have these values: {exc}") from exc
     return made
 
 
@@ -98,9 +95,9 @@ def _packed(digests: Sequence[bytes]) -> bytes:
 
 @attrs.frozen
 class Storing:
-    """A store in progress: fill *slots*, writable bytes by the position of their chunk in what was asked.
+    """A store in progress. Its body fills *slots*, each writable bytes, by the position of its chunk in *digests*.
 
-    Chunks that are missing from *slots* were dropped, counted by reason in *dropped*.
+    Chunks that are missing from *slots* were dropped; *dropped* counts them by reason.
     """
 
     slots: dict[int, memoryview]
@@ -118,17 +115,17 @@ class Client(Conversation):
         self.arena_size = welcome.arena_size
         self.taken = welcome.taken
         self.arena_note = welcome.arena_note
-        """Why there is no `arena`, if there is none and one was wanted."""
+        """Why a worker has no `arena`."""
         self.arena = arena
         self.identity = b""
-        """What this scheduler said of its model."""
+        """The digest of its model that this scheduler sent last."""
         self.namespace = b""
         self.chunk_bytes = self.arena_bytes = 0
-        """What a chunk of the namespace takes over all shards (0: not known), and what the arena holds."""
+        """The bytes of a chunk of the namespace over all shards (0: not known), and those that the arena holds."""
         self.shard_bytes = 0
-        """What `register` said last; a slot is as long as the server says that it is."""
+        """The length that `register` sent last. The length of a slot comes from the server."""
         self.on_push: Callable[[Message], None] = lambda message: None
-        """Called in the Trio thread with what the server says unasked, but for answers to a `lookup` of this client."""
+        """Called in the Trio thread with each push, except answers to a `lookup` of this client."""
         self._arena_grown = trio.Event()
 
     # --- everyone ---------------------------------------------------------------------------------------------------
@@ -165,8 +162,8 @@ class Client(Conversation):
     ) -> Answer:
         """How many of the session's first *upto* chunks (default: all) may be read under a lease, definitively.
 
-        *digests* are those from *start* on; *budget* seconds is how long tiers may take, at most the server's
-        own setting. Cancelled, it is released.
+        *digests* are those from *start* on. Tiers may take *budget* seconds, but not longer than the server's own
+        setting allows. A cancelled lookup is released.
         """
         asked = self.new_id()
         known = trio.Event()
@@ -183,7 +180,7 @@ class Client(Conversation):
         budget_ms = -1 if budget is None else round(budget * 1000)
         packed = _packed(digests)
         end = start + len(digests) if upto is None else upto
-        ask = sentence(Lookup, asked, session, start, packed, end, budget_ms)
+        ask = message_of(Lookup, asked, session, start, packed, end, budget_ms)
         self._answers[asked] = answered
         try:
             answer = await self.request(ask, Answer)
@@ -198,29 +195,29 @@ class Client(Conversation):
         return answer
 
     async def lookup_status(self, session: int) -> Answer:
-        """What became of the session's lookup: pending, answered, or unknown."""
-        return await self.request(sentence(LookupStatus, self.new_id(), session), Answer)
+        """The state of the session's lookup: pending, answered, or unknown."""
+        return await self.request(message_of(LookupStatus, self.new_id(), session), Answer)
 
     def taken_notice(self, session: int, lease: bytes) -> None:
-        """Blocks were allocated for what *lease* names."""
-        self.notice_nowait(sentence(Taken, session, lease))
+        """Blocks were allocated for the chunks of *lease*."""
+        self.notice_nowait(message_of(Taken, session, lease))
 
     def release(self, session: int) -> None:
         """The session's lookup is not wanted any more."""
-        self.notice_nowait(sentence(Release, session))
+        self.notice_nowait(message_of(Release, session))
 
     def end(self, session: int) -> None:
         """The session goes, with everything it owned."""
-        self.notice_nowait(sentence(Ended, session))
+        self.notice_nowait(message_of(Ended, session))
 
     async def identify(self, identity: bytes) -> None:
         """The scheduler's model has this identity (32 bytes at most) from now on, and its engine another namespace."""
-        ask = sentence(Identify, self.new_id(), identity)
+        ask = message_of(Identify, self.new_id(), identity)
         self.identity = identity
         await self.request(ask, Ack)
 
     async def reset(self) -> None:
-        """Drop the engine's namespace; returns once nothing of it can be served."""
+        """Drop the chunks of the engine's namespace. Returns once the server can serve none of them."""
         await self.request(Reset(self.new_id(), self.identity), Ack)
 
     # --- a worker ---------------------------------------------------------------------------------------------------
@@ -228,11 +225,11 @@ class Client(Conversation):
     async def register(
         self, fingerprint: bytes, shard_bytes: int, block_tokens: int, *, attaching: bool = False
     ) -> bytes:
-        """Tell the layout of this shard; *attaching*: it counts only once its memory is attached.
+        """Register the layout of this shard. With *attaching* it counts only once its memory is attached.
 
         Returns the engine's namespace, or b"" while other shards are missing.
         """
-        ask = sentence(Register, self.new_id(), fingerprint, shard_bytes, block_tokens, attaching)
+        ask = message_of(Register, self.new_id(), fingerprint, shard_bytes, block_tokens, attaching)
         self.shard_bytes = shard_bytes
         reply = await self.request(ask, NamespaceKnown)
         self.namespace = reply.namespace or self.namespace
@@ -240,55 +237,55 @@ class Client(Conversation):
         return reply.namespace
 
     async def retrieve(self, lease: bytes, start: int, count: int) -> Pinned:
-        """Pin *count* chunks from *start* of *lease*. Cancelled, what was pinned is let go."""
+        """Pin *count* chunks from *start* of *lease*. Cancelled, it lets the pin go."""
         return await self.request(
-            sentence(Retrieve, self.new_id(), lease, start, count), Pinned, lambda late: self.done_nowait(late.pin)
+            message_of(Retrieve, self.new_id(), lease, start, count), Pinned, lambda late: self.done_nowait(late.pin)
         )
 
     async def done(self, pin: bytes) -> bool:
-        """The read has ended: is what was read still valid?"""
-        return (await self.request(sentence(Done, self.new_id(), pin), Finished)).valid
+        """The read has ended. Are the bytes that were read still valid?"""
+        return (await self.request(message_of(Done, self.new_id(), pin), Finished)).valid
 
     def done_nowait(self, pin: bytes) -> None:
-        """The read has ended, and nobody asks any more whether it was valid."""
-        self.request_unheard(sentence(Done, self.new_id(), pin))
+        """The read has ended, and it does not matter whether it was valid."""
+        self.request_unheard(message_of(Done, self.new_id(), pin))
 
     async def reserve(self, session: int, parent: bytes, digests: Sequence[bytes]) -> Reserved:
-        """Slots for some of *digests*, `MAX_RESERVED` at most. Cancelled, what was reserved is aborted."""
+        """Slots for some of *digests*, `MAX_RESERVED` at most. Cancelled, it aborts the reservation."""
         packed = _packed(digests)
         if len(digests) > MAX_RESERVED:
             raise Misuse(f"{len(digests)} digests: reserve {MAX_RESERVED} at a time, each lot behind the one before")
         if parent:
             _packed([parent])
         return await self.request(
-            sentence(Reserve, self.new_id(), session, parent, packed),
+            message_of(Reserve, self.new_id(), session, parent, packed),
             Reserved,
             lambda late: self.abort_nowait(late.reservation),
         )
 
     async def commit(self, reservation: bytes) -> Committed:
-        """All bytes are written. Returns how many chunks were published, and how many kept; none after a refusal."""
-        return await self.request(sentence(Commit, self.new_id(), reservation), Committed)
+        """All bytes are written. Returns how many chunks were published, and how many kept: 0 after a refusal."""
+        return await self.request(message_of(Commit, self.new_id(), reservation), Committed)
 
     async def abort(self, reservation: bytes) -> None:
         """The copy has ended and is to be forgotten."""
-        await self.request(sentence(Abort, self.new_id(), reservation), Ack)
+        await self.request(message_of(Abort, self.new_id(), reservation), Ack)
 
     def abort_nowait(self, reservation: bytes) -> None:
         """As `abort`, without waiting: may be called while being cancelled."""
         if reservation:
-            self.request_unheard(sentence(Abort, self.new_id(), reservation))
+            self.request_unheard(message_of(Abort, self.new_id(), reservation))
 
     async def copies_ended(self, token: bytes) -> None:
-        """After a reconnect: nothing of the old connection's copies is running any more."""
-        await self.request(sentence(CopiesEnded, self.new_id(), token), Ack)
+        """After a reconnect: no copy of the old connection is running any more."""
+        await self.request(message_of(CopiesEnded, self.new_id(), token), Ack)
 
     @asynccontextmanager
     async def storing(self, session: int, parent: bytes, digests: Sequence[bytes]) -> AsyncIterator[Storing]:
-        """Slots to be filled in the body; committed at its end, aborted if it raises.
+        """Slots that the body fills. They are committed at its end, and aborted if it raises.
 
-        The body ends when its copies have: a copy in a thread is awaited (`threads.offload` sees to that), never left
-        behind. Views must not be used after the body. Needs `register` before, and a mapped arena (`Unavailable`).
+        The body must not end before its copies: await a copy in a thread (`threads.offload` does), and use no view
+        after the body. `register` comes first. `Unavailable`: no arena is mapped.
         """
         _packed(digests)
         slots: dict[int, memoryview] = {}
@@ -304,7 +301,7 @@ class Client(Conversation):
 
     @asynccontextmanager
     async def _storing_lot(self, session: int, parent: bytes, digests: Sequence[bytes]) -> AsyncIterator[Storing]:
-        """`storing` of no more than one message asks for."""
+        """`storing` of no more chunks than one message can ask for."""
         self._mapped()
         reserved = await self.reserve(session, parent, digests)
         try:
@@ -318,7 +315,7 @@ class Client(Conversation):
 
     @asynccontextmanager
     async def retrieving(self, lease: bytes, start: int, count: int) -> AsyncIterator[list[memoryview]]:
-        """The chunks' bytes, to be read in the body. `Gone` at its end: what was read must not be used."""
+        """The chunks' bytes, for the body to read. `Gone` at its end: the bytes that it read must not be used."""
         self._mapped()
         pinned = await self.retrieve(lease, start, count)
         try:
@@ -330,9 +327,9 @@ class Client(Conversation):
             raise Gone("what was read is not valid any more: treat it as a miss")
 
     def slots(self, named: Reserved | Pinned) -> list[memoryview]:
-        """The slots that *named* names, in its order, each just as long as the server said. From any thread.
+        """The slots that *named* names, in its order, each as long as the server said. Any thread may call this.
 
-        `Unavailable`: there is no arena. `ProtocolError`: one lies outside of it.
+        `Unavailable`: there is no arena. `ProtocolError`: a slot lies outside of it.
         """
         return self._mapped().slots(named)
 
@@ -365,7 +362,7 @@ class Client(Conversation):
 async def serve_connection(
     connection: Connection, welcome: Welcome, arena: ArenaMap | None = None
 ) -> AsyncIterator[Client]:
-    """A client over a connection that is there already; closed at the end."""
+    """A client over *connection*, which is closed at the end."""
     client = Client(connection, welcome, arena)
     failure: BaseException | None = None
     try:
@@ -388,20 +385,20 @@ async def serve_connection(
 
 
 async def _take_up(address: str, trusted: Collection[int]) -> Connection:
-    """The connection that a WELCOME named, while it stands: NNG itself goes on trying an address that is gone."""
+    """The connection at the *address* of a WELCOME, while it stands: NNG by itself goes on dialling for ever."""
     with trio.move_on_after(TAKE_UP):
         return await dial_pair(address, trusted=trusted)
     raise Unavailable(f"the server went away, or did not open {address} within {TAKE_UP:g} s")
 
 
 def places_of(address: str) -> tuple[str, ...]:
-    """Where the server at *address* may be: a default address has others beside it (`default_addresses`)."""
+    """Where the server at *address* may listen: beside a default address there are others (`default_addresses`)."""
     defaults = default_addresses()
     return defaults if address == defaults[0] else (address,)
 
 
 async def wait_server(address: str) -> None:
-    """Wait until a server listens at *address*, or at another of `places_of` it."""
+    """Wait until a server listens at one of the `places_of` *address*."""
 
     async def wait(place: str, found: trio.CancelScope) -> None:
         await wait_listening(place)
@@ -416,7 +413,7 @@ async def wait_server(address: str) -> None:
 
 
 async def _introduce(address: str, hello: bytes, trusted: Collection[int], descriptors: list[int]) -> tuple[str, bytes]:
-    """Where a server was found, and its answer."""
+    """The address at which a server answered, and its answer."""
     failed: list[Unavailable] = []
     for place in places_of(address):
         try:
@@ -431,7 +428,7 @@ async def _introduce(address: str, hello: bytes, trusted: Collection[int], descr
 
 @asynccontextmanager
 async def connect(address: str, hello: Hello, server_uids: Collection[int] | None = None) -> AsyncIterator[Client]:
-    """As `open_client`, from a ready introduction: the same token again tells the server that this is a reconnect."""
+    """As `open_client`, with a *hello* of the caller's. A token that the server saw before means a reconnect."""
     if not isinstance(address, str):
         raise Misuse(f"address is {address!r}: it must be a str, as unix:///run/lmcache-trio.sock")
     if hello.role is not Role.OBSERVER and isinstance(parse_address(address), TcpAddress):
@@ -488,19 +485,19 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     chunk_tokens: int = 0,
     server_uids: Collection[int] | None = None,
 ) -> AsyncIterator[Client]:
-    """Connect to the server at *address*; a worker gets the arena mapped too, in `Client.arena`.
+    """Connect to the server at *address*. A worker also gets the arena mapped, in `Client.arena`.
 
     *identity* (32 bytes at most) is a scheduler's digest of its model: engines of other models have other namespaces.
     *block_tokens* are those of the engine's blocks, *chunk_tokens* those of its chunks, a multiple of them. With
     neither (0), the engine's chunks have as many as the server's setting says. All clients of an engine say the same.
     The server must run as this process' uid, as root, or as one of *server_uids*, by default those that the setting
     `client.server_uids` names.
-    `Unavailable`: nobody listens there, or somebody else does, or this process may not connect. `Misuse`: the server
-    does not let such a client in, and says why, or listens under another scheme; or the scheme is tcp, and the
-    role not an observer's. `ProtocolError`: it is another release's, or none.
+    `Unavailable`: no server listens there, or one of an uid that is not trusted, or this process may not connect.
+    `Misuse`: the server refuses such a client, and says why; or it listens under another scheme; or the scheme is tcp,
+    and the role is not observer. `ProtocolError`: the server is of another release, or another kind of program.
     """
     who = name or f"pid {os.getpid()}"
     sizes = (block_tokens, chunk_tokens)
-    hello = sentence(Hello, PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards, identity, *sizes)
+    hello = message_of(Hello, PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards, identity, *sizes)
     async with connect(address, hello, server_uids) as client:
         yield client

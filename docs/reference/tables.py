@@ -1,6 +1,6 @@
 """Writes the lists and tables of the reference from the code; `tests/docs/test_docs.py` fails while a page differs.
 
-    python docs/reference/tables.py        # after a setting, a figure or a sentence has changed
+    python docs/reference/tables.py        # after a setting, a figure or a message has changed
 
 A page asks for one of these, and the text from there to `<!-- end -->` is replaced:
 
@@ -8,7 +8,7 @@ A page asks for one of these, and the text from there to `<!-- end -->` is repla
     <!-- table: figures CLASS -->              what a server tells, of `lmcache_trio.statistics`
     <!-- table: flags COMMAND -->              as the parser of the command line has them
     <!-- table: rows -->                       the benchmark's
-    <!-- table: sentences -->                  the protocol's
+    <!-- table: messages -->                   the protocol's
 """
 
 import re
@@ -52,7 +52,7 @@ def _table(kind: str, *args: str) -> str:
     if kind == "rows":
         names = " ".join(f"`{name}`," for name in ROWS).removesuffix(",")
         return textwrap.fill(f"The rows are {names}.", 100) + "\n"
-    rows = _figures(*args) if kind == "figures" else _sentences()
+    rows = _figures(*args) if kind == "figures" else _messages()
     head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body))
 
@@ -136,11 +136,11 @@ def figures_of(cls: type[Any]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _sentences() -> Iterator[list[str]]:
+def _messages() -> Iterator[list[str]]:
     yield ["Opcode", "Message", "Sent by", "Answered by", "Fields"]
     named = (getattr(messages, name) for name in messages.__all__)
-    sentences = [cls for cls in named if attrs.has(cls) and issubclass(cls, Message)]
-    for cls in sorted(sentences, key=lambda cls: cls.opcode):
+    kinds = [cls for cls in named if attrs.has(cls) and issubclass(cls, Message)]
+    for cls in sorted(kinds, key=lambda cls: cls.opcode):
         fields = ", ".join(f"`{field.name}`" for field in attrs.fields(cls))
         yield [str(cls.opcode), f"`{cls.__name__}`", _said_by(cls), _answered_by(cls), fields]
 

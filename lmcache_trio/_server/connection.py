@@ -21,16 +21,14 @@ from lmcache_trio._server.tasks import Branch
 from lmcache_trio._transport import Connection, PairListener
 from lmcache_trio._wire.codec import ECHO, decode, peek_id
 from lmcache_trio._wire.messages import ErrorReply, Message, Register, Role
-from lmcache_trio._wire.protocol import FROM_CLIENT, kind_of, speakers
+from lmcache_trio._wire.protocol import FROM_CLIENT, TAKE_UP, kind_of, speakers
 from lmcache_trio.config.addresses import socket_path
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
-__all__ = ["TAKE_UP", "serve_peer"]
+__all__ = ["serve_peer"]
 
 log = logging.getLogger("lmcache_trio.server")
 
-TAKE_UP = 5.0
-"""Seconds after its WELCOME in which a client must take up its address."""
 LAST_WORD = 0.2
 """Seconds that a client has to read the last word before its connection ends."""
 TURN = 0.0005

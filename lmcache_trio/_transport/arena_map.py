@@ -1,12 +1,12 @@
-"""A client's mapping of the arena: the way bulk bytes take, beside the messages.
+"""A client's mapping of the arena: the way of the KV's bytes, beside the messages.
 
-The server passes the arena as a descriptor of an anonymous file, which must be sealed against shrinking: a page that
+The server passes the arena as the descriptor of an anonymous file, which must be sealed against shrinking: a page that
 went away under a copy would kill this process (SIGBUS). Memory is faulted in ahead of use, in a thread and with the GIL
-released, because a first touch costs far more than the copy. Nothing here is a flag, a counter or a lock: which bytes
-may be touched when is said by messages alone.
+released, because a first touch costs far more than the copy. Nothing in the arena is a flag, a counter or a lock:
+messages alone say when which bytes may be touched.
 
-`ctypes` instead of `mmap`: Python's holds the GIL while it populates (3 s a GiB). The mapping goes when its last view
-does, so that a view can never point at unmapped memory.
+`ctypes` maps it, because Python's `mmap` holds the GIL while it populates (3 s per GiB). The mapping goes with its last
+view, so a view never points at unmapped memory.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 class ArenaMap:
     """The *size* bytes of the arena behind *fd*, which stays the caller's, mapped for reading and writing.
 
-    `ProtocolError`: what the server passed is no arena. `Unavailable`: it cannot be mapped here.
+    `ProtocolError`: the server passed a descriptor of something else. `Unavailable`: the arena cannot be mapped here.
     """
 
     def __init__(self, fd: int, size: int) -> None:
@@ -64,7 +64,7 @@ class ArenaMap:
         """Leading bytes whose pages are in this process' tables already."""
 
     def slots(self, named: Reserved | Pinned) -> list[memoryview]:
-        """The slots that *named* names, in its order, each just as long as the server said. `ProtocolError` as `view`.
+        """The slots that *named* names, in its order, each as long as the server said. `ProtocolError` as in `view`.
         Any thread may call this.
         """
         return [self.view(offset, named.slot_bytes) for offset in OFFSETS.unpack(named.offsets)]
@@ -77,7 +77,7 @@ class ArenaMap:
         return self._bytes[offset:end]
 
     async def populate(self, taken: int) -> None:
-        """Fault in what is missing up to *taken*, one piece a call, so that closing need not wait for all of it."""
+        """Fault in the bytes up to *taken*, one piece per call, so that closing need not wait for all of them."""
         taken = min(taken, self.size)
         while self.populated < taken:
             length = min(_PIECE, taken - self.populated)

@@ -1,12 +1,11 @@
-"""One client's conversation over a connection: which reply is due, who waits for it, and what waits to be sent.
+"""One client's conversation over a connection: the replies that are due, their waiters, and the frames to be sent.
 
     request --id--> due --reply of its kind or ErrorReply, same id--> answered      (once, in any order)
 
-Any thread may ask: it encodes and sends by itself, and one task in the loop reads and hands each reply to whoever waits
-for it. Order is kept, also when the socket has no room. A connection that is lost is over: every waiter is told at
-once, and nothing is sent or waited for any more. It is ended here when the server says what is not due and no push
-either: that is the server's fault, and nothing else that it says is believed. What the sentences are about is
-`client`'s affair.
+Any thread may ask: that thread encodes and sends, and one task in the loop reads and hands each reply to its waiter.
+Order is kept, also when the socket has no room. A lost connection is over: every waiter is told at once, and nothing is
+sent or waited for any more. A message that is neither due nor a push is the server's fault. It ends the connection, and
+nothing else that the server says is believed. `client` knows what the messages mean.
 """
 
 import itertools
@@ -30,26 +29,26 @@ log = logging.getLogger("lmcache_trio")
 _M = TypeVar("_M", bound=Message)
 Reply = Message | LMCacheTrioError
 _OUTBOX = 1024
-"""Messages that may wait for a server that does not read before requests are refused. Notices are always kept."""
+"""Messages that may wait for a server that does not read. Beyond it requests are refused; notices never are."""
 
 
 def expect(reply: Reply, kind: type[_M]) -> _M:
-    """*reply*; raises it if it is an error. That it is a *kind* otherwise was checked when it came."""
+    """*reply*, which is raised if it is an error. Its *kind* was checked when it came."""
     if isinstance(reply, LMCacheTrioError):
         raise reply
     return cast(_M, reply)
 
 
 def _nobody(reply: Reply) -> None:
-    """Nobody waits for the reply any more, or ever did."""
+    """The waiter of a reply that is not wanted, or not wanted any more."""
 
 
 class Conversation:
-    """Made in the loop; `read` and `write` must be run by whoever made it, in a nursery of theirs."""
+    """Made in the loop. Its maker must run `read` and `write` in a nursery of its own."""
 
     def __init__(self, connection: Connection) -> None:
         self.heard = 0
-        """Messages that came so far: whoever sees it stand still knows a silent server."""
+        """Messages that came so far. While it stands still, the server is silent."""
         self.new_id: Callable[[], int] = itertools.count(1).__next__
         """Returns an id for the next request: never 0, and never the same twice."""
         self.on_echo: Callable[[bytes], None] = lambda frame: None
@@ -66,7 +65,7 @@ class Conversation:
 
     @property
     def lost(self) -> bool:
-        """Is the connection over? Whoever waited for a reply was told before."""
+        """Is the connection over? All waiters were told before."""
         return self._lost is not None
 
     @property
@@ -97,7 +96,7 @@ class Conversation:
         raise Unavailable("the connection to the server is lost")
 
     def notice_nowait(self, message: Message) -> None:
-        """Send a notice. A server that is gone has forgotten what it is about: nothing is raised then."""
+        """Send a notice. Nothing is raised if the server is gone: it has forgotten the subject of the notice."""
         try:
             self._post(encode(message), refusable=False)
         except Unavailable:
@@ -115,7 +114,7 @@ class Conversation:
     # --- for the loop -----------------------------------------------------------------------------------------------
 
     def said(self, message: Message) -> None:
-        """The server said *message* unasked. A subclass takes it from here."""
+        """The server sent the push *message*. A subclass takes it from here."""
 
     async def request(
         self,
@@ -125,9 +124,9 @@ class Conversation:
         *,
         descriptors: Sequence[int] = (),
     ) -> _M:
-        """Send and wait for the reply, a *kind*. Cancelled, a reply that still comes is given to *unwanted*.
+        """Send and wait for the reply, a *kind*. If the wait is cancelled, *unwanted* gets a reply that still comes.
 
-        A request that brings *descriptors* is sent past what waits in the outbox.
+        A request that brings *descriptors* is sent before the messages that wait in the outbox.
         """
         come = trio.Event()
         found: list[Reply] = []
@@ -155,7 +154,7 @@ class Conversation:
         return expect(found[0], kind)
 
     async def _request_with(self, message: Any, on_reply: Callable[[Reply], None], descriptors: Sequence[int]) -> None:
-        """`request_nowait`, with *descriptors*. Cancelled, it was not sent."""
+        """`request_nowait`, with *descriptors*. A cancelled one was not sent."""
         if self._lost is not None:
             raise Unavailable("the connection to the server is lost")
         self._due[message.id] = REPLIES[type(message)]
@@ -170,7 +169,7 @@ class Conversation:
             raise
 
     def request_unheard(self, message: Any) -> None:
-        """Send a request whose reply nobody wants. A server that is gone has forgotten what it is about."""
+        """Send a request whose reply is not wanted. Nothing is raised if the server is gone."""
         self._due[message.id] = REPLIES[type(message)]
         try:
             self._post(encode(message), refusable=False)
@@ -178,7 +177,7 @@ class Conversation:
             self._due.pop(message.id, None)
 
     async def read(self) -> None:
-        """Hand out what comes, until the connection is lost."""
+        """Hand out the messages that come, until the connection is lost."""
         cause: BaseException | None = None
         try:
             while True:
@@ -190,7 +189,7 @@ class Conversation:
                     self._handle(decode(frame))
         except Gone as exc:
             cause = exc
-        except ProtocolError as exc:  # maybe nobody waits who could be told
+        except ProtocolError as exc:  # there may be no waiter to tell
             log.warning("ending the connection: %s", exc)
             cause = exc
             self._connection.close()
@@ -198,7 +197,7 @@ class Conversation:
             self._lose(cause)
 
     async def write(self) -> None:
-        """Send what the socket had no room for."""
+        """Send the messages that the socket had no room for."""
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled = trio.Event()
@@ -211,7 +210,7 @@ class Conversation:
                     self._outbox.popleft()
 
     def _post(self, frame: bytes, *, refusable: bool) -> None:
-        """Send, in order with everything sent before; what the socket has no room for waits in the outbox."""
+        """Send *frame* behind all that were sent before. It waits in the outbox if the socket has no room."""
         with self._lock:
             if self._lost is not None:
                 raise Unavailable("the connection to the server is lost")

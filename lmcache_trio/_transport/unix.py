@@ -1,17 +1,17 @@
-"""Plain unix-domain sockets under Trio, one message a packet; `over_unix` makes a transport of them.
+"""Plain unix-domain sockets under Trio, one message per packet. `over_unix` makes a transport of them.
 
 SOCK_SEQPACKET keeps messages apart and in order, reports that the peer has closed, and takes a packet whole or not at
-all: any thread sends with one system call, and no thread but the caller's is woken for it. A byte before each packet
-says what it is:
+all. So any thread sends with one system call, and no other thread is woken for it. The byte before each packet is its
+kind:
 
     WHOLE: a message | FIRST, MORE …, LAST: the parts of a message that is larger than a packet
 
-A WHOLE packet may come between parts: it is delivered, and the rest put together after it. FIRST drops what was put
-together before: its sender gave up half-way. Descriptors come with the packet that completes a message, WHOLE or LAST.
-Whatever else a peer says ends its connection.
+A WHOLE packet may come between parts: it is delivered, and the parts are joined after it. FIRST drops the parts before
+it, because their sender gave up half-way. Descriptors come with the packet that completes a message, WHOLE or LAST. Any
+other packet ends the connection of its sender.
 
-The kernel keeps who connected and who listened (SO_PEERCRED), and since Linux 6.5 gives a descriptor of that process
-(SO_PEERPIDFD) also where it lives in a pid namespace of its own, in which case its pid reads 0.
+The kernel remembers which process connected and which listened (SO_PEERCRED). Since Linux 6.5 it gives a descriptor of
+that process (SO_PEERPIDFD), also from another pid namespace, where the pid reads 0.
 """
 
 import array
@@ -34,10 +34,10 @@ __all__ = ["PACKET", "UnixLink"]
 
 PACKET = 64 << 10
 """Bytes of a message in one packet. The kernel takes packets up to its send buffer, 208 KiB by default, and counts 68
-KiB for one of these; what engines ask takes 1 to 20 KiB."""
+KiB for one of these. Engines' requests take 1 to 20 KiB."""
 _SEND_BUFFER = 208 << 10
-"""What an unprivileged process may ask for everywhere. The kernel doubles it: 6 of the largest packets, or 550 small
-ones, before a sender has to wait."""
+"""Bytes that an unprivileged process may ask for everywhere. The kernel doubles them: 6 of the largest packets, or 550
+small ones, before a sender has to wait."""
 _PARTS = 16
 """Parts of messages taken in a row before other tasks get their turn: more than a send buffer holds, 0.3 ms."""
 
@@ -108,7 +108,7 @@ class UnixLink(Connection):
 
     @property
     def ended(self) -> bool:
-        """Whether the peer is gone, though what it said may still be there; or this end is closed."""
+        """Whether the peer is gone, though messages of it may still be there; or this end is closed."""
         return self._closed or bool(self._end.poll(0))
 
     def fileno(self) -> int:
@@ -118,7 +118,7 @@ class UnixLink(Connection):
         size = len(message)
         if size > PACKET:
             self._check_size(size)
-            raise trio.WouldBlock  # takes several packets, and they have to be accepted together
+            raise trio.WouldBlock  # it takes several packets, which must be accepted together
         self._put(_WHOLE_BYTE + message)
 
     async def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
@@ -206,7 +206,7 @@ class UnixLink(Connection):
                     self._send(packet, _QUIETLY)
             except BlockingIOError:
                 raise trio.WouldBlock from None
-            except OSError as exc:  # whatever it was, a packet is missing now: it ends for the peer, too
+            except OSError as exc:  # a packet is missing now, so the connection ends for the peer, too
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
                 raise Gone(f"the connection has ended: {exc.strerror}") from exc
@@ -230,7 +230,7 @@ class UnixLink(Connection):
                 self._empty = True
                 return None
             except ConnectionResetError:
-                continue  # told once, if the peer had left something unread; what it had sent is still there
+                continue  # told once, if the peer had left something unread; its messages are still there
             except OSError as exc:
                 raise Gone(f"the connection has ended: {exc.strerror}") from exc
             self._empty = False
@@ -243,7 +243,7 @@ class UnixLink(Connection):
                 raise Gone("the connection has ended")
             kind, content = self._room[0], bytes(self._room[1:size])
             if len(content) > PACKET or kind > _LAST:
-                raise self._refused("a packet that is none of ours")
+                raise self._refused("a packet of an unknown kind or length")
             if kind == _WHOLE:
                 return content
             message = self._joined(kind, content)
@@ -285,11 +285,11 @@ class UnixLink(Connection):
 
 
 def _receive_buffer() -> memoryview:
-    """Where a packet is put before it becomes a message: one buffer a loop, since receiving never waits half-way."""
+    """Where a packet is put before it becomes a message: one buffer per loop, since receiving never waits half-way."""
     try:
         return _room.get()
     except LookupError:
-        _room.set(memoryview(bytearray(PACKET + 2)))  # a byte more than ours take shows one that is longer
+        _room.set(memoryview(bytearray(PACKET + 2)))  # one byte more than our packets take shows a longer one
         return _room.get()
 
 

@@ -1,1 +1,1 @@
-"""Sans-I/O: the sentences of the protocol, their encoding, and what may follow what."""
+"""Sans-I/O: the messages of the protocol, their encoding, and which may follow which."""

@@ -1,7 +1,6 @@
-"""Turns sentences into bytes and back: one opcode byte, then the sentence as a msgpack map.
+"""Turns messages into frames and back: one opcode byte, then the message as a msgpack map.
 
-Any bytes whatever either decode to a valid sentence or raise `ProtocolError`; nothing else gets out. What may follow
-what is `protocol`'s business.
+Any bytes either decode to a valid message or raise `ProtocolError`. `protocol` knows which message may follow which.
 """
 
 import struct
@@ -27,8 +26,8 @@ __all__ = [
 ]
 
 ECHO = b"\x00"
-"""A frame that begins with this is no sentence: the server sends it back as it is, undecoded. Only for measuring what
-a round trip costs before anything is said."""
+"""A frame that begins with this is not a message. The server sends it back as it is, undecoded: to measure what a
+round trip costs by itself."""
 
 _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
@@ -38,13 +37,13 @@ class _IdOnly(msgspec.Struct):
     id: int = 0
 
 
-def _sentences() -> list[type[Message]]:
+def _messages() -> list[type[Message]]:
     named = [getattr(messages, name) for name in messages.__all__]
     return [c for c in named if isinstance(c, type) and issubclass(c, Message) and c is not Message]
 
 
 _CLASSES: dict[int, type[Message]] = {}
-for _class in _sentences():
+for _class in _messages():
     if _class.opcode in _CLASSES:
         raise ImportError(f"{_class.__name__} and {_CLASSES[_class.opcode].__name__} share opcode {_class.opcode}")
     _CLASSES[_class.opcode] = _class
@@ -61,13 +60,13 @@ def encode(message: Message) -> bytes:
 
 
 def decode(frame: bytes) -> Message:
-    """The sentence that *frame* says; `ProtocolError` names the sentence and what is wrong with it."""
+    """The message in *frame*. `ProtocolError` names the message, and what is wrong with it."""
     try:
         decoder = _DECODERS[frame[0]]
     except IndexError:
-        raise ProtocolError("an empty frame is no sentence") from None
+        raise ProtocolError("an empty frame is not a message") from None
     except KeyError:
-        raise ProtocolError(f"opcode {frame[0]} is no sentence of this protocol") from None
+        raise ProtocolError(f"opcode {frame[0]} is not a message of this protocol") from None
     try:
         message: Message = decoder(memoryview(frame)[1:])
     except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError) as exc:
@@ -80,7 +79,7 @@ def decode_expected(frame: bytes, kind: type[_M], /) -> _M: ...
 @overload
 def decode_expected(frame: bytes, kind: type[_M], other: type[_N], /) -> _M | _N: ...
 def decode_expected(frame: bytes, /, *classes: type[Message]) -> Message:
-    """`decode`, where only sentences of *classes* are in place."""
+    """As `decode`. `ProtocolError`: the message is not one of *classes*."""
     message = decode(frame)
     if not isinstance(message, classes):
         names = " or ".join(c.__name__ for c in classes)
@@ -119,7 +118,7 @@ class Packing:
 
 
 OFFSETS = Packing("offsets", "Q", 8)
-"""Of slots: bytes from the beginning of the arena."""
+"""Offsets of slots: bytes from the beginning of the arena."""
 
 POSITIONS = Packing("positions", "I", 4)
-"""Of chunks in what was asked, and numbers of blocks."""
+"""Positions of chunks in a request, and the numbers of blocks."""

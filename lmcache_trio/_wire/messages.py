@@ -1,13 +1,12 @@
-"""Every sentence of the protocol, one frozen class each.
+"""Every message of the protocol, one frozen class each.
 
-This file says what can be said; `codec` turns sentences into bytes and back; `protocol` says what may follow what.
-Three kinds of sentence: a *request* carries an `id` of the client's choosing and gets exactly one *reply* with the same
-`id`; a *notice* carries none and gets none; a *push* comes from the server unasked. Lengths are bounded here, so that
-nothing oversize survives decoding. Opcodes below 16 are the rendezvous', below 40 requests, below 64 notices; what is
-above only a server says.
+`codec` turns messages into frames and back, and `protocol` says which may follow which. A *request* carries an `id` of
+the client's choice, and gets exactly one *reply* with that `id`. A *notice* has no id and gets no reply. A *push* comes
+from the server unasked. Lengths are bounded here, so that nothing oversize survives decoding. Opcodes below 16 are the
+rendezvous', below 40 requests, below 64 notices. Only a server sends those above.
 
-Digests travel packed (32 bytes each), slot offsets as packed little-endian uint64, positions as packed little-endian
-uint32: a list of integers costs twenty times as much to encode.
+Digests travel packed, 32 bytes each. Offsets and positions travel as `codec.OFFSETS` and `codec.POSITIONS`: a list of
+integers costs twenty times as much to encode.
 """
 
 from collections.abc import Callable
@@ -68,19 +67,19 @@ __all__ = [
 
 PROTOCOL_VERSION = 5
 MAX_DIGESTS = 65_536
-"""Most chunks one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
+"""Most chunks that one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
 
 MAX_RESERVED = 256
-"""Most chunks that one message may ask slots for: some 2 ms of the server's loop, in which it answers nobody else."""
+"""Most chunks that one message may ask slots for: some 2 ms in which the server's loop answers no other client."""
 
 MAX_NUMBER = 2**63 - 1
-"""The largest request id and session number: what fits a signed 64-bit integer everywhere."""
+"""The largest request id and session number: that of a signed 64-bit integer."""
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
-"""A session number, or the request that is answered (0: none); the bounds are checked in decoding, in C."""
+"""The number of a session, or of the request that is answered (0: none). Decoding checks the bounds, in C."""
 
 RequestId = Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)]
-"""A request's. Not 0: its reply would be a push, and an ErrorReply a last word."""
+"""The id of a request. It is not 0: its reply would be a push, and an ErrorReply a last word."""
 
 _Validator = Callable[[Any, "attrs.Attribute[Any]", Any], Any]
 
@@ -88,7 +87,7 @@ _Validator = Callable[[Any, "attrs.Attribute[Any]", Any], Any]
 def _packed(width: int, most: int = MAX_DIGESTS) -> _Validator:
     def whole(instance: Any, attribute: "attrs.Attribute[Any]", value: bytes) -> None:
         if len(value) % width:
-            raise ValueError(f"{attribute.name}: {len(value)} bytes are no whole number of {width}-byte items")
+            raise ValueError(f"{attribute.name}: {len(value)} bytes are not a whole number of {width}-byte items")
 
     return and_(max_len(width * most), whole)
 
@@ -103,7 +102,7 @@ _ID: _Validator = max_len(32)
 
 
 class Role(IntEnum):
-    """What a client is to its engine; an observer belongs to none. What each may say: `protocol.FROM_CLIENT`."""
+    """What a client is to its engine. An observer has no engine. `protocol.FROM_CLIENT`: the messages of each role."""
 
     OBSERVER = 0
     SCHEDULER = 1
@@ -111,7 +110,7 @@ class Role(IntEnum):
 
 
 class AnswerState(IntEnum):
-    """What the server knows of a lookup. UNKNOWN: never asked, or ended; it is never said of a pending one."""
+    """What the server knows of a lookup. UNKNOWN: it was never asked, or its session ended. A pending one never is."""
 
     PENDING = 0
     ANSWERED = 1
@@ -128,7 +127,7 @@ class ErrorKind(IntEnum):
 
 
 class Message:
-    """Base of all sentences. `opcode` is the first byte on the wire and is never reused."""
+    """Base of all messages. `opcode` is the first byte on the wire, and is never given to another message."""
 
     opcode: ClassVar[int]
 

@@ -1,12 +1,12 @@
-"""What may follow what, for both ends: tables and checks. It remembers nothing and does no I/O.
+"""Which message may follow which, for both ends: tables and checks. It remembers nothing and does no I/O.
 
     Hello --in order--> Welcome | Refused                        at the rendezvous, `check_hello` and `check_welcome`
     request --id--> due --reply of its kind or ErrorReply, same id--> answered      once, in any order
     notice   client to server, no reply         push   server to client, id 0 where it has one
 
-`_transport.conversation` holds a client's end and what is due there; whatever is not due and no push, it takes for the
-server's fault. `_server.connection` holds the server's, which keeps no list of ids: it answers what it is asked, if the
-client's role may ask it. Beyond its decoding a message costs either end a look-up or two.
+`_transport.conversation` is a client's end, and knows which replies are due. A message that is neither due nor a push
+is the server's fault. `_server.connection` is the server's end, which keeps no list of ids: it answers each request
+that the client's role may make. Beyond its decoding a message costs either end a look-up or two.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,16 @@ __all__ = [
     "FROM_CLIENT",
     "PUSHES",
     "REPLIES",
+    "TAKE_UP",
     "check_hello",
     "check_welcome",
     "error_of",
     "kind_of",
     "speakers",
 ]
+
+TAKE_UP = 5.0
+"""Seconds after a Welcome in which the client must take up the address that it names. Both ends wait so long."""
 
 REPLIES: Mapping[type[Message], type[Message]] = {
     m.Ping: m.Pong,
@@ -47,10 +51,10 @@ REPLIES: Mapping[type[Message], type[Message]] = {
     m.RetrieveBlocks: m.Retrieved,
     m.LetGo: m.Ack,
 }
-"""Each request and the one kind of reply that answers it; an ErrorReply answers any."""
+"""Each request, and the one kind of reply that answers it. An ErrorReply answers any request."""
 
 PUSHES = frozenset({m.NamespaceKnown, m.Answer, m.ArenaGrown, m.ErrorReply})
-"""What the server says unasked, with id 0. An ErrorReply of that kind is its last word on the connection."""
+"""The messages that the server sends unasked, with id 0. Such an ErrorReply is its last word on the connection."""
 
 _ANYONE = frozenset({m.Ping, m.Statistics, m.CopiesEnded})
 FROM_CLIENT: Mapping[Role, frozenset[type[Message]]] = {
@@ -60,7 +64,7 @@ FROM_CLIENT: Mapping[Role, frozenset[type[Message]]] = {
     | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort}
     | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.Withdraw},
 }
-"""What a client of each role may say on its own connection. Whose copies a CopiesEnded speaks of, its token says."""
+"""The messages that a client of each role may send on its own connection. CopiesEnded names its client by the token."""
 
 ERRORS: Mapping[ErrorKind, type[LMCacheTrioError]] = {
     ErrorKind.UNAVAILABLE: Unavailable,
@@ -68,29 +72,29 @@ ERRORS: Mapping[ErrorKind, type[LMCacheTrioError]] = {
     ErrorKind.MISUSE: Misuse,
     ErrorKind.PROTOCOL: ProtocolError,
 }
-"""What each kind of an ErrorReply, or of a Refused, stands for: the branches of `errors`."""
+"""The branch of `errors` that each kind of an ErrorReply, or of a Refused, stands for."""
 
 
 def error_of(kind: ErrorKind, message: str) -> LMCacheTrioError:
-    """The error that the other end said."""
+    """The error that the other end sent."""
     return ERRORS[kind](message)
 
 
 def kind_of(error: LMCacheTrioError) -> ErrorKind:
-    """How *error* is said: by the branch that it is on."""
+    """The kind that stands for *error*: that of its branch."""
     return next((kind for kind, cls in ERRORS.items() if isinstance(error, cls)), ErrorKind.UNAVAILABLE)
 
 
 def speakers(kind: type[Message]) -> tuple[Role, ...]:
-    """The roles whose clients may say a *kind* on their own connection; none for what only a server says."""
-    return tuple(role for role, sentences in FROM_CLIENT.items() if kind in sentences)
+    """The roles whose clients may send a *kind* on their own connection; none if only a server may."""
+    return tuple(role for role, kinds in FROM_CLIENT.items() if kind in kinds)
 
 
 def check_hello(frame: bytes) -> Hello:
-    """The Hello that *frame* is: in order, whatever else the server knows.
+    """The Hello in *frame*, which is in order by itself.
 
-    `ProtocolError`: it is none, or not one that a client of our own version says. `Misuse`: whoever runs that client
-    gave it wrong settings.
+    `ProtocolError`: it is another message, or not one of a client of our own version. `Misuse`: a setting of that
+    client is wrong.
     """
     hello = decode_expected(frame, Hello)
     if hello.version != PROTOCOL_VERSION:
@@ -110,7 +114,7 @@ def check_hello(frame: bytes) -> Hello:
 
 
 def check_welcome(frame: bytes, hello: Hello) -> Welcome | Refused:
-    """The server's answer to *hello*; `ProtocolError` when it is none, of another version, or none to that one."""
+    """The answer to *hello* in *frame*. `ProtocolError`: it is another message, of another version, or does not fit."""
     answer = decode_expected(frame, Welcome, Refused)
     if isinstance(answer, Welcome) and answer.version != PROTOCOL_VERSION:
         raise ProtocolError(

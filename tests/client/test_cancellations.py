@@ -18,10 +18,10 @@ import trio.testing
 
 from lmcache_trio import Client, Config, Role, Server, open_client, open_server
 from lmcache_trio._server.answers import answer_of
-from lmcache_trio._server.connection import TAKE_UP
 from lmcache_trio._transport import dial_pair, introduce, wait_listening
 from lmcache_trio._wire.codec import decode, encode
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, AnswerState, Hello, Welcome
+from lmcache_trio._wire.protocol import TAKE_UP
 from lmcache_trio.errors import LMCacheTrioError
 from lmcache_trio.testing.cancelling import cancelled_at
 

@@ -21,7 +21,7 @@ from lmcache_trio.adapters.link import Link, logger
 from lmcache_trio.adapters.scheduler.lookup_table import LookupTable, Request
 from lmcache_trio.adapters.scheduler.prompts import Extras, Prompt, Prompts
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
-from lmcache_trio.client import Client, sentence
+from lmcache_trio.client import Client, message_of
 from lmcache_trio.config import check_interval, load_client_config
 from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.threads import Handoff, Lock
@@ -78,7 +78,7 @@ class SchedulerAdapter:
             self._prompts.rename(named, named)
         name, token, model = f"scheduler {os.getpid()}", os.urandom(16), self._prompts.model
         said = (0, shards, model, block_tokens, chunk_tokens or 0)
-        hello = sentence(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said)
+        hello = message_of(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said)
         self._told: Client | None = None
         """The client whose server was told of the model and of all resets; None while there is none."""
         self._resets_owed: dict[bytes, None] = {}

@@ -24,7 +24,7 @@ from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, chec
 from lmcache_trio.adapters.worker.device_mover import ATTACH_TIMEOUT, DeviceMover
 from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, RegisteredKV, StoreJob, reply_within, wait_for
 from lmcache_trio.adapters.worker.shm_mover import Probe, ShmMover, no_probe
-from lmcache_trio.client import Client, sentence
+from lmcache_trio.client import Client, message_of
 from lmcache_trio.config import format_size
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
@@ -93,7 +93,7 @@ class WorkerAdapter:
         self._arena_note = ""
         self._room_note = ""
         name, said = f"worker {shard} {os.getpid()}", (shard, shards, b"", block_tokens, chunk_tokens or 0)
-        hello = sentence(Hello, PROTOCOL_VERSION, name, self._token, Role.WORKER, engine_id, *said)
+        hello = message_of(Hello, PROTOCOL_VERSION, name, self._token, Role.WORKER, engine_id, *said)
         self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None, server_uids=server_uids)
         self._registered = RegisteredKV(chunk_tokens=chunk_tokens or 0)
         self._shm = ShmMover(f"lmcache-trio copies {shard}", self._registered, reply_timeout, probe)
