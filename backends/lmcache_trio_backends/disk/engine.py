@@ -1,4 +1,4 @@
-"""The engine of the disk tier: its calls, the room that they need, and the task that keeps house.
+"""The engine of the disk tier: its calls, the room that they need, and its maintenance.
 
 `chunk_table` makes each decision, and `io_threads` each wait for a thread. This module joins the two in the order that
 survives a kill: bytes are written before their row, and a row is erased before its bytes are given to another chunk.
@@ -40,7 +40,7 @@ __all__ = ["FLUSH_SECONDS", "DiskTier"]
 log = logging.getLogger("lmcache_trio.disk")
 
 FLUSH_SECONDS = 5.0
-"""How long recency, and with `periodic` the bytes themselves, may wait for the disk; ext4 commits as often."""
+"""How long recency, and with `periodic` the chunks' bytes, may wait for the disk; ext4 commits as often."""
 CONTAINS_KEYS = 2000
 """Keys looked up between two turns of the loop: about 1 ms."""
 DELETE_BATCHES = 40
@@ -63,7 +63,7 @@ class DiskTier(LocalTier):
     def __init__(self, config: DiskConfig) -> None:
         super().__init__(config)
         self.wrap_io: Callable[[ByteIO], ByteIO] = lambda io: io
-        """Stands between the tier and its slabs from the next `open()` on: for fault injection below the checksums."""
+        """Wraps the slabs at the next `open()`: for fault injection below the checksums."""
         self._home = Home(config.path)
         self._admit = make_admission(config.admission)
         self._pieces = DIRECT_PIECES if config.direct else 1
@@ -103,21 +103,21 @@ class DiskTier(LocalTier):
         except (OSError, ConfigError, sqlite3.Error) as exc:
             failure = exc if isinstance(exc, ConfigError) else failure_of(self.config.path, exc)
             if isinstance(failure, ConfigError) and self._was_open:
-                failure = Unavailable(f"the disk tier in {self.config.path!r}: {failure}")
+                failure = self._threads.unavailable(failure)
             raise failure from exc
         self._was_open, self._anew = True, False
         raised: Exception | None = None
         try:
-            async with trio.open_nursery() as house:
-                house.start_soon(self._recovery.run)
-                house.start_soon(self._keep_house)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._recovery.run)
+                nursery.start_soon(self._maintain)
                 await self._recovery.under_way.wait()
                 self._is_open = True
                 try:
                     yield
                 except Exception as exc:  # noqa: BLE001 - raised again below: the nursery would wrap it in a group
                     raised = exc
-                house.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
         finally:
             self._is_open = False
             await self._close()
@@ -139,15 +139,15 @@ class DiskTier(LocalTier):
         self._check()
         reads = await self._begin_reads(loads)
         held = [(i, read) for i, read in enumerate(reads) if read is not None]
-        transfer = SlabTransfer([(read.offset, loads[i].shards) for i, read in held], self._io.read, self._pieces)
         try:
+            transfer = SlabTransfer([(read.offset, loads[i].shards) for i, read in held], self._io.read, self._pieces)
             await self._threads.carry(transfer)
         finally:
             alive = [self._table.end_read(read) or not self._ready.is_set() for _, read in held]
             if self._table.has_doomed:
                 self._wake.set()
         if transfer.error is not None:
-            if transfer.error.errno == errno.EIO:  # a bad sector must not fence the tier again each time it is back
+            if transfer.error.errno == errno.EIO:  # else a bad sector fences the tier at each load
                 for n in transfer.failed_chunks:
                     self._suspect(held[n][1])
             raise self._threads.unavailable(transfer.error) from transfer.error
@@ -191,7 +191,7 @@ class DiskTier(LocalTier):
         generation = self._table.forget(namespace)
         with trio.CancelScope(shield=True):
             await self._threads.ask(self._index.forget, namespace, generation)
-        self._wake.set()  # `_keep_house` goes on with the rest, also when this call is cancelled
+        self._wake.set()  # `_maintain` goes on with the rest, also when this call is cancelled
         for _ in range(DELETE_BATCHES):
             if not await self._erase_batch():
                 break
@@ -219,15 +219,15 @@ class DiskTier(LocalTier):
 
     async def _begin_reads(self, loads: Sequence[Load]) -> list[Read | None]:
         """Where each chunk lies, held in place; None for one that is absent or of other lengths."""
+        lengths = [tuple(view.nbytes for view in load.shards) for load in loads]
         rows = {} if self._ready.is_set() else await self._recovery.query([load.key for load in loads])
         reads: list[Read | None] = []
-        for load in loads:
-            lengths = tuple(view.nbytes for view in load.shards)
+        for load, shards in zip(loads, lengths, strict=True):
             row = rows.get(name_of(load.key))
             if row is None or self._ready.is_set():
-                reads.append(self._table.begin_read(load.key, lengths))
-            elif row.lengths == lengths:
-                reads.append(Read(load.key, -1, row.offset, row.generation, lengths, row.sums))
+                reads.append(self._table.begin_read(load.key, shards))
+            elif row.lengths == shards:
+                reads.append(Read(load.key, -1, row.offset, row.generation, shards, row.sums))
             else:
                 reads.append(None)
         return reads
@@ -345,9 +345,9 @@ class DiskTier(LocalTier):
             text = "the disk of %s has no space: %d of %d bytes are used, and chunks evict each other within them"
             log.warning(text, self._index.path.parent, self._slabs.taken, self._slabs.capacity)
 
-    # ---- keeping house
+    # ---- maintenance
 
-    async def _keep_house(self) -> None:
+    async def _maintain(self) -> None:
         """Erase doomed rows; write recency, and flush, when a flush is due. A failure fails the tier."""
         await self._ready.wait()
         try:
@@ -382,7 +382,7 @@ class DiskTier(LocalTier):
             self._wake.set()
 
     async def _flush(self) -> None:
-        self._tell_failed()
+        self._log_failed()
         while touched := self._table.take_touched(self._index.batch):
             await self._threads.ask(self._index.touch, touched)
         if self.config.durability == "periodic" and self._unflushed:
@@ -390,7 +390,7 @@ class DiskTier(LocalTier):
             await self._threads.flush(self._slabs.flush)
             await self._threads.ask(self._index.checkpoint)
 
-    def _tell_failed(self) -> None:
+    def _log_failed(self) -> None:
         """Log one line for all chunks that failed since the first one, which had a line of its own."""
         if self._failed > 1:
             log.warning("%d more chunks of %s failed verification and are dropped", self._failed - 1, self.config.path)
@@ -411,7 +411,7 @@ class DiskTier(LocalTier):
 
     async def _close(self) -> None:
         """Write to the index what is due, and close. After 5 s a disk that hangs is left, locked by this process."""
-        self._tell_failed()
+        self._log_failed()
         owed: list[Callable[[], None]] = []
         if self._threads.failed is None and self._ready.is_set():
             while len(owed) < DELETE_BATCHES and (doomed := self._table.take_doomed(self._index.batch)):

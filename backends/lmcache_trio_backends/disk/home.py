@@ -43,7 +43,7 @@ _MARK_BYTES = 128
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _OVERFLOW_UID = 65534
 """The owner that a user namespace shows for files of a user whom it does not have, as for `/` itself."""
-_BACK = " (unmounted, or renamed?): bring it back, or restart the server to begin in what is there now"
+_BACK = " (unmounted, or renamed?): bring it back, or restart the server to begin anew in its place"
 
 
 def _is_mapped(uid: int) -> bool:

@@ -257,7 +257,7 @@ async def test_who_needs_room_waits_for_one_piece_of_a_deletion_and_not_for_its_
             for task in (lambda: tier.delete(NAMESPACE), store):
                 nursery.start_soon(task)
                 await trio.testing.wait_all_tasks_blocked()
-            for _ in range(3):  # the deletion's own, the housekeeper's and the store's: they take turns
+            for _ in range(3):  # the deletion's own, the maintenance's and the store's: they take turns
                 pieces.release()
             try:
                 with trio.fail_after(60):
