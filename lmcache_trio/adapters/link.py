@@ -1,8 +1,8 @@
-"""The bond between an adapter and its server: connect, serve until lost, wait until a server is there again, again.
+"""The link between an adapter and its server: connect, serve until lost, wait until a server listens, and again.
 
-Runs in a Trio loop of its own thread, because its host is synchronous. A server that is not there is never an error of
-the host's: it is told once, and waited for by notification. A setting that the server refuses is an error at start;
-later it is logged, and tried again, because the server may be the one that is replaced. A bug ends one connection.
+It runs in a Trio loop in a thread of its own, because its host is synchronous. A missing server is never an error of
+the host: the link logs it once, and waits by notification. A setting that the server refuses is an error at start.
+Later it is logged and tried again, because the server may be replaced by another one. A bug ends one connection.
 """
 
 import logging
@@ -18,16 +18,18 @@ from lmcache_trio.config.client import check_server_uids
 from lmcache_trio.errors import LMCacheTrioError, Misuse, ProtocolError
 from lmcache_trio.threads import Handoff, Lock, Portal, inherited
 
-__all__ = ["Link", "logger"]
+__all__ = ["REFUSED_WAIT", "Link", "logger"]
 
 logger = logging.getLogger("lmcache_trio")
 _T = TypeVar("_T")
-_REFUSED_WAIT = 5.0
-"""Longest pause before a server that is there, but refused us, is asked again: nothing tells of its change of mind."""
+REFUSED_WAIT = 5.0
+"""Longest pause in seconds before a server that listens, but refused, is asked again: it does not tell when it would
+accept.
+"""
 
 
 class Link:
-    """Keeps one client. *connected* prepares a fresh one (register, …); *lost* is told, in the loop, of its end.
+    """Keeps one client. In the loop, *connected* prepares each new one (register, …), and *lost* is called at its end.
 
     *server_uids*: as `connect` has them.
     """
@@ -44,17 +46,17 @@ class Link:
         check_server_uids(server_uids)
         self.address = address
         self.client: Client | None = None
-        """The one to use now, for any thread to read; None while there is none."""
+        """The client to use now, for any thread to read; None while no server is connected."""
         self.hello = hello
-        """What the next connection begins with; the adapter may put another in its place."""
+        """The Hello of the next connection. The adapter may replace it."""
         self.said = hello
-        """What the present connection began with."""
+        """The Hello of the present connection."""
         self._server_uids = server_uids
         self._connected = connected
         self._lost = lost
         self._portal = Portal(f"lmcache-trio {hello.client}")
         self._jobs: trio.Nursery | None = None
-        """The connection's."""
+        """For the jobs of the present connection."""
         self._homeless: trio.Nursery | None = None
         """For jobs that come while there is no connection."""
         self._lock = Lock()
@@ -63,7 +65,7 @@ class Link:
         inherited.add(self)
 
     def forked(self) -> None:
-        """In a forked child: nobody reads what comes there, so there is no server for this adapter any more."""
+        """In a forked child no task reads from the server, so this adapter has none any more."""
         self.client = None
 
     @property
@@ -71,7 +73,7 @@ class Link:
         return self._portal.alive
 
     def start(self, timeout: float) -> None:
-        """Wait *timeout* seconds at most for the first connection; without one say so and go on. `Misuse`: refused."""
+        """Wait *timeout* seconds at most for the first connection; log it if none came. `Misuse`: it was refused."""
         self._portal.start(self._run, timeout=10.0)
         came = self._first.wait(timeout)
         if isinstance(came, LMCacheTrioError):
@@ -83,16 +85,16 @@ class Link:
             self._tell(f"no lmcache-trio server answers at {where}: going on without a cache until one does{why}")
 
     def stop(self, timeout: float) -> bool:
-        """End the connection, after its copies; False if that took longer than *timeout* seconds."""
+        """End the connection after its copies. False: that took longer than *timeout* seconds."""
         return self._portal.stop(timeout)
 
     def spawn(
         self, job: Callable[..., Awaitable[None]], *args: Any, refused: Callable[[], None] = lambda: None
     ) -> bool:
-        """Have the loop run ``job(client, *args)`` under the connection. False: there is no loop any more.
+        """Have the loop run ``job(client, *args)`` under the connection. False: the loop has ended.
 
-        With no connection *client* is None. A job contains its own failures. The connection is closed after its jobs.
-        *refused* is called in the loop instead, if that is ending.
+        Without a connection *client* is None. A job contains its own failures. The connection is closed after its jobs.
+        If the loop is ending, it calls *refused* instead.
         """
         return self._portal.post(self._spawn, job, args, refused)
 
@@ -142,15 +144,15 @@ class Link:
                 except LMCacheTrioError as exc:
                     self._why = str(exc)
                     self._tell(f"the lmcache-trio server at {self.address} is not usable: {exc}", logging.DEBUG)
-                except Exception:  # a bug of ours: it costs this one connection, and is told
+                except Exception:  # a bug of ours: it costs this one connection, and is logged
                     logger.exception("bug in the connection to %s, which is ended", self.address)
                 if not await self._waited():
-                    pause = _REFUSED_WAIT
+                    pause = REFUSED_WAIT
                 await trio.sleep(pause)
-                pause = min(_REFUSED_WAIT, 2 * pause or 0.02)
+                pause = min(REFUSED_WAIT, 2 * pause or 0.02)
 
     async def _waited(self) -> bool:
-        """Wait until a server listens; False if that could not be waited for, which must not end the cache for good."""
+        """Wait until a server listens. False: it cannot be waited for now, which must not end the cache for good."""
         try:
             await wait_server(self.address)
             return True
@@ -158,7 +160,7 @@ class Link:
             self._tell(f"no cache: {exc}", logging.ERROR)
         except LMCacheTrioError as exc:
             self._tell(f"no lmcache-trio server can be waited for at {self.address}: {exc}", logging.DEBUG)
-        except Exception:  # a bug of ours: it costs this one wait, and is told
+        except Exception:  # a bug of ours: it costs this one wait, and is logged
             logger.exception("bug in the wait for %s, which is begun anew", self.address)
         return False
 
@@ -190,7 +192,7 @@ class Link:
             return self._first.set(value)
 
     def _tell(self, what: str, level: int = logging.WARNING) -> None:
-        """Log *what* once, however often it happens in a row."""
+        """Log *what* once, however often it is told in a row."""
         if what != self._told:
             self._told = what
             logger.log(level, "%s", what)

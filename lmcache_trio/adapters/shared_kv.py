@@ -1,8 +1,7 @@
-"""KV in memory that a server on the same machine can be given, and what there is to export of an engine's tensors.
+"""KV in memory that a server on the same machine can open, and the export of an engine's tensors.
 
-An engine that allocates its KV cache with `shared_tensor` lets the server's `host` device move its blocks; CUDA tensors
-are exported by the driver. Whatever can't be exported raises `Unavailable` and says why: the engine then copies for
-itself.
+If an engine allocates its KV cache with `shared_tensor`, the server's `host` device can move its blocks. The driver
+exports CUDA tensors. Other memory cannot be exported: `Unavailable` says why, and the engine then copies by itself.
 """
 
 import fcntl
@@ -44,13 +43,13 @@ class SharedRegion:
         self._array: _Array = mapped[:].view(_Array)
 
     def take_array(self) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
-        """The memory, once: whoever holds it, or a view of it, keeps the region alive."""
+        """The memory. It can be taken once; it and its views keep the region alive."""
         array, array.region = self._array, self
         del self._array
         return array
 
     def memory(self) -> SharedMemory:
-        """What it is called in an export."""
+        """The region as an export names it."""
         return SharedMemory(self.size, self.descriptor)
 
 
@@ -62,14 +61,14 @@ _regions: "weakref.WeakSet[SharedRegion]" = weakref.WeakSet()
 
 
 def shared_tensor(size: int) -> "torch.Tensor":
-    """A flat uint8 tensor of *size* bytes, zeros, that the server can open: views of it are exported by themselves."""
+    """A flat uint8 tensor of *size* bytes, zeros, that the server can open. Views of it can be exported, too."""
     import torch
 
     return torch.from_numpy(SharedRegion(size).take_array())
 
 
 def export_of(kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int) -> Export:
-    """What the server needs to open *kv_caches*. `Unavailable` says why it can't; `Misuse`: no layout of blocks."""
+    """The export of *kv_caches*. `Unavailable` says why the server can't open them; `Misuse`: they are not blocks."""
     memory: list[SharedMemory | CudaMemory] = []
     places: dict[int, int] = {}  # by address: number in memory
     layers = []

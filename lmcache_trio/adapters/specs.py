@@ -1,11 +1,9 @@
-"""What the scheduler's side tells the workers' side to move: plain values that an engine carries between its processes.
+"""Specs: the scheduler's side says with them what the workers' side is to move. They are plain values.
 
-Nothing here decides or moves anything. Every field is an int, a str, bytes or a tuple of ints, so that an engine can
-send a spec through whatever it uses between its own processes.
+Every field is an int, a str, bytes or a tuple of ints, so an engine can send a spec between its processes by any means.
 
-A spec says what it was planned for: *chunk_tokens* and *block_tokens*, the tokens of a chunk and of a block. A worker
-compares them with its own and its server's before it moves a byte. 0 stands for the worker's own: in a spec that was
-made by hand.
+A spec was planned for chunks of *chunk_tokens* and blocks of *block_tokens* tokens. A worker compares both with its own
+and with its server's before it moves a byte. In a spec that was made by hand, 0 stands for the worker's own.
 """
 
 import math
@@ -39,9 +37,9 @@ def check_seconds(name: str, value: object) -> None:
 
 
 def own_numbers(name: str, numbers: Any) -> Any:
-    """The sequence *numbers* as ints, which stay what they are when its engine uses its tensor or array again.
+    """The sequence *numbers* as ints, which stay as they are when the engine uses its tensor or array again.
 
-    A list or a tuple of ints comes back as it is: it is told by its first item. `Misuse` names what is no number.
+    A list or a tuple of ints comes back as it is; its first item decides that. `Misuse`: an item is not a number.
     """
     try:
         plain = numbers.tolist() if hasattr(numbers, "tolist") else numbers
@@ -73,7 +71,7 @@ _S = TypeVar("_S", "StoreSpec", "LoadSpec")
 
 @attrs.frozen
 class StoreSpec:
-    """Whole chunks to be stored: *digests* (packed, 32 bytes each) follow *parent* (empty: the chain's first).
+    """Whole chunks to store: *digests* (packed, 32 bytes each) follow *parent* (empty: the chain's first).
 
     *block_ids* are the engine's blocks that hold them, chunk after chunk, each chunk's in order.
     """
@@ -114,7 +112,7 @@ class StoreSpec:
         return len(self.block_ids) // self.chunks
 
     def planned_for(self, chunk_tokens: int, block_tokens: int) -> "StoreSpec":
-        """The same, with the worker's values for what is not said. `Misuse`: its blocks are not the worker's."""
+        """The same, with the worker's values in place of 0. `Misuse`: its blocks are not like the worker's."""
         return _planned_for(self, chunk_tokens, block_tokens)
 
     def parts(self, chunks: int, blocks: int) -> list["StoreSpec"]:
@@ -133,11 +131,11 @@ class StoreSpec:
 
 @attrs.frozen
 class LoadSpec:
-    """Chunks to be loaded: *count* of them from position *start* of *lease*.
+    """Chunks to load: *count* of them from position *start* of *lease*.
 
-    *block_ids* are the blocks to be written, and no other block is. They stand for the chunks' blocks in order, after
-    the first *skip_blocks* blocks of the first chunk (those the engine has already, and may share); they may end
-    before the last chunk does. An empty *lease* means that the answer is used up: the blocks come back as failed.
+    Only the blocks *block_ids* are written. They stand for the chunks' blocks in order, after the first *skip_blocks*
+    blocks of the first chunk, which the engine has already and may share. They may end before the last chunk does. An
+    empty *lease* means that the answer is used up: the blocks come back as failed.
     """
 
     request_id: str
@@ -159,11 +157,11 @@ class LoadSpec:
 
     @property
     def chunk_blocks(self) -> int:
-        """Blocks of a chunk; 0 while it is not said."""
+        """Blocks of a chunk; 0 while that is not known."""
         return self.chunk_tokens // self.block_tokens if self.block_tokens else 0
 
     def planned_for(self, chunk_tokens: int, block_tokens: int) -> "LoadSpec":
-        """The same, with the worker's values for what is not said. `Misuse`: its blocks are not the worker's."""
+        """The same, with the worker's values in place of 0. `Misuse`: its blocks are not like the worker's."""
         return _planned_for(self, chunk_tokens, block_tokens)
 
     def parts(self, limit: int) -> list["LoadSpec"]:

@@ -136,7 +136,7 @@ def test_a_link_goes_on_whatever_ended_its_wait_for_a_server(
         return real(asked)
 
     monkeypatch.setattr(where, fails_once)
-    monkeypatch.setattr("lmcache_trio.adapters.link._REFUSED_WAIT", 0.01)
+    monkeypatch.setattr("lmcache_trio.adapters.link.REFUSED_WAIT", 0.01)
     monkeypatch.setattr("lmcache_trio._transport.watching._UNWATCHED", 0.01)
 
     async def connected(client: Client) -> None:
@@ -187,7 +187,7 @@ def test_a_link_that_waits_where_another_program_comes_logs_it_once(
         return connect(address, *args)
 
     monkeypatch.setattr("lmcache_trio.adapters.link.connect", counted)
-    monkeypatch.setattr("lmcache_trio.adapters.link._REFUSED_WAIT", 0.01)
+    monkeypatch.setattr("lmcache_trio.adapters.link.REFUSED_WAIT", 0.01)
     path = tmp_path / "s.sock"
     hello = Hello(PROTOCOL_VERSION, "a link", os.urandom(16), Role.OBSERVER, "")
     link = Link(f"unix://{path}", hello, connected=no_preparation, lost=lambda: None)

@@ -1,10 +1,10 @@
 """A synchronous worker's side: moves whole blocks between the engine's paged KV and slots of the arena.
 
-A store is reserve → copy → commit, a retrieve is pin → copy → "still valid?"; the copy runs in a thread, and nothing is
-believed before the last step. Whatever fails is dropped and counted (a store) or comes back as failed blocks (a
-retrieve): nothing is raised into the engine because of a server. A copy that began is never abandoned: its job ends
-after it, and a connection is closed after its jobs. KV in GPU memory that the server cannot open is copied likewise,
-each copy behind what the engine had submitted: `paged` says how, and what it refuses.
+A store is reserve → copy → commit, and a retrieve is pin → copy → "still valid?". The copy runs in a thread, and the
+last step decides. A store that fails is dropped and counted; a retrieve that fails comes back as failed blocks. A
+server never makes the adapter raise into the engine. A copy that began is never abandoned: its job ends after it, and a
+connection is closed after its jobs. KV in GPU memory that the server cannot open is copied likewise, each copy behind
+what the engine had submitted: see `cuda_kv`.
 """
 
 import logging
@@ -41,7 +41,7 @@ Path = Literal["auto", "device", "shm"]
 _Spec = TypeVar("_Spec", StoreSpec, LoadSpec)
 
 _LAST_REPLIES = 3
-"""Most replies that one store takes: `shutdown` waits for so many."""
+"""Most replies that one store takes: `shutdown` waits as long as these may take."""
 
 
 class WorkerAdapter:
@@ -139,8 +139,8 @@ class WorkerAdapter:
         return self._jobs.take_failed_blocks()
 
     def wait_retrieve(self, seconds: float) -> None:
-        """Block until one is to be reported, at most *seconds*: for a host with nothing else to do, whose turning
-        around would only take the interpreter from the threads that it waits for.
+        """Block until a retrieve is to be reported, at most *seconds*. It is for a host with nothing else to do: asking
+        again and again would only take the interpreter from the threads that it waits for.
         """
         self._jobs.wait_retrieve(seconds)
 
@@ -159,18 +159,18 @@ class WorkerAdapter:
     # --- while the host waits ---------------------------------------------------------------------------------------
 
     def store_now(self, specs: Sequence[StoreSpec]) -> None:
-        """Store, and return when all is over: each reply has *reply_timeout* to come, each copy ends."""
+        """Store, and return when all stores are over. Each reply has *reply_timeout* to come, and each copy ends."""
         self._wait_ended(self._begin_stores(specs, reported=False))
 
     def retrieve_now(self, specs: Sequence[LoadSpec]) -> None:
-        """Fill the blocks, and return when all is over, bounded likewise; `take_failed_blocks` has the failed."""
+        """Fill the blocks, and return when all loads are over, as `store_now`. See `take_failed_blocks`."""
         self._wait_ended(self._begin_loads(specs, reported=False))
 
     # --- jobs -------------------------------------------------------------------------------------------------------
 
     def _begin_stores(self, specs: Sequence[StoreSpec], *, reported: bool) -> list[StoreJob]:
-        """Submit *specs*: a spec makes several jobs where one message cannot name all of it, 65,536 tokens at a time
-        in chunks of 256.
+        """Submit *specs*. A spec makes several jobs if one message cannot name all of it: 65,536 tokens at a time in
+        chunks of 256.
         """
         jobs = []
         for spec, blocks, kv in self._planned(specs, StoreSpec):
@@ -197,8 +197,8 @@ class WorkerAdapter:
         return jobs
 
     def _planned(self, specs: Sequence[_Spec], kind: type[_Spec]) -> "list[tuple[_Spec, BlockIndex, PagedKV]]":
-        """*specs*, each a *kind*, with this worker's values, the blocks of each, and the KV that has them. `Misuse`: it
-        has not.
+        """*specs*, each a *kind*, with this worker's values, the blocks of each, and the KV that has them. `Misuse`: a
+        spec is of another kind, or does not fit the KV.
         """
         if wrong := [spec for spec in specs if not isinstance(spec, kind)]:
             raise Misuse(f"{wrong[0]!r:.80} is not a {kind.__name__}")
@@ -215,7 +215,7 @@ class WorkerAdapter:
                 self._jobs.end(job)
 
     def _wait_ended(self, jobs: Sequence[StoreJob | LoadJob]) -> None:
-        """Block until *jobs* are over; those that a dead loop leaves behind fail."""
+        """Block until *jobs* are over. Those that a dead loop left behind fail."""
         wait_for([job.ended for job in jobs], lambda: self._link.alive)
         for job in jobs:
             self._jobs.end(job)
@@ -223,7 +223,7 @@ class WorkerAdapter:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def is_healthy(self) -> bool:
-        """Is a server there, with an arena that this process can map?"""
+        """Is a server connected, with an arena that this process can map?"""
         client = self._link.client
         return client is not None and client.arena is not None
 
@@ -240,17 +240,17 @@ class WorkerAdapter:
     def statistics(self) -> dict[str, int]:
         """`running` jobs; chunks: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`.
 
-        Reasons are the server's, and `unavailable` (no server, or none that was of use) and `layout` (the store was
-        planned for another length of chunks, or for KV caches that were registered anew before it began).
-        `copy_bugs`: moves that failed for a reason that nobody thought of, each in the log with its traceback.
+        Reasons are the server's, and two more. `unavailable`: no server could be used. `layout`: the store was planned
+        for another length of chunks, or for KV caches that were replaced by others before it began. `copy_bugs`: moves
+        that failed by a bug, each in the log with its traceback.
         """
         return self._jobs.statistics()
 
     def shutdown(self) -> None:
-        """Finish what is under way, bounded, and leave the server. Idempotent.
+        """Finish the jobs that are under way, within bounds, and leave the server. Idempotent.
 
-        Blocks that the server may still touch after that, because it is stopped or lost sight of a copy, stay its own
-        until this process ends: they must not be used again.
+        The server may still touch blocks after that, if it is stopped or lost sight of a copy. They stay its own until
+        this process ends, and must not be used again.
         """
         jobs = self._jobs.running() if self._link.alive else []
         if wait_for([job.ended for job in jobs], lambda: self._link.alive, _LAST_REPLIES * self._reply_timeout):
@@ -279,7 +279,7 @@ class WorkerAdapter:
         await self._register(client, self._reply_timeout)
 
     async def _register_now(self) -> None:
-        """In the loop, where a connection is either usable by now, or still to be looked after by `_on_connected`."""
+        """In the loop. A connection that is not usable yet is left to `_on_connected`."""
         if self._link.client is not None:
             await self._register(self._link.client, self._reply_timeout)
 
@@ -309,7 +309,7 @@ class WorkerAdapter:
             logger.info("KV takes the path %r: %s", path, reason)
 
     def _see_room(self, client: Client) -> None:
-        """Say once that no chunk fits, if so. The worker that completed the layout knows."""
+        """Log once that no chunk fits, if so. The worker that completed the layout knows."""
         note = ""
         if client.chunk_bytes > client.arena_bytes:
             note = (
@@ -323,7 +323,7 @@ class WorkerAdapter:
         self._room_note = note
 
     async def _register_later(self, client: Client | None) -> None:
-        """The server was late to answer: it may be slow, and still there. A new connection registers by itself."""
+        """For a server that was late to answer, and may be slow. A new connection registers by itself."""
         try:
             if client is not None and self._registered.known is not self._registered.latest:
                 await self._register(client, math.inf)
@@ -334,7 +334,9 @@ class WorkerAdapter:
             logger.exception("bug in a registration: nothing is moved until the next one")
 
     async def _register(self, client: Client, seconds: float) -> None:
-        """A worker without an arena stays unregistered: its engine has no namespace then, and no hits it can't read."""
+        """Register the KV of the host. A worker without an arena does not: so its engine has no namespace, and gets no
+        hits that the worker could not read.
+        """
         registered = self._registered
         while (kv := registered.latest) is not None and client.arena is not None:
             parts = ("fingerprint 1", kv.layout, str(self._block_tokens), str(client.chunk_tokens), *self._extra)
@@ -342,7 +344,7 @@ class WorkerAdapter:
             # A worker that only the server can move for has no layout, and is offered nothing, before that can.
             attaching = self._wanted == "device"
             register = partial(client.register, seed_of(*parts), shard_bytes, self._block_tokens, attaching=attaching)
-            registered.known = kv  # before the request: what is asked behind it is asked of this layout
+            registered.known = kv  # before the request: those behind it are of this layout
             try:
                 with reply_within(seconds):
                     await register()
@@ -355,7 +357,7 @@ class WorkerAdapter:
                         await client.ping()  # what the server said behind its Ack is known then
             except BaseException:
                 if registered.known is kv:
-                    registered.known = None  # nobody knows which one the server goes by
+                    registered.known = None  # the server may go by either
                 raise
             self._see_room(client)
             if kv is registered.latest:

@@ -1,9 +1,9 @@
 """The mover of the path `device`: it names blocks, and the server's transfer worker moves them.
 
-Blocks that were named belong to the server until it says that their copy has ended. Giving up a wait does not end a
-copy: when nothing comes of any request for a while, the late ones are withdrawn, and their replies still waited for.
-When the connection is lost under one, the blocks are held until the server says over another connection that it moves
-nothing any more, or its process has ended; so a server whose process cannot be watched is not given any.
+Named blocks belong to the server until it says that their copy has ended. A copy does not end because its wait does:
+when no reply to any request has come for a while, the mover withdraws the late requests, and still waits for their
+replies. If the connection is lost under a request, its blocks are held until the server says over another connection
+that it moves nothing any more, or its process has ended. So a server whose process cannot be watched gets no blocks.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from lmcache_trio._wire.messages import (
     Stored,
     Withdraw,
 )
+from lmcache_trio.adapters.link import REFUSED_WAIT
 from lmcache_trio.adapters.worker.jobs import LoadJob, Moved, RegisteredKV, StoreJob
 from lmcache_trio.client import Client, connect, wait_server
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
@@ -44,9 +45,7 @@ logger = logging.getLogger("lmcache_trio")
 _M = TypeVar("_M", bound=Message)
 
 ATTACH_TIMEOUT = 60.0
-"""Seconds that a server may take to open the KV: it enters 10 GB/s into its page table."""
-_REFUSED_WAIT = 5.0
-"""Longest pause before a server that is there, and does not say what it moves, is asked again: as `Link` has it."""
+"""Seconds that a server may take to open the KV, of which it enters 10 GB/s into its page table."""
 
 
 class DeviceMover:
@@ -68,13 +67,13 @@ class DeviceMover:
         self._registered = registered
         self._reply_timeout = reply_timeout
         self._progress = 0.0
-        """When the server last said that it had moved something."""
+        """When the server last replied to a request, or sent a push."""
         self._pidfd = -1
         self._watching = trio.Lock()
-        """Its holder waits for `_pidfd`: one descriptor takes one waiter."""
+        """Its holder waits for `_pidfd`, because one descriptor takes one waiter."""
 
     async def attach(self, client: Client, kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int) -> None:
-        """Have the server open the engine's KV. `Unavailable`, `Misuse`, `TooSlowError`: it can't, and why."""
+        """Have the server open the engine's KV. `Unavailable`, `Misuse` and `TooSlowError` say why it does not."""
         from lmcache_trio.adapters.shared_kv import export_of
 
         export = export_of(kv_caches, num_blocks)
@@ -143,12 +142,12 @@ class DeviceMover:
         return expect(reply[0], kind)
 
     def _late(self, begun: float) -> float:
-        """When a request that began at *begun* is late, as things are: behind others, it takes as long as they do.
+        """When a request that began at *begun* is late, unless a message comes before: behind others it takes longer.
 
-        A late one is withdrawn, and waited for on: there is no later time at which its blocks would be given up. While
-        the server's process lives a copy of its may run, however long it has said nothing: a load would write into what
-        another request has been given by then, a store publish what that wrote. What ends the wait is the reply; or the
-        connection's end, which a server that dies brings about, and then `_let_go`: its word, or its process' exit.
+        A late request is withdrawn, but its blocks stay the server's, for however long: its copy may still be running
+        while the server's process lives. A load would write into blocks that another request has by then, and a store
+        would publish what that request wrote. The reply ends the wait. So does the end of the connection, which comes
+        when a server dies; `_let_go` then waits for the server's word, or for the exit of its process.
         """
         return max(begun, self._progress) + self._reply_timeout
 
@@ -159,7 +158,7 @@ class DeviceMover:
             first.start_soon(self._ask, client.boot, first.cancel_scope)
 
     async def _wait_exit(self, done: trio.CancelScope) -> None:
-        async with self._watching:  # the next of those who wait goes on when this one has its answer
+        async with self._watching:  # the next waiter goes on when this one has its answer
             while self._pidfd >= 0:
                 try:
                     await trio.lowlevel.wait_readable(self._pidfd)
@@ -170,7 +169,7 @@ class DeviceMover:
                     break
                 done.cancel()
                 return
-        await trio.sleep_forever()  # nothing tells of its end: only the server can say that it has let go
+        await trio.sleep_forever()  # its end cannot be seen: only the server can say that it has let go
 
     async def _ask(self, boot: bytes, done: trio.CancelScope) -> None:
         hello = attrs.evolve(self._hello, role=Role.OBSERVER, token=os.urandom(16), engine="", shard=0, shards=1)
@@ -180,23 +179,23 @@ class DeviceMover:
                 await wait_server(self._address)
                 async with connect(self._address, hello, self._server_uids) as asker:
                     if asker.boot != boot:
-                        return  # another server: only the old one's exit can tell
+                        return  # another server: only the exit of the old one can tell
                     await asker.request(LetGo(asker.new_id(), self._hello.token), Ack)
                     done.cancel()
             except LMCacheTrioError as exc:
-                if str(exc) != told and pause:  # once is nothing: it may be about to end
+                if str(exc) != told and pause:  # not at the first time: the server may be about to end
                     told = str(exc)
                     logger.warning("blocks are held until the server says that it has let go of them, or ends: %s", exc)
             except Exception:  # no descriptor left, or a bug: neither says that the copies have ended
                 logger.exception("blocks are held: the server could not be asked whether it has let go of them")
             await trio.sleep(pause)
-            pause = min(_REFUSED_WAIT, 2 * pause or 0.02)
+            pause = min(REFUSED_WAIT, 2 * pause or 0.02)
 
     def _said(self, message: Message) -> None:
         self._progress = trio.current_time()
 
 
 def _event_of(fence: Any) -> bytes:
-    """The event that the server must wait for: for KV on a GPU, that of what its engine submitted before *fence*."""
+    """The event that the server must wait for. KV on a GPU has one, behind what the engine had submitted by *fence*."""
     event: bytes = fence.ipc_handle() if fence is not None else b""
     return event

@@ -35,7 +35,7 @@ Probe = Callable[[str, StoreSpec | LoadSpec], None]
 
 
 def no_probe(point: str, spec: StoreSpec | LoadSpec) -> None:
-    """Nothing is to be broken."""
+    """The probe of a mover that is not under test."""
 
 
 class ShmMover:
