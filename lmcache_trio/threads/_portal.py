@@ -36,7 +36,7 @@ class Portal:
         self._stopping = False
         self._guard = threading.Lock()
         self._pending: set[_HostCall[Any]] = set()
-        self._jobs: trio.MemorySendChannel[_HostCall[Any]] | None = None
+        self._queue: trio.MemorySendChannel[_HostCall[Any]] | None = None
         inherited.add(self)
 
     @property
@@ -136,12 +136,12 @@ class Portal:
     async def _run(
         self, main: Callable[..., Awaitable[None]], args: tuple[Any, ...], started: "Handoff[_Outcome]"
     ) -> None:
-        self._jobs, jobs = trio.open_memory_channel[_HostCall[Any]](math.inf)
+        self._queue, queued = trio.open_memory_channel[_HostCall[Any]](math.inf)
         error: BaseException | None = None
         async with trio.open_nursery() as calls:
             self._scope = calls.cancel_scope
             self._token = trio.lowlevel.current_trio_token()
-            calls.start_soon(_serve_calls, calls, jobs)
+            calls.start_soon(_serve_calls, calls, queued)
             if self._stopping:  # the host gave up before the loop began
                 calls.cancel_scope.cancel()
             try:
@@ -155,9 +155,9 @@ class Portal:
             raise error
 
     def _enqueue(self, call: "_HostCall[Any]") -> None:
-        assert self._jobs is not None
+        assert self._queue is not None
         with contextlib.suppress(trio.BrokenResourceError):  # the loop is ending; `_work` answers
-            self._jobs.send_nowait(call)
+            self._queue.send_nowait(call)
 
     def _cancel(self) -> None:
         if self._scope is not None:
@@ -222,7 +222,7 @@ class _HostCall(Generic[T]):
             self.result.set(_Outcome(error=exc))
 
 
-async def _serve_calls(calls: trio.Nursery, jobs: "trio.MemoryReceiveChannel[_HostCall[Any]]") -> None:
-    with jobs:
-        async for call in jobs:
+async def _serve_calls(calls: trio.Nursery, queued: "trio.MemoryReceiveChannel[_HostCall[Any]]") -> None:
+    with queued:
+        async for call in queued:
             calls.start_soon(call.run)
