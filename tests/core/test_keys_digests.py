@@ -53,7 +53,7 @@ def test_where_a_part_of_an_identity_ends_matters() -> None:
 
 
 @pytest.mark.parametrize("tokens", [[2**31], [-(2**31) - 1], [1.5], ["1"]])
-def test_a_token_that_is_no_int32_is_refused_by_name(tokens: list[int]) -> None:
+def test_a_token_outside_int32_is_refused_by_name(tokens: list[int]) -> None:
     with pytest.raises(Misuse, match="token_ids"):
         chain_digests(bytes(32), tokens, 1)
 

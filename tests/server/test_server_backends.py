@@ -44,7 +44,7 @@ def test_an_entry_point_that_leads_nowhere_is_named(monkeypatch: pytest.MonkeyPa
         find_backend("memory", "memory", "mine")
 
 
-def test_a_class_that_is_no_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_is_not_a_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     point = importlib.metadata.EntryPoint("mine", "pathlib:Path", "lmcache_trio.memory")
     monkeypatch.setattr("lmcache_trio._server.plugins.entry_points", lambda group: [point])
     with pytest.raises(ConfigError, match="which is not a Memory"):

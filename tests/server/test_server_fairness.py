@@ -48,7 +48,7 @@ async def test_a_ping_does_not_wait_for_clients_that_ask_statistics_without_end(
         await client.reply(100)
 
 
-async def test_a_client_that_is_alone_in_asking_much_gets_all_that_it_asks_for(rig: Rig, clock: HandClock) -> None:
+async def test_a_client_that_is_alone_in_the_lane_does_not_wait(rig: Rig, clock: HandClock) -> None:
     _let_statistics_take(0.001, rig, clock)
     busy = await rig.observer()
     for number in range(1, 101):
@@ -65,7 +65,7 @@ async def test_clients_that_leave_at_once_do_so_one_after_the_other(rig: Rig, cl
     await rig.until(connections=1)
 
 
-async def test_what_a_lost_scheduler_leaves_behind_is_let_go_of_in_pieces(rig: Rig, clock: HandClock) -> None:
+async def test_the_sessions_of_a_lost_scheduler_end_in_pieces(rig: Rig, clock: HandClock) -> None:
     (scheduler, worker), healthy = await rig.engine(), await rig.observer()
     await rig.stored(scheduler, worker, 0, digests(2))
     for session in range(1, 101):

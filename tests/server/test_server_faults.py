@@ -1,4 +1,4 @@
-"""Bad input, bugs, deaf clients, and the end of a server: what is contained where."""
+"""Bad input, bugs, deaf clients, and the end of a server: each failure ends in its own scope."""
 
 import contextlib
 import struct
@@ -78,7 +78,7 @@ async def test_a_bug_in_one_handler_is_answered_counted_and_logged_and_ends_noth
     await scheduler.get(Pong, Ping)
 
 
-async def test_a_client_that_reads_nothing_is_read_no_further_and_slows_nobody(rig: Rig) -> None:
+async def test_a_client_that_reads_nothing_is_read_no_further_and_slows_no_other(rig: Rig) -> None:
     deaf, other = await rig.observer(), await rig.observer()
     sent = 0
     for _ in range(2):  # until there is no room, and it is not made either

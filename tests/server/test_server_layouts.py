@@ -1,4 +1,4 @@
-"""A change of one shard's layout ends what its engine was granted under the former one, and nothing of any other's."""
+"""A change of one shard's layout ends its engine's grants under the former layout, and no other engine's."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -104,7 +104,7 @@ async def test_while_a_shard_is_missing_a_lease_cannot_be_used(rig: Rig) -> None
     assert error_of(await first.ask(Retrieve, answer.lease, 0, 3)).kind is ErrorKind.GONE
 
 
-async def test_another_engine_of_the_former_layout_keeps_what_it_was_granted(rig: Rig) -> None:
+async def test_another_engine_of_the_former_layout_keeps_its_grants(rig: Rig) -> None:
     one, its_worker = await rig.engine("one")
     await rig.stored(one, its_worker, 1, digests(3))
     other, worker = await rig.engine("other")

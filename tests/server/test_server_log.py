@@ -20,7 +20,7 @@ def lines(caplog: pytest.LogCaptureFixture, word: str) -> list[tuple[int, str]]:
     return [(record.levelno, record.getMessage()) for record in caplog.records if word in record.getMessage()]
 
 
-async def test_an_engine_that_joins_has_one_line_of_its_layout_and_of_what_the_memory_holds(
+async def test_an_engine_that_joins_has_one_line_of_its_layout_and_of_its_tokens_in_memory(
     rigs: Opener, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rigs(HeapConfig(size=10 << 20), chunk_tokens=256) as rig:
@@ -64,7 +64,7 @@ async def test_an_engine_that_asks_before_its_workers_are_registered_is_told_of_
     ]
 
 
-async def test_an_engine_whose_chunks_are_larger_than_the_memory_is_told_of_with_what_to_raise(
+async def test_an_engine_whose_chunks_are_larger_than_the_memory_is_logged_with_the_setting_to_raise(
     rigs: Opener, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with rigs(HeapConfig(size=1 << 20)) as rig:

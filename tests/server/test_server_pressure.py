@@ -60,7 +60,7 @@ async def test_a_thousand_lookups_aborted_at_random_points_leave_held_as_before(
     await rig.until(**before)
 
 
-async def test_two_engines_that_store_one_prompt_at_once_wait_for_nobody_and_both_hit_it_after(rig: Rig) -> None:
+async def test_two_engines_that_store_one_prompt_at_once_do_not_wait_and_both_hit_it_after(rig: Rig) -> None:
     (one, one_worker), (two, two_worker) = await rig.engine("one"), await rig.engine("two")
     await one.lookup(1, digests(3))
     await two.lookup(1, digests(3))
@@ -124,7 +124,7 @@ async def test_clients_are_told_when_the_arena_grows(rigs: Opener) -> None:
         assert rig.held("bytes_taken") == {"bytes_taken": 3 << 20}
 
 
-async def test_an_arena_smaller_than_one_prompt_stores_what_fits_and_counts_the_rest(rigs: Opener) -> None:
+async def test_an_arena_smaller_than_one_prompt_stores_the_chunks_that_fit_and_counts_the_rest(rigs: Opener) -> None:
     async with rigs(HeapConfig(size=(64 << 10) * 3 + 4096), write_share=1.0) as rig:
         scheduler, worker = await rig.engine()
         await scheduler.lookup(1, digests(8))

@@ -1,4 +1,4 @@
-"""A server that is a process of its own: signals, sudden deaths on either side, and what is left behind."""
+"""A server that is a process of its own: signals, sudden deaths on either side, and the files that they leave."""
 
 import contextlib
 import os
@@ -197,7 +197,7 @@ def test_an_idle_server_ends_at_once_on_a_signal(start: Any, number: signal.Sign
     assert list(tmp_path.iterdir()) == []
 
 
-def test_after_sigkill_the_next_start_removes_what_was_left_and_touches_nothing_of_a_live_server(
+def test_after_sigkill_the_next_start_removes_the_old_files_and_touches_none_of_a_live_server(
     start: Any, tmp_path: Path
 ) -> None:
     dead, live = start(name="dead"), start(name="live")

@@ -164,7 +164,7 @@ async def test_a_welcome_that_is_not_taken_up_in_five_seconds_is_withdrawn(
         await dial_pair(welcome.address)
 
 
-async def test_a_client_whose_process_cannot_be_seen_gets_no_arena_and_is_told_what_to_share(
+async def test_a_client_whose_process_cannot_be_seen_gets_no_arena_and_the_reason(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.pidfd_open", _not_here)

@@ -34,7 +34,7 @@ from lmcache_trio._wire.messages import (
 )
 
 
-async def test_what_one_engine_stored_is_a_hit_for_an_equal_one(rig: Rig) -> None:
+async def test_a_chunk_that_one_engine_stored_is_a_hit_for_an_equal_engine(rig: Rig) -> None:
     scheduler, worker = await rig.engine("one")
     await rig.stored(scheduler, worker, 1, digests(4))
     other, its_worker = await rig.engine("other")
@@ -218,7 +218,7 @@ async def test_a_reset_while_a_worker_is_away_is_carried_out_before_anything_is_
     assert rig.held("slots_ready") == {"slots_ready": 0}
 
 
-async def test_a_store_for_a_session_that_nobody_opened_is_dropped_and_counted(rig: Rig) -> None:
+async def test_a_store_for_a_session_that_was_never_opened_is_dropped_and_counted(rig: Rig) -> None:
     _, worker = await rig.engine()
     assert (await worker.reserve(5, digests(3))).dropped == {"no_session": 3}
     assert rig.counted()["drops"]["no_session"] == 3
@@ -288,7 +288,7 @@ async def test_an_unknown_id_gets_an_error_reply(rig: Rig, cls: Any, arguments: 
     await worker.get(Pong, Ping)
 
 
-async def test_each_role_may_say_only_what_is_its_to_say(rig: Rig) -> None:
+async def test_each_role_may_send_its_own_messages_only(rig: Rig) -> None:
     scheduler, worker, observer = await rig.scheduler(), await rig.worker(), await rig.observer()
     for peer, cls, arguments in (
         (scheduler, Reserve, (1, b"", b"")),

@@ -8,7 +8,7 @@ from lmcache_trio._server.clock import PIECE, Clock
 from lmcache_trio._wire.messages import Ack, Reset
 
 
-async def test_what_was_reset_comes_back_to_the_arena_though_nobody_asks_for_room(rig: Rig) -> None:
+async def test_stale_chunks_go_back_to_the_arena_even_if_no_reserve_needs_room(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     empty = rig.held("bytes_free")
     await rig.stored(scheduler, worker, 1, digests(5))

@@ -1,4 +1,4 @@
-"""What the index's model knows: each chunk as one object, and who still touches it. Too simple to be wrong.
+"""The index's model: each chunk as one object, and its readers and writers. Too simple to be wrong.
 
 It does not foretell evictions, nor when chunks of a reset namespace are given back: it looks which ones are gone, and
 checks that each of them was free to go. The rules are in `test_index_model`.
@@ -38,7 +38,7 @@ class Chunk:
 
 
 class IndexModel(RuleBasedStateMachine):
-    """The model, and what must hold between any two rules."""
+    """The model, and the invariants between any two rules."""
 
     @initialize(shards=st.integers(1, 3), big=st.integers(1, 3), write_share=st.sampled_from([WRITE_SHARE, 1.0]))
     def make(self, shards: int, big: int, write_share: float) -> None:
@@ -67,7 +67,7 @@ class IndexModel(RuleBasedStateMachine):
         self.writes: dict[bytes, dict[str, Any]] = {}
         self.holds: list[tuple[Hold, Chunk]] = []
 
-    # what the model says
+    # the model's predictions
 
     def may_write(self, engine: str, length: int) -> bool:
         mine, all_engines = 0, 0
@@ -129,7 +129,7 @@ class IndexModel(RuleBasedStateMachine):
             assert not self.stale_and_idle(), "evicted while there was something stale to give back"
 
     def replace(self, namespace: bytes) -> None:
-        """A reset: what was READY is stale. It leaves sight now, and its bytes some time later."""
+        """A reset: READY chunks are stale. They miss from now on; their bytes come back some time later."""
         for key in [key for key in self.seen if key.namespace == namespace]:
             self.seen.pop(key).state = "stale"
 

@@ -161,7 +161,7 @@ class Peer:
         await self.tell(Ended(session))
 
     async def gone(self) -> list[Message]:
-        """Wait until the server ends the connection; what it said until then."""
+        """Wait until the server ends the connection. Returns its messages until then."""
         said: list[Message] = []
         with trio.fail_after(60):
             while True:

@@ -151,7 +151,7 @@ class World:
     async def ask(
         self, session: int, digests: Sequence[bytes], peer: Peer | None = None, budget_ms: int = -1
     ) -> Answer:
-        """The reply to a lookup, not what is pushed after it."""
+        """The reply to a lookup, not the push after it."""
         peer = peer or self.scheduler
         found = await peer.get(Answer, Lookup, session, 0, b"".join(digests), len(digests), budget_ms)
         assert isinstance(found, Answer)

@@ -1,4 +1,4 @@
-"""The one door to threads: what may be given up, what may not, and what bounds a synchronous host's waits."""
+"""The one door to threads: waits that may be given up, calls that may not, and the bounds of a host's waits."""
 
 import subprocess
 import sys
@@ -237,7 +237,7 @@ def test_a_portal_returns_what_main_was_started_with_and_ends_on_stop(portal: Po
         portal.call(trio.sleep, 0, timeout=60)
 
 
-def test_what_main_raises_before_it_is_ready_is_raised_by_start(portal: Portal) -> None:
+def test_an_error_of_main_before_it_is_ready_is_raised_by_start(portal: Portal) -> None:
     async def main(*, task_status: object) -> None:
         raise ValueError("no such server")
 
@@ -358,7 +358,7 @@ def test_waiting_for_the_loop_in_the_loop_is_misuse(portal: Portal) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_what_main_raises_later_ends_the_portal_and_is_not_swallowed(
+def test_a_later_error_of_main_ends_the_portal_and_is_not_swallowed(
     portal: Portal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[BaseException | None] = []

@@ -88,7 +88,7 @@ class World:
 
 @pytest.fixture
 def world() -> type[World]:
-    """Call it with what the test needs."""
+    """The class: call it with the settings that the test needs."""
     return World
 
 

@@ -26,7 +26,7 @@ def test_ranges_begin_on_boundaries_and_occupy_whole_ones() -> None:
     assert arena.used == 3 * PAGE
 
 
-def test_nothing_is_handed_out_beyond_what_was_taken() -> None:
+def test_nothing_is_handed_out_beyond_the_taken_bytes() -> None:
     arena = Arena()
     assert arena.allocate(1) is None
     arena.grow(PAGE + 5)
@@ -75,7 +75,7 @@ def test_neighbouring_holes_become_one() -> None:
 @pytest.mark.parametrize(
     ("offset", "length"), [(0, 2 * PAGE), (0, 3 * PAGE), (PAGE, PAGE), (2 * PAGE, PAGE), (7, PAGE), (-PAGE, PAGE)]
 )
-def test_what_was_not_handed_out_is_not_taken_back(offset: int, length: int) -> None:
+def test_a_range_that_was_not_handed_out_is_not_taken_back(offset: int, length: int) -> None:
     arena = arena_of(8)
     assert arena.allocate(4 * PAGE) == 0
     with pytest.raises(Misuse):
@@ -106,7 +106,7 @@ def test_taken_never_falls_and_bad_settings_are_misuse() -> None:
 
 
 def test_two_chunk_sizes_alternating_never_deadlock_by_fragmentation() -> None:
-    """Evicting at random what is there until a hole is large enough always ends in a hole that is."""
+    """Ranges that are given back at random leave a hole that is large enough in the end."""
     arena, draw = arena_of(64), random.Random(7)
     held: list[tuple[int, int]] = []
     for turn in range(4000):
@@ -121,7 +121,7 @@ def test_two_chunk_sizes_alternating_never_deadlock_by_fragmentation() -> None:
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    """The model is a list of pages: None is free, otherwise who has it."""
+    """The model is a list of pages: None is free, otherwise the number of the range that has it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What goes first when room is needed, and what never goes."""
+"""Eviction: which chunks go first when room is needed, and which never go."""
 
 import itertools
 import tracemalloc
@@ -87,7 +87,7 @@ def test_a_held_chunk_is_not_evicted(world: Callable[..., Any]) -> None:
     assert w.store("x").slots
 
 
-def test_a_hold_is_no_touch(world: Callable[..., Any]) -> None:
+def test_a_hold_is_not_a_touch(world: Callable[..., Any]) -> None:
     w = world(3)
     w.store("ab")
     w.store("x")
@@ -104,7 +104,7 @@ def test_a_chunk_being_written_is_never_evicted(world: Callable[..., Any]) -> No
     assert len(w.index.commit(writing.id, 1)) == 1
 
 
-def test_a_reservation_never_evicts_what_it_extends(world: Callable[..., Any]) -> None:
+def test_a_reservation_never_evicts_the_chunks_that_it_extends(world: Callable[..., Any]) -> None:
     w = world(3)
     w.store("abc")
     reservation = w.reserve("abcd", known=3)
@@ -123,7 +123,7 @@ def test_a_parent_keeps_its_place_while_a_child_of_it_is_written(world: Callable
     assert w.hits("ab") == 2
 
 
-def test_nothing_is_evicted_when_all_that_could_go_would_not_do(world: Callable[..., Any]) -> None:
+def test_nothing_is_evicted_if_even_all_idle_chunks_would_not_make_the_room(world: Callable[..., Any]) -> None:
     w = world(4, lease_share=1.0)
     w.store("ab")
     w.store("x")
@@ -164,7 +164,7 @@ def test_two_chunk_sizes_alternating_never_deadlock(world: Callable[..., Any]) -
             w.index.commit(got.id, 1)
 
 
-def test_a_reserve_that_finds_no_hole_does_not_flush_what_is_idle(world: Callable[..., Any]) -> None:
+def test_a_reserve_that_finds_no_hole_does_not_flush_the_idle_chunks(world: Callable[..., Any]) -> None:
     """Every eighth chunk is leased, so that no hole of 8 can be made of all the others."""
     w = world(256, lease_share=1.0)
     chunks = [chr(300 + i) for i in range(256)]
@@ -270,7 +270,7 @@ def test_hits_are_those_of_an_exact_leaf_first_lru(world: Callable[..., Any], se
 def test_a_chunk_costs_at_most_300_bytes_beyond_its_digest() -> None:
     count, name = 20_000, b"n" * 32
     ids = itertools.count(1)
-    digests = [n.to_bytes(32, "little") for n in range(count)]  # digests stand beyond what is measured: +32 below
+    digests = [n.to_bytes(32, "little") for n in range(count)]  # made before the measurement, so +32 below
     tracemalloc.start()
     try:
         index = Index(Arena(), new_id=lambda: next(ids).to_bytes(16, "big"))

@@ -1,4 +1,4 @@
-"""Who may read and write what, and until when."""
+"""Grants: which engine may read and write which chunk, and until when."""
 
 from collections.abc import Callable
 from typing import Any
@@ -158,7 +158,7 @@ def test_a_prompt_larger_than_the_arena_keeps_its_leading_chunks(world: Make) ->
     assert w.hits("abcde") == 3
 
 
-def test_what_was_reserved_before_the_end_of_its_session_is_published(world: Make) -> None:
+def test_a_reservation_from_before_the_end_of_its_session_is_published(world: Make) -> None:
     w = world(8)
     reservation = w.reserve("ab", session=3)
     w.index.end_session(("e", 3))
@@ -167,7 +167,7 @@ def test_what_was_reserved_before_the_end_of_its_session_is_published(world: Mak
     assert (w.hits("ab"), w.held["reservations"]) == (2, 0)
 
 
-def test_what_waits_for_another_shard_waits_on_after_the_end_of_its_session(world: Make) -> None:
+def test_a_chunk_that_waits_for_another_shard_waits_on_after_the_end_of_its_session(world: Make) -> None:
     w = world(8, shards=2)
     w.index.commit(w.reserve("ab", session=3).id, 1)
     w.index.end_session(("e", 3))
@@ -271,7 +271,7 @@ def test_leases_that_are_overdue_together_are_ended_in_pieces(world: Make, monke
     assert due == [(30.0, 3), (30.0, 1), (float("inf"), 0)]
 
 
-# --- write_share: what one engine may be writing at one time ----------------------------------------------------------
+# --- write_share: the bytes that one engine may be writing ------------------------------------------------------------
 
 
 def test_an_engine_that_never_commits_leaves_the_others_their_share(world: Make) -> None:
@@ -291,7 +291,7 @@ def test_engines_that_never_commit_leave_a_part_however_many_they_are(world: Mak
     assert len(w.store("xyz").slots) == 1
 
 
-def test_what_may_be_written_to_yet_counts_until_its_copy_has_ended(world: Make) -> None:
+def test_an_aborted_chunk_counts_for_the_share_until_its_copy_has_ended(world: Make) -> None:
     w = world(8, write_share=0.5, reservation_timeout=60.0)
     made = w.reserve("abcd")
     w.index.expire(61.0)
@@ -341,13 +341,13 @@ def test_one_chunk_is_within_every_share_and_one_larger_than_the_arena_is_said_t
     }
 
 
-def test_what_the_server_loads_is_no_engines_writing(world: Make) -> None:
+def test_a_load_of_the_server_counts_for_the_share_of_no_engine(world: Make) -> None:
     w = world(8, write_share=0.5)
     for chain in ("a", "b", "c", "d", "e", "f"):
         assert w.index.reserve_load(w.name, b"", w.digests(chain)[0], 0.0) is not None
 
 
-def test_a_reset_leaves_what_was_being_written_charged_until_its_copy_has_ended(world: Make) -> None:
+def test_a_reset_leaves_a_chunk_being_written_charged_until_its_copy_has_ended(world: Make) -> None:
     w = world(8, write_share=0.5)
     made = w.reserve("abcd")
     w.index.reset(w.name)

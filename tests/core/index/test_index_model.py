@@ -105,7 +105,7 @@ class IndexMachine(IndexModel):
         shards=st.sampled_from([1, 3, 3]),
     )
     def store(self, path: str, upto: int, namespace: bytes, who: tuple[str, int], shards: int) -> None:
-        """Shards reserve, then they commit: READY chunks are what most rules need, and some that wait for a shard."""
+        """Shards reserve, then they commit: most rules need READY chunks, some need chunks that wait for a shard."""
         before, (engine, number) = set(self.writes), who
         for shard in range(min(shards, self.shards)):
             self.reserve((path, upto, 0), namespace, engine, number, shard)
@@ -352,7 +352,7 @@ class IndexMachine(IndexModel):
         times += [c.deadline for c in self.seen.values() if c.state == "writing"]
         assert due == min(times, default=float("inf"))
 
-    # what always holds
+    # invariants
 
     def teardown(self) -> None:
         if not hasattr(self, "index"):
@@ -363,7 +363,7 @@ class IndexMachine(IndexModel):
             for shard in range(self.shards):
                 self.lose_worker(engine, shard)
                 self.copies_ended(engine, shard)
-        self.expire(WRITE + 1)  # what waits for a shard that does not come
+        self.expire(WRITE + 1)  # chunks that wait for a shard that does not come
         while self.holds:
             self.unhold(0)
         while self.writes:

@@ -59,7 +59,7 @@ class Textbook:
 
 
 def serve(world: Any, prompt: Prompt, session: int) -> int:
-    """One request's life: lookup, retrieve, store what was missing, end."""
+    """One request's life: lookup, retrieve, store of the missing chunks, end."""
     index, key = world.index, ("e", session)
     lease = index.lease(key, world.name, prompt, world.now)
     hits: int = lease.chunks if lease else 0
@@ -76,7 +76,9 @@ def serve(world: Any, prompt: Prompt, session: int) -> int:
 
 
 @pytest.mark.parametrize(("seed", "room"), [(1, 60), (2, 150), (3, 400), (4, 100_000)])
-def test_every_request_hits_what_it_would_in_the_textbooks_lru(world: Callable[..., Any], seed: int, room: int) -> None:
+def test_every_request_hits_the_same_chunks_as_in_the_textbooks_lru(
+    world: Callable[..., Any], seed: int, room: int
+) -> None:
     w, textbook = world(room, lease_share=1.0), Textbook(room)
     expected, got = 0, 0
     for session, prompt in enumerate(traffic(seed, REQUESTS)):

@@ -1,4 +1,4 @@
-"""A reset: what goes at once, what waits for the sweep, and what waits for its readers."""
+"""A reset: which chunks go at once, which wait for the sweep, and which wait for their readers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ Make = Callable[..., Any]
 ALL = 1000
 
 
-def test_what_was_reset_is_out_of_sight_at_once_and_comes_back_to_the_arena_by_sweeping(world: Make) -> None:
+def test_a_chunk_that_was_reset_misses_at_once_and_goes_back_to_the_arena_by_sweeping(world: Make) -> None:
     w = world(8)
     w.store("abc")
     w.index.reset(w.name)
@@ -23,7 +23,7 @@ def test_what_was_reset_is_out_of_sight_at_once_and_comes_back_to_the_arena_by_s
     assert w.counted["reset_chunks"] == 3
 
 
-def test_a_sweep_does_no_more_than_it_was_told(world: Make) -> None:
+def test_a_sweep_gives_back_no_more_chunks_than_its_limit(world: Make) -> None:
     w = world(40)
     w.store("abcdefghijklmnopqrstuvwxyz")
     w.index.reset(w.name)
@@ -35,7 +35,7 @@ def test_a_sweep_does_no_more_than_it_was_told(world: Make) -> None:
     assert left == 0
 
 
-def test_a_reserve_takes_what_was_reset_before_it_evicts(world: Make) -> None:
+def test_a_reserve_takes_stale_chunks_before_it_evicts(world: Make) -> None:
     w = world(4)
     w.index.attach(b"B" * 32, [4096])
     old = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", join_digests(w.digests("xy")), 0.0)
@@ -60,7 +60,7 @@ def test_a_chunk_of_the_same_name_may_be_stored_before_the_old_one_is_swept(worl
     assert (w.hits("ab"), w.held["chunks_ready"], w.arena.used) == (2, 2, 2 * 4096)
 
 
-def test_what_is_read_while_it_is_reset_stays_in_place_until_it_is_read(world: Make) -> None:
+def test_a_chunk_that_has_a_reader_at_its_reset_stays_in_place_until_the_reader_ends(world: Make) -> None:
     w = world(8)
     w.store("ab")
     lease = w.lease("ab")
@@ -76,7 +76,7 @@ def test_what_is_read_while_it_is_reset_stays_in_place_until_it_is_read(world: M
     assert w.arena.used == 0
 
 
-def test_a_reader_that_ends_before_the_sweep_gives_back_what_it_read(world: Make) -> None:
+def test_a_reader_that_ends_before_the_sweep_gives_its_chunks_back(world: Make) -> None:
     w = world(8)
     w.store("ab")
     hold, lease = w.index.hold(w.key("ab")), w.lease("ab")
@@ -99,7 +99,7 @@ def test_a_stale_pin_reads_on_and_is_not_believed(world: Make) -> None:
     assert w.index.unpin(pin.id, 1) is False
 
 
-def test_a_reset_dooms_what_waits_for_a_shard_that_nobody_claimed(world: Make) -> None:
+def test_a_reset_dooms_a_chunk_that_waits_for_an_unclaimed_shard(world: Make) -> None:
     w = world(8, shards=2)
     w.index.commit(w.reserve("a").id, 1)
     w.index.reset(w.name)
@@ -123,7 +123,7 @@ def test_resets_in_a_row_leave_nothing_behind(world: Make) -> None:
     assert len(w.index._chunks.generations.numbered) < 12
 
 
-def test_other_namespaces_keep_what_they_have(world: Make) -> None:
+def test_other_namespaces_keep_their_chunks(world: Make) -> None:
     w = world(8)
     w.index.attach(b"B" * 32, [4096])
     kept = w.index.reserve(("e", 1), 1, 0, b"B" * 32, b"", join_digests(w.digests("ab")), 0.0)
@@ -134,7 +134,7 @@ def test_other_namespaces_keep_what_they_have(world: Make) -> None:
     assert w.index.match(b"B" * 32, w.digests("ab")) == 2
 
 
-def test_what_no_engine_uses_is_forgotten_with_its_reset(world: Make) -> None:
+def test_a_namespace_that_no_engine_uses_is_forgotten_with_its_reset(world: Make) -> None:
     w = world(8)
     w.store("ab")
     w.index.detach(w.name)

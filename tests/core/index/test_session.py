@@ -1,4 +1,4 @@
-"""A session: what it says of its lookup, against a model that knows only the last few words."""
+"""A session: its lookup's status, against a model that knows only the last few events."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_an_answer_whose_lease_ran_out_is_zero_chunks_and_stays_so() -> None:
 
 
 class Sessions(RuleBasedStateMachine):
-    """The model: the last lookup's id, whether it was answered and with what, whether it was released since."""
+    """The model: the last lookup's id, its answer if it has one, and whether it was released since."""
 
     def __init__(self) -> None:
         super().__init__()

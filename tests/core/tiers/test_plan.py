@@ -74,7 +74,7 @@ def test_a_miss_makes_the_run_end_there() -> None:
     assert (plan.done, plan.run) == (True, 1)
 
 
-def test_what_the_plan_does_not_know_is_misuse() -> None:
+def test_an_answer_or_a_load_that_the_plan_did_not_ask_for_is_misuse() -> None:
     plan = Plan(2, 1)
     with pytest.raises(Misuse):
         plan.answered(0, [True, True])

@@ -118,7 +118,7 @@ def test_a_chunk_larger_than_the_bound_is_written_when_nothing_else_is() -> None
     assert names(queue.offer(hold("x", 100), 40)) == ["x"]
 
 
-def test_what_was_taken_or_dropped_costs_no_memory() -> None:
+def test_a_chunk_that_was_taken_or_dropped_costs_no_memory() -> None:
     queue, hold = Writeback(), Holds()
     for i in range(20_000):
         queue.offer(hold(f"{i:06}"), 40)

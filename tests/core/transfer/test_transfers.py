@@ -73,7 +73,7 @@ def test_neighbours_of_one_owner_share_a_batch_and_others_do_not() -> None:
     assert b.succeeded
 
 
-def test_a_transfer_that_is_not_allowed_yet_keeps_no_other_waiting_and_comes_behind_what_is_queued() -> None:
+def test_a_transfer_that_is_not_allowed_yet_keeps_no_other_waiting_and_comes_behind_the_queue() -> None:
     transfers = queue(batch=10)
     held = Transfer(STORE, "a", [10, 10], allowed=False)
     transfers.submit(held)
@@ -88,7 +88,7 @@ def test_a_transfer_that_is_not_allowed_yet_keeps_no_other_waiting_and_comes_beh
     assert held.succeeded
 
 
-def test_what_is_allowed_after_its_end_is_not_started() -> None:
+def test_a_transfer_that_is_allowed_after_its_end_is_not_started() -> None:
     transfers = queue()
     store = Transfer(STORE, "a", [5, 5], allowed=False)
     transfers.submit(store)
@@ -97,7 +97,7 @@ def test_what_is_allowed_after_its_end_is_not_started() -> None:
     assert transfers.next() is None
 
 
-def test_what_was_aborted_before_it_was_queued_is_not_queued_any_more() -> None:
+def test_a_transfer_that_was_aborted_before_it_was_queued_is_never_queued() -> None:
     transfers = queue()
     load = Transfer(LOAD, "a", [5])
     assert transfers.abort(load)
@@ -106,7 +106,7 @@ def test_what_was_aborted_before_it_was_queued_is_not_queued_any_more() -> None:
     assert transfers.next() is None
 
 
-def test_a_batch_whose_end_is_lost_makes_room_and_never_ends_what_it_was_for() -> None:
+def test_a_batch_whose_end_is_lost_makes_room_and_never_ends_its_transfers() -> None:
     transfers = queue(in_flight=10, batch=10)
     lost, after = submit(transfers, STORE, [10, 10]), submit(transfers, STORE, [10], "b")
     transfers.lost(take(transfers))
@@ -138,7 +138,7 @@ def test_a_transfer_that_was_aborted_between_two_copies_has_ended() -> None:
     assert transfers.next() is None
 
 
-def test_a_copy_that_failed_fails_all_that_it_was_for_and_none_else() -> None:
+def test_a_copy_that_failed_fails_all_its_transfers_and_no_others() -> None:
     transfers = queue(batch=10)
     a, b = submit(transfers, STORE, [10, 10]), submit(transfers, STORE, [10])
     first, second, third = take(transfers), take(transfers), take(transfers)
@@ -148,7 +148,7 @@ def test_a_copy_that_failed_fails_all_that_it_was_for_and_none_else() -> None:
     assert (a.succeeded, b.succeeded) == (False, True)
 
 
-def test_what_is_not_so_is_refused_and_changes_nothing() -> None:
+def test_a_wrong_event_is_refused_and_changes_nothing() -> None:
     transfers = queue()
     load = submit(transfers, LOAD, [1])
     with pytest.raises(Misuse):

@@ -77,7 +77,7 @@ def test_the_first_overdue_call_fences_the_tier_when_it_is_due(calls: list[Call]
     assert len(outcomes) == sum(call.begins < overdue for call in calls)
 
 
-async def test_a_call_that_fails_fences_the_tier_and_the_calls_beside_it_are_watched_no_more(
+async def test_a_call_that_fails_fences_the_tier_whose_other_calls_are_not_watched_then(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     guarded = GuardedCalls("0:tier", Fence(), PATIENCE)

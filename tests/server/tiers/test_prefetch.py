@@ -1,4 +1,4 @@
-"""Lookups that memory does not cover: what is answered when, who shares what, and what is left when it is over."""
+"""Lookups that memory does not cover: their answers, the loads that they share, and their ends."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from lmcache_trio._wire.messages import Answer, AnswerState, Ended, Lookup, Rele
 ANSWERED, PENDING = AnswerState.ANSWERED, AnswerState.PENDING
 
 
-async def test_what_a_tier_has_is_pending_at_once_and_pushed_when_it_is_there(
+async def test_a_lookup_of_a_tiers_chunks_is_pending_at_once_and_pushed_when_they_are_loaded(
     worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
@@ -270,7 +270,7 @@ async def test_loads_are_bounded_by_bytes_in_flight_and_go_by_the_nearest_deadli
         assert set(order[2:6]) == set(hasty)
 
 
-async def test_a_thousand_lookups_parked_on_a_stalled_tier_cost_a_task_each_and_disturb_nobody(
+async def test_a_thousand_lookups_parked_on_a_stalled_tier_cost_a_task_each_and_disturb_no_other(
     worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:

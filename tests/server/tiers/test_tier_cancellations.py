@@ -1,4 +1,4 @@
-"""A lookup that ends after any number of steps of the loop, in any way: what is held is as it was before it."""
+"""A lookup that ends after any number of steps of the loop, in any way, leaves the held figures as before it."""
 
 from typing import Any
 

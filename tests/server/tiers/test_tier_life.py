@@ -1,4 +1,4 @@
-"""A tier that fails, hangs or has a bug; what is written back; and what a reset makes of all that."""
+"""A tier that fails, hangs or has a bug; the writeback; and a reset in the middle of each."""
 
 import logging
 from typing import Any
@@ -32,7 +32,7 @@ async def _fenced(world: World, number: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("operation", ["contains", "load", "store"])
-async def test_a_tier_that_fails_is_fenced_and_the_server_goes_on_as_if_it_were_not_there(
+async def test_a_tier_that_fails_is_fenced_and_the_server_goes_on_without_it(
     worlds: Worlds, tier: LoopTier, unavailable: Exception, autojump_clock: trio.testing.MockClock, operation: str
 ) -> None:
     async with worlds(tier) as world:
@@ -191,7 +191,7 @@ async def test_a_tier_that_does_not_open_is_opened_later_and_the_server_is_there
         assert (await world.lookup(2, digests(2))).chunks == 2
 
 
-async def test_a_start_gives_a_slow_tier_its_time_beside_what_else_it_does_and_no_more(
+async def test_a_start_gives_a_slow_tier_its_time_beside_its_other_work_and_no_more(
     worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grow = supervise._grow
@@ -276,7 +276,7 @@ async def test_a_local_tier_has_been_opened_before_a_server_is_ready_however_lon
 # --- writeback ------------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_stored_is_written_back_with_its_parent_and_held_only_until_then(
+async def test_a_stored_chunk_is_written_back_with_its_parent_and_held_only_until_then(
     worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:
@@ -359,7 +359,7 @@ async def test_a_chunk_that_was_not_written_is_offered_again_when_it_is_used(
         assert len([key for key, _ in tier.keys("store") if key.digest == digests(1)[0]]) == 1
 
 
-async def test_what_was_loaded_goes_to_the_other_tiers_and_not_back_to_its_own(
+async def test_a_loaded_chunk_goes_to_the_other_tiers_and_not_back_to_its_own(
     worlds: Worlds, autojump_clock: trio.testing.MockClock
 ) -> None:
     near, far = LoopTier(), LoopTier()
@@ -373,7 +373,7 @@ async def test_what_was_loaded_goes_to_the_other_tiers_and_not_back_to_its_own(
         assert near.chunks == far.chunks
 
 
-async def test_what_is_queued_is_written_before_the_server_ends(
+async def test_queued_chunks_are_written_before_the_server_ends(
     worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier, grace=5.0) as world:
@@ -497,7 +497,7 @@ async def test_while_a_tier_deletes_it_serves_nothing_of_the_namespace(
             tier.go_on()
 
 
-async def test_a_fenced_tier_remembers_what_it_owes_and_deletes_it_before_it_serves_again(
+async def test_a_fenced_tier_remembers_its_deletions_and_carries_them_out_before_it_serves_again(
     worlds: Worlds, tier: LoopTier, unavailable: Exception, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with worlds(tier) as world:

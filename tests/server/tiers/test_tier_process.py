@@ -49,7 +49,7 @@ THREADS = 3
 
 
 class Process:
-    """A server in a process. `line` waits for a line of what it says."""
+    """A server in a process. `line` waits for a line of its output."""
 
     def __init__(self, fork: Fork) -> None:
         self.fork = fork
@@ -150,7 +150,7 @@ def _ends(process: Process, grace: float, signals: int) -> None:
     process.fork.send_signal(signal.SIGTERM)
     if signals == 2:
         process.line("SIGTERM: ending")
-        with pytest.raises(subprocess.TimeoutExpired):  # within its grace it waits for what is queued
+        with pytest.raises(subprocess.TimeoutExpired):  # within its grace it waits for its queues
             process.fork.wait(supervise.REPEAT)
         for _ in range(10):  # the first of them may still repeat the signal before
             process.fork.send_signal(signal.SIGTERM)
@@ -188,22 +188,22 @@ def test_with_every_thread_of_a_disk_hung_in_loads_memory_and_another_disk_serve
                 await _hits(scheduler, worker, session + 100, digests(2, f"prompt {session}"))
             await _hits(scheduler, worker, 200, healthy)
             first, second = (await worker.statistics())["tiers"]
-            assert (first["backend"]["hanging"], first["fenced"]) == (THREADS, False)  # all that it has, to the end
+            assert (first["backend"]["hanging"], first["fenced"]) == (THREADS, False)  # all its threads, to the end
             assert (second["loads"], second["fenced"]) == (2, False)
-            # Nothing tells of a writeback's end; else how fast this disk is would decide what is there in the end
+            # No event tells of a writeback's end, so the speed of this disk would decide which chunks it has
             while signals == 1 and (await worker.statistics())["tiers"][1]["bytes_queued"]:  # noqa: ASYNC110
                 await trio.sleep(0.01)
 
     trio.run(use)
     _ends(process, grace, signals)
     assert not Path(address.removeprefix("unix://")).exists()
-    if signals == 1:  # the other disk took what was stored
+    if signals == 1:  # the other disk took the stored chunks
         keys = [ChunkKey(namespace, digest) for digest in digests(2, "prompt 14")]
         assert trio.run(_contained, other, keys) == [True, True]
 
 
 async def _opened(worker: Client) -> None:
-    """A server does not wait for a slow disk for long; what is stored before it is open is not offered to it."""
+    """A server does not wait for a slow disk for long. Chunks stored before the disk is open are not offered to it."""
     with trio.fail_after(60):
         while (await worker.statistics())["tiers"][0]["state"] != "open":  # noqa: ASYNC110  nothing tells
             await trio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The device transfer worker over a fake device: who owns what, at each point of a copy, whatever ends meanwhile."""
+"""The device transfer worker over a fake device: its grants at each point of a copy, with any end meanwhile."""
 
 import tempfile
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ from lmcache_trio._wire.messages import (
 from lmcache_trio.testing.fake_device import FakeDevice
 
 
-async def test_what_was_stored_from_blocks_comes_back_into_others(open_rig: Open) -> None:
+async def test_kv_stored_from_blocks_comes_back_into_other_blocks(open_rig: Open) -> None:
     async with open_rig() as rig:
         chain = digests(3)
         fill(rig, chain, range(6))
@@ -65,7 +65,7 @@ def after_chunks(rig: Rig, count: int) -> dict[str, Any]:
     return {name: now[name] for name in changed if name != "chunks_ready"} | {"chunks_ready": 0}
 
 
-# --- what is wrong is refused ---------------------------------------------------------------------------------------
+# --- wrong requests are refused ---------------------------------------------------------------------------------------
 
 
 async def test_a_wrong_export_is_an_error_reply_and_the_connection_lives(open_rig: Open) -> None:
@@ -127,7 +127,7 @@ async def test_a_worker_without_memory_attached_is_told_so(open_rig: Open) -> No
             assert reply.kind is ErrorKind.MISUSE
 
 
-async def test_registering_anew_ends_what_was_attached(open_rig: Open) -> None:
+async def test_registering_anew_ends_the_attachment(open_rig: Open) -> None:
     async with open_rig() as rig:
         assert rig.held["attached"] == 1
         await rig.worker.register(shard_bytes=SHARD_BYTES)
@@ -157,7 +157,7 @@ async def test_a_server_without_a_device_says_so() -> None:
         assert reply.kind is ErrorKind.UNAVAILABLE
 
 
-# --- at each point of a copy ----------------------------------------------------------------------------------------
+# --- at each point of a copy ------------------------------------------------------------------------------------------
 
 POINTS = ("queued", "started", "half", "moved")
 """Where the copy is when something ends."""
@@ -172,7 +172,7 @@ async def bring_to(rig: Rig, point: str) -> None:
 
 
 async def kept_queued(rig: Rig, chain: Sequence[bytes], point: str) -> None:
-    """For the point "queued": fill the device, so that what comes next has to wait."""
+    """For the point "queued": fill the device, so that the next request has to wait."""
     if point == "queued":
         rig.room(1)
         await rig.scheduler.lookup(90, chain)
@@ -296,7 +296,7 @@ async def test_a_copy_that_fails_publishes_nothing_and_its_load_is_not_valid(ope
         assert rig.held["pins"] == 0
 
 
-async def test_what_another_shard_gave_up_is_not_said_to_be_stored(open_rig: Open) -> None:
+async def test_a_chunk_that_another_shard_aborted_is_not_said_to_be_stored(open_rig: Open) -> None:
     async with open_rig() as rig:
         two = Rig(rig.server, rig.device, say_hello, "two ranks")
         two.scheduler = await say_hello(rig.server.address, Role.SCHEDULER, two.engine, shards=2)
@@ -351,7 +351,7 @@ async def test_a_worker_whose_copies_never_end_leaves_the_other_engines_room_and
             assert "engine 'engine'" in line
 
 
-async def test_who_lost_its_connection_is_told_when_its_blocks_are_let_go(open_rig: Open) -> None:
+async def test_a_worker_that_lost_its_connection_is_told_when_its_blocks_are_free(open_rig: Open) -> None:
     async with open_rig() as rig:
         chain = digests(1)
         await rig.stored(1, chain, [0, 1])

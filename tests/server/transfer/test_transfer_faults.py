@@ -1,4 +1,4 @@
-"""Device transfers when something is wrong: with the device, with a client, or with the order of what it says."""
+"""Device transfers when something is wrong: with the device, with a client, or with the order of its messages."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ class BuggyDevice(FakeDevice):
         super().detach(attached)
 
 
-# --- Attach and Register, in any order ------------------------------------------------------------------------------
+# --- Attach and Register, in any order --------------------------------------------------------------------------------
 
 
 def shorter(export: Export) -> Export:
@@ -128,18 +128,18 @@ async def test_a_flood_of_attaches_is_refused_by_the_name_of_the_limit(open_rig:
         assert (rig.held["attaching"], rig.held["attached"], rig.device.attached) == (0, 0, [])
 
 
-async def test_what_a_lost_client_was_having_opened_is_given_up(open_rig: Open) -> None:
+async def test_the_opening_of_memory_ends_with_its_lost_client(open_rig: Open) -> None:
     async with open_rig() as rig:
         rig.device.hold_attach()
         await rig.worker.tell(Attach(77, encode_export(rig.export)), descriptors_of(rig.export))
         await settled()
         assert rig.held["attaching"] == 1
         rig.worker.connection.close()
-        await settled()  # and nobody set `may_attach`
+        await settled()  # and `may_attach` was not set
         assert (rig.held["attaching"], rig.held["attached"], rig.device.attached) == (0, 0, [])
 
 
-# --- bugs in the device ---------------------------------------------------------------------------------------------
+# --- bugs in the device -----------------------------------------------------------------------------------------------
 
 
 async def test_a_bug_in_starting_a_copy_costs_that_copy(open_rig: Open) -> None:
@@ -155,7 +155,7 @@ async def test_a_bug_in_starting_a_copy_costs_that_copy(open_rig: Open) -> None:
         await rig.stored(2, digests(1), [0, 1])
 
 
-async def test_a_bug_in_letting_go_costs_nobody_anything(open_rig: Open) -> None:
+async def test_a_bug_in_the_devices_detach_costs_no_client_anything(open_rig: Open) -> None:
     device = BuggyDevice()
     async with open_rig(device) as rig:
         device.detach_fails = True
@@ -167,7 +167,7 @@ async def test_a_bug_in_letting_go_costs_nobody_anything(open_rig: Open) -> None
         await rig.stored(2, digests(1), [0, 1])
 
 
-async def test_a_copy_whose_end_is_lost_keeps_what_it_owns_and_nobody_else_waiting(open_rig: Open) -> None:
+async def test_a_copy_whose_end_is_lost_keeps_all_that_it_owns_and_no_other_client_waiting(open_rig: Open) -> None:
     device = BuggyDevice()
     async with open_rig(device) as rig:
         rig.room(SHARD_BYTES)
@@ -196,7 +196,7 @@ async def test_a_copy_whose_end_is_lost_keeps_what_it_owns_and_nobody_else_waiti
         assert rig.held["attached"] == 2, "its memory is not let go of"
 
 
-async def test_what_waits_behind_a_lost_copy_is_given_back_and_what_runs_beside_it_when_it_has_ended(
+async def test_blocks_that_wait_behind_a_lost_copy_are_given_back_and_those_beside_it_at_their_end(
     open_rig: Open,
 ) -> None:
     device = BuggyDevice()
@@ -217,7 +217,7 @@ async def test_what_waits_behind_a_lost_copy_is_given_back_and_what_runs_beside_
         assert rig.held["attached"] == 1
 
 
-# --- too much, and in vain ------------------------------------------------------------------------------------------
+# --- too much, and in vain --------------------------------------------------------------------------------------------
 
 
 async def test_no_client_queues_more_than_some(open_rig: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ async def test_no_client_queues_more_than_some(open_rig: Open, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("how", ["its namespace reset", "its reservation timed out"])
-async def test_a_store_that_nobody_would_publish_is_not_copied(
+async def test_a_store_that_would_publish_nothing_is_not_copied(
     open_rig: Open, how: str, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with open_rig(reservation_timeout=1.0) as rig:
@@ -279,7 +279,7 @@ async def test_a_load_that_would_not_be_valid_is_not_copied(open_rig: Open) -> N
         assert rig.held["pins"] == 0
 
 
-# --- what a copy must follow ----------------------------------------------------------------------------------------
+# --- the event before a copy ------------------------------------------------------------------------------------------
 
 
 async def test_a_store_waits_for_its_event_and_keeps_no_other_from_the_device(open_rig: Open) -> None:
@@ -353,14 +353,14 @@ async def test_memory_of_a_gpu_is_not_opened_by_a_device_that_could_not_wait_for
     async with open_rig(gpu=True) as rig:
         transfer = rig.server._parts.transfer
         assert transfer is not None
-        transfer.takes_events = False  # as with a device that is no EventDevice
+        transfer.takes_events = False  # as with a device that is not an EventDevice
         reply = await rig.attach(rig.export)
         assert isinstance(reply, ErrorReply)
         assert reply.kind is ErrorKind.UNAVAILABLE
         assert "copy through the arena" in reply.message
 
 
-# --- the arena grows ------------------------------------------------------------------------------------------------
+# --- the arena grows --------------------------------------------------------------------------------------------------
 
 
 class ArenaFake(FakeDevice, ArenaDevice):

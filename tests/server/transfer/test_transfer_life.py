@@ -29,7 +29,7 @@ some = st.integers(0, 5)
 
 
 class TransferLife(RuleBasedStateMachine):
-    """Rules are what an engine says, what a device does, and time that passes; `World` knows what must follow."""
+    """Rules are an engine's messages, a device's events, and time that passes. `World` knows the consequences."""
 
     def opened(self) -> AbstractAsyncContextManager[World]:
         raise NotImplementedError("a test's own subclass has what it was given by fixtures")
@@ -44,7 +44,7 @@ class TransferLife(RuleBasedStateMachine):
         self.failed = False
 
     def do(self, async_fn: Callable[..., Any], *args: Any) -> None:
-        """And hear what comes of it."""
+        """And take the replies."""
         self.quiet += 1
         try:
             self.loop.call(async_fn, *args)
@@ -68,7 +68,7 @@ class TransferLife(RuleBasedStateMachine):
         self.room = room
         self.world.rig.room(room)
 
-    # --- the engine -------------------------------------------------------------------------------------------------
+    # --- the engine ---------------------------------------------------------------------------------------------------
 
     def lends(self) -> bool:
         return len(self.world.free) >= LENT
@@ -98,7 +98,7 @@ class TransferLife(RuleBasedStateMachine):
     @precondition(lambda self: self.world.lent and self.quiet > QUIET)
     @rule(what=st.sampled_from(["reset", "lose_worker", "lose_scheduler", "attach_anew", "time_passes"]))
     def trouble(self, what: str) -> None:
-        """What ends all that there is: now and then, or nothing would ever come of anything."""
+        """Trouble that ends all requests: rarely, or no transfer would ever succeed."""
         if what == "time_passes":
             self.world.spoil(lambda request: not request.loads)
             self.now(self.loop.clock.jump, TIMEOUT + 1)
@@ -106,7 +106,7 @@ class TransferLife(RuleBasedStateMachine):
             self.do(getattr(self.world, what))
         self.quiet = 0
 
-    # --- the device, which begins by itself what there is room for ----------------------------------------------------
+    # --- the device, which begins copies as there is room for them ----------------------------------------------------
 
     def running(self) -> list[Any]:
         return self.world.rig.device.running
@@ -135,7 +135,7 @@ class TransferLife(RuleBasedStateMachine):
         self.now(copy.fail)
         self.quiet = 0
 
-    # --- what must hold ---------------------------------------------------------------------------------------------
+    # --- the invariants -----------------------------------------------------------------------------------------------
 
     @invariant()
     def nothing_is_written_to_that_is_not_lent(self) -> None:
@@ -168,7 +168,7 @@ class TransferLife(RuleBasedStateMachine):
         assert world.requests() == [], "a request was never answered"
         self.do(self.leave_nothing)
         held = rig.held
-        held["bytes_free"] += held["bytes_stale"]  # what was reset is evicted when there is need of its room
+        held["bytes_free"] += held["bytes_stale"]  # stale chunks are given back when a reserve needs room
         lazily = {"chunks_stale", "slots_stale", "bytes_stale", "largest_hole"}
         assert {name: held[name] for name in held if held[name] != rig.before[name] and name not in lazily} == {}
 
