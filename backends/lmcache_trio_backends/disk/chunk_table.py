@@ -56,7 +56,7 @@ class Refusal(Enum):
     NO_SPACE = "no_space"
 
 
-class _Namespace:
+class _Names:
     """The names of one namespace. *gone*: it was forgotten; its rows are to be erased, and its name may be reused."""
 
     __slots__ = ("_leaving", "chunks", "gone", "name", "number", "orphans", "rows", "tables")
@@ -127,8 +127,8 @@ class ChunkTable:
         self._queued = bytearray()  # stands in the heap
         self._count = 0  # rows that were ever in use
         self._free: list[int] = []
-        self._by_name: dict[bytes, _Namespace] = {}
-        self._namespaces: dict[int, _Namespace] = {}
+        self._by_name: dict[bytes, _Names] = {}
+        self._namespaces: dict[int, _Names] = {}
         self._by_lengths: dict[tuple[int, ...], _Shape] = {}
         self._shapes: dict[int, _Shape] = {}
         # leaving
@@ -137,7 +137,7 @@ class ChunkTable:
         """`evict` stopped early, after about 1 ms: call it again. Else, if it gave 0, no chunk can be evicted."""
         self._touched: set[int] = set()
         self._doomed: list[int] = []
-        self._forgotten: list[_Namespace] = []  # their rows that go by a name are to be doomed
+        self._forgotten: list[_Names] = []  # their rows that go by a name are to be doomed
         # rebuilding
         self._buried: dict[bytes, int] = {}  # namespace -> generation up to which the index file's rows are dead
         self._erased: set[bytes] = set()  # those of them that have none left
@@ -471,7 +471,7 @@ class ChunkTable:
         self._count = max(self._count, row + 1)
         name, digest = record.name[:NAME], record.name[NAME:]
         if (namespace := self._by_name.get(name)) is None:
-            namespace = self._by_name[name] = _Namespace(name, _vacant(self._namespaces))
+            namespace = self._by_name[name] = _Names(name, _vacant(self._namespaces))
             self._namespaces[namespace.number] = namespace
         if (shape := self._by_lengths.get(record.lengths)) is None:
             shape = self._by_lengths[record.lengths] = _Shape(record.lengths, _vacant(self._shapes))
@@ -524,6 +524,6 @@ class ChunkTable:
             counts.frombytes(bytes(4 * _BLOCK))
 
 
-def _vacant(numbered: dict[int, _Namespace] | dict[int, _Shape]) -> int:
+def _vacant(numbered: dict[int, _Names] | dict[int, _Shape]) -> int:
     """A number that is not taken; few ever are."""
     return next(number for number in range(len(numbered) + 1) if number not in numbered)

@@ -286,7 +286,7 @@ class Home:
             os.unlink(name, dir_fd=self._in)
 
     def file_system(self) -> os.statvfs_result:
-        """The size of the directory's file system, and what of it is free."""
+        """Size and free space of the directory's file system."""
         return os.fstatvfs(self._in)
 
     def flush_names(self) -> None:

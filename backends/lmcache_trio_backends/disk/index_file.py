@@ -333,7 +333,7 @@ class IndexFile:
         found = self._do("SELECT namespace, generation FROM forgotten").fetchall()
         for namespace, generation in found:
             if not isinstance(namespace, bytes) or len(namespace) != 32 or not isinstance(generation, int):
-                raise Damaged(f"a note of what was deleted is damaged in {self.path}")
+                raise Damaged(f"the note of a deletion is damaged in {self.path}")
         return found
 
     def all_erased(self, namespace: bytes) -> None:
