@@ -1,15 +1,14 @@
-"""Moves whole messages of bytes between a server and its clients; says nothing of what they mean.
+"""Moves whole messages of bytes between a server and its clients. It does not know what they mean.
 
 A server listens at a well-known address, the *rendezvous*, where a client introduces itself with one request and gets
-one reply. The reply names an address made for this client alone, where the two then hold one ordered, full-duplex
-*connection* (a *pair*). What carries it is chosen by the address: `unix://` by unix-domain sockets, `tcp://`
-by pynng, `memory://` inside one process. Every function here is called in the Trio loop; only
-`Connection.send_nowait` may be called elsewhere.
+one reply. The reply names an address for this client alone, where the two hold one ordered, full-duplex *connection* (a
+*pair*). The address chooses the carrier: unix-domain sockets for `unix://`, pynng for `tcp://`, one process for
+`memory://`. Every function is called in the Trio loop. Other threads may call `Connection.send_nowait` alone.
 
-A message may bring *descriptors* of open files along, over `unix://` and `memory://` alone: the arena goes to a client
-that way, and an engine's shared KV to the server. Over `unix://` each end knows the other's uid from the kernel, and
-looks at it before it sends or believes a byte: a server admits those whom `Access` names, a client speaks to a server
-of its own uid, of root, or of one that it was told to trust.
+A message may bring *descriptors* of open files along, over `unix://` and `memory://` alone: that of the arena to a
+worker, and those of an engine's shared KV to the server. Over `unix://` the kernel tells each end the other's uid, and
+each looks at it before it sends or believes a byte. A server admits the uids that `Access` names. A client speaks to a
+server of its own uid, of root, or of a uid that it was told to trust.
 
 Importing this imports no pynng: a process that forks may import it before, and open sockets after.
 """
@@ -41,18 +40,18 @@ __all__ = [
 ]
 
 MAX_MESSAGE = 4 << 20
-"""Bytes of the largest message. A peer that sends a larger one loses its connection, and nobody else notices."""
+"""Bytes of the largest message. A peer that sends a larger one loses its connection, and no other peer notices."""
 MAX_DESCRIPTORS = 253
-"""Descriptors that one message may bring: what the kernel takes in one packet (SCM_MAX_FD)."""
+"""Descriptors that one message may bring: as many as the kernel takes in one packet (SCM_MAX_FD)."""
 
 
 class Connection(ABC):
     """One ordered, full-duplex stream of whole messages with one peer. One task at a time may receive."""
 
     unfinished: Unfinished | None = None
-    """What bounds the messages of this and other connections of which a part came; none by default."""
+    """Bounds the unfinished messages of this connection and others; none by default."""
     fault: str = ""
-    """What the peer did, where this end ended the connection for it."""
+    """The fault of the peer for which this end ended the connection, if it did."""
 
     @property
     @abstractmethod
@@ -65,14 +64,14 @@ class Connection(ABC):
 
     @abstractmethod
     def send_nowait(self, message: bytes) -> None:
-        """Accept *message* whole, or raise `trio.WouldBlock`; `Gone` when closed. May be called from any thread.
+        """Accept *message* whole, or raise `trio.WouldBlock`; `Gone` when closed. Any thread may call this.
 
-        A large one (over 64 KiB, on unix sockets) may always be for `send`, which takes it in parts.
+        `send` takes a large message in parts (over 64 KiB, on unix sockets); this may refuse it each time.
         """
 
     @abstractmethod
     async def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Accept *message*, waiting for room (a peer that reads); cancelled, it was not sent. `Gone` when closed.
+        """Accept *message*, after a wait for room (a peer that reads). `Gone` when closed. Cancelled, it sent nothing.
 
         The peer gets copies of *descriptors*, which stay the caller's. `Misuse` where the address carries none.
         """
@@ -83,30 +82,30 @@ class Connection(ABC):
 
     @abstractmethod
     async def receive(self) -> bytes:
-        """The next message; cancelled, none was lost. `Gone` once the peer is gone and all that came was read."""
+        """The next message. A cancelled wait loses none. `Gone` once the peer is gone and its messages were read."""
 
     @abstractmethod
     def take_descriptors(self) -> list[int]:
-        """Those that the message received last brought, from now on the caller's to close. What is not taken is closed
-        when the next message is received.
+        """The descriptors that the message received last brought, from now on the caller's to close. Those that are not
+        taken are closed when the next message is received.
         """
 
     @abstractmethod
     async def wait_closed(self) -> None:
-        """Return when the peer is gone or `close` was called: by notification, not by asking."""
+        """Return when the peer is gone or `close` was called: by notification, not by polling."""
 
     @abstractmethod
     def close(self) -> None:
-        """End it now; idempotent. Waiters get `Gone`. What was sent and is still on its way may be lost: whoever wants
-        a last word heard sends it and waits, bounded, for `wait_closed`.
+        """End it now; idempotent. Waiters get `Gone`. Messages that are still on their way may be lost: to have a last
+        word heard, send it and wait, within bounds, for `wait_closed`.
         """
 
 
 class Unfinished:
     """The messages of many connections whose last part has not come: *limit* bytes of them together.
 
-    With more, the connection whose message was begun first is ended: a sender that is alive needs a few milliseconds
-    for the largest.
+    Beyond it, the connection that began its message first is ended. A living sender needs a few milliseconds for the
+    largest message.
     """
 
     def __init__(self, limit: int) -> None:
@@ -132,14 +131,14 @@ class Unfinished:
 
 
 class Introduction(ABC):
-    """A client at the rendezvous that waits for its answer."""
+    """A client at the rendezvous, which waits for its answer."""
 
     hello: bytes
     peer_pid: int | None
     carries_descriptors: bool
     """Can a message bring descriptors here?"""
     refusal: str = ""
-    """Why this process may not connect, if so: nothing that it says is to be believed."""
+    """Why this process may not connect, if so: then nothing in its hello is to be believed."""
 
     @abstractmethod
     def open_pidfd(self) -> int | None:
@@ -147,24 +146,24 @@ class Introduction(ABC):
 
     @abstractmethod
     def reply(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Answer, once, with copies of *descriptors*. A client that is gone by now is no error. Must be done before the
-        next `accept`.
+        """Answer, once, before the next `accept`, with copies of *descriptors*. A client that is gone by now is not an
+        error.
         """
 
 
 class Rendezvous(ABC):
-    """The server's well-known address. *counted* counts, as `turned_away`, who was let go before it said HELLO."""
+    """The server's well-known address. *counted* counts, as `turned_away`, clients that were dropped before HELLO."""
 
     address: str
     counted: Counter[str]
 
     @abstractmethod
     async def accept(self) -> Introduction:
-        """The next client; one that was not answered by then is turned away. `Gone` when closed."""
+        """The next client. The one before it is turned away if it was not answered. `Gone` when closed."""
 
     @abstractmethod
     async def wait_lost(self) -> None:
-        """Return when `address` leads here no more, because the socket's file was removed or replaced."""
+        """Return when `address` does not lead here any more, because the socket's file was removed or replaced."""
 
     @abstractmethod
     def close(self) -> None:
@@ -172,24 +171,24 @@ class Rendezvous(ABC):
 
 
 class PairListener(ABC):
-    """An address made for one client, which those alone can reach who reach the rendezvous."""
+    """An address for one client. The processes that may connect to the rendezvous may connect here, and no others."""
 
     address: str
 
     @abstractmethod
     async def accept(self, deadline: float = math.inf) -> Connection:
-        """The connection, once the client came; `Unavailable` if not by *deadline* (Trio's clock); `Gone` if closed.
+        """The connection, once the client came. `Unavailable`: not by *deadline* (Trio's clock). `Gone`: closed.
 
         The address is withdrawn when this returns or raises.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Withdraw the address, if nobody came; idempotent. A connection that was accepted lives on."""
+        """Withdraw the address, if no client came; idempotent. A connection that was accepted lives on."""
 
 
 class _Transport(Protocol):
-    """A module per kind of address. It is called with addresses of its own kind alone."""
+    """One module per kind of address, which is called with addresses of that kind alone."""
 
     def listen(self, address: Any, access: Access) -> Rendezvous: ...
     def listen_pair(self, near: Any, access: Access) -> PairListener: ...
@@ -201,8 +200,8 @@ class _Transport(Protocol):
 
 
 def listen(address: str, access: Access = PRIVATE) -> Rendezvous:
-    """Listen at *address* (`unix:///absolute`, `tcp://127.0.0.1:PORT`) for those whom *access* names; by
-    default for this user and root. `ConfigError` says why not.
+    """Listen at *address* (`unix:///absolute`, `tcp://127.0.0.1:PORT`) for the users that *access* names, by default
+    this one and root. `ConfigError`: that is not possible, and why.
     """
     wanted = parse_rendezvous(address)
     return _transport(wanted).listen(wanted, access)
@@ -215,7 +214,7 @@ def listen_pair(near: str, access: Access = PRIVATE) -> PairListener:
 
 
 async def dial_pair(address: str, *, trusted: Collection[int] = ()) -> Connection:
-    """Take up the connection that the rendezvous' reply named; `Unavailable` when nobody listens there (any more)."""
+    """Take up the connection at the *address* that the rendezvous named. `Unavailable`: no server listens there now."""
     wanted = parse_address(address)
     return await _transport(wanted).dial_pair(wanted, trusted)
 
@@ -223,12 +222,12 @@ async def dial_pair(address: str, *, trusted: Collection[int] = ()) -> Connectio
 async def introduce(
     address: str, hello: bytes, *, trusted: Collection[int] = (), descriptors: list[int] | None = None
 ) -> bytes:
-    """Send *hello* to the rendezvous at *address* and return its reply; what descriptors that brings are appended to
+    """Send *hello* to the rendezvous at *address* and return its reply. The descriptors that it brings are appended to
     *descriptors*, the caller's to close.
 
-    A server must run as this process' uid, as root or as one of *trusted*: else `Unavailable`, and nothing is sent.
-    `Unavailable` at once when nobody listens or the server goes, `ConfigError` when another kind of program listens;
-    unbounded otherwise: use a deadline. Cancelled, it leaves nothing behind.
+    The server must run as this process' uid, as root or as one of *trusted*: else `Unavailable`, and nothing is sent.
+    `Unavailable` at once if no server listens, or it goes. `ConfigError`: another kind of program listens. The wait has
+    no other bound: use a deadline. Cancelled, it leaves nothing behind.
     """
     wanted = parse_address(address)
     return await _transport(wanted).introduce(wanted, hello, trusted, descriptors)

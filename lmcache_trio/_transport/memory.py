@@ -1,8 +1,8 @@
 """The transport inside one Trio loop: no threads, no descriptors, no files, so it works under a clock that jumps.
 
-For tests of what uses a transport. It keeps the rules of the real one: whole messages in order, a bounded buffer each
-way, an end that the other side is told of after it has read what was sent. `sever` is the abrupt end that a killed
-process makes. `send_nowait` is for the loop's own thread only.
+It is for tests of the users of a transport, and keeps the rules of the real ones: whole messages in order, a bounded
+buffer each way, and an end that the other side sees after it has read all messages. `sever` is the abrupt end that a
+killed process makes. Only the loop's own thread may call `send_nowait`.
 """
 
 import itertools
@@ -132,7 +132,7 @@ class MemoryConnection(Connection):
 
 
 def connection_pair(*, buffer: int = _BUFFER, peer_pid: int | None = None) -> tuple[MemoryConnection, MemoryConnection]:
-    """Two ends of one connection, *buffer* messages each way. *peer_pid* is what both see; None: this process."""
+    """Two ends of one connection, *buffer* messages each way. Both see *peer_pid*; None: that of this process."""
     pid = os.getpid() if peer_pid is None else peer_pid
     one, other = MemoryConnection(buffer, pid), MemoryConnection(buffer, pid)
     one._peer, other._peer = other, one
@@ -140,7 +140,7 @@ def connection_pair(*, buffer: int = _BUFFER, peer_pid: int | None = None) -> tu
 
 
 class _World:
-    """What listens at `memory://` addresses in one run of a loop."""
+    """The listeners at `memory://` addresses in one run of a loop."""
 
     def __init__(self) -> None:
         self.rendezvous: dict[str, _Rendezvous] = {}

@@ -1,9 +1,9 @@
 """The transport over `tcp://`, carried by NNG: REQ0/REP0 at the rendezvous, one PAIR0 socket per client.
 
-PAIR0, because it alone is full duplex, ordered and holds a sender back: REQ0 cannot push, and raw, PUB and BUS sockets
-drop silently. NNG's sockets are driven by file descriptors. Non-blocking calls and `wait_readable` on them cost 40 % of
-the CPU of its asynchronous calls, a cancelled one leaks nothing, and an open socket in a daemon thread does not abort
-the interpreter at its exit. NNG calls back on threads of its own, under a lock: a callback here only notes and calls
+PAIR0 alone is full duplex and ordered, and holds a sender back: REQ0 cannot push, and raw, PUB and BUS sockets drop
+silently. File descriptors drive NNG's sockets here. Non-blocking calls and `wait_readable` on them cost 40 % of the CPU
+of NNG's asynchronous calls. A cancelled call leaks nothing, and an open socket in a daemon thread does not abort the
+interpreter at its exit. NNG calls back on threads of its own, under a lock: a callback only notes the event and calls
 `run_sync_soon`.
 
 This is the only module that imports pynng, and its undocumented `lib` and `ffi`: hence the pin of its minor version.
@@ -32,7 +32,7 @@ __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
 
 _MAX_HELLO = 64 << 10
 _HANDSHAKE = 5.0
-"""Seconds that an NNG listener has to shake hands, which its own threads do (in 1 ms). NNG would try for ever."""
+"""Seconds that an NNG listener has to shake hands, which its own threads do (in 1 ms). NNG itself has no limit."""
 _BUFFER = 128
 """Messages that NNG holds for each direction of a socket before a sender has to wait."""
 _RECONNECT_MS = (100, 1000)
@@ -63,7 +63,7 @@ class _Socket:
             )
         self.token = trio.lowlevel.current_trio_token()
         self.closed = _exiting
-        self.gone = False  # the only peer is no more, or this was closed: nothing can be sent
+        self.gone = False  # the only peer is gone, or this was closed: nothing can be sent
         if _exiting:
             raise Unavailable("no socket can be opened while the interpreter ends")
         _used = True
@@ -94,7 +94,7 @@ class _Socket:
         return str(TcpAddress(address.host, port[0]))
 
     def take_request(self) -> bytes | None:
-        """REP0: the next request, if there is one; a request that was not answered is dropped."""
+        """REP0: the next request, if one came. The one before it is dropped if it was not answered."""
         held = ffi.new("nng_msg **")
         code = lib.nng_recvmsg(self.nng, held, _NONBLOCK)
         if code == _EAGAIN:
@@ -107,17 +107,17 @@ class _Socket:
             lib.nng_msg_free(held[0])
 
     def answer(self, message: bytes) -> None:
-        """REP0: answer the request that was taken last. Fails only when its client is gone, which is not an error."""
+        """REP0: answer the request that was taken last. A client that is gone by now is not an error."""
         if not self.closed:
             _nng_send(self.nng, message, len(message), _NONBLOCK)
 
     def soon(self, fn: Callable[[], object]) -> None:
-        """From any thread: call *fn* in the loop, if there is one still."""
+        """From any thread: have the loop call *fn*, unless it has ended."""
         with contextlib.suppress(trio.RunFinishedError):
             self.token.run_sync_soon(fn)
 
     def wake(self) -> None:
-        """Wake the tasks that wait for the descriptors; they look again and see why. NNG itself never would."""
+        """Wake the tasks that wait for the descriptors, which NNG would not. They look again, and see why."""
         with contextlib.suppress(RuntimeError):  # outside of a loop nobody waits
             trio.lowlevel.notify_closing(self.recv_fd)
             trio.lowlevel.notify_closing(self.send_fd)
@@ -129,7 +129,7 @@ class _Socket:
             self.sock.close()
 
     def abandon(self) -> None:
-        """At the interpreter's end, while the loop's thread may still run: it must not call NNG once that is gone."""
+        """At the interpreter's end the loop's thread may still run: it must not call NNG once that is gone."""
         if not self.closed:
             self.closed = self.gone = True
             self.sock.close()
@@ -244,7 +244,7 @@ class NngLink(Connection):
         self._socket.gone = True
         self.connected.set()
         if not self._socket.closed:
-            if self._dialer is not None:  # else it goes on trying to reach a server that has forgotten us
+            if self._dialer is not None:  # else NNG would go on dialling a server that has forgotten this client
                 lib.nng_dialer_close(self._dialer.dialer)
             self._socket.wake()
         self._ended.set()
@@ -382,11 +382,11 @@ async def wait_listening(address: TcpAddress) -> None:
 
 
 async def _refuse_unless_listening(address: TcpAddress) -> None:
-    """Tell at once that no server is there: NNG itself would go on trying in silence."""
+    """`Unavailable` at once if no server listens: NNG itself would go on trying in silence."""
     try:
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         with trio.socket.socket(family, socket.SOCK_STREAM) as probe:
-            # Left with a reset: NNG's listener pauses for 100 ms after a peer that just hangs up.
+            # It is closed by a reset: NNG's listener pauses for 100 ms after a peer that just hangs up.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             await probe.connect((address.host, address.port))
     except OSError as exc:

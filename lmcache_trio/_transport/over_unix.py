@@ -1,8 +1,8 @@
-"""The transport over unix-domain sockets: who listens, who comes, who is turned away. A connection is `unix`'s.
+"""The transport over unix-domain sockets: listeners, and the clients that come to them. `unix` has the connections.
 
     rendezvous: connect, HELLO, the answer, the end | pair: connect, and that is the connection
 
-It starts no task: a client that came and says nothing waits beside the listener, and holds nobody up.
+It starts no task. A client that has not sent its HELLO waits beside the listener, and keeps no other client waiting.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ log = logging.getLogger("lmcache_trio.server")
 
 _MAX_HELLO = 64 << 10
 _MOST_SILENT = 64
-"""Clients that may stand at the rendezvous without having said HELLO; beyond it, who came first is turned away. Ours
-say it in the same moment."""
+"""Clients that may stand at the rendezvous without having sent HELLO. Beyond it, the oldest one is turned away. Our own
+clients send it at once."""
 _LOOKS = 16
-"""Clients let in or heard in a row before other tasks get their turn (about 1 ms)."""
+"""Clients that are let in or heard in a row, before other tasks get their turn (about 1 ms)."""
 _TURNED_AWAY = "a client was turned away: %s; allow the server more file descriptors (ulimit -n, LimitNOFILE=)"
 _NO_DESCRIPTOR = 1.0
 """Seconds between two attempts to get a spare descriptor, while a rendezvous has none to refuse a client with. It also
-tries when it has given a descriptor back."""
+tries after it gave a descriptor back."""
 
 
 class _PairListener(PairListener):
@@ -96,7 +96,7 @@ class _Introduction(Introduction):
         self.end()
 
     def end(self) -> None:
-        """Let the client go; it still reads what it was answered."""
+        """Let the client go. It can still read its answer."""
         if self._link is not None:
             self._link.close()
             self._link = None
@@ -109,7 +109,7 @@ class _Rendezvous(Rendezvous):
         self.address = str(wanted)
         self._silent: dict[int, UnixLink] = {}  # by descriptor, in the order in which they came
         self._current: _Introduction | None = None
-        self._look_again = math.inf  # when for a spare descriptor; until then nobody is let in
+        self._look_again = math.inf  # when to look for a spare descriptor; until then no client is let in
         socket_files.claim(wanted)
         with contextlib.ExitStack() as opened:
             self._arrivals = opened.enter_context(open_epoll())
@@ -154,7 +154,7 @@ class _Rendezvous(Rendezvous):
             self._current = None
 
     def _take(self) -> _Introduction | None:
-        """The next client that said HELLO, if one did; lets in who comes."""
+        """The next client that sent HELLO, if one did. New clients are let in."""
         if self._listener.closed:
             raise Gone(f"{self.address} was closed")
         for fd, _ in self._arrivals.poll(0, _LOOKS):
@@ -184,7 +184,7 @@ class _Rendezvous(Rendezvous):
         log.warning(_TURNED_AWAY, why)
 
     def _refuse(self) -> None:
-        """No descriptor is left: refuse the next client with the spare one, else it would wait and this loop spin."""
+        """Without a free descriptor refuse the next client with the spare one: it would wait, and this loop spin."""
         self._spare.close()
         with contextlib.suppress(OSError):
             self._listener.socket.accept()[0].close()
@@ -192,8 +192,8 @@ class _Rendezvous(Rendezvous):
         self._listen_again()
 
     def _listen_again(self) -> None:
-        """Listen, if there is a spare descriptor. If not, clients wait in the kernel's queue, which the epoll would
-        report for ever.
+        """Listen, if a spare descriptor can be had. If not, clients wait in the kernel's queue, which the epoll would
+        report again and again.
         """
         try:
             self._spare = open_socket()
@@ -222,11 +222,11 @@ class _Rendezvous(Rendezvous):
             return None
         except Gone:
             pass
-        link.close()  # came and left, or had no manners
+        link.close()  # it came and left, or sent something else
         return None
 
     def _part(self, fd: int) -> UnixLink:
-        self._arrivals.unregister(fd)  # a forked copy of a closed one would else go on telling
+        self._arrivals.unregister(fd)  # else a forked copy of a closed one would be reported for ever
         return self._silent.pop(fd)
 
 

@@ -1,4 +1,4 @@
-"""The socket files behind `unix://` addresses, and why one can't be used. It opens no connection."""
+"""The socket files behind `unix://` addresses, and the errors of those that can't be used. It opens no connection."""
 
 import contextlib
 import errno
@@ -24,18 +24,18 @@ __all__ = [
 
 
 def fresh_path(beside: str) -> str:
-    """An unused path beside the rendezvous' path. What a dead server left there is removed by the next one."""
+    """An unused path beside the rendezvous' path. The next server removes the files there of one that died."""
     return f"{beside}.{secrets.token_hex(6)}"
 
 
 def claim(address: UnixAddress) -> None:
-    """Make way for a server at *address*: remove what a dead one left, touch nothing that is anyone else's."""
+    """Make way for a server at *address*: remove the files of a dead one, and no others."""
     path = address.path
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise ConfigError("address", f"{path} exists and is not a socket: move it away or choose another path")
         if not is_listening(path):
-            # Taken aside first: what a second starting server put there meanwhile would otherwise be removed.
+            # It is moved aside first: else the file of a second server that starts now could be removed.
             aside = fresh_path(path)
             os.rename(path, aside)
             if is_listening(aside):
@@ -56,7 +56,7 @@ def in_use(address: Address) -> ConfigError:
 
 
 class NotToBeUsed(Unavailable):
-    """Something listens there, but not for this process, or not what it believes: somebody must change a setting."""
+    """A process listens there, but not for this one, or not as a uid that it trusts: a setting must be changed."""
 
 
 def forbidden(address: UnixAddress) -> NotToBeUsed:
@@ -68,7 +68,7 @@ def forbidden(address: UnixAddress) -> NotToBeUsed:
 
 
 def untrusted(address: UnixAddress, uid: int) -> NotToBeUsed:
-    """The error for an *address* where a process of *uid* listens, which nobody said is the server."""
+    """The error for an *address* where a process of *uid* listens, which this process does not trust."""
     return NotToBeUsed(
         f"a process of uid {uid} listens at {address}, not one of this process' uid {os.geteuid()} or of root: nothing "
         f"was sent to it. If it is your server, name the uid: LMCACHE_TRIO_CLIENT__SERVER_UIDS='[{uid}]', or "
@@ -92,7 +92,7 @@ def withdraw(path: str) -> None:
 
 
 def _remove_dead_pairs(path: str) -> None:
-    """Remove pair addresses that a dead server made beside *path* and nobody took up."""
+    """Remove pair addresses that a dead server made beside *path* and no client took up."""
     folder, base = os.path.split(path)
     ours = re.compile(re.escape(base) + r"\.[0-9a-f]{12}")
     try:

@@ -1,4 +1,4 @@
-"""The descriptors and files behind `unix://`: sockets, listeners with their files, and what a forked child does."""
+"""The descriptors and files behind `unix://`: sockets, listeners with their files, and their end in a forked child."""
 
 import contextlib
 import os
@@ -18,20 +18,20 @@ __all__ = ["Listener", "OwnsDescriptors", "inherited", "open_epoll", "open_socke
 
 
 class OwnsDescriptors(Protocol):
-    """Something with descriptors, which a forked child inherits too."""
+    """An owner of descriptors, which a forked child inherits."""
 
     def forget(self) -> None:
-        """In the child: close them there. The peer, the parent's loop and the socket's file must not notice."""
+        """In the child: close its copies. The peer, the parent's loop and the socket's file must not notice."""
 
 
 inherited: "weakref.WeakSet[OwnsDescriptors]" = weakref.WeakSet()
-"""Who is to be told in a forked child."""
+"""The owners to tell in a forked child."""
 
 
 class Listener:
-    """A listening socket and its file, whose mode says who may connect, as *access* does.
+    """A listening socket and its file, whose mode lets in the users that *access* names.
 
-    The socket is made at *aside* and linked to *path* once it listens. `ConfigError` when there can be no such file.
+    The socket is made at *aside* and linked to *path* once it listens. `ConfigError`: its file cannot be made.
     """
 
     def __init__(self, path: str, access: Access, *, aside: str, backlog: int) -> None:
@@ -62,7 +62,7 @@ class Listener:
         inherited.add(self)
 
     def accept_nowait(self) -> socket.socket | None:
-        """The next client's socket, non-blocking, if one came; `OSError` when there is no descriptor for it."""
+        """The next client's socket, non-blocking, if one came. `OSError`: no descriptor is left for it."""
         try:
             came, _ = self.socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
@@ -77,7 +77,7 @@ class Listener:
             trio.lowlevel.notify_closing(self.socket)
         with contextlib.suppress(OSError):
             there = os.lstat(self.path)
-            if (there.st_dev, there.st_ino) == self.file:  # else it is another's by now
+            if (there.st_dev, there.st_ino) == self.file:  # else it is another server's by now
                 os.unlink(self.path)
         self.forget()
 
@@ -88,7 +88,7 @@ class Listener:
 
 
 def open_socket() -> socket.socket:
-    """A fresh socket, non-blocking and not inherited by other programs; `Unavailable` if there can be none."""
+    """A new socket, non-blocking and not inherited by other programs. `Unavailable`: it could not be opened."""
     kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     try:
         return socket.socket(socket.AF_UNIX, kind)
@@ -97,7 +97,7 @@ def open_socket() -> socket.socket:
 
 
 def open_epoll() -> select.epoll:
-    """Descriptors that are waited for as one; `Unavailable` if there can be none."""
+    """An epoll: several descriptors that are waited for as one. `Unavailable`: it could not be opened."""
     try:
         return select.epoll()
     except OSError as exc:

@@ -1,8 +1,8 @@
 """Waits until a server appears at a path, also while folders on the way there are missing, or until a socket is not at
-its path any more: by notification, and with rare looks where the kernel gives none.
+its path any more. The kernel tells it; where it does not, there are rare looks.
 
-inotify through ctypes: the standard library has no door to it. It tells what happens in this machine's own file
-systems; a mount that brings a whole folder is not told.
+inotify is called through ctypes, because the standard library does not have it. It tells of changes in this machine's
+own file systems, but not of a mount over a folder.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ _UNWATCHED = 5.0
 descriptor to look with."""
 
 _UNTOLD = 60.0
-"""Seconds between two looks for what inotify does not tell. A socket whose folder was hidden is found within them."""
+"""Seconds between two looks for changes that inotify does not tell, as of a socket whose folder was hidden."""
 
 _CREATE, _MOVED_TO, _ONLYDIR = 0x100, 0x80, 0x01000000
 _ATTRIB, _DELETE_SELF, _MOVE_SELF = 0x4, 0x400, 0x800
@@ -45,9 +45,9 @@ async def wait_bound(path: str) -> None:
 
 
 async def wait_lost(path: str, file: tuple[int, int]) -> None:
-    """Return when *path* leads no more to *file* (device, inode), a socket that is bound: it was removed, moved or
-    replaced, or a folder on the way was. Its link count and the folders' names are watched, so that other files cost
-    nothing. What the kernel does not tell (a mount over a folder, no watch left) is looked for every `_UNTOLD` seconds.
+    """Return when *path* does not lead to *file* (device, inode) any more: this bound socket, or a folder on the way,
+    was removed, moved or replaced. Its link count and the folders' names are watched, so other files cost nothing. A
+    change that the kernel does not tell (a mount over a folder, no watch left) is seen after `_UNTOLD` seconds at most.
     """
     while True:
         fd = -1
@@ -78,12 +78,12 @@ def _leads_to(path: str, file: tuple[int, int]) -> bool:
 
 
 async def _appeared(path: str) -> bool:
-    """Whether a server listens at *path*; if none does, wait until something changed there."""
+    """Whether a server listens at *path*. If none does, wait until the path has changed."""
     if socket_files.is_listening(path):
         return True
     watch = Watch(path)
     try:
-        if socket_files.is_listening(path):  # came before it was watched for
+        if socket_files.is_listening(path):  # it came before the watch
             return True
         await watch.wait()
     finally:
@@ -92,7 +92,7 @@ async def _appeared(path: str) -> bool:
 
 
 class Watch:
-    """Looks at every folder on the way to *path* that is there. `OSError` where the kernel gives no (more) watches."""
+    """Watches every folder on the way to *path* that exists. `OSError`: the kernel gives no (more) watches."""
 
     def __init__(self, path: str) -> None:
         self._fd = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
@@ -114,7 +114,7 @@ class Watch:
         os.close(self._fd)
 
     def _look(self, path: Path) -> None:
-        """From the root on: what is missing now will be told by the folder that was looked at before."""
+        """From the root on: the folder before a missing one tells when it appears."""
         hidden: OSError | None = None
         for folder, step in zip(reversed(path.parents), path.parts[1:], strict=True):
             try:
@@ -122,7 +122,7 @@ class Watch:
             except (FileNotFoundError, NotADirectoryError):
                 break
             except PermissionError as exc:
-                hidden = exc  # does not matter if there is a folder after it that can be looked at
+                hidden = exc  # it does not matter if a folder after it can be watched
             else:
                 hidden = None
                 self._next[found] = os.fsencode(step)
@@ -137,7 +137,7 @@ class Watch:
             at += _HEADER.size + length
             name = said[at - length : at].rstrip(b"\0")
             if name == self._next.get(watch) or not what & (_CREATE | _MOVED_TO):
-                return True  # what else is told: the folder went, or more happened than the queue holds
+                return True  # other events: the folder went, or the queue was too short for all
         return False
 
 

@@ -1,12 +1,12 @@
-"""An `Export` as bytes: fixed, versioned, little-endian. No pickle, nothing that is run or imported.
+"""An `Export` as bytes: fixed, versioned, little-endian. Nothing in them is run or imported, as a pickle would be.
 
     magic "LTKV" | version u16 | kind u8 (1 host, 2 CUDA) | 0 u8 | allocations u16 | layers u16 | blocks u64
     an allocation, 88 bytes:   size u64 | handle 64 | device UUID 16 (zeros on a host)
         a host's handle:       64 zeros; its descriptor comes with the message, in the order of the allocations
     a layer:                   allocation u16 | dtype u8 | rank u8 | offset u64 | shape rank × u64 | strides rank × u64
 
-Lengths are checked before anything is made of them. Whatever is off raises `ProtocolError`; what is well-formed and out
-of bounds too, so that one `except` covers everything that a peer may send.
+Lengths are checked before anything is allocated. Malformed bytes raise `ProtocolError`, and so do well-formed ones that
+are out of bounds: one `except` covers everything that a peer may send.
 """
 
 import struct
@@ -31,12 +31,12 @@ _NO_HANDLE, _NO_UUID = bytes(64), bytes(16)
 
 
 def descriptors_of(export: Export) -> list[int]:
-    """What the message that says *export* brings along: one for each allocation of host memory, in order."""
+    """The descriptors that travel with *export*: one for each allocation of host memory, in order."""
     return [memory.descriptor for memory in export.memory if isinstance(memory, SharedMemory)]
 
 
 def encode_export(export: Export) -> bytes:
-    """The bytes that say *export*, beside `descriptors_of` it. `Misuse` if they would be too many."""
+    """The bytes of *export*, which travel beside `descriptors_of` it. `Misuse`: they are more than `MAX_EXPORT`."""
     cuda = isinstance(export.memory[0], CudaMemory)
     kind = _KIND_CUDA if cuda else _KIND_HOST
     parts = [_HEAD.pack(_MAGIC, HANDLES_VERSION, kind, 0, len(export.memory), len(export.layers), export.num_blocks)]
@@ -56,13 +56,13 @@ def encode_export(export: Export) -> bytes:
 
 
 def decode_export(packed: bytes, descriptors: Sequence[int]) -> Export:
-    """The `Export` that *packed* says, with the *descriptors* that came along, which stay the caller's; `ProtocolError`
-    for anything that is none.
+    """The `Export` in *packed*, with the *descriptors* that came along and stay the caller's. `ProtocolError`: it is
+    malformed, or out of bounds.
     """
     try:
         return _Reader(packed, descriptors).export()
     except (struct.error, ValueError, Misuse) as exc:
-        raise ProtocolError(f"no export of KV memory: {exc}") from exc
+        raise ProtocolError(f"not an export of KV memory: {exc}") from exc
 
 
 class _Reader:

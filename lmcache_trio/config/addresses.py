@@ -1,4 +1,4 @@
-"""Where a server listens: what an address may be, and which it is when none is given. It opens nothing.
+"""Addresses of servers: what one may be, and the one that is used when none is given. It opens nothing.
 
 A path is absolute: server and clients have different working directories. Abstract sockets are refused: they have no
 owner and no mode, so anyone on the machine could answer in a server's name.
@@ -31,7 +31,7 @@ __all__ = [
 _SUN_PATH = 107
 """Bytes that the kernel takes for a socket's path, without the closing zero."""
 _SUFFIX = 13
-"""Bytes that a pair's own path has beyond the rendezvous': a dot and 12 hexadecimal digits."""
+"""Bytes by which a pair's path is longer than the rendezvous': a dot and 12 hexadecimal digits."""
 _USE = "use unix:///absolute/path or tcp://127.0.0.1:PORT"
 
 
@@ -47,7 +47,7 @@ class UnixAddress:
 
 @attrs.frozen
 class TcpAddress:
-    """A port on this machine's loopback interface; with port 0 a server listens at a free one."""
+    """A port on this machine's loopback interface. With port 0 a server chooses a free one."""
 
     host: str
     port: int
@@ -70,13 +70,13 @@ Address = UnixAddress | TcpAddress | MemoryAddress
 
 
 def default_address(environ: Mapping[str, str] | None = None) -> str:
-    """The address at which servers and clients of one user meet when none is given."""
+    """The address of servers and clients of one user that were given none."""
     return default_addresses(environ)[0]
 
 
 def default_addresses(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """`default_address`, and behind it where a server of the same user listens if its XDG_RUNTIME_DIR is another: not
-    set (a service, cron, ssh without a login session), or set where ours is not.
+    """`default_address`, and then those of a server of the same user whose XDG_RUNTIME_DIR is another one: unset (a
+    service, cron, ssh without a login session), or set while ours is not.
     """
     runtime = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
     places = [f"/tmp/lmcache-trio-{os.getuid()}", f"/run/user/{os.getuid()}/lmcache-trio"]
@@ -96,7 +96,7 @@ def parse_address(address: str) -> Address:
 
 
 def parse_rendezvous(address: str) -> Address:
-    """As `parse_address`, with room for the longer addresses of the pairs beside it."""
+    """As `parse_address`, for an address that leaves room for the longer ones of its pairs."""
     return _parse(address, _SUN_PATH - _SUFFIX)
 
 
@@ -120,7 +120,7 @@ def _parse(address: str, limit: int) -> Address:
 def _checked_path(address: str, limit: int) -> str:
     scheme, _, path = address.partition("://")
     if not os.path.isabs(path) or path.endswith("/") or "\0" in path:
-        raise ConfigError("address", f"{address!r} names no file; use the absolute path of one, {scheme}:///run/…")
+        raise ConfigError("address", f"{address!r} does not name a file; use an absolute path, {scheme}:///run/…")
     length = len(os.fsencode(path))
     if length > limit:
         raise ConfigError(

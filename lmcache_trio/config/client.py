@@ -1,9 +1,10 @@
 """An engine's own settings, where its adapter was not given them: defaults < file (`[client]`) < environment.
 
-The file is the one that `LMCACHE_TRIO_CONFIG` names, which may be the server's too; in the environment,
-`LMCACHE_TRIO_CLIENT__LOOKUP_TIMEOUT` stands for `client.lookup_timeout`. What an engine gives to its adapter wins.
+`LMCACHE_TRIO_CONFIG` names the file, which may be the server's too. In the environment,
+`LMCACHE_TRIO_CLIENT__LOOKUP_TIMEOUT` stands for `client.lookup_timeout`. A value that an engine gives to its adapter
+wins.
 
-It refuses to read the server's settings, and to be wrong because one of those is.
+A wrong setting of the server in the same file does not matter here.
 """
 
 import os
@@ -26,7 +27,7 @@ def check_interval(poll_interval: float, lookup_timeout: float, key: str = "poll
 
 @attrs.frozen
 class ClientConfig:
-    """What an adapter reads if it was not given it."""
+    """The settings that an adapter was not given."""
 
     lookup_timeout: float = setting(
         5.0, "Seconds after which a lookup without an answer counts as 0 tokens.", check=between(0.0, above=True)
@@ -53,7 +54,7 @@ def check_server_uids(uids: Collection[int] | None) -> None:
 def load_client_config(environ: Mapping[str, str] | None = None) -> ClientConfig:
     """The settings of an engine in *environ*, by default this process's.
 
-    `ConfigError` names the one that is wrong, and who set it.
+    `ConfigError` names the setting that is wrong, and its source.
     """
     known = [field.name for field in attrs.fields(ClientConfig)]
     found = sources.gather_client(known, os.environ if environ is None else environ)

@@ -1,6 +1,6 @@
-"""Where settings come from: the file, the environment and flags, laid over each other in one plain tree of tables.
+"""The sources of settings: the file, the environment and flags, laid over each other in one plain tree of tables.
 
-It knows no setting: `server` and `client` say which keys there are.
+It knows no setting: `server` and `client` have the keys.
 """
 
 import logging
@@ -24,7 +24,7 @@ log = logging.getLogger("lmcache_trio")
 
 ENVIRONMENT_PREFIX = "LMCACHE_TRIO_"
 OTHER_VARIABLES = frozenset({"CONFIG", "LOG"})
-"""Variables with our prefix that are not settings: the command line reads them. An engine's begin with CLIENT_."""
+"""Variables with our prefix that are not settings: the command line reads them."""
 
 _SERVICE_LINK = re.compile(
     r"(?:.*_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
@@ -34,7 +34,7 @@ _SERVICE_URL = re.compile(r"(?:tcp|udp|sctp)://")
 
 @attrs.define
 class Gathered:
-    """Settings in one plain tree of tables, and which variable or flag set a key, if it was not the file."""
+    """Settings in one plain tree of tables, and the variable or flag that set a key, unless the file did."""
 
     table: dict[str, Any]
     origins: dict[str, str] = attrs.field(factory=dict)
@@ -44,7 +44,7 @@ class Gathered:
         self.origins[key] = origin
 
     def into(self, cls: type[T], key: str = "") -> T:
-        """The table *key*, or the whole tree, as a *cls*. `ConfigError` also says who set what is wrong."""
+        """The table *key*, or the whole tree, as a *cls*. `ConfigError` also names the source of a wrong setting."""
         try:
             return structure(cls, self.table.get(key, {}) if key else self.table, key)
         except ConfigError as exc:
@@ -69,10 +69,10 @@ def gather(path: Path | None, sets: Sequence[str], environ: Mapping[str, str]) -
 
 
 def gather_client(known: Sequence[str], environ: Mapping[str, str]) -> Gathered:
-    """The file that *environ* names, and over its `client` table the variables of *environ* that are an engine's.
+    """An engine's settings: the `client` table of the file that *environ* names, and over it variables of *environ*.
 
-    A variable without the two underscores belongs to another program, and is ignored, unless it looks like a setting in
-    *known*.
+    A variable with one underscore in place of two belongs to another program, and is ignored, unless it looks like a
+    setting in *known*.
     """
     where = ENVIRONMENT_PREFIX + "CONFIG"
     found = Gathered(_read(Path(environ[where]), where) if environ.get(where) else {})
@@ -105,10 +105,10 @@ def _read(path: Path, named_by: str) -> dict[str, Any]:
 
 
 def _ours(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """The variables with our prefix, each with the rest of its name, without those that Kubernetes makes.
+    """The variables with our prefix, each with the rest of its name, but not those that Kubernetes makes.
 
-    For each Service of a namespace every container has NAME_SERVICE_HOST, NAME_SERVICE_PORT, NAME_PORT (a URL),
-    NAME_PORT_80_TCP, … A Service named lmcache-trio, or lmcache-trio-client, gives them our prefix.
+    For each Service of a namespace it gives every container NAME_SERVICE_HOST, NAME_SERVICE_PORT, NAME_PORT (a URL),
+    NAME_PORT_80_TCP, … Those of a Service named lmcache-trio, or lmcache-trio-client, have our prefix.
     """
     for name in sorted(environ):
         rest = name.removeprefix(ENVIRONMENT_PREFIX)
@@ -129,7 +129,7 @@ def _value_of(text: str) -> Any:
 
 
 def _put(table: dict[str, Any], key: str, value: Any) -> None:
-    """Set the dotted *key* in nested tables; a number is an index into a list, the next free one appends."""
+    """Set the dotted *key* in nested tables. A number is an index into a list; the next free one appends."""
     *path, last = parts = key.split(".")
     here: Any = table
     for i, part in enumerate(path):

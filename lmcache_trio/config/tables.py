@@ -4,7 +4,7 @@ cattrs structures everything, with strict hooks: nothing is coerced (`"7"` is no
 named with the one that was probably meant. Each problem ends in one `ConfigError` with the dotted key and the fix. A
 field with `metadata={"unit": "bytes"}` takes `"4GiB"` too, one with the unit "path" takes `"~/kv"`.
 
-It knows no setting: a server's stand in `server`, an engine's in `client`, a backend's in its own `Config` class.
+It knows no setting: those of a server are in `server`, of an engine in `client`, of a backend in its `Config` class.
 """
 
 import math
@@ -29,8 +29,7 @@ Table = dict[str, Any]
 T = TypeVar("T")
 
 _PARSERS: Mapping[str, Callable[[str], object]] = {"bytes": parse_size, "path": parse_path}
-"""By the `unit` in a field's metadata: what a string in its place means."""
-
+"""By the `unit` in a field's metadata: the reader of a string in its place."""
 
 _MOST_UID = 2**32 - 2
 

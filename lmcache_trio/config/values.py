@@ -1,4 +1,4 @@
-"""What the text of one setting means: a size, a path, a name that is nearly right."""
+"""The text of one setting, read as a size or a path, and the known name that is closest to a wrong one."""
 
 import difflib
 import os
@@ -14,7 +14,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | 
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `"4GiB"`, `"512 Mi"`, `"1.5G"` or `"1000000"`. ValueError says what is accepted."""
+    """The bytes of `"4GiB"`, `"512 Mi"`, `"1.5G"` or `"1000000"`. ValueError says what is accepted."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(found[2].lower()) if found else None
     if found is None or unit is None:
@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """*size* bytes as people say it: `"4 GiB"`, `"1.5 MiB"`, `"17 bytes"`."""
+    """*size* bytes as people write them: `"4 GiB"`, `"1.5 MiB"`, `"17 bytes"`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"
@@ -39,9 +39,9 @@ def expand(text: str) -> str:
 
 
 def parse_path(text: str) -> str:
-    """The absolute path that *text* is, with `~` and `$NAME` expanded, as a shell does. ValueError says what is wrong.
+    """The absolute path in *text*, with `~` and `$NAME` expanded, as a shell does. ValueError says what is wrong.
 
-    A relative one is refused: a server that is started elsewhere would not find what it kept. An empty one stays empty.
+    A relative path is refused: a server that is started elsewhere would not find its files. An empty one stays empty.
     """
     path = expand(text)
     if "\0" in path:
@@ -52,5 +52,5 @@ def parse_path(text: str) -> str:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """The one of *known* that *name* was probably meant to be; empty if it is like none of them."""
+    """The one of *known* that *name* was probably meant to be; empty if none is close."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), "")
