@@ -277,7 +277,7 @@ def test_a_session_is_little_for_a_garbage_collection_to_look_at() -> None:
     index = Index(arena, new_id=lambda: secrets.token_bytes(16))
     index.grow(64 * 4096)
     index.attach(namespace, [1])
-    made = index.reserve(("e", 0), 1, 0, namespace, b"", digests, 0.0)
+    made = index.reserve(("e", 0), 1, 0, namespace, b"", b"".join(digests), 0.0)
     assert len(index.commit(made.id, 1)) == 32
     sessions = []
     before = visited()

@@ -336,9 +336,8 @@ def test_one_chunk_is_within_every_share_and_one_larger_than_the_arena_is_said_t
     assert w.store("ab").dropped == {"share": 1}
     w.index.attach(b"L" * 32, [3 * 4096])
     w.reserve("x")
-    assert w.index.reserve(("e", 1), 1, 0, b"L" * 32, b"", join_digests(w.digests("a")), 0.0).dropped == {
-        "too_large": 1
-    }
+    got = w.index.reserve(("e", 1), 1, 0, b"L" * 32, b"", join_digests(w.digests("a")), 0.0)
+    assert got.dropped == {"too_large": 1}
 
 
 def test_a_load_of_the_server_counts_for_the_share_of_no_engine(world: Make) -> None:
