@@ -1,8 +1,9 @@
 """What a synchronous scheduler calls: how much of a prompt the cache has, and under which lease.
 
-Two steps and no waiting: `maybe_submit_lookup_request` sends the question from the calling thread, a Trio loop in a
-thread of its own reads the answer, and `check_lookup_result` looks whether it has come. A server that is late,
-unhealthy or gone raises nothing into the engine: its answer is 0 tokens. One host thread at a time may use an adapter.
+There are two steps, and neither waits. `maybe_submit_lookup_request` sends the lookup from the calling thread. A Trio
+loop in a thread of its own reads the answer, and `check_lookup_result` looks whether it has come. A server that is
+late, unhealthy or gone never makes the adapter raise into the engine: the answer is 0 tokens then. One host thread at a
+time may use an adapter.
 """
 
 import math
@@ -72,7 +73,7 @@ class SchedulerAdapter:
         self._prompts = Prompts(identity, block_tokens, chunk_tokens, self._lock)
         check_whole("shards", shards, 1)
         self._own = os.urandom(16)
-        """What tells weights of its own from any other engine's."""
+        """Random bytes that tell weights of this engine alone from those of any other."""
         if weights_version is not None:
             named = _version(weights_version)
             self._prompts.rename(named, named)
@@ -80,9 +81,9 @@ class SchedulerAdapter:
         said = (0, shards, model, block_tokens, chunk_tokens or 0)
         hello = message_of(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said)
         self._told: Client | None = None
-        """The client whose server was told of the model and of all resets; None while there is none."""
+        """The client whose server was told of the model and of all resets; None while no server was."""
         self._resets_owed: dict[bytes, None] = {}
-        """Identities whose chunks are to be dropped, as no server has confirmed yet: the next one is told first."""
+        """Identities whose chunks no server has confirmed to have dropped. The next server is told of them first."""
         self._link = Link(address, hello, connected=self._on_connected, lost=self._on_lost, server_uids=server_uids)
         self._lookups = LookupTable(
             self._link,
@@ -100,7 +101,7 @@ class SchedulerAdapter:
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of one chunk: the first server's word, once one has been there."""
+        """Tokens of one chunk, as the first server said, once one was connected."""
         return self._prompts.chunk_tokens
 
     @property
@@ -126,8 +127,8 @@ class SchedulerAdapter:
         """Ask how many leading tokens of *token_ids* are cached, unless that is asked or answered already.
 
         *extras(first, end)* gives the identity of one chunk's tokens that their ids don't carry. At most *max_tokens*
-        are offered, nor more chunks than one message can name (65,536). The prompt may grow from call to call; any
-        other or shorter one under the same id is another request, as if the former had been ended.
+        are offered, and at most the 65,536 chunks that one message can name. The prompt may grow from call to call.
+        Any other prompt under the same id, or a shorter one, is another request, as if the former had ended.
         """
         _check_tokens(token_ids)
         if max_tokens is not None and not isinstance(max_tokens, int):
@@ -145,18 +146,18 @@ class SchedulerAdapter:
     def check_lookup_result(self, request_id: str) -> int | None:
         """How many leading tokens may be loaded, a multiple of `chunk_tokens`; None while unknown. No round trip.
 
-        The same answer as often as it is asked, until it is used up; 0 for a request that nothing is known of.
+        The answer stays the same until it is used up. It is 0 for an unknown request.
         """
         request = self._lookups.requests.get(request_id)
         chunks = 0 if request is None else self._lookups.check(request)
         return None if chunks is None else chunks * self.chunk_tokens
 
     def wait_lookups(self, request_ids: Sequence[str], seconds: float) -> None:
-        """Block until one of the answers has come or is late, at most *seconds*: for a host with nothing else to do."""
+        """Block until one of the answers has come or is late, at most *seconds*. For a host with nothing else to do."""
         self._lookups.wait(request_ids, seconds)
 
     def ask_lookup_status(self, request_id: str) -> None:
-        """Ask the server once more for an answer that is awaited: its message may have been lost. Does not wait."""
+        """Ask the server again for an answer that is awaited, whose message may have been lost. Does not wait."""
         request = self._lookups.requests.get(request_id)
         if request is not None:
             self._lookups.ask_status(request)
@@ -196,7 +197,7 @@ class SchedulerAdapter:
         return prompt.digests[: len(token_ids) // self.chunk_tokens]
 
     def session_spec(self, request_id: str) -> int:
-        """The number of the request's session; a request that is new gets one."""
+        """The number of the request's session. A new request gets one."""
         return self._lookups.open(request_id).session
 
     def num_blocks_per_chunk(self) -> int:
@@ -204,7 +205,7 @@ class SchedulerAdapter:
         return self.chunk_tokens // self.block_tokens
 
     def store_spec(self, request_id: str, first_chunk: int, block_ids: Sequence[int]) -> StoreSpec:
-        """What a worker needs to store the chunks from *first_chunk* on, whose blocks are *block_ids* in order.
+        """The spec by which a worker stores the chunks from *first_chunk* on, whose blocks are *block_ids* in order.
 
         Their digests are known from a submit or `extend`. A session that the server does not know (its request was not
         looked up, or before the server restarted) is opened: the one case that waits for a reply, bounded.
@@ -225,7 +226,7 @@ class SchedulerAdapter:
         return StoreSpec(request_id, request.session, parent, digests, block_ids, chunk_tokens, block_tokens)
 
     def mark_failed(self, request_id: str, first_failed_token: int) -> None:
-        """A load of the chunk that holds *first_failed_token* failed: it and all behind it are not offered again."""
+        """A load of the chunk of *first_failed_token* failed: that chunk and all behind it are not offered again."""
         check_whole("first_failed_token", first_failed_token)
         request = self._lookups.open(request_id)
         with self._lock:
@@ -238,7 +239,7 @@ class SchedulerAdapter:
             self._lookups.release(request)
 
     def cleanup_lookup_result(self, request_id: str) -> None:
-        """Forget the answer: the next submit asks anew. A lease that was taken for a load is left to it."""
+        """Forget the answer: the next submit asks anew. A load keeps the lease that it has taken."""
         request = self._lookups.requests.get(request_id)
         if request is not None:
             self._lookups.forget(request)
@@ -248,18 +249,19 @@ class SchedulerAdapter:
         self._lookups.end(request_id)
 
     def is_healthy(self) -> bool:
-        """Is a server there that answers, and does it know the layout of all of the engine's workers?"""
+        """Is a server connected that answers, and does it know the layouts of all the engine's workers?"""
         client = self._lookups.client
         return client is not None and client.namespace != b""
 
     def reset_cache(self) -> bool:
-        """Drop all that the cache holds for this engine's model and layout, here and in tiers. True: it is done.
+        """Drop all chunks of this engine's model and layout, in memory and in tiers. True: it is done.
 
-        A change of the weights needs it, too. What was computed before is not stored any more: counted `reset`. What
-        is computed from now on has names of its own, which no other engine shares, until `set_weights_version`.
+        A change of the weights needs it, too. KV that was computed before is not stored any more, and is counted as
+        `reset`. KV that is computed from now on has names of its own, which no other engine shares, until
+        `set_weights_version`.
 
-        Without a server there is nothing to drop, and the next one is told before it is asked anything: True. False:
-        the server did not confirm it within *lookup_timeout*, or a tier could not delete; why is logged.
+        Without a server there is nothing to drop, so the result is True, and the next server is told first of all.
+        False: the server did not confirm it within *lookup_timeout*, or a tier could not delete; the log says why.
         """
         if not self._link.alive:
             return False
@@ -283,10 +285,10 @@ class SchedulerAdapter:
         return (bool(replies) and all(isinstance(reply, Ack) for reply in replies)) or client.lost
 
     def set_weights_version(self, version: str) -> None:
-        """The weights are *version* of this model from now on: engines that say the same share what they compute.
+        """The weights are *version* of this model from now on. Engines that name the same version share their KV.
 
-        Say it after the weights have changed, behind `reset_cache`. Requests that live go on without the cache until
-        they are looked up again. The version that is in use already changes nothing, and is no round trip.
+        Call it after the weights have changed, behind `reset_cache`. Open requests go on without the cache until they
+        are looked up again. The version that is in use already changes nothing, and costs no round trip.
         """
         named = _version(version)
         confirmed: Handoff[Reply] = Handoff()
@@ -314,7 +316,7 @@ class SchedulerAdapter:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _request_of(self, request_id: str, token_ids: Sequence[int], extras: Extras | None) -> Request:
-        """The request with this id: a fresh one, with nothing of the former, if its prompt is another now."""
+        """The request with this id. If its prompt is another one now, it is a new request."""
         request = self._lookups.open(request_id)
         if self._prompts.continues(request.prompt, token_ids, extras):
             return request
@@ -324,7 +326,7 @@ class SchedulerAdapter:
     def _use_weights(self, weights: tuple[str | bytes, ...], namespace: tuple[str | bytes, ...]) -> None:
         """Name chunks for *weights* from now on, and the model to the server for *namespace*. Under the lock.
 
-        What is known of living requests was computed with the former weights: their answers are forgotten.
+        The answers of open requests are forgotten, because they are for the former weights.
         """
         for request in self._lookups.requests.values():
             request.lookup.forget()
@@ -355,7 +357,7 @@ class SchedulerAdapter:
         self._lookups.lose()
 
     def _send_reset(self, client: Client, identity: bytes) -> Handoff[Reply]:
-        """Have the server drop what it has under *identity*. `Unavailable`: it is gone. Under the lock."""
+        """Have the server drop its chunks under *identity*. `Unavailable`: the server is gone. Under the lock."""
         replied: Handoff[Reply] = Handoff()
 
         def on_reply(reply: Reply) -> None:

@@ -1,4 +1,4 @@
-"""One request's lookup: what is awaited, what may be offered, under which lease, and what the server knows of it.
+"""One request's lookup: its state, its answer and lease, and what the server knows of its session.
 
     IDLE --submit--> PENDING --answer--> ANSWERED --take--> TAKEN
                         `--late--> LATE
@@ -29,7 +29,7 @@ __all__ = ["LookupMachine", "LookupStage"]
 
 
 class LookupStage(Enum):
-    """Where a lookup stands. The lease is the machine's while ANSWERED, and the load's once TAKEN."""
+    """The state of a lookup. The machine has the lease while ANSWERED, and the load has it once TAKEN."""
 
     IDLE = "idle"
     PENDING = "pending"
@@ -58,18 +58,18 @@ class LookupMachine:
         self.cap: int | None = None
         """The first chunk whose load failed, if one did."""
         self.connection: object | None = None
-        """The connection on which the server was told of the session; on another it knows nothing of it."""
+        """The connection on which the server was told of the session. On another one it does not know it."""
         self.sent: int | None = None
         """How many leading digests the server has; None: it must be told from the start."""
 
     # --- what may be asked ------------------------------------------------------------------------------------------
 
     def limit(self, chunks: int) -> int:
-        """As many of *chunks* as lie before the first failed one."""
+        """The number of *chunks* that lie before the first failed one."""
         return chunks if self.cap is None else min(chunks, self.cap)
 
     def may_ask(self, upto: int) -> bool:
-        """May a lookup of *upto* chunks be submitted now? A late one is not repeated: each would wait as long again."""
+        """May a lookup of *upto* chunks be submitted now? A late one is not repeated: it would wait as long again."""
         if self.state in (LookupStage.PENDING, LookupStage.ANSWERED):
             return False
         return upto > 0 and not (self.state is LookupStage.LATE and upto == self.upto)
@@ -85,7 +85,7 @@ class LookupMachine:
         self.connection, self.sent = connection, sent
 
     def doubt(self, connection: object) -> None:
-        """What was sent on *connection* came back as an error: next time the server is told from the start."""
+        """A message on *connection* came back as an error: next time the server is told from the start."""
         if self.connection is connection:
             self.sent = None
 
@@ -164,6 +164,6 @@ class LookupMachine:
         self.chunks = min(self.chunks, self.cap)
 
     def _become(self, state: LookupStage) -> None:
-        """Enter *state*, in which no lease is the machine's."""
+        """Enter *state*, in which the machine has no lease."""
         self.state = state
         self.chunks, self.lease, self.expires = 0, b"", 0.0

@@ -1,7 +1,7 @@
 """The requests of one scheduler, and their lookups at the server.
 
-The host's thread asks, checks and ends; the loop's thread brings what the server says. Each step of a lookup is
-`LookupMachine`'s to decide, under one lock. Deadlines are seen to by whoever looks: no task waits for them.
+The host's thread asks, checks and ends; the loop's thread brings the server's messages. `LookupMachine` decides each
+step of a lookup, under one lock. No task waits for deadlines: each call looks at them.
 """
 
 import math
@@ -32,11 +32,11 @@ from lmcache_trio.threads import Handoff, Lock
 __all__ = ["LookupTable", "Request"]
 
 _BUDGET_SHARE = 0.8
-"""Of the lookup's timeout, what tiers may take: a slow disk is to give a smaller hit, and not a timeout."""
+"""The share of the lookup's timeout that tiers may take: a slow disk is to give a smaller hit, and not a timeout."""
 _LEASE_MARGIN = 0.1
-"""Share of a lease that is left unused: the server's lease began before ours, so it ends before ours."""
+"""The share of a lease that stays unused: the server counts its seconds from an earlier moment."""
 _OPENING = 0.1
-"""Seconds to wait for a session to be opened, before a store; 500 round trips."""
+"""Seconds that a store waits for its session to be opened: 500 round trips."""
 
 
 class Request:
@@ -49,7 +49,7 @@ class Request:
         self.prompt = Prompt()
         self.lookup = LookupMachine()
         self.outdated = False
-        """Did it begin before a reset, or with other weights? What it computed is not stored any more."""
+        """Did it begin before a reset, or with other weights? Then its KV is not stored any more."""
         self.heard = 0
         """How many messages the server had sent when it was asked. It is counted again at the time `heard_again`."""
         self.heard_again = math.inf
@@ -78,12 +78,12 @@ class LookupTable:
         self._sessions: dict[int, Request] = {}
         self._next_session = secrets.randbits(62)
         self._silent: tuple[Client, int] | None = None
-        """A client whose server was silent for a whole lookup, and how much it had said: not asked until it speaks."""
+        """A client whose server was silent for a whole lookup, and its `heard` then: not asked until that grows."""
         self._warned = False
 
     @property
     def client(self) -> Client | None:
-        """The client to ask now. None: there is no server, or it is silent."""
+        """The client to ask now. None: no server is connected, or it is silent."""
         client = self._link.client
         if client is not None and self._silent == (client, client.heard):
             return None
@@ -92,7 +92,7 @@ class LookupTable:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def open(self, request_id: str) -> Request:
-        """The request with this id; one that is new gets a session's number."""
+        """The request with this id. A new one gets the number of a session."""
         if not isinstance(request_id, str):
             raise Misuse(f"request_id is {request_id!r:.80}: it must be a str")
         request = self.requests.get(request_id)
@@ -105,8 +105,8 @@ class LookupTable:
         return request
 
     def open_session(self, request: Request) -> None:
-        """Have the server know the session, without a lookup. Waits for its reply: a worker may be faster than we are,
-        and slots are given to known sessions only.
+        """Open the session at the server, without a lookup. Waits for the reply: slots are given to known sessions
+        only, and a worker may be faster than this connection.
         """
         client = self.client
         if client is None or request.outdated or request.lookup.known_at(client) is not None:
@@ -139,7 +139,7 @@ class LookupTable:
     # --- a lookup ---------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, upto: int) -> None:
-        """Look up the first *upto* chunks of the request's prompt, as far as none of them failed to load."""
+        """Look up the first *upto* chunks of the request's prompt, up to the first one that failed to load."""
         client, lookup, digests = self.client, request.lookup, request.prompt.digests
         upto = lookup.limit(upto)
         if client is None or not lookup.may_ask(upto):
@@ -158,7 +158,7 @@ class LookupTable:
             lookup.submit(asked, upto, now + self.lookup_timeout)
 
     def is_asked(self, request: Request, most: int) -> bool:
-        """Is its lookup awaited or answered, and no answer of more than *most* chunks? One that may be is let go."""
+        """Is its lookup awaited or answered, with *most* chunks at most? One that may bring more is forgotten."""
         self.check(request)
         state, lookup = request.lookup.state, request.lookup
         if state not in (LookupStage.PENDING, LookupStage.ANSWERED):
@@ -169,7 +169,7 @@ class LookupTable:
         return False
 
     def check(self, request: Request) -> int | None:
-        """How many leading chunks may be offered; None while that is unknown. Sees to what its time is up for."""
+        """How many leading chunks may be offered; None while that is unknown. It ends leases and lookups in time."""
         lookup, now, warn = request.lookup, self.clock(), False
         with self._lock:
             client = self._link.client
@@ -184,7 +184,7 @@ class LookupTable:
                         client.request_unheard(Ping(client.new_id()))  # whose answer ends the silence
                 warn, self._warned = not self._warned, True
             elif lookup.state is LookupStage.PENDING:
-                if client is not None and now >= request.heard_again:  # what was on its way to us has come by now
+                if client is not None and now >= request.heard_again:  # messages on their way have come by now
                     request.heard, request.heard_again = client.heard, math.inf
                 return None
             chunks = lookup.chunks
@@ -193,7 +193,7 @@ class LookupTable:
         return chunks
 
     def wait(self, request_ids: Sequence[str], seconds: float) -> None:
-        """Block until one of the lookups is not pending any more, or late; at most *seconds*."""
+        """Block until one of the lookups is answered, ended or late, at most *seconds*."""
         waiter: Handoff[bool] = Handoff()
         until = self.clock() + seconds
         with self._lock:
@@ -206,7 +206,7 @@ class LookupTable:
         waiter.wait(until - self.clock())
 
     def ask_status(self, request: Request) -> None:
-        """Ask the server what became of a pending lookup, in case its answer was lost: one question at a time."""
+        """Ask the server for the status of a pending lookup, in case its answer was lost: one question at a time."""
         client, lookup, asked = self._link.client, request.lookup, request.lookup.asked
         if client is None or lookup.state is not LookupStage.PENDING or request.status_asked:
             return
@@ -223,7 +223,7 @@ class LookupTable:
             request.status_asked = False
 
     def take(self, request: Request, chunks: int) -> bytes:
-        """The lease under which the first *chunks* of the answer may be loaded; b"" if it has not as many."""
+        """The lease under which the first *chunks* of the answer may be loaded; b"" if the answer has fewer."""
         lookup = request.lookup
         self.check(request)
         with self._lock:
@@ -266,7 +266,7 @@ class LookupTable:
                     request.waiter.set(True)
 
     def _on_reply(self, request: Request, client: Client, asked: int, reply: Reply) -> None:
-        """What is said of the lookup *asked*: in its reply, in a push, or as its status."""
+        """Take the server's word on the lookup *asked*: its reply, a push, or its status."""
         lookup = request.lookup
         with self._lock:
             if not isinstance(reply, Answer):

@@ -17,7 +17,7 @@ Extras = Callable[[int, int], bytes]
 
 
 class Prompt:
-    """What was hashed of one request's prompt: whole chunks."""
+    """The whole chunks of one request's prompt that were hashed."""
 
     __slots__ = ("digests", "extras", "tokens")
 
@@ -26,7 +26,7 @@ class Prompt:
         self.tokens: list[int] = []
         """8 bytes each, for objects that the engine's own list holds too."""
         self.extras: list[bytes] = []
-        """What was hashed besides the tokens, one entry per chunk."""
+        """The identity that was hashed besides the tokens, one entry per chunk."""
 
 
 class Prompts:
@@ -46,11 +46,11 @@ class Prompts:
         check_chunk_tokens(self.chunk_tokens, block_tokens)
         self._identity = _checked_identity(identity)
         self.weights: tuple[str | bytes, ...] = ()
-        """What tells the weights from those that the identity names."""
+        """Parts that tell the weights from those that the identity names."""
         self.model = identity_of(*self._identity)
-        """What the server is told of the model: its chunks have a namespace of their own."""
+        """The model's identity, as the server is told: its chunks have a namespace of their own."""
         self.seed = self._seed()
-        """Of every digest."""
+        """The seed of every digest."""
         self._lock = lock
 
     def rename(self, weights: tuple[str | bytes, ...], namespace: tuple[str | bytes, ...]) -> None:
@@ -74,15 +74,15 @@ class Prompts:
         return differs
 
     def _seed(self) -> bytes:
-        """No other identity has it: one whose last parts read like weights would, were the parts only joined."""
+        """A seed that no other identity has. Joined parts alone would not do: the last ones could read like weights."""
         named = (identity_of(*self._identity), *self.weights) if self.weights else self._identity
         return seed_of(*named, str(self.chunk_tokens))
 
     def continues(self, prompt: Prompt, token_ids: Sequence[int], extras: Extras | None) -> bool:
-        """Is one of *token_ids* (with *extras*) and what was hashed of *prompt* the beginning of the other?
+        """Is *token_ids* (with *extras*) the beginning of the hashed part of *prompt*, or the other way round?
 
-        It looks at every token, because a list may have changed. Of a list that has only grown since, 100,000 tokens
-        take 0.2 to 0.5 ms here; packing them to be hashed takes 5 to 10.
+        It looks at every token, because a list may have changed. 100,000 tokens of a list that has only grown take 0.2
+        to 0.5 ms; packing them for a hash takes 5 to 10.
         """
         with self._lock:
             known, hashed, width = prompt.tokens, prompt.extras, self.chunk_tokens
@@ -129,7 +129,7 @@ class Prompts:
 
 
 def _checked_identity(identity: Sequence[str | bytes]) -> tuple[str | bytes, ...]:
-    """*identity* as a tuple; `Misuse` if it would name no model, or one part of a name after the other."""
+    """*identity* as a tuple. `Misuse`: it is empty, has an empty part, or is one str in place of a list."""
     if isinstance(identity, str | bytes) or not isinstance(identity, Sequence):
         raise Misuse(f"identity is {identity!r}: give a list of its parts, each a str or bytes, as [{identity!r}]")
     if not identity or not all(isinstance(part, str | bytes) and part for part in identity):

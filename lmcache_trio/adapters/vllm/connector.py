@@ -1,8 +1,8 @@
 """`LMCacheTrioConnector`: what vLLM 0.32 calls, handed on to the two sides that decide.
 
-vLLM makes one instance in its scheduler and one in each worker, by default in processes of their own. Everything that
-can be wrong with a configuration is refused here, at start and by name; later, nothing of ours ends an engine: without
-a server every lookup is a miss.
+vLLM makes one instance in its scheduler and one in each worker, by default in processes of their own. A wrong
+configuration is refused here, at start and by name. Later the connector never ends an engine: without a server every
+lookup is a miss.
 
 Refused: a `kv_load_failure_policy` other than recompute, more than one KV cache group, KV that is not kept for all
 tokens (a sliding window's own cache, Mamba states), context parallelism (its blocks do not hold consecutive tokens).
@@ -56,14 +56,14 @@ logger = logging.getLogger(__name__)
 
 @attrs.frozen
 class Metadata(KVConnectorMetadata):  # type: ignore[misc]
-    """Scheduler to workers, each step."""
+    """From the scheduler to the workers, in each step."""
 
     plan: StepPlan
 
 
 @attrs.frozen
 class WorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Workers to scheduler, after *step*. *closed* counts, by request, the workers that copy nothing more of it."""
+    """From the workers to the scheduler, after *step*. *closed*: by request, how many workers copy no more of it."""
 
     step: int
     failed_step: int
@@ -87,7 +87,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     _cache_hit_source = CacheHitSource.HOST
     worker_adapter_class: type[WorkerAdapter] = WorkerAdapter
-    """Who moves the bytes; a test's subclass stops at a named point."""
+    """The class of the worker's adapter, which moves the bytes. Tests put a subclass here."""
 
     def __new__(
         cls, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
@@ -197,7 +197,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._on_scheduler().finished(request, block_ids)
-        return False, None  # its blocks are free: whoever gets them next waits for our copies (`WorkerSide.let_go`)
+        return False, None  # its blocks are free: their next owner waits for our copies (`WorkerSide.let_go`)
 
     def reset_cache(self) -> bool | None:
         """Forget every chunk of this engine's namespace. True only when the server confirmed it."""
@@ -207,7 +207,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._scheduler_adapter.reset_cache()
 
     def _identify(self, request: "Request") -> Extras | None:
-        """What the token ids don't say: vLLM's own extra keys, with a LoRA's files in place of its path."""
+        """The extras of *request*: vLLM's own extra keys, with a LoRA's files in place of its path."""
         if request.resumable:
             raise Unavailable("a streaming-input session may take back tokens")
         lora = request.lora_request
@@ -275,14 +275,14 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return True
 
     def unregister_kv_caches(self) -> None:
-        """The KV memory goes: when this returns nothing reads or writes it any more, here or in the server."""
+        """vLLM takes the KV memory away: when this returns, no copy here or in the server touches it any more."""
         if self._worker_adapter is not None:
             self._worker_adapter.wait_stores()
             self._worker_adapter.shutdown()
             self._worker_adapter = None
 
     def restore_kv_caches(self) -> None:
-        """It is back, at the same place and with other bytes."""
+        """The KV memory is back, at the same place and with other bytes."""
         if self._worker_adapter is None and self._kv_caches:
             self.register_kv_caches(self._kv_caches)
 
@@ -337,7 +337,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
 
 class NothingToCache(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """In the connector's place for a model without a KV cache, as an encoder is: the engine goes on."""
+    """Takes the connector's place for a model without a KV cache, such as an encoder, so that the engine goes on."""
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)

@@ -1,14 +1,14 @@
-"""Who a model is, by its content: so that two nodes with the same files share chunks, and no others do.
+"""The identity of a model, by its content: two nodes with the same files share chunks, and no others do.
 
 No path and no modification time goes into an identity; both differ between nodes that hold the same files. Reading
 whole weights would take minutes, so each tensor is sampled: an edit of one tensor makes another model. What is read is
 the start, the middle and the end of every tensor that a file's own directory lists (safetensors, torch's zip files),
 and windows spread over files of every other kind.
 
-Measured with warm pages on two busy cores, a GiB: 3 ms for tensors of 128 MiB, 22 ms for 16 MiB, 430 ms for 1 MiB;
-108 ms for a file of 4 GiB of another kind, 18 ms for one of 32. A cold disk adds three reads a tensor.
+Measured with warm pages on two busy cores, per GiB: 3 ms for tensors of 128 MiB, 22 ms for 16 MiB, 430 ms for 1 MiB;
+108 ms for a file of 4 GiB of another kind, 18 ms for one of 32. A cold disk adds three reads per tensor.
 
-Nothing here imports vLLM: configuration objects are read by attribute, so that all of it is tested without an engine.
+It does not import vLLM, and reads configuration objects by attribute. So all of it is tested without an engine.
 """
 
 # huggingface_hub is not installed where this is type-checked: pyright: reportMissingImports=false
@@ -35,7 +35,7 @@ WHOLE = 8 << 20
 WINDOW = 16 << 10
 """Bytes of one sample. A tensor of up to three samples (a norm, a bias, a block of scales) is hashed whole."""
 SPREAD = 4096
-"""Windows in a file whose tensors nobody lists, at most; one a MiB where that is fewer."""
+"""Most windows in a file without a list of its tensors; one per MiB where that is fewer."""
 LARGEST_HEADER = 100_000_000
 """The safetensors library refuses longer ones."""
 
@@ -64,7 +64,7 @@ Range = tuple[int, int]
 
 
 def file_identity(path: str | os.PathLike[str]) -> bytes:
-    """32 bytes that name the weight and config files at *path*, a directory or one file. Misuse when there are none."""
+    """32 bytes that name the weight and config files at *path*, a directory or one file. `Misuse`: it has none."""
     root = Path(path)
     digest = hashlib.sha256(b"lmcache-trio files 2")
     files = _model_files(root)
@@ -110,7 +110,7 @@ def _model_files(root: Path) -> list[tuple[str, Path]]:
 
 
 def _samples(file: BinaryIO, suffix: str, size: int) -> list[Range]:
-    """What is hashed of a file of *size* bytes: the list of its tensors, and a sample of each."""
+    """The ranges of a file of *size* bytes that are hashed: the list of its tensors, and a sample of each."""
     tensors = _safetensors(file, size) if suffix == ".safetensors" else _zip_records(file, size)
     if tensors is None:
         apart = max(EDGE, size // SPREAD)
@@ -126,7 +126,7 @@ def _sample(tensor: Range) -> list[Range]:
 
 
 def _safetensors(file: BinaryIO, size: int) -> list[Range] | None:
-    """The header (in pieces, each hashed whole) and every tensor that it lists. None: this is no such file."""
+    """The header (in pieces, each hashed whole) and every tensor that it lists. None: it is a file of another kind."""
     length = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
     if not 0 < length <= min(LARGEST_HEADER, size - 8):
         return None
@@ -146,7 +146,7 @@ def _safetensors(file: BinaryIO, size: int) -> list[Range] | None:
 
 
 def _zip_records(file: BinaryIO, size: int) -> list[Range] | None:
-    """The records of a file as `torch.save` writes it, and its directory at the end. None: this is no such file."""
+    """The records of a file of `torch.save`, and its directory at the end. None: it is a file of another kind."""
     try:
         with os.fdopen(os.dup(file.fileno()), "rb") as opened, zipfile.ZipFile(opened) as archive:
             starts = sorted(record.header_offset for record in archive.infolist())
@@ -166,9 +166,9 @@ def _pieces(first: int, length: int) -> Iterable[Range]:
 
 
 def model_identity(vllm_config: Any, namespace: str = "") -> list[bytes]:
-    """What seeds the digests of an engine: its model and everything that changes the KV it computes for given tokens.
+    """The parts that seed an engine's digests: its model, and all else that changes the KV of given tokens.
 
-    Raises ConfigError where that cannot be told; a *namespace* of the user's is taken as his word for it.
+    ConfigError: they cannot be told. A *namespace* that the user gives stands for them.
     """
     model = vllm_config.model_config
     load = vllm_config.load_config
@@ -191,7 +191,7 @@ def model_identity(vllm_config: Any, namespace: str = "") -> list[bytes]:
 
 
 def _settings_of(model: Any, load: Any) -> bytes:
-    """Everything beside its files that changes what KV a model computes for given tokens."""
+    """Everything beside a model's files that changes the KV of given tokens."""
     overrides = getattr(model, "hf_overrides", None) or {}
     multimodal = getattr(model, "multimodal_config", None)
     return _canonical(
@@ -250,7 +250,7 @@ def _model_files_identity(model: Any, load: Any, namespace: str) -> bytes:
 
 
 def _cached_snapshot(model: Any, load: Any) -> Path:
-    """Where the hub's cache keeps the files of a model that is named by its repository; no network is asked."""
+    """The directory of the hub's cache with the files of a model that its repository names. It uses no network."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as exc:
@@ -287,15 +287,15 @@ def file_identity_of_config(path: str) -> bytes:
 class LoraIdentities:
     """File identities of LoRA adapters, each taken when the adapter is first seen.
 
-    An adapter whose files changed since, without `load_inplace`, has none: nobody can tell whether the engine computes
-    with the old bytes or with the new ones.
+    An adapter whose files changed since, without `load_inplace`, has none: the engine may compute with the old bytes or
+    with the new ones.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[bytes, bytes]] = {}  # path -> what stat said, identity
 
     def identity(self, path: str, *, reloaded: bool = False) -> bytes | None:
-        """32 bytes for the adapter at *path*, None when it cannot be told: its requests then go without the cache."""
+        """32 bytes for the adapter at *path*. None: they cannot be told, so its requests go without the cache."""
         where = Path(path).expanduser()
         try:
             seen = _stat_signature(where)

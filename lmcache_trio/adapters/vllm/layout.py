@@ -1,7 +1,7 @@
-"""What a worker's blocks look like beyond the shapes of its tensors: two engines that differ in it share no chunk.
+"""The layout of a worker's blocks beyond the shapes of its tensors. Two engines that differ in it share no chunk.
 
-A block is opaque to us. Inside it the attention kernels arrange keys and values as they like: on a CPU by the
-instruction set that they found, elsewhere by backend and by the layout that the engine core settled on.
+The cache does not look into a block. Attention kernels arrange keys and values in it: on a CPU by the instruction set
+that they found, elsewhere by backend and by the layout that the engine core chose.
 """
 
 # vLLM is not installed where this is type-checked: pyright: reportMissingImports=false
@@ -33,7 +33,7 @@ def layout_extras(vllm_config: Any, kv_cache_config: Any) -> list[str]:
 
 
 def _cpu_kernels(vllm_config: Any, kv_cache_config: Any) -> str:
-    """The instruction sets that vLLM's CPU attention chose; where it cannot be asked, everything the CPU can do."""
+    """The instruction sets that vLLM's CPU attention chose; if it does not tell, all those of the CPU."""
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     specs = getattr(spec, "kv_cache_specs", None)
     try:

@@ -1,7 +1,7 @@
 """The connector in vLLM's scheduler: which tokens are offered, and which chunks are stored.
 
-It decides and never waits: what it learns comes in as arguments, what is to be done goes out as a `StepPlan`, and the
-cache is reached through a `SchedulerAdapter` only. vLLM is not imported here.
+It decides and never waits. Its input comes as arguments, its output is a `StepPlan`, and it reaches the cache through a
+`SchedulerAdapter` alone. vLLM is not imported here.
 
     offer()      how many more tokens the cache has          get_num_new_matched_tokens
     allocated()  blocks are there: load into them, or not    update_state_after_alloc
@@ -80,7 +80,7 @@ class Cache(Protocol):
 
 
 Identify = Callable[[EngineRequest], Extras | None]
-"""The extras of a request, None when its token ids say it all. Unavailable: nobody can tell, so it goes uncached."""
+"""The extras of a request; None if its token ids say it all. `Unavailable`: they are not known, so it is not cached."""
 
 
 @attrs.frozen
@@ -178,7 +178,7 @@ class SchedulerSide:
         self._chunk_tokens = cache.chunk_tokens
 
     def offer(self, request: EngineRequest, local_tokens: int) -> tuple[int | None, bool]:
-        """(tokens beyond *local_tokens* that can be loaded, whether between steps); None: ask again."""
+        """(tokens beyond *local_tokens* that can be loaded, whether between steps). None: ask again."""
         self._local[request.request_id] = local_tokens
         if not self._loads or self._strange or request.skip_reading_prefix_cache:
             return 0, False
@@ -206,7 +206,7 @@ class SchedulerSide:
         return tokens - local_tokens, self._asynchronous
 
     def allocated(self, request: EngineRequest, block_ids: Sequence[int], external_tokens: int) -> None:
-        """*block_ids* are all blocks of the request; *external_tokens* are to be loaded by us.
+        """*block_ids* are all blocks of the request; *external_tokens* are to be loaded from the cache.
 
         Called again, with 0, when a load has ended.
         """
@@ -293,7 +293,7 @@ class SchedulerSide:
         return self._borrowed > self._reported
 
     def _plan_last(self) -> tuple[StoreSpec, ...]:
-        """Stores of requests that have finished. What is not sure now is never stored: the step may take its blocks."""
+        """Stores of requests that have finished. A doubtful one is dropped, because the step may take its blocks."""
         last, self._last = self._last, []
         specs: list[StoreSpec] = []
         for each in last:
@@ -304,7 +304,7 @@ class SchedulerSide:
         return tuple(specs)
 
     def output(self, output: StepOutput) -> None:
-        """Failures first: vLLM asks again for what failed in this very call's wake."""
+        """Failures come first, because vLLM offers the failed requests again right after this call."""
         self._reported = max(self._reported, output.step)
         if output.changed and output.step > self._reset_at and not self._strange:
             self._strange = True
@@ -346,7 +346,7 @@ class SchedulerSide:
         self._end_if_over(tracked)
 
     def reset(self) -> None:
-        """What is in vLLM's blocks is not stored any more, and nothing that was stored is there."""
+        """KV that vLLM's blocks hold now is not stored any more, and nothing that was stored is cached any more."""
         self._resets += 1
         self._reset_at = self._step
         self._strange = False
@@ -374,7 +374,7 @@ class SchedulerSide:
     def _store(
         self, tracked: _Tracked, computed: int, blocks: Sequence[int] | Callable[[], Sequence[int]]
     ) -> StoreSpec | None:
-        """A store of what *computed* tokens complete, as far as their ids are known."""
+        """A store of the chunks that *computed* tokens complete, as far as their ids are known."""
         chunk = self._cache.chunk_tokens
         if chunk != self._chunk_tokens:  # the first server came: what was planned before is stored nowhere
             self._chunk_tokens = chunk
@@ -410,9 +410,9 @@ class SchedulerSide:
                     break
 
     def _settle(self, step: int) -> None:
-        """Whatever was planned up to *step* may have been computed from blocks that failed, by any request that shares
-        them. The rank that noticed has stored none of it, others may have: ending the sessions dooms their halves, so
-        that a chunk stored anew is never joined with them. A lookup that was open is simply asked again.
+        """KV of the plans up to *step* may have been computed from blocks that failed, in any request that shares them.
+        The rank that noticed has stored none of it, but others may have. The end of the sessions dooms their shards, so
+        that a chunk that is stored anew is never joined with them. An open lookup is asked again.
         """
         self._settled = max(self._settled, step)
         for request_id, tracked in self._tracked.items():

@@ -1,6 +1,6 @@
-"""What a user may write into `kv_connector_extra_config`, checked before anything is started.
+"""The settings in `kv_connector_extra_config`, which are checked before anything is started.
 
-A key that is not known here is refused by name: a misspelt key that is silently ignored costs its user a day.
+An unknown key is refused by name: a misspelt one that is silently ignored costs its user a day.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ PREFIX = "kv_connector_extra_config"
 
 
 class LoadMode(StrEnum):
-    """When a hit's bytes are copied: between steps, while other requests run on, or before the step that needs them."""
+    """When a hit's bytes are copied: between steps, beside other requests, or before the step that needs them."""
 
     ASYNC = "async"
     SYNC = "sync"
@@ -34,7 +34,7 @@ def _name(instance: object, attribute: Any, value: str | None) -> None:
 
 @attrs.frozen(kw_only=True)
 class ConnectorSettings(ClientConfig):
-    """One engine's settings: all that an engine may set in a file or its environment, and what vLLM alone can have."""
+    """One engine's settings: those of a file or the environment, and those of vLLM alone."""
 
     address: str = setting(
         attrs.Factory(default_address), "Where the server listens, `unix:///…`.", check=check_address
@@ -68,9 +68,9 @@ class ConnectorSettings(ClientConfig):
 
 
 def parse_settings(extra: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> ConnectorSettings:
-    """The settings in *extra*, and where it says nothing, the client's in *environ* (`load_client_config`).
+    """The settings in *extra*, and for those that it lacks the client's in *environ* (`load_client_config`).
 
-    ConfigError names the key at fault and what it may be.
+    `ConfigError` names the key at fault, and what it may be.
     """
     for key, value in extra.items():
         if value is None:
@@ -79,7 +79,7 @@ def parse_settings(extra: Mapping[str, Any], environ: Mapping[str, str] | None =
 
 
 def check_failure_policy(policy: str) -> None:
-    """vLLM's default ends a request whose load failed; a cache must never cost an answer, so it is refused at start."""
+    """Refuse vLLM's default, which ends a request whose load failed: a cache must never cost an answer."""
     if policy != "recompute":
         raise ConfigError(
             "kv_load_failure_policy",

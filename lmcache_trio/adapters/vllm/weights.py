@@ -1,16 +1,16 @@
-"""Whether a model still computes with the weights that it began with: a cheap look, whenever a step is stored.
+"""Does a model still compute with the weights that it began with? A cheap look, whenever a step is stored.
 
-Whoever changes the weights of a running engine resets its caches, or vLLM's own prefix cache would be wrong too. Where
-that is forgotten, what the engine computes must not get the names of what its files say. PyTorch counts changes of a
+A change of the weights of a running engine needs a reset of its caches, because vLLM's own prefix cache would be wrong
+too. If the reset is forgotten, the engine's KV must not get the names of other weights. PyTorch counts changes of a
 tensor (`_version`), but vLLM's loaders write through `.data`, which is not counted; so contents are sampled as well.
 
-A look covers some of the parameters and others each time: what they are (identity, address, count of changes) and some
-of their values. It covers as many of the callables that modules keep, too: a CPU's linear layers pack their weights
-into one, and leave the parameter empty. So a change of all weights is noticed at once, one of few within some looks. It
-is no promise.
+Each look covers some other parameters: their identity, address and count of changes, and some of their values. It also
+covers as many of the callables that modules keep, because a CPU's linear layers pack their weights into one, and leave
+the parameter empty. So a change of all weights is noticed at once, and a change of a few within some looks. A small
+change may be missed.
 
-Nothing is kept alive: what is looked at may be freed while the engine sleeps. On a GPU the values are read on a stream
-of their own, behind what was submitted when the step began and beside its forward pass.
+The watch keeps nothing alive: parameters may be freed while the engine sleeps. On a GPU the values are read on a stream
+of their own, behind the work that was submitted when the step began, and beside its forward pass.
 """
 
 import gc
@@ -25,16 +25,16 @@ from torch import nn
 __all__ = ["WeightsWatch", "find_models"]
 
 SOME = 8
-"""Parameters of a look. On a busy CPU all of 320 took 0.9 ms, and each decode step may store; 8 of them take 0.3 ms."""
+"""Parameters per look. On a busy CPU all of 320 took 0.9 ms, and each decode step may store; 8 of them take 0.3 ms."""
 SAMPLES = 8
 _WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bits are compared, not values: a NaN differs from itself."""
 
 
 def find_models(layers: Mapping[str, object]) -> list[nn.Module]:
-    """The models whose layers these are by name. vLLM hands a connector its attention layers, and nothing above them.
+    """The models of these layers, by name. vLLM gives a connector its attention layers, and nothing above them.
 
-    Looks through everything that the garbage collector knows: once, 0.1 s for a million objects.
+    It looks once through all objects of the garbage collector: 0.1 s for a million.
     """
     left = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
     found: list[nn.Module] = []
@@ -64,7 +64,7 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
 
 @attrs.frozen
 class _Parameter:
-    """Where a parameter was, and how often it had been changed."""
+    """The place of a parameter, and how often it had been changed."""
 
     tensor: "weakref.ref[torch.Tensor]"
     address: int
@@ -90,7 +90,7 @@ class _Kept:
 
 @attrs.frozen
 class _Group:
-    """What one look covers; *values* are those that stood at some places of the parameters."""
+    """The parameters and callables of one look. *values* are those at some places of the parameters."""
 
     parameters: list[_Parameter]
     kept: list[_Kept]
@@ -98,7 +98,7 @@ class _Group:
 
 
 class WeightsWatch:
-    """What the weights of *models* are now. *source* tells where they were loaded from."""
+    """Compares the weights of *models* with what they were. *source* tells where they were loaded from."""
 
     def __init__(self, models: list[nn.Module], source: Callable[[], object]) -> None:
         self._models = [weakref.ref(model) for model in models]
@@ -109,7 +109,7 @@ class WeightsWatch:
         self.take()
 
     def take(self) -> None:
-        """The weights are what they should be: from now on they are compared with these."""
+        """The weights are right now: later looks compare with them."""
         self._loaded_from = self._source()
         self.begin()
         models = [model for model in (each() for each in self._models) if model is not None]
@@ -133,12 +133,12 @@ class WeightsWatch:
         ]
 
     def begin(self) -> None:
-        """A step begins: what was submitted to a GPU by now is done before the next look reads from it."""
+        """A step begins. The next look reads from a GPU behind the work that was submitted by now."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def changed(self) -> bool:
-        """Are they others than those that were taken, as far as this look goes?"""
+        """Does this look show other weights than `take` saw?"""
         self._turn = (self._turn + 1) % len(self._groups)
         group = self._groups[self._turn]
         if self._source() != self._loaded_from or any(each.is_another() for each in group.kept):
@@ -159,7 +159,7 @@ class WeightsWatch:
 
 
 def _can_be_read(tensor: torch.Tensor) -> bool:
-    """Does it have plain values in memory? One that is not loaded yet, or a sparse one, has none."""
+    """Does the parameter have plain values in memory? One that is not loaded yet, or a sparse one, has none."""
     return (
         not isinstance(tensor, nn.UninitializedParameter)
         and tensor.layout is torch.strided
@@ -170,7 +170,7 @@ def _can_be_read(tensor: torch.Tensor) -> bool:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Do its values, in whatever order, fill one range of memory? A transposed one's do."""
+    """Do the parameter's values fill one range of memory, in any order? Those of a transposed one do."""
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return reach == tensor.numel() and min(tensor.stride(), default=1) > 0
 

@@ -1,4 +1,4 @@
-"""The connector in one of vLLM's workers: moves what the plan of a step says, and reports what became of it.
+"""The connector in one of vLLM's workers: it carries out the plan of each step, and reports the outcome.
 
     let_go()     copies out of blocks that the step will write have ended       handle_preemptions
     begin()      the step's plan                                                bind_connector_metadata
@@ -6,16 +6,16 @@
     store()      what the step completed is submitted                           wait_for_save
     report()     what has ended, and how                                        get_finished, get_block_ids_…
 
-A synchronous load that failed taints its step: the KV computed in it, by any request that shares the blocks, comes from
-garbage. vLLM recomputes; the cache must not learn of it. So this worker stores nothing from that step on, until a plan
-says that it was made after the scheduler had heard (`StepPlan.settled`). An asynchronous load has ended, well or badly,
+A synchronous load that failed taints its step: KV that the step computed from its blocks, in any request that shares
+them, is garbage. vLLM recomputes it, and the cache must not store it. So this worker stores nothing from that step on,
+until a plan was made after the scheduler knew (`StepPlan.settled`). An asynchronous load has ended, well or badly,
 before any step computes with its blocks, and taints nothing.
 
 Blocks are never held for a store. vLLM frees them when their request has finished or was preempted, and a copy that
 still reads them ends before their next owner writes the first byte: so vLLM may reset its cache at any moment.
 
-If the model's weights are others than at the last reset, nothing is stored until the next one: what they compute must
-not get the names of what the files say. A step is looked at before it is stored (`weights`).
+If the model's weights are not those of the last reset, nothing is stored until the next one: their KV must not get the
+names of other weights. The worker looks at them before it stores a step (`weights`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -51,7 +51,7 @@ class WorkerVerbs(Protocol):
 
 @attrs.frozen
 class Report:
-    """Requests that were closing and of which nothing is copied any more, and those whose load has ended."""
+    """*closed*: requests that were closing and have no copy any more. *loaded*: requests whose load has ended."""
 
     closed: set[str]
     loaded: set[str]
@@ -60,7 +60,7 @@ class Report:
 class WorkerSide:
     """State of one worker. *asynchronous*: loads are submitted, and end between steps.
 
-    *weights*: tells whether they have changed; None where nobody can tell.
+    *weights* tells whether they have changed; None if that cannot be told.
     """
 
     def __init__(self, mover: WorkerVerbs, *, asynchronous: bool, weights: Weights | None = None) -> None:
@@ -101,7 +101,7 @@ class WorkerSide:
         self._mover.submit_store(spec)
 
     def begin(self, plan: StepPlan) -> None:
-        """vLLM may ask what has ended before it says that this step can be stored: what is planned counts as busy."""
+        """Take the plan. Its stores count as busy from now on, because vLLM may ask for reports before they begin."""
         if self._weights is not None:
             self._weights.begin()
         self._plan = plan
