@@ -260,7 +260,9 @@ class Engines:
             self._counts.dropped[reason] += count
             return Reservation(b"", (), {reason: count} if count else {})
         now, key, shard = trio.current_time(), (engine.name, session), peer.hello.shard
-        made = self._index.reserve(key, worker, shard, engine.namespace, parent, digests, now)
+        made = self._index.reserve(
+            key, worker, shard, engine.namespace, parent, digests, now, live=engine.sessions.live
+        )
         if made.id:
             self._clock.not_later_than(now + self._config.reservation_timeout)
         if "share" in made.dropped and "write_share" not in peer.limits_met:

@@ -79,6 +79,45 @@ async def test_a_chunk_is_ready_when_both_shards_are_committed(rig: Rig) -> None
     assert (await scheduler.lookup(2, digests(2))).chunks == 2
 
 
+async def test_shards_of_two_sessions_never_make_one_chunk(rig: Rig) -> None:
+    """A rank that fails to load has the others' stores of that step be wrong, and says so by ending the session."""
+    scheduler = await rig.scheduler(shards=2)
+    first, second = [await rig.worker(shard=shard, shards=2) for shard in range(2)]
+    for worker in (first, second):
+        await worker.register()
+    await scheduler.lookup(1, digests(2))
+    wrong = await second.reserve(1, digests(2))
+    assert await second.commit(wrong.reservation) == 0
+    await scheduler.end(1)
+    assert (await scheduler.lookup(2, digests(2))).chunks == 0
+    made = await first.reserve(2, digests(2))
+    assert POSITIONS.unpack(made.positions) == (0, 1)
+    assert await first.commit(made.reservation) == 0
+    assert (await scheduler.lookup(3, digests(2))).chunks == 0
+    late = await second.reserve(1, digests(2))
+    assert (late.reservation, late.dropped) == (b"", {"writing": 2})
+    again = await second.reserve(2, digests(2))
+    assert await second.commit(again.reservation) == 2
+    assert (await scheduler.lookup(3, digests(2))).chunks == 2
+
+
+async def test_the_shards_of_a_session_that_has_ended_are_joined(rig: Rig) -> None:
+    """A submitted store outlives its session; with it, the stores of other sessions wait."""
+    scheduler = await rig.scheduler(shards=2)
+    first, second = [await rig.worker(shard=shard, shards=2) for shard in range(2)]
+    for worker in (first, second):
+        await worker.register()
+    await scheduler.lookup(1, digests(2))
+    under_way = await first.reserve(1, digests(2))
+    await scheduler.end(1)
+    await scheduler.lookup(2, digests(2))
+    assert (await second.reserve(2, digests(2))).dropped == {"writing": 2}
+    made = await second.reserve(1, digests(2))
+    assert await second.commit(made.reservation) == 0
+    assert await first.commit(under_way.reservation) == 2
+    assert (await scheduler.lookup(3, digests(2))).chunks == 2
+
+
 async def test_a_worker_that_registers_again_with_another_layout_changes_the_namespace(rig: Rig) -> None:
     scheduler, worker = await rig.engine()
     await rig.stored(scheduler, worker, 1, digests(2))

@@ -60,6 +60,7 @@ class IndexModel(RuleBasedStateMachine):
             self.index.attach(namespace, [4096 * n - 5 for n in pages])
         self.shards = shards
         self.now = 0.0
+        self.ended: set[tuple[str, int]] = set()  # sessions
         self.seen: dict[ChunkKey, Chunk] = {}  # in the directory
         self.alive: set[Chunk] = set()  # their bytes are in use
         self.leases: dict[bytes, dict[str, Any]] = {}
@@ -77,6 +78,15 @@ class IndexModel(RuleBasedStateMachine):
                 mine += chunk.length if chunk.engine == engine else 0
         bound = self.write_share * (self.arena.taken - (all_engines - mine))
         return self.write_share == 1 or mine == 0 or mine + length <= bound
+
+    def is_half(self, chunk: Chunk | None, session: tuple[str, int]) -> bool:
+        """Another session of the engine of *session* has stored some shards of *chunk*, has ended, and copies none."""
+        return (
+            chunk is not None
+            and (chunk.state, chunk.engine, chunk.users) == ("writing", session[0], set())
+            and chunk.session != session
+            and chunk.session in self.ended
+        )
 
     def settle(self, chunk: Chunk) -> None:
         if chunk.state in ("doomed", "stale") and not chunk.users:

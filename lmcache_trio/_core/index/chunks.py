@@ -38,6 +38,7 @@ import attrs
 
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.generations import DOOMED, READY, WRITING, Generations, Namespace
+from lmcache_trio._core.index.grants import SessionKey
 
 __all__ = ["MOST_EVICTED", "Chunks", "Writing"]
 
@@ -56,14 +57,18 @@ _BLOCK = 1024
 
 @attrs.define(eq=False)
 class Writing:
-    """The fields of a WRITING chunk alone: its engine, and how far its shards are."""
+    """The fields of a WRITING chunk alone: the session that stores it, and how far its shards are."""
 
-    engine: str
+    session: SessionKey
     missing: int
     """Shards whose copy has not ended well yet."""
     deadline: float
     claimed: int = 0
     """One bit per shard."""
+
+    def is_copied(self, shards: int) -> bool:
+        """Whether a copy into one of its *shards* is under way."""
+        return self.claimed.bit_count() > shards - self.missing
 
 
 class Chunks:
@@ -136,7 +141,7 @@ class Chunks:
         namespace.table_of[digest[0]][digest] = row
         namespace.counts[WRITING] += 1
         self.writing[row] = writing
-        self.written_by[writing.engine] += extent
+        self.written_by[writing.session[0]] += extent
         self.bytes_written += extent
         return row
 
@@ -212,7 +217,7 @@ class Chunks:
             writing.missing -= shards
             if not writing.missing:
                 del self.writing[row]
-                self._end_writing(writing.engine, namespace.extent)
+                self._end_writing(writing.session[0], namespace.extent)
                 state[row] = READY
                 published.append(row)
         if published:
@@ -316,7 +321,7 @@ class Chunks:
         for row in rows:
             namespace, digest = self.namespace_of(row), self.digest(row)
             del namespace.table_of[digest[0]][digest]
-            engine = self.writing.pop(row).engine
+            engine, _ = self.writing.pop(row).session
             self._unhang(row)
             namespace.counts[WRITING] -= 1
             namespace.counts[DOOMED] += 1

@@ -5,7 +5,8 @@ A reservation is one worker's right to write chunks:
     (none) --reserve--> LIVE --commit--> (none)
                          `--abort / time is up / worker lost / reset--> ENDING --copy ended--> (none)
 
-A WRITING chunk belongs to the engine that began it, whose workers may claim its other shards. An ENDING reservation
+A WRITING chunk belongs to the session that began it: its engine's workers claim the other shards for that session. The
+shards of two sessions never make one chunk, because one of the two may have computed wrong KV. An ENDING reservation
 publishes nothing: its chunks are doomed, and its slots stay in quarantine until the writer says that its copy ended (an
 abort, or a commit that comes too late), or has exited. The end of a session ends no reservation: stores that were
 submitted are finished.
@@ -20,7 +21,7 @@ changed nothing, except a late commit, which raises `Gone` and ends its copy.
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from math import inf
 
 import attrs
@@ -174,12 +175,14 @@ class Index:
         parent: bytes,
         digests: bytes,
         now: float,
+        live: Container[int] = (),
     ) -> Reservation:
         """Promise slots for *shard* of the leading absent run of *digests* that fits now; drop and count the rest.
 
-        *digests* come packed. *parent* is the digest before the first one (empty: a chain's first chunk). Workers of
-        one engine share a chunk: the first worker to reserve it allocates all its shards, the others claim theirs. A
-        reserve never waits for space: idle chunks are evicted, the least recently used leaf first.
+        *digests* come packed. *parent* is the digest before the first one (empty: a chain's first chunk). *live* are
+        the numbers of the engine's sessions that have not ended. Workers of one session share a chunk: the first
+        worker to reserve it allocates all its shards, the others claim theirs. A reserve never waits for space: idle
+        chunks are evicted, the least recently used leaf first.
         """
         known = self._chunks.generations.present.get(namespace)
         if known is None:
@@ -198,39 +201,51 @@ class Index:
         if parent:
             above = table_of[parent[0]].get(parent, 0)
             # 1. The parent is absent, or another engine is writing it: its children could not be found.
-            if not above or (above in writing and writing[above].engine != engine):
+            if not above or (above in writing and writing[above].session[0] != engine):
                 above, stopped = 0, "orphan"
         for position in range(len(digests) // DIGEST_BYTES):
             digest = digests[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]
             row, reason = table_of[digest[0]].get(digest, 0), ""
+            other = writing.get(row)
+            # 2. Another session of this engine has stored some shards of it, and has ended: the rest may never come.
+            if (
+                other is not None
+                and not stopped
+                and other.session != session
+                and other.session[0] == engine
+                and other.session[1] not in live
+                and not other.is_copied(known.shards)
+            ):
+                chunks.doom([row])
+                row, other = 0, None
             if row:
                 above = row
-                # 2. It is READY: passed over.
-                if row not in writing:
+                # 3. It is READY: passed over.
+                if other is None:
                     reason = "present"
-                # 3. Another engine is writing it: a reserve does not wait, and the chunks behind it could not be found.
-                elif writing[row].engine != engine:
+                # 4. Another engine is writing it: a reserve does not wait, and the chunks behind it could not be found.
+                elif other.session[0] != engine:
                     reason, stopped = "writing", stopped or "orphan"
-                # 4. This engine is writing it, and a chunk before it got no slot.
+                # 5. This engine is writing it, and a chunk before it got no slot.
                 elif stopped:
                     reason = stopped
-                # 5. This engine is writing it, and another worker has claimed the same shard: passed over.
-                elif writing[row].claimed & bit:
+                # 6. This engine is writing it for another session, or a worker has claimed this shard: passed over.
+                elif other.session != session or other.claimed & bit:
                     reason = "writing"
-                # 6. This engine is writing it, and no worker has claimed this shard: its slot is given below.
-            # 7. It is absent, and a chunk before it got no slot.
+                # 7. This session is storing it, and no worker has claimed this shard: its slot is given below.
+            # 8. It is absent, and a chunk before it got no slot.
             elif stopped:
                 reason = stopped
-            # 8. It is absent, and larger than the whole arena.
+            # 9. It is absent, and larger than the whole arena.
             elif known.extent > self.arena.capacity:
                 reason = stopped = "too_large"
-            # 9. It is absent, and its engine is writing as much as one engine may.
+            # 10. It is absent, and its engine is writing as much as one engine may.
             elif not self._may_write(engine, known.extent):
                 reason = stopped = "share"
-            # 10. It is absent, and begins to be written; idle chunks are evicted for it.
+            # 11. It is absent, and begins to be written; idle chunks are evicted for it.
             else:
-                above = row = chunks.begin(known, digest, above, Writing(engine, known.shards, deadline))
-                # 11. No more can be evicted, or too much would be.
+                above = row = chunks.begin(known, digest, above, Writing(session, known.shards, deadline))
+                # 12. No more can be evicted, or too much would be.
                 if not row:
                     reason = stopped = "no_space"
             if reason:

@@ -172,8 +172,20 @@ def test_a_chunk_that_waits_for_another_shard_waits_on_after_the_end_of_its_sess
     w.index.commit(w.reserve("ab", session=3).id, 1)
     w.index.end_session(("e", 3))
     assert w.held["chunks_writing"] == 2
-    other = w.reserve("ab", worker=2, shard=1, session=4)
+    other = w.reserve("ab", worker=2, shard=1, session=3)
     assert len(w.index.commit(other.id, 2)) == 2
+
+
+def test_a_chunk_of_which_an_ended_session_stored_a_part_is_stored_anew_by_the_next(world: Make) -> None:
+    w = world(8, shards=2)
+    w.index.commit(w.reserve("ab", session=3).id, 1)
+    for shard, worker in ((0, 1), (1, 2)):  # the shard that is there already, and the missing one
+        other = w.reserve("ab", worker=worker, shard=shard, session=4 + shard)
+        assert [slot.position for slot in other.slots] == [0, 1]
+        assert w.index.commit(other.id, worker) == []
+    last = w.reserve("ab", worker=1, shard=0, session=5)
+    assert len(w.index.commit(last.id, 1)) == 2
+    assert w.held["chunks_quarantined"] == 0
 
 
 def test_a_lost_workers_slots_stay_in_quarantine_until_its_copies_ended(world: Make) -> None:

@@ -40,7 +40,9 @@ class IndexMachine(IndexModel):
             parent_key.digest if parent_key else b"",
             join_digests(k.digest for k in keys),
             self.now,
+            live={n for n in (1, 2) if (engine, n) not in self.ended},
         )
+        halves = {key for key in keys if self.is_half(self.seen.get(key), (engine, number))}
         gone = self.find_gone() | {
             k for k, c in self.seen.items() if c.state == "ready" and k in {keys[s.position] for s in got.slots}
         }
@@ -49,15 +51,19 @@ class IndexMachine(IndexModel):
         slots = {s.position: s.offset for s in got.slots}
         starts = [sum(self.pages[namespace][:i]) * 4096 for i in range(self.shards)]
         extent = 4096 * sum(self.pages[namespace])
-        self.drop_swept(*[(at - starts[shard], extent) for p, at in slots.items() if keys[p] not in set(before) - gone])
+        fresh = set(keys) - (set(before) - gone - halves)
+        self.drop_swept(*[(at - starts[shard], extent) for p, at in slots.items() if keys[p] in fresh])
         self.drop_gone(gone)
         assert len(slots) + sum(got.dropped.values()) == len(keys)
         assert bool(got.id) == bool(slots)
         stopped, above, chunks, beyond_share = orphaned, parent, [], False
         for position, key in enumerate(keys):
             offset, chunk = slots.get(position), self.seen.get(key)
+            if chunk is not None and key in halves and not stopped:
+                self.doom(chunk)
+                chunk = None
             if chunk is not None:
-                mine = chunk.state == "writing" and chunk.engine == engine and shard not in chunk.claimed
+                mine = chunk.state == "writing" and chunk.session == (engine, number) and shard not in chunk.claimed
                 assert (offset is not None) == (mine and not stopped)
                 if chunk.state == "writing" and chunk.engine != engine:
                     stopped = True
@@ -111,6 +117,10 @@ class IndexMachine(IndexModel):
             self.reserve((path, upto, 0), namespace, engine, number, shard)
         for ident in [ident for ident in self.writes if ident not in before]:
             self.finish_write(list(self.writes).index(ident), True)
+
+    @rule(engine=engine, number=number)
+    def open_session(self, engine: str, number: int) -> None:
+        self.ended.discard((engine, number))
 
     def worker(self, engine: str, shard: int) -> int:
         return 1 + shard + (10 if engine == "y" else 0)
@@ -295,6 +305,7 @@ class IndexMachine(IndexModel):
     def end_session(self, engine: str, number: int) -> None:
         session = (engine, number)
         self.index.end_session(session)
+        self.ended.add(session)
         for ident in [i for i, lease in self.leases.items() if lease["session"] == session]:
             self.end_lease(ident)
 
