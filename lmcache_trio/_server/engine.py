@@ -19,7 +19,7 @@ class Engine:
     name: str
     shards: int
     chunk_tokens: int
-    """Of its chunks: the word of the first of its peers."""
+    """Tokens of one of its chunks. The engine's first client decides."""
     scheduler: Peer | None = None
     workers: dict[int, Peer] = attrs.field(factory=dict)
     layouts: dict[int, Register] = attrs.field(factory=dict)

@@ -86,7 +86,7 @@ class Server:
         return self._parts.config.grace
 
     def statistics(self) -> dict[str, Any]:
-        """`held` and `counted`, as `lmcache-trio status` prints them."""
+        """`held`, `counted` and `tiers`, as `lmcache-trio status --json` prints them."""
         return self._parts.statistics().table()
 
     def remove_files(self) -> None:

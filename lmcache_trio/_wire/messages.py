@@ -447,7 +447,7 @@ class Pong(Message):
 
 @attrs.frozen
 class StatisticsReply(Message):
-    """*json* is one object with the keys `held` and `counted`."""
+    """*json* is one object with the keys `held`, `counted` and `tiers`."""
 
     opcode: ClassVar[int] = 65
     id: Number

@@ -132,7 +132,7 @@ class Limits:
 
 
 DEFAULT_CHUNK_TOKENS = 64
-"""What an engine goes by, too, as long as no server has told it."""
+"""An engine assumes this, too, until it has met a server."""
 
 
 @attrs.frozen

@@ -86,7 +86,7 @@ class Home:
         try:
             self._check_way()
             self._open_top(flush)
-            mark = self._take_mark()
+            mark = self._lock_directory()
             self._remove_older_formats()
             self._open_inside(flush)
             self.check()
@@ -139,7 +139,7 @@ class Home:
                 ways.append(f"name a directory in it that is to be made, as {self.path / 'kv'}")
             self._refuse(f"others can write in it; {', or '.join(ways)}")
 
-    def _take_mark(self) -> bytes:
+    def _lock_directory(self) -> bytes:
         """Lock the directory, if it is a tier's or may become one. Returns its id."""
         mark = self._mark()
         known = self._known

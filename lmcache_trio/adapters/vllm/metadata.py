@@ -24,7 +24,7 @@ class StepPlan:
     *step* numbers the plans of an engine from 1. *settled* is the latest step whose failed loads the scheduler has
     dealt with: a worker stores nothing that was planned before it knew (see `WorkerSide`).
     *last_stores* are of requests that have finished: their blocks are free, and are read before the step writes any.
-    *written* blocks have a new owner: copies for the former owner end before the step writes them.
+    *written* blocks have a new owner. A copy that still reads one for its former owner ends before the step writes it.
     *resets* counts those of the cache so far. After each the weights of that moment are the right ones.
     *closing* requests have finished. A worker names each once it copies nothing more of it, and its session ends.
     *idle*: the step computes nothing.
