@@ -11,8 +11,8 @@ as pinned memory, piece by piece as it grows, are done in a fourth place, one th
 When the driver can't say whether a stream is empty, nobody knows whether a copy still runs: `wait_ended` raises what is
 no `Unavailable` then, and that engine's memory is never closed. Not measured: no GPU was at hand when this was written,
 `tests/gpu` holds it to the contract where there is one. The next copy of an engine in one direction is submitted only
-after the one before has ended, so the GPU idles in between. Refused: memory of another device than those that this process can see, and
-whatever the driver does not open.
+after the one before has ended, so the GPU idles in between. Refused: memory of another device than those that this
+process can see, and whatever the driver does not open.
 """
 
 import logging

@@ -75,8 +75,8 @@ class Peers:
     def dismiss(self, peer: Peer) -> None:
         """The connection is gone, or replaced: all that *peer* owned ends now. Idempotent.
 
-        A peer that may still be copying becomes a lost writer, whose pidfd stays open until its process exits or the client says
-        that its copies have ended. The connection's scope is cancelled.
+        A peer that may still be copying becomes a lost writer. Its pidfd stays open until its process exits or the
+        client says that its copies have ended. The connection's scope is cancelled.
         """
         if peer.lost:
             return
