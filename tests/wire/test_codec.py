@@ -25,6 +25,8 @@ def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:
     """Values that the field *name* of type *kind* must take, drawn without asking the code under test."""
     if get_origin(kind) is Annotated:
         return st.integers(least, MAX_NUMBER)
+    if name in ("block_tokens", "chunk_tokens"):
+        return st.integers(1, 1 << 20)
     if name in PACKED:
         return st.integers(0, 5).flatmap(lambda n: st.binary(min_size=n * PACKED[name], max_size=n * PACKED[name]))
     if isinstance(kind, type) and issubclass(kind, IntEnum):
