@@ -53,7 +53,8 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests on the installed wheel; warnings are errors and a hang is a failure."""
     _install_wheel(session, *_group("test"), *_group("manifests"))
-    _pytest(session, *SIDE_BY_SIDE, "--ignore=tests/e2e", "--ignore=tests/crash", "--ignore=tests/soak", *session.posargs)
+    elsewhere = ("--ignore=tests/e2e", "--ignore=tests/crash", "--ignore=tests/soak")
+    _pytest(session, *SIDE_BY_SIDE, *elsewhere, *session.posargs)
 
 
 @nox.session
