@@ -131,7 +131,7 @@ class Limits:
     )
 
 
-DEFAULT_CHUNK_TOKENS = 64
+DEFAULT_CHUNK_TOKENS = 128
 """An engine assumes this, too, until it has met a server."""
 
 

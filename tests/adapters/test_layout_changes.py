@@ -117,7 +117,7 @@ def test_blocks_that_do_not_fill_their_chunks_are_refused_at_submit(
 def test_a_store_that_was_planned_before_the_server_came_is_dropped_and_those_of_the_next_step_fit(
     tmp_path: Path, sides: MakeSide, adapters: Callable[..., Any], kv: Callable[..., KV], how: str
 ) -> None:
-    """Its chunks have 64 tokens, the server's 16: four times its slots would be written."""
+    """Its chunks have 128 tokens, the server's 16: eight times its slots would be written."""
     server = ServerProcess(f"unix://{tmp_path}/s.sock", f"chunk_tokens={BLOCK}")
     early = adapters(SchedulerAdapter, server.address, block_tokens=BLOCK, connect_timeout=0.01)
     worker = adapters(WorkerAdapter, server.address, block_tokens=BLOCK, connect_timeout=0.01)
@@ -133,12 +133,12 @@ def test_a_store_that_was_planned_before_the_server_came_is_dropped_and_those_of
         early.extend("r", LONG)
         again = early.store_spec("r", 0, range(16))  # which opens the session
         store(worker, [planned], how)
-        assert worker.statistics() == {"running": 0, "dropped_layout": 12}
+        assert worker.statistics() == {"running": 0, "dropped_layout": 6}
         assert other.lookup("q", TOKENS) == len(TOKENS)
         assert other.load("q", len(TOKENS), INTO) == set()
         assert same_blocks(other.kv, FROM, other.kv, INTO)
         store(worker, [again], how)
-        assert worker.statistics() == {"running": 0, "dropped_layout": 12, "stored_chunks": 16}
+        assert worker.statistics() == {"running": 0, "dropped_layout": 6, "stored_chunks": 16}
         reader = sides(server.address, make_kv())
         assert reader.lookup("q", LONG) == 4 * CHUNK
         assert reader.load("q", 4 * CHUNK, list(range(16))) == set()
@@ -221,7 +221,7 @@ def test_the_connector_plans_only_whole_chunks_of_one_length_whenever_the_first_
             cache.adopt()
         planned.append(side.plan({"r": 256}, (), lambda _: blocks).stores)
         request.num_computed_tokens += 256
-    assert [spec.chunk_tokens for spec in planned[0]] == [CHUNK]
+    assert [spec.chunk_tokens for spec in planned[0]] == [128]
     expected = adapters(
         SchedulerAdapter, f"unix://{tmp_path}/t.sock", block_tokens=BLOCK, chunk_tokens=BLOCK, connect_timeout=0.01
     ).extend("r", LONG)
@@ -233,8 +233,8 @@ def test_the_connector_plans_only_whole_chunks_of_one_length_whenever_the_first_
     assert stored == {digest: (blocks[i],) for i, digest in enumerate(expected)}
 
 
-@pytest.mark.parametrize(("block_tokens", "chunk"), [(16, 64), (48, 96), (65, 65), (512, 512), (544, 544)])
-def test_without_a_server_a_chunk_is_the_fewest_whole_blocks_of_64_tokens_or_more(
+@pytest.mark.parametrize(("block_tokens", "chunk"), [(16, 128), (48, 144), (129, 129), (512, 512), (544, 544)])
+def test_without_a_server_a_chunk_is_the_fewest_whole_blocks_of_128_tokens_or_more(
     tmp_path: Path, adapters: Callable[..., Any], block_tokens: int, chunk: int
 ) -> None:
     made = adapters(SchedulerAdapter, f"unix://{tmp_path}/s.sock", block_tokens=block_tokens, connect_timeout=0.01)

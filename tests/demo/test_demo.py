@@ -68,7 +68,7 @@ def test_the_demo_serves_warm_what_another_engine_computed_also_from_disk_and_le
     assert process.returncode == 0, errors
     rows = [line.split() for line in out.splitlines() if "equal" in line]
     assert len(rows) == 2
-    assert rows[0].count("320") == 2  # of 350 tokens, from memory and from the disk
+    assert rows[0].count("256") == 2  # of 350 tokens, from memory and from the disk
     assert rows[1].count("640") == 2  # of 700
     assert nothing_is_left(directory, pids)
 

@@ -23,7 +23,7 @@ async def test_a_welcome_names_the_boot_the_chunk_the_arena_and_an_address_of_on
     one, other = await rig.scheduler("a"), await rig.scheduler("b")
     assert one.welcome.boot == other.welcome.boot == rig.server.boot
     assert len(rig.server.boot) == 16
-    assert one.welcome.chunk_tokens == 64
+    assert one.welcome.chunk_tokens == 128
     assert (one.welcome.arena_size, one.welcome.arena_note) == (0, "only a client with role=Role.WORKER gets the arena")
     worker = await rig.worker("a")
     assert (worker.welcome.arena_size, worker.welcome.arena_note) == (rig.memory.size, "")
@@ -36,7 +36,7 @@ async def test_a_welcome_names_the_boot_the_chunk_the_arena_and_an_address_of_on
     [
         *(
             (block, 0, chunk)
-            for block, chunk in ((0, 64), (1, 64), (16, 64), (48, 96), (64, 64), (384, 384), (544, 544))
+            for block, chunk in ((0, 128), (1, 128), (16, 128), (48, 144), (64, 128), (384, 384), (544, 544))
         ),
         *((16, 16, 16), (16, 256, 256), (0, 100, 100), (1152, 2304, 2304)),
     ],
@@ -50,11 +50,11 @@ async def test_an_engine_gets_the_chunks_that_it_asks_for_or_the_fewest_whole_bl
 
 
 async def test_all_clients_of_an_engine_have_the_chunks_of_its_first(rig: Rig) -> None:
-    first = await _say(rig, role=Role.SCHEDULER, block_tokens=16, chunk_tokens=128)
-    assert first.chunk_tokens == 128
-    assert (await _say(rig, shard=0, block_tokens=16)).chunk_tokens == 128
+    first = await _say(rig, role=Role.SCHEDULER, block_tokens=16, chunk_tokens=64)
+    assert first.chunk_tokens == 64
+    assert (await _say(rig, shard=0, block_tokens=16)).chunk_tokens == 64
     other = await _say(rig, engine="another", block_tokens=16)
-    assert other.chunk_tokens == 64
+    assert other.chunk_tokens == 128
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ async def test_a_block_size_that_does_not_divide_the_chunk_is_refused_naming_bot
     worker = await rig.worker()
     error = error_of(await worker.ask(Register, b"f" * 32, 4096, 48))
     assert error.kind is ErrorKind.MISUSE
-    assert "64" in error.message
+    assert "128" in error.message
     assert "48" in error.message
 
 
