@@ -6,6 +6,7 @@ It refuses to know backends: a backend's table stays a plain table here.
 import grp
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +17,7 @@ from lmcache_trio.config import sources
 from lmcache_trio.config.addresses import MemoryAddress, UnixAddress, check_address, default_address, parse_rendezvous
 from lmcache_trio.config.client import ClientConfig
 from lmcache_trio.config.tables import between, check_ids, setting
+from lmcache_trio.config.values import parse_path
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["PRIVATE", "Access", "Config", "Limits", "describe", "load_config"]
@@ -30,6 +32,17 @@ def _has_backend(instance: object, attribute: Any, value: Mapping[str, Any]) -> 
 def _all_have_backends(instance: object, attribute: Any, value: Sequence[Mapping[str, Any]]) -> None:
     for i, table in enumerate(value):
         _check_backend(f"{attribute.name}.{i}", table, "disk")
+
+
+def _no_path_twice(instance: object, attribute: Any, value: Sequence[Mapping[str, Any]]) -> None:
+    """A directory belongs to one tier, whatever its backend is."""
+    owners: dict[str, int] = {}
+    for i, table in enumerate(value):
+        with suppress(ValueError, TypeError):  # the tier itself says what is wrong with its path
+            path = os.path.realpath(parse_path(table["path"])) if table.get("path") else ""
+            if path and owners.setdefault(path, i) != i:
+                problem = f"{path!r} is the path of tiers.{owners[path]}, too; give each tier one of its own"
+                raise ConfigError(f"{attribute.name}.{i}.path", problem)
 
 
 def _check_backend(key: str, table: Mapping[str, Any], such_as: str) -> None:
@@ -186,7 +199,7 @@ class Config:
     tiers: tuple[Mapping[str, Any], ...] = setting(
         (),
         "Slower places below memory, nearest first: each a table with `backend` and its settings.",
-        check=_all_have_backends,
+        check=attrs.validators.and_(_all_have_backends, _no_path_twice),
     )
     tier_timeout: float = setting(
         5.0,

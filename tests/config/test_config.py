@@ -45,6 +45,15 @@ def test_a_size_in_an_inner_table_takes_a_unit_too() -> None:
         load_config(None, ["limits.unfinished_bytes=much"], {})
 
 
+def test_two_tiers_of_one_directory_are_refused_whatever_they_call_it(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    paths = [str(tmp_path / "disk"), "/elsewhere", f"{tmp_path}/./link/"]
+    tiers = [f'{{ backend = "disk", path = "{path}", size = "1GiB" }}' for path in paths]
+    assert len(load_config(None, [f"tiers=[{', '.join(tiers[:2])}]"], {}).tiers) == 2
+    with pytest.raises(ConfigError, match=r"tiers\.2\.path: .*/disk' is the path of tiers\.0, too"):
+        load_config(None, [f"tiers=[{', '.join(tiers)}]"], {})
+
+
 def test_a_value_that_is_no_toml_is_the_string_that_it_is() -> None:
     assert load_config(None, ["address=tcp://127.0.0.1:5555"], {}).address == "tcp://127.0.0.1:5555"
     assert load_config(None, ['device={backend="host"}'], {}).device == {"backend": "host"}
