@@ -188,6 +188,6 @@ def test_a_worker_that_wants_other_chunks_than_its_scheduler_is_refused_by_name(
 
 @pytest.mark.parametrize("kind", [SchedulerAdapter, WorkerAdapter])
 def test_chunks_that_are_not_whole_blocks_are_refused_before_anything_is_sent(kind: Any) -> None:
-    more = {"identity": ["a model"]} if kind is SchedulerAdapter else {}
+    more: dict[str, Any] = {"identity": ["a model"]} if kind is SchedulerAdapter else {}
     with pytest.raises(Misuse, match=r"chunk_tokens \(100\) is not a multiple of the engine's block_tokens \(48\)"):
         kind("unix:///nowhere", engine_id="e", block_tokens=48, chunk_tokens=100, **more)

@@ -40,8 +40,9 @@ class Engine:
         return self.scheduler.check_lookup_result(name)
 
     def close(self) -> None:
-        for side in (*self.workers, self.scheduler):
-            side.shutdown()
+        for worker in self.workers:
+            worker.shutdown()
+        self.scheduler.shutdown()
 
 
 @pytest.fixture
