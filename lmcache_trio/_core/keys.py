@@ -102,7 +102,7 @@ def check_chunk_tokens(chunk_tokens: int, block_tokens: int) -> None:
     if chunk_tokens < 1 or chunk_tokens % block_tokens:
         raise Misuse(
             f"chunk_tokens ({chunk_tokens}) is not a multiple of the engine's block_tokens ({block_tokens}): give one"
-            " that is, or leave it out"
+            " that is; or give block_tokens alone, and the server chooses"
         )
 
 

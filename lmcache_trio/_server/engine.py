@@ -41,7 +41,8 @@ class Engine:
         """The namespace of its layout under *identity*; b"" while a shard's layout is missing."""
         if len(self.layouts) < self.shards:
             return b""
-        return namespace_of([self.layouts[shard].fingerprint for shard in range(self.shards)], identity)
+        layouts = [self.layouts[shard].fingerprint for shard in range(self.shards)]
+        return namespace_of([*layouts, b"%d tokens" % self.chunk_tokens], identity)
 
     def peers(self) -> Iterator[Peer]:
         if self.scheduler is not None:

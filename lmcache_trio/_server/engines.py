@@ -193,10 +193,17 @@ class Engines:
         If this message came late, a store of before may hold KV that the new weights computed.
         """
         if identity != engine.identity:
+            self.check_identity(engine, identity)
             engine.identity = identity
             engine.sessions.bar()
             self._end_grants(engine)
             self.settle_namespace(engine)
+
+    def check_identity(self, engine: Engine, identity: bytes) -> None:
+        """Misuse: under *identity* the layout of *engine* has the namespace of one with slots of other lengths."""
+        namespace = engine.namespace_under(identity)
+        if namespace:
+            self._index.check_lengths(namespace, [engine.layouts[shard].shard_bytes for shard in range(engine.shards)])
 
     def reset(self, namespace: bytes) -> list[Deletion]:
         """Drop every chunk of *namespace*, for all its engines. Returns the tiers' deletions, which have begun.
@@ -259,9 +266,9 @@ class Engines:
             count = len(digests) // DIGEST_BYTES
             self._counts.dropped[reason] += count
             return Reservation(b"", (), {reason: count} if count else {})
-        now, key, shard = trio.current_time(), (engine.name, session), peer.hello.shard
+        now, key, shard = trio.current_time(), (engine.name, engine.sessions.serial_of(session)), peer.hello.shard
         made = self._index.reserve(
-            key, worker, shard, engine.namespace, parent, digests, now, live=engine.sessions.live
+            key, worker, shard, engine.namespace, parent, digests, now, live=engine.sessions.live_serials
         )
         if made.id:
             self._clock.not_later_than(now + self._config.reservation_timeout)

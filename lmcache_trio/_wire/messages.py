@@ -96,7 +96,7 @@ _DIGESTS = _packed(32)
 _RESERVED = _packed(32, MAX_RESERVED)
 _OFFSETS = _packed(8)
 _POSITIONS = _packed(4)
-_TOKENS: _Validator = and_(ge(0), le(1 << 20))
+_TOKENS: _Validator = and_(ge(0), le(1 << 16))
 _NAME: _Validator = max_len(512)
 _ID: _Validator = max_len(32)
 
@@ -268,7 +268,9 @@ class Reserve(Message):
     """A worker asks for slots for its shard of *digests*, which follow *parent* (empty: the chain's first).
 
     They are `MAX_RESERVED` at most; more of a chain are asked for behind them, with the last of these as parent.
-    *session* is the scheduler's; a session that the server does not know, or that ended, gets no slots.
+    *session* is the scheduler's number of the request. A session that the server does not know, or has forgotten
+    since it ended, gets no slots. A number is never used again: a late store of the former session would be taken for
+    one of the new session.
     """
 
     opcode: ClassVar[int] = 23

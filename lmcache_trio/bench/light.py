@@ -35,7 +35,12 @@ class Light:
         engine = f"light {run} {rank}"
         self._run = run
         self.scheduler = PollingSchedulerAdapter(
-            address, engine_id=engine, identity=["light", run], block_tokens=16, lookup_timeout=30.0
+            address,
+            engine_id=engine,
+            identity=["light", run],
+            block_tokens=16,
+            chunk_tokens=CHUNK_TOKENS,
+            lookup_timeout=30.0,
         )
         registered: Handoff[Client] = Handoff()
         self.scheduler._link.spawn(_keep_worker, address, engine, registered)

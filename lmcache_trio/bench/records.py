@@ -23,6 +23,7 @@ from lmcache_trio.abc import ChunkKey, Record, Tier
 from lmcache_trio.bench.files import forget
 from lmcache_trio.bench.run import look_until, scratch, serving, wait_open
 from lmcache_trio.client import open_client
+from lmcache_trio.config import DEFAULT_CHUNK_TOKENS
 from lmcache_trio.errors import Unavailable
 
 __all__ = ["Start", "measure_records", "typical"]
@@ -93,7 +94,7 @@ async def _fill(table: dict[str, Any], count: int, tell: Tell) -> bytes:
 
 
 def _records(count: int) -> Iterator[Record]:
-    namespace, parent = namespace_of([_FINGERPRINT]), b""
+    namespace, parent = namespace_of([_FINGERPRINT, b"%d tokens" % DEFAULT_CHUNK_TOKENS]), b""
     for i in range(count):
         digest = secrets.token_bytes(DIGEST_BYTES)
         yield Record(ChunkKey(namespace, digest), parent if i % CHAIN else b"", [memoryview(b"\1")])

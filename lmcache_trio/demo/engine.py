@@ -268,14 +268,22 @@ class SmallEngine:
     def _store_full_chunks(self) -> None:
         if self._scheduler is None or self._worker is None:
             return
-        per_chunk = self._scheduler.num_blocks_per_chunk()
+        chunk = self._scheduler.chunk_tokens
+        per_chunk = chunk // self._scheduler.block_tokens
         for request in self._requests.values():
-            full = request.computed // self._scheduler.chunk_tokens
+            full = request.computed // chunk
             if request.storing or request.phase is Phase.LOADING or full <= request.stored_chunks:
                 continue
-            self._scheduler.extend(request.id, request.tokens[: request.computed])
             blocks = request.blocks[request.stored_chunks * per_chunk : full * per_chunk]
-            spec = self._scheduler.store_spec(request.id, request.stored_chunks, blocks)
+            try:
+                self._scheduler.extend(request.id, request.tokens[: request.computed])
+                spec = self._scheduler.store_spec(request.id, request.stored_chunks, blocks)
+            except Misuse:
+                if self._scheduler.chunk_tokens == chunk:
+                    raise
+                return  # the first server came just now, with chunks of another length: *blocks* are not of those
+            if spec.chunk_tokens != chunk:
+                return
             request.stored_chunks = full
             request.storing = True
             self._worker.submit_store(spec)

@@ -174,6 +174,26 @@ def test_an_engine_keeps_its_chunks_when_a_server_of_another_setting_takes_over(
         successor.kill()
 
 
+def test_a_worker_that_names_no_length_gives_way_to_a_scheduler_that_has_one(
+    live_server: ServerProcess, engines: Make
+) -> None:
+    """As where the scheduler has met another server before, and the worker has not."""
+    tokens = list(range(256))
+    same: dict[str, Any] = {"engine_id": "gives way", "block_tokens": 16, "connect_timeout": 30.0}
+    worker = WorkerAdapter(live_server.address, reply_timeout=30.0, **same)
+    scheduler = SchedulerAdapter(live_server.address, identity=["a model"], chunk_tokens=32, **same)
+    try:
+        worker.register_kv_caches({"layer": engines(live_server.address, 16, 32, seed=3).kv}, num_blocks=BLOCKS)
+        wait_until(scheduler.is_healthy)
+        assert scheduler.chunk_tokens == 32
+        scheduler.extend("r", tokens)
+        worker.store_now([scheduler.store_spec("r", 0, range(16))])
+        assert worker.statistics()["stored_chunks"] == 8
+    finally:
+        worker.shutdown()
+        scheduler.shutdown()
+
+
 def test_a_worker_that_wants_other_chunks_than_its_scheduler_is_refused_by_name(
     live_server: ServerProcess, engines: Make
 ) -> None:

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import trio.testing
-from support.server import Opener, Rig, digests, error_of
+from support.server import SHARD, Opener, Peer, Rig, digests, error_of
 
-from lmcache_trio._wire.codec import OFFSETS, POSITIONS
+from lmcache_trio._transport import dial_pair, introduce
+from lmcache_trio._wire.codec import OFFSETS, POSITIONS, decode, encode
 from lmcache_trio._wire.messages import (
+    PROTOCOL_VERSION,
     Ack,
     Answer,
     AnswerState,
@@ -18,19 +21,24 @@ from lmcache_trio._wire.messages import (
     Done,
     ErrorKind,
     Finished,
+    Hello,
+    Identify,
     Lookup,
     LookupStatus,
     NamespaceKnown,
     Ping,
     Pinned,
     Pong,
+    Refused,
     Register,
     Release,
     Reserve,
     Reset,
     Retrieve,
+    Role,
     Statistics,
     StatisticsReply,
+    Welcome,
 )
 
 
@@ -76,6 +84,26 @@ async def test_a_chunk_is_ready_when_both_shards_are_committed(rig: Rig) -> None
     assert (await scheduler.lookup(2, digests(2))).chunks == 0
     second = await workers[1].get(Committed, Commit, made[1].reservation)
     assert (second.published, second.kept) == (2, 2)
+    assert (await scheduler.lookup(2, digests(2))).chunks == 2
+
+
+async def test_a_scheduler_whose_namespace_has_other_lengths_is_refused_and_the_server_goes_on(rig: Rig) -> None:
+    """A fingerprint does not tell two layouts apart: under one identity they would be one namespace."""
+    hello = Hello(PROTOCOL_VERSION, "test", b"t" * 16, Role.SCHEDULER, "one", identity=b"m" * 32)
+    admitted = decode(await introduce(rig.server.address, encode(hello)))
+    assert isinstance(admitted, Welcome)
+    scheduler = Peer(admitted, await dial_pair(admitted.address), b"t" * 16)
+    worker, other = await rig.worker("one"), await rig.worker("other")
+    await worker.register()
+    await other.register(shard_bytes=2 * SHARD)
+    await rig.stored(scheduler, worker, 1, digests(2))
+    refused = decode(await introduce(rig.server.address, encode(attrs.evolve(hello, engine="other", token=b"u" * 16))))
+    assert isinstance(refused, Refused)
+    assert refused.kind is ErrorKind.MISUSE
+    assert "a fingerprint must tell" in refused.reason
+    nameless = await rig.scheduler("other")
+    assert error_of(await nameless.ask(Identify, b"m" * 32)).kind is ErrorKind.MISUSE
+    assert (await nameless.lookup(1, digests(2))).chunks == 0
     assert (await scheduler.lookup(2, digests(2))).chunks == 2
 
 

@@ -79,10 +79,11 @@ class IndexModel(RuleBasedStateMachine):
         bound = self.write_share * (self.arena.taken - (all_engines - mine))
         return self.write_share == 1 or mine == 0 or mine + length <= bound
 
-    def is_half(self, chunk: Chunk | None, session: tuple[str, int]) -> bool:
-        """Another session of the engine of *session* has stored some shards of *chunk*, has ended, and copies none."""
+    def is_half(self, chunk: Chunk | None, session: tuple[str, int], shard: int) -> bool:
+        """Another session of the engine of *session* has stored others than *shard*, has ended, and copies none."""
         return (
             chunk is not None
+            and shard not in chunk.claimed
             and (chunk.state, chunk.engine, chunk.users) == ("writing", session[0], set())
             and chunk.session != session
             and chunk.session in self.ended

@@ -84,21 +84,29 @@ class Generations:
 
     def attach(self, name: bytes, shard_bytes: Sequence[int], rounded: Callable[[int], int]) -> None:
         """One engine more uses *name*; each shard's slot has a *rounded* length. Misuse: another engine's lengths."""
+        self.check_lengths(name, shard_bytes)
         lengths = tuple(shard_bytes)
         known = self.present.get(name)
         if known is not None:
-            if known.lengths != lengths:
-                raise Misuse(f"shard_bytes is {lengths}: this namespace was attached with {known.lengths}")
             known.users += 1
             self.unused.pop(name, None)
             return
-        if not lengths or min(lengths) < 1:
-            raise Misuse(f"shard_bytes is {lengths}: give one length of 1 or more per shard")
         starts, extent = [], 0
         for length in lengths:
             starts.append(extent)
             extent += rounded(length)
         self._enter(Namespace(self._number(), name, lengths, tuple(starts), extent), users=1)
+
+    def check_lengths(self, name: bytes, shard_bytes: Sequence[int]) -> None:
+        """Misuse, exactly if `attach` would refuse the same."""
+        lengths, known = tuple(shard_bytes), self.present.get(name)
+        if known is not None and known.lengths != lengths:
+            raise Misuse(
+                f"shard_bytes is {lengths}: this namespace was attached with {known.lengths}; a fingerprint must tell "
+                "layouts of other lengths apart"
+            )
+        if not lengths or min(lengths) < 1:
+            raise Misuse(f"shard_bytes is {lengths}: give one length of 1 or more per shard")
 
     def detach(self, namespace: Namespace) -> None:
         """One engine less uses *namespace*."""

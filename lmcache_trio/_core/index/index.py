@@ -139,6 +139,10 @@ class Index:
         """An engine uses *namespace*, with the bytes of each shard's slot; Misuse if they differ from another's."""
         self._chunks.generations.attach(namespace, shard_bytes, self.arena.rounded)
 
+    def check_lengths(self, namespace: bytes, shard_bytes: Sequence[int]) -> None:
+        """Misuse, exactly if `attach` would refuse the same."""
+        self._chunks.generations.check_lengths(namespace, shard_bytes)
+
     def detach(self, namespace: bytes) -> None:
         """An engine that attached *namespace* uses it no more.
 
@@ -180,7 +184,7 @@ class Index:
         """Promise slots for *shard* of the leading absent run of *digests* that fits now; drop and count the rest.
 
         *digests* come packed. *parent* is the digest before the first one (empty: a chain's first chunk). *live* are
-        the numbers of the engine's sessions that have not ended. Workers of one session share a chunk: the first
+        the engine's sessions that have not ended. Workers of one session share a chunk: the first
         worker to reserve it allocates all its shards, the others claim theirs. A reserve never waits for space: idle
         chunks are evicted, the least recently used leaf first.
         """
@@ -207,16 +211,19 @@ class Index:
             digest = digests[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]
             row, reason = table_of[digest[0]].get(digest, 0), ""
             other = writing.get(row)
-            # 2. Another session of this engine has stored some shards of it, and has ended: the rest may never come.
+            # 2. Another session of this engine, which has ended, has stored other shards of it. Workers ask in order,
+            # so this one will not store its shard for that session any more: the chunk is doomed, and absent.
             if (
                 other is not None
                 and not stopped
                 and other.session != session
                 and other.session[0] == engine
                 and other.session[1] not in live
+                and not other.claimed & bit
                 and not other.is_copied(known.shards)
             ):
                 chunks.doom([row])
+                above = 0 if above == row else above  # a client may name a chunk as its own parent
                 row, other = 0, None
             if row:
                 above = row

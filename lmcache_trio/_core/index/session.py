@@ -15,6 +15,7 @@ would make the engine load chunks that may be gone.
 """
 
 import enum
+import itertools
 import math
 
 import attrs
@@ -28,6 +29,9 @@ __all__ = ["LookupState", "Session", "Sessions", "Status"]
 MOST_ENDED = 8192
 """Ended sessions that are remembered per engine, 100 bytes each: so many requests may end while a store of the first
 one still waits to reserve."""
+
+
+_serials = itertools.count(1)
 
 
 class LookupState(enum.Enum):
@@ -65,6 +69,8 @@ class Session:
     expires: float = -math.inf
     generation: int = 0
     """How many resets its engine had seen when it was opened."""
+    serial: int = attrs.field(init=False, factory=lambda: next(_serials))
+    """No other session of this process has it. A client may use a number again."""
 
     def lookup(self, start: int, digests: bytes, upto: int, asked: int) -> list[bytes]:
         """Cut the chain to *start* chunks, extend it by *digests*, and make *asked* the lookup of its first *upto*.
@@ -122,7 +128,8 @@ class Sessions:
     def __init__(self) -> None:
         self.live: dict[int, Session] = {}
         """By number. Only `open` and `end` change it."""
-        self._ended: dict[int, int] = {}  # by number: its generation
+        self.live_serials: set[int] = set()
+        self._ended: dict[int, tuple[int, int]] = {}  # by number: its generation and its serial
         self._generation = 0
 
     def open(self, session: Session) -> None:
@@ -130,13 +137,15 @@ class Sessions:
         if self.live.get(session.number) is not session:
             session.generation = self._generation
             self.live[session.number] = session
+            self.live_serials.add(session.serial)
             self._ended.pop(session.number, None)
 
     def end(self, number: int) -> Session | None:
         """The session *number* ends. Returns it if it was live."""
         session = self.live.pop(number, None)
         if session is not None:
-            self._ended[number] = session.generation
+            self._ended[number] = (session.generation, session.serial)
+            self.live_serials.discard(session.serial)
             if len(self._ended) > MOST_ENDED:
                 del self._ended[next(iter(self._ended))]
         return session
@@ -148,7 +157,12 @@ class Sessions:
     def why_no_store(self, number: int) -> str:
         """The reason why a store of the session *number* gets no slots; "" if it may have some."""
         session = self.live.get(number)
-        generation = self._ended.get(number) if session is None else session.generation
+        generation, _ = self._ended.get(number, (None, 0)) if session is None else (session.generation, 0)
         if generation is None:
             return "no_session"
         return "" if generation == self._generation else "reset"
+
+    def serial_of(self, number: int) -> int:
+        """The serial of the session *number*, which is live or remembered."""
+        session = self.live.get(number)
+        return self._ended[number][1] if session is None else session.serial

@@ -411,8 +411,9 @@ class SchedulerSide:
 
     def _settle(self, step: int) -> None:
         """KV of the plans up to *step* may have been computed from blocks that failed, in any request that shares them.
-        The rank that noticed has stored none of it, but others may have. The end of the sessions dooms their shards, so
-        that a chunk that is stored anew is never joined with them. An open lookup is asked again.
+        The rank that noticed has stored none of it, but others may have. So the sessions end, and
+        the next ones store those chunks anew: shards of two sessions never make one chunk. An open lookup is asked
+        again.
         """
         self._settled = max(self._settled, step)
         for request_id, tracked in self._tracked.items():

@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
-import attrs
 import trio
 
 from lmcache_trio._core.keys import check_chunk_tokens, seed_of
@@ -272,7 +271,6 @@ class WorkerAdapter:
         self._registered.known = None
         check_chunk_tokens(client.chunk_tokens, self._block_tokens)
         self._registered.chunk_tokens = client.chunk_tokens
-        self._link.hello = attrs.evolve(self._link.hello, chunk_tokens=client.chunk_tokens)  # for later servers
         if client.arena is None and client.arena_note != self._arena_note:
             self._arena_note = client.arena_note
             logger.warning("working without a cache: %s", client.arena_note or "the server gave this worker no arena")

@@ -179,13 +179,38 @@ def test_a_chunk_that_waits_for_another_shard_waits_on_after_the_end_of_its_sess
 def test_a_chunk_of_which_an_ended_session_stored_a_part_is_stored_anew_by_the_next(world: Make) -> None:
     w = world(8, shards=2)
     w.index.commit(w.reserve("ab", session=3).id, 1)
-    for shard, worker in ((0, 1), (1, 2)):  # the shard that is there already, and the missing one
-        other = w.reserve("ab", worker=worker, shard=shard, session=4 + shard)
-        assert [slot.position for slot in other.slots] == [0, 1]
-        assert w.index.commit(other.id, worker) == []
+    assert w.reserve("ab", worker=1, shard=0, session=4).dropped == {"writing": 2}  # the other worker may still come
+    other = w.reserve("ab", worker=2, shard=1, session=5)  # it has come, for a later session
+    assert [slot.position for slot in other.slots] == [0, 1]
+    assert w.index.commit(other.id, 2) == []
     last = w.reserve("ab", worker=1, shard=0, session=5)
     assert len(w.index.commit(last.id, 1)) == 2
     assert w.held["chunks_quarantined"] == 0
+
+
+def test_a_chunk_that_is_named_as_its_own_parent_is_a_root(world: Make) -> None:
+    w = world(8, shards=2)
+    w.index.commit(w.reserve("a", session=3).id, 1)
+    (digest,) = w.digests("a")
+    made = w.index.reserve(("e", 4), 2, 1, w.name, digest, digest, 0.0)
+    assert [slot.position for slot in made.slots] == [0]
+    assert w.index.commit(made.id, 2) == []
+    assert len(w.index.commit(w.reserve("a", session=4).id, 1)) == 1
+    assert w.hits("a") == 1
+
+
+def test_a_worker_that_lags_by_a_session_still_completes_what_the_other_stored(world: Make) -> None:
+    """Sessions end while a store of theirs waits; many requests share the chunk."""
+    w = world(8, shards=2)
+    for number in range(1, 10):
+        ahead = w.reserve("a", worker=1, shard=0, session=number)
+        if ahead.id:
+            w.index.commit(ahead.id, 1)
+        if number > 1:
+            behind = w.reserve("a", worker=2, shard=1, session=number - 1)
+            if behind.id:
+                w.index.commit(behind.id, 2)
+    assert w.hits("a") == 1
 
 
 def test_a_lost_workers_slots_stay_in_quarantine_until_its_copies_ended(world: Make) -> None:

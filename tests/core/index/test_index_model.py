@@ -42,7 +42,7 @@ class IndexMachine(IndexModel):
             self.now,
             live={n for n in (1, 2) if (engine, n) not in self.ended},
         )
-        halves = {key for key in keys if self.is_half(self.seen.get(key), (engine, number))}
+        halves = {key for key in keys if self.is_half(self.seen.get(key), (engine, number), shard)}
         gone = self.find_gone() | {
             k for k, c in self.seen.items() if c.state == "ready" and k in {keys[s.position] for s in got.slots}
         }
