@@ -26,7 +26,7 @@ def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:
     if get_origin(kind) is Annotated:
         return st.integers(least, MAX_NUMBER)
     if name in ("block_tokens", "chunk_tokens"):
-        return st.integers(1, 1 << 20)
+        return st.integers(1, 1 << 16)
     if name in PACKED:
         return st.integers(0, 5).flatmap(lambda n: st.binary(min_size=n * PACKED[name], max_size=n * PACKED[name]))
     if isinstance(kind, type) and issubclass(kind, IntEnum):
