@@ -27,6 +27,7 @@ from lmcache_trio._transport import MAX_MESSAGE, Connection, Introduction, PairL
 from lmcache_trio.config import Access
 from lmcache_trio.config.addresses import TcpAddress
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Misuse, Unavailable
+from lmcache_trio.threads import Lock
 
 __all__ = ["dial_pair", "introduce", "listen", "listen_pair", "wait_listening"]
 
@@ -62,6 +63,7 @@ class _Socket:
                 "process anew (multiprocessing's spawn)"
             )
         self.token = trio.lowlevel.current_trio_token()
+        self._lock = Lock()  # at the interpreter's end two threads close, and NNG aborts if both end one dialer
         self.closed = _exiting
         self.gone = False  # the only peer is gone, or this was closed: nothing can be sent
         if _exiting:
@@ -124,15 +126,20 @@ class _Socket:
 
     def close(self) -> None:
         if not self.closed:
-            self.closed = self.gone = True
             self.wake()
-            self.sock.close()
+            self.abandon()
 
     def abandon(self) -> None:
-        """At the interpreter's end the loop's thread may still run: it must not call NNG once that is gone."""
-        if not self.closed:
-            self.closed = self.gone = True
-            self.sock.close()
+        """Close without waking anybody: at the interpreter's end, when the loop may run in another thread."""
+        with self._lock:
+            if not self.closed:
+                self.closed = self.gone = True
+                self.sock.close()
+
+    def end_dialling(self, dialer: Any) -> None:
+        with self._lock:
+            if not self.closed:
+                lib.nng_dialer_close(dialer.dialer)
 
 
 class NngLink(Connection):
@@ -245,7 +252,7 @@ class NngLink(Connection):
         self.connected.set()
         if not self._socket.closed:
             if self._dialer is not None:  # else NNG would go on dialling a server that has forgotten this client
-                lib.nng_dialer_close(self._dialer.dialer)
+                self._socket.end_dialling(self._dialer)
             self._socket.wake()
         self._ended.set()
 
