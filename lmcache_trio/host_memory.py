@@ -11,7 +11,7 @@ waits for the GIL once instead of 64 times.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import attrs
@@ -72,15 +72,8 @@ class PagedBlocks:
 
     def gather(self, blocks: BlockIndex, slot: Bytes, *, half: Callable[[], None] | None = None) -> None:
         """Copy the blocks *blocks*, those of one chunk, into *slot*, a writable array of their bytes."""
-        count, at = len(blocks), 0
-        if slot.size != count * self.block_bytes:
-            raise self._misfit(slot, count)
-        for i, run in enumerate(self.runs):
-            if half is not None and i == len(self.runs) // 2:
-                half()
-            end = at + count * run.block_bytes
-            run.gather(blocks, slot[at:end])
-            at = end
+        for run, part in self._parts(slot, len(blocks), half):
+            run.gather(blocks, part)
 
     def scatter(
         self,
@@ -92,20 +85,22 @@ class PagedBlocks:
         half: Callable[[], None] | None = None,
     ) -> None:
         """Of the *count* blocks in *slot*, copy those at *places* into the blocks *blocks*, and into no other."""
-        at = 0
+        for run, part in self._parts(slot, count, half):
+            run.scatter(part, count, places, blocks)
+
+    def _parts(self, slot: Bytes, count: int, half: Callable[[], None] | None) -> Iterator[tuple[Run, Bytes]]:
+        """Each run, and its part of *slot*, which holds *count* blocks."""
         if slot.size != count * self.block_bytes:
-            raise self._misfit(slot, count)
+            raise Misuse(
+                f"the slot has {slot.size} bytes, which {count} blocks of {self.block_bytes} bytes do not fill exactly"
+            )
+        at = 0
         for i, run in enumerate(self.runs):
             if half is not None and i == len(self.runs) // 2:
                 half()
             end = at + count * run.block_bytes
-            run.scatter(slot[at:end], count, places, blocks)
+            yield run, slot[at:end]
             at = end
-
-    def _misfit(self, slot: Bytes, count: int) -> Misuse:
-        return Misuse(
-            f"the slot has {slot.size} bytes, which {count} blocks of {self.block_bytes} bytes do not fill exactly"
-        )
 
 
 class _HostRun:

@@ -91,20 +91,25 @@ def _check(parts: Parts, hello: Hello) -> None:
     if hello.chunk_tokens and hello.block_tokens:
         check_chunk_tokens(hello.chunk_tokens, hello.block_tokens)
     engine = parts.engines.find(hello)
-    if engine is not None and engine.shards != hello.shards and _others(engine, hello):
-        raise Misuse(
-            f"engine {hello.engine!r} has {engine.shards} shards for the clients that are here, but {hello.shards} for "
-            "this one; all must agree, and two engines must not share an engine id"
-        )
-    if engine is not None and hello.role is Role.SCHEDULER and hello.chunk_tokens in (0, engine.chunk_tokens):
+    if engine is None:
+        return
+    others = [peer for peer in engine.peers() if peer.hello.token != hello.token and not peer.has_exited()]
+    if engine.shards != hello.shards:
+        if others:
+            raise Misuse(
+                f"engine {hello.engine!r} has {engine.shards} shards for the clients that are here, but {hello.shards} "
+                "for this one; all must agree, and two engines must not share an engine id"
+            )
+    elif not _chunks_fit(engine, hello):
+        if not all(_gives_way(peer, hello) for peer in others):
+            chunks = f"chunks of {hello.chunk_tokens} tokens" if hello.chunk_tokens else "any chunks"
+            raise Misuse(
+                f"engine {hello.engine!r} has chunks of {engine.chunk_tokens} tokens for the clients that are here, and"
+                f" this one asks for {chunks} of blocks of {hello.block_tokens or 'any'} tokens; give all clients of an"
+                " engine the same block_tokens and chunk_tokens"
+            )
+    elif hello.role is Role.SCHEDULER:
         parts.engines.check_identity(engine, hello.identity)
-    if engine is not None and not _chunks_fit(engine, hello) and any(_insists(peer, hello) for peer in engine.peers()):
-        chunks = f"chunks of {hello.chunk_tokens} tokens" if hello.chunk_tokens else "any chunks"
-        raise Misuse(
-            f"engine {hello.engine!r} has chunks of {engine.chunk_tokens} tokens for the clients that are here, and "
-            f"this one asks for {chunks} of blocks of {hello.block_tokens or 'any'} tokens; give all clients of an "
-            "engine the same block_tokens and chunk_tokens"
-        )
 
 
 def _check_room(parts: Parts, replaced: int) -> None:
@@ -126,21 +131,14 @@ def _chunks_fit(engine: Engine, hello: Hello) -> bool:
     return hello.chunk_tokens in (0, engine.chunk_tokens) and engine.chunk_tokens % (hello.block_tokens or 1) == 0
 
 
-def _insists(peer: Peer, hello: Hello) -> bool:
-    """Whether *peer* is another live client, and does not take what the client of *hello* wants.
-
-    A worker that named no length is dismissed for a scheduler that names one, and comes again.
-    """
-    if peer.hello.token == hello.token or peer.has_exited():
-        return False
-    named_none = peer.hello.role is Role.WORKER and not peer.hello.chunk_tokens
-    takes_any = named_none and hello.chunk_tokens % (peer.hello.block_tokens or 1) == 0
-    return not (takes_any and hello.role is Role.SCHEDULER and hello.chunk_tokens)
-
-
-def _others(engine: Engine, hello: Hello) -> bool:
-    """Whether other clients of *engine* live. One whose process was killed may be among the peers a moment longer."""
-    return any(peer.hello.token != hello.token and not peer.has_exited() for peer in engine.peers())
+def _gives_way(peer: Peer, hello: Hello) -> bool:
+    """Whether *peer*, a worker that named no length, is dismissed for a scheduler that names one. It comes again."""
+    return (
+        (hello.role, peer.hello.role) == (Role.SCHEDULER, Role.WORKER)
+        and hello.chunk_tokens > 0
+        and not peer.hello.chunk_tokens
+        and hello.chunk_tokens % (peer.hello.block_tokens or 1) == 0
+    )
 
 
 def _replaced_by(parts: Parts, hello: Hello, peer_pid: int | None, pidfd: int | None) -> Iterator[Peer]:
@@ -163,4 +161,4 @@ def _replaced_by(parts: Parts, hello: Hello, peer_pid: int | None, pidfd: int | 
             )
         yield holder
     if engine.shards != hello.shards or not _chunks_fit(engine, hello):
-        yield from engine.peers()  # all of them are dead, or named no length, or `_check` would have refused
+        yield from engine.peers()  # all of them are dead or give way, or `_check` would have refused

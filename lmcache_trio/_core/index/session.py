@@ -156,13 +156,15 @@ class Sessions:
 
     def why_no_store(self, number: int) -> str:
         """The reason why a store of the session *number* gets no slots; "" if it may have some."""
-        session = self.live.get(number)
-        generation, _ = self._ended.get(number, (None, 0)) if session is None else (session.generation, 0)
-        if generation is None:
+        generation, serial = self._known(number)
+        if not serial:
             return "no_session"
         return "" if generation == self._generation else "reset"
 
     def serial_of(self, number: int) -> int:
-        """The serial of the session *number*, which is live or remembered."""
+        """The serial of the session *number*; 0 if it is neither live nor remembered."""
+        return self._known(number)[1]
+
+    def _known(self, number: int) -> tuple[int, int]:
         session = self.live.get(number)
-        return self._ended[number][1] if session is None else session.serial
+        return self._ended.get(number, (0, 0)) if session is None else (session.generation, session.serial)
