@@ -100,7 +100,7 @@ def check_groups(groups: Sequence[Group], block_tokens: int, chunk_tokens: int) 
 
 
 def longest_hit(present: Sequence[Sequence[int]], groups: Sequence[Group], chunk_tokens: int, most: int) -> int:
-    """The largest boundary up to *most* chunks that all *groups* serve. *present*, by group and chunk: is the part there?
+    """The largest boundary up to *most* chunks that all *groups* serve. *present*: is a part there, by group and chunk?
 
     O(groups × most). Whether a group serves a boundary depends on its own parts alone.
     """

@@ -17,10 +17,13 @@ import attrs
 import msgspec
 from attrs.validators import and_, ge, le, max_len
 
+from lmcache_trio._core.groups import MOST_GROUPS, Group
+
 __all__ = [
     "MAX_DIGESTS",
     "MAX_NUMBER",
     "MAX_RESERVED",
+    "MAX_SHARDS",
     "PROTOCOL_VERSION",
     "Abort",
     "Ack",
@@ -72,6 +75,9 @@ MAX_DIGESTS = 65_536
 MAX_RESERVED = 256
 """Most chunks that one message may ask slots for: some 2 ms in which the server's loop answers no other client."""
 
+MAX_SHARDS = 4096
+"""Most shards of one engine. The server keeps a set of those that are missing."""
+
 MAX_NUMBER = 2**63 - 1
 """The largest request id and session number: that of a signed 64-bit integer."""
 
@@ -97,6 +103,8 @@ _RESERVED = _packed(32, MAX_RESERVED)
 _OFFSETS = _packed(8)
 _POSITIONS = _packed(4)
 _TOKENS: _Validator = and_(ge(0), le(1 << 16))
+_GROUP: _Validator = and_(ge(0), le(MOST_GROUPS - 1))
+_GROUPS: _Validator = max_len(MOST_GROUPS)
 _NAME: _Validator = max_len(512)
 _ID: _Validator = max_len(32)
 
@@ -140,7 +148,8 @@ class Hello(Message):
     """Who asks to be let in. *token* is 16 random bytes, one a client object, the same after a reconnect.
 
     *identity* is a scheduler's: the digest of its model and weights. It is part of its engine's namespace.
-    *block_tokens* are those of the engine's blocks, *chunk_tokens* those that its chunks must have. 0: not said.
+    *block_tokens*: a chunk is a whole number of so many, those of the engine's blocks. *chunk_tokens*: those that
+    its chunks must have. 0: not said. *groups*: what its layers keep; empty: one group, of which a hit needs all.
     """
 
     opcode: ClassVar[int] = 1
@@ -150,10 +159,11 @@ class Hello(Message):
     role: Role
     engine: str = attrs.field(default="", validator=_NAME)
     shard: int = attrs.field(default=0, validator=ge(0))
-    shards: int = attrs.field(default=1, validator=ge(1))
+    shards: int = attrs.field(default=1, validator=and_(ge(1), le(MAX_SHARDS)))
     identity: bytes = attrs.field(default=b"", validator=_ID)
     block_tokens: int = attrs.field(default=0, validator=_TOKENS)
     chunk_tokens: int = attrs.field(default=0, validator=_TOKENS)
+    groups: tuple[Group, ...] = attrs.field(default=(), validator=_GROUPS)
 
 
 @attrs.frozen
@@ -203,6 +213,8 @@ class Statistics(Message):
 class Register(Message):
     """A worker's layout: *fingerprint* of its bytes, *shard_bytes* of one chunk, *block_tokens* of the engine.
 
+    *part_bytes* are those of a chunk's part, by group, and `shard_bytes` in all; empty if there is one group.
+
     Answered by NamespaceKnown; its namespace is empty while other shards of the engine are still missing. *attaching*:
     the worker copies nothing by itself, so that its layout counts only from an Attach on that succeeds.
     """
@@ -213,6 +225,7 @@ class Register(Message):
     shard_bytes: int = attrs.field(validator=ge(1))
     block_tokens: int = attrs.field(validator=ge(1))
     attaching: bool = False
+    part_bytes: tuple[Annotated[int, msgspec.Meta(ge=1)], ...] = attrs.field(default=(), validator=_GROUPS)
 
 
 @attrs.frozen
@@ -245,13 +258,17 @@ class LookupStatus(Message):
 
 @attrs.frozen
 class Retrieve(Message):
-    """A worker asks to read *count* chunks from position *start* of a lease; answered by Pinned."""
+    """A worker asks to read the parts in *group* of *count* chunks, from chunk *start* on; answered by Pinned.
+
+    A lease has, of each group, the parts that a hit of its length needs.
+    """
 
     opcode: ClassVar[int] = 21
     id: RequestId
     lease: bytes = attrs.field(validator=_ID)
     start: int = attrs.field(validator=ge(0))
     count: int = attrs.field(validator=ge(1))
+    group: int = attrs.field(default=0, validator=_GROUP)
 
 
 @attrs.frozen
@@ -265,7 +282,9 @@ class Done(Message):
 
 @attrs.frozen
 class Reserve(Message):
-    """A worker asks for slots for its shard of *digests*, which follow *parent* (empty: the chain's first).
+    """A worker asks for slots for its shard of the parts in *group* of *digests*, which follow *parent*.
+
+    An empty *parent*: the chain's first. Of a group whose parts are no chain, *parent* says nothing.
 
     They are `MAX_RESERVED` at most; more of a chain are asked for behind them, with the last of these as parent.
     *session* is the scheduler's number of the request. A session that the server does not know, or has forgotten
@@ -278,6 +297,7 @@ class Reserve(Message):
     session: Number
     parent: bytes = attrs.field(validator=_ID)
     digests: bytes = attrs.field(validator=_RESERVED)
+    group: int = attrs.field(default=0, validator=_GROUP)
 
 
 @attrs.frozen
@@ -366,6 +386,7 @@ class StoreBlocks(Message):
     digests: bytes = attrs.field(validator=_RESERVED)
     blocks: bytes = attrs.field(validator=_POSITIONS)
     event: bytes = attrs.field(default=b"", validator=max_len(64))
+    group: int = attrs.field(default=0, validator=_GROUP)
 
 
 @attrs.frozen
@@ -384,6 +405,7 @@ class RetrieveBlocks(Message):
     skip: int = attrs.field(validator=ge(0))
     blocks: bytes = attrs.field(validator=_POSITIONS)
     event: bytes = attrs.field(default=b"", validator=max_len(64))
+    group: int = attrs.field(default=0, validator=_GROUP)
 
 
 @attrs.frozen

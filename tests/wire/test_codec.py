@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmcache_trio._core.groups import Group, Need
 from lmcache_trio._wire import codec, messages
 from lmcache_trio._wire.codec import decode, decode_expected, encode, peek_id
 from lmcache_trio._wire.messages import MAX_NUMBER, Answer, Lookup, LookupStatus, Message, Ping, Pong, Reserve, Reserved
@@ -27,6 +28,14 @@ def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:
         return st.integers(least, MAX_NUMBER)
     if name in ("block_tokens", "chunk_tokens"):
         return st.integers(1, 1 << 16)
+    bounded = {"shards": 4096, "group": 15}
+    if name in bounded:
+        return st.integers(1, bounded[name])
+    if name == "groups":
+        made = st.builds(Group, st.sampled_from(Need), st.integers(0, 1 << 30), st.integers(0, 1 << 16))
+        return st.lists(made, max_size=16).map(tuple)
+    if name == "part_bytes":
+        return st.lists(st.integers(1, MAX_NUMBER), max_size=16).map(tuple)
     if name in PACKED:
         return st.integers(0, 5).flatmap(lambda n: st.binary(min_size=n * PACKED[name], max_size=n * PACKED[name]))
     if isinstance(kind, type) and issubclass(kind, IntEnum):

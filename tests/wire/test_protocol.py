@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import attrs
 import msgspec
@@ -64,6 +64,7 @@ def example(kind: Kind, number: int = 5) -> Any:
     """Some valid sentence of *kind*, with *number* for its id."""
     plain: dict[Any, Any] = {int: 1, str: "", bytes: b"", bool: True, dict[str, int]: {}}
     hints = {name: hint for name, hint in get_type_hints(kind).items() if name != "opcode"}
+    plain |= {hint: () for hint in hints.values() if get_origin(hint) is tuple}
     fields = {name: plain[hint] if hint in plain else next(iter(hint)) for name, hint in hints.items()}
     return kind(**fields | {"id": number} if "id" in fields else fields)
 
