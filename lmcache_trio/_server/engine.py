@@ -18,10 +18,13 @@ class Engine:
 
     name: str
     shards: int
+    replicas: int
+    """Workers of each shard. They hold the same bytes: whichever comes first stores a chunk, and each loads it."""
     chunk_tokens: int
     """Tokens of one of its chunks. The engine's first client decides."""
     scheduler: Peer | None = None
     workers: dict[int, Peer] = attrs.field(factory=dict)
+    """By rank; so are the layouts."""
     layouts: dict[int, Register] = attrs.field(factory=dict)
     attaching: dict[int, Register] = attrs.field(factory=dict)
     """Layouts that count once the memory of their worker is attached. The worker moves nothing before."""
@@ -38,11 +41,25 @@ class Engine:
     """Identities whose chunks are to be dropped as soon as the layout is known."""
 
     def namespace_under(self, identity: bytes) -> bytes:
-        """The namespace of its layout under *identity*; b"" while a shard's layout is missing."""
-        if len(self.layouts) < self.shards:
+        """The namespace of its layout under *identity*; b"" while a layout is missing, or replicas have several."""
+        if len(self.layouts) < self.shards * self.replicas or not self.replicas_agree:
             return b""
-        layouts = [self.layouts[shard].fingerprint for shard in range(self.shards)]
+        layouts = [layout.fingerprint for layout in self.shard_layouts()]
         return namespace_of([*layouts, b"%d tokens" % self.chunk_tokens], identity)
+
+    def shard_layouts(self) -> list[Register]:
+        """The layout of each shard, once no layout is missing."""
+        return [self.layouts[shard * self.replicas] for shard in range(self.shards)]
+
+    @property
+    def replicas_agree(self) -> bool:
+        """Whether the replicas of each shard, as far as they have registered, have one layout."""
+        seen = {rank // self.replicas: layout for rank, layout in self.layouts.items()}
+        return all(
+            (layout.fingerprint, layout.shard_bytes)
+            == (seen[rank // self.replicas].fingerprint, seen[rank // self.replicas].shard_bytes)
+            for rank, layout in self.layouts.items()
+        )
 
     def peers(self) -> Iterator[Peer]:
         if self.scheduler is not None:

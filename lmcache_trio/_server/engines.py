@@ -83,28 +83,30 @@ class Engines:
         hello = peer.hello
         if hello.role is Role.OBSERVER:
             return
-        engine = self._engines.setdefault(hello.engine, Engine(hello.engine, hello.shards, self.chunk_tokens_of(hello)))
+        engine = self._engines.setdefault(
+            hello.engine, Engine(hello.engine, hello.shards, hello.replicas, self.chunk_tokens_of(hello))
+        )
         if hello.role is Role.SCHEDULER:
             engine.scheduler = peer
             self.identify(engine, hello.identity)
         else:
-            engine.workers[hello.shard] = peer
+            engine.workers[hello.rank] = peer
         if engine.namespace:
             peer.send(self.namespace_known(engine))  # waits in the outbox until the client is there
 
     def leave(self, peer: Peer) -> None:
         """*peer* is lost: its sessions end, its layout counts no more, and an engine without peers is forgotten."""
-        engine, shard = self.find(peer.hello), peer.hello.shard
+        engine, rank = self.find(peer.hello), peer.hello.rank
         if engine is None:
             return
         if engine.scheduler is peer:
             engine.scheduler = None
             for number in list(engine.sessions.live):
                 self.end_session(engine, number)
-        elif engine.workers.get(shard) is peer:
-            del engine.workers[shard]
-            engine.attaching.pop(shard, None)
-            engine.layouts.pop(shard, None)
+        elif engine.workers.get(rank) is peer:
+            del engine.workers[rank]
+            engine.attaching.pop(rank, None)
+            engine.layouts.pop(rank, None)
             self.settle_namespace(engine)
         if engine.scheduler is None and not engine.workers:
             del self._engines[engine.name]
@@ -119,7 +121,7 @@ class Engines:
         """
         former, namespace = engine.namespace, engine.namespace_under(engine.identity)
         if namespace:
-            layouts = [engine.layouts[shard] for shard in range(engine.shards)]
+            layouts = engine.shard_layouts()
             self._index.attach(namespace, [layout.shard_bytes for layout in layouts])
             self._see_layout(engine, tuple(layout.fingerprint for layout in layouts))
             for identity in engine.resets_due:
@@ -142,20 +144,20 @@ class Engines:
 
     def attached(self, peer: Peer) -> None:
         """The memory of *peer* is open: its layout, which waited for that, counts from now on. `Misuse`: it cannot."""
-        engine, shard = self.find(peer.hello), peer.hello.shard
-        if engine is not None and engine.workers.get(shard) is peer and shard in engine.attaching:
-            engine.layouts[shard] = engine.attaching.pop(shard)
+        engine, rank = self.find(peer.hello), peer.hello.rank
+        if engine is not None and engine.workers.get(rank) is peer and rank in engine.attaching:
+            engine.layouts[rank] = engine.attaching.pop(rank)
             try:
                 self.settle_namespace(engine)
             except Misuse:
-                del engine.layouts[shard]
+                del engine.layouts[rank]
                 raise
 
     def fenced(self, peer: Peer) -> None:
         """The device moves nothing more for *peer*, so its engine is offered nothing until *peer* registers again."""
-        engine, shard = self.find(peer.hello), peer.hello.shard
-        if engine is not None and engine.workers.get(shard) is peer and shard in engine.layouts:
-            del engine.layouts[shard]
+        engine, rank = self.find(peer.hello), peer.hello.rank
+        if engine is not None and engine.workers.get(rank) is peer and rank in engine.layouts:
+            del engine.layouts[rank]
             self.settle_namespace(engine)
 
     def tell_missing(self, engine: Engine) -> None:
@@ -167,8 +169,13 @@ class Engines:
         """Log how much can be cached for *engine*, or the reason why nothing can."""
         engine.is_told_of = not engine.namespace
         if not engine.namespace:
-            missing = sorted(set(range(engine.shards)) - set(engine.layouts))
-            log.info("engine %r has no cache until its shards %s are registered", engine.name, missing)
+            missing = sorted(
+                {rank // engine.replicas for rank in set(range(engine.shards * engine.replicas)) - set(engine.layouts)}
+            )
+            if missing:
+                log.info("engine %r has no cache until its shards %s are registered", engine.name, missing)
+            else:
+                log.info("engine %r has no cache until the replicas of each shard have one layout", engine.name)
             return
         tokens, size = engine.chunk_tokens, self._index.arena.capacity
         chunk = self._index.chunk_bytes(engine.namespace)
@@ -181,7 +188,7 @@ class Engines:
             log.warning(words, engine.name, tokens, format_size(chunk), format_size(size))
             return
         words = "engine %r joins: model %s, layout %s in %d shard(s), %s a token; the memory holds %d tokens"
-        layout = namespace_of([engine.layouts[shard].fingerprint for shard in range(engine.shards)], b"").hex()[:12]
+        layout = namespace_of([layout.fingerprint for layout in engine.shard_layouts()], b"").hex()[:12]
         model, a_token = engine.identity.hex()[:12] or "not named", format_size(chunk // tokens)
         log.info(words, engine.name, model, layout, engine.shards, a_token, size // chunk * tokens)
 
@@ -203,7 +210,7 @@ class Engines:
         """Misuse: under *identity* the layout of *engine* has the namespace of one with slots of other lengths."""
         namespace = engine.namespace_under(identity)
         if namespace:
-            self._index.check_lengths(namespace, [engine.layouts[shard].shard_bytes for shard in range(engine.shards)])
+            self._index.check_lengths(namespace, [layout.shard_bytes for layout in engine.shard_layouts()])
 
     def reset(self, namespace: bytes) -> list[Deletion]:
         """Drop every chunk of *namespace*, for all its engines. Returns the tiers' deletions, which have begun.

@@ -56,21 +56,21 @@ def _register(parts: Parts, peer: Peer, message: Register) -> Message:
     if peer.pidfd is None:
         raise Misuse(f"{peer} got no arena, so it can neither store nor retrieve; the welcome's arena_note says why")
     check_chunk_tokens(engine.chunk_tokens, message.block_tokens)
-    shard = peer.hello.shard
-    former = engine.layouts.pop(shard, None)
+    rank = peer.hello.rank
+    former = engine.layouts.pop(rank, None)
     if parts.transfer is not None:
         parts.transfer.lose(peer)  # the memory that it attached had the former layout
-    engine.attaching.pop(shard, None)
+    engine.attaching.pop(rank, None)
     if message.attaching:
-        engine.attaching[shard] = message
+        engine.attaching[rank] = message
     else:
-        engine.layouts[shard] = message
+        engine.layouts[rank] = message
     try:
         parts.engines.settle_namespace(engine)
     except Misuse:
-        del engine.layouts[shard]
+        del engine.layouts[rank]
         if former is not None:
-            engine.layouts[shard] = former
+            engine.layouts[rank] = former
         raise
     return parts.engines.namespace_known(engine, message.id)
 

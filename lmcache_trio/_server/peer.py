@@ -45,6 +45,8 @@ class Peer:
 
     def __str__(self) -> str:
         what = f"shard {self.hello.shard} of {self.hello.shards}" if self.hello.role is Role.WORKER else "scheduler"
+        if self.hello.replicas > 1 and self.hello.role is Role.WORKER:
+            what = f"replica {self.hello.replica} of {what}"
         where = f" of engine {self.hello.engine!r} ({what})" if self.hello.engine else ""
         return f"client {self.hello.client!r}{where}"
 

@@ -94,11 +94,12 @@ def _check(parts: Parts, hello: Hello) -> None:
     if engine is None:
         return
     others = [peer for peer in engine.peers() if peer.hello.token != hello.token and not peer.has_exited()]
-    if engine.shards != hello.shards:
+    if not _ranks_agree(engine, hello):
         if others:
             raise Misuse(
-                f"engine {hello.engine!r} has {engine.shards} shards for the clients that are here, but {hello.shards} "
-                "for this one; all must agree, and two engines must not share an engine id"
+                f"engine {hello.engine!r} has {_ranks(engine.shards, engine.replicas)} for the clients that are here,"
+                f" but {_ranks(hello.shards, hello.replicas)} for this one; all must agree, and two engines must not"
+                " share an engine id"
             )
     elif not _chunks_fit(engine, hello):
         if not all(_gives_way(peer, hello) for peer in others):
@@ -126,6 +127,19 @@ def _check_room(parts: Parts, replaced: int) -> None:
         raise Unavailable(f"{most} clients are connected, and no more are let in: that is limits.clients; {way}")
 
 
+def _ranks_agree(engine: Engine, hello: Hello) -> bool:
+    """Whether *hello* has as many workers in its engine as *engine* has."""
+    return (engine.shards, engine.replicas) == (hello.shards, hello.replicas)
+
+
+def _ranks(shards: int, replicas: int) -> str:
+    return f"{shards} shards" if replicas == 1 else f"{shards} shards of {replicas} replicas"
+
+
+def _replica(hello: Hello) -> str:
+    return "" if hello.replicas == 1 else f", replica {hello.replica},"
+
+
 def _chunks_fit(engine: Engine, hello: Hello) -> bool:
     """Whether the client that says *hello* can work with the chunks of *engine*."""
     return hello.chunk_tokens in (0, engine.chunk_tokens) and engine.chunk_tokens % (hello.block_tokens or 1) == 0
@@ -151,14 +165,16 @@ def _replaced_by(parts: Parts, hello: Hello, peer_pid: int | None, pidfd: int | 
     engine = parts.engines.find(hello)
     if engine is None:
         return
-    holder = engine.scheduler if hello.role is Role.SCHEDULER else engine.workers.get(hello.shard)
+    holder = engine.scheduler if hello.role is Role.SCHEDULER else engine.workers.get(hello.rank)
     if holder is not None and holder.hello.token != hello.token:
         if not holder.has_exited():
-            what = "a scheduler" if hello.role is Role.SCHEDULER else f"a worker of shard {hello.shard}"
+            what = (
+                "a scheduler" if hello.role is Role.SCHEDULER else f"a worker of shard {hello.shard}{_replica(hello)}"
+            )
             raise Misuse(
                 f"engine {hello.engine!r} has {what} already (process {holder.peer_pid}); end that one first, or give "
                 "each engine an engine id of its own"
             )
         yield holder
-    if engine.shards != hello.shards or not _chunks_fit(engine, hello):
+    if not _ranks_agree(engine, hello) or not _chunks_fit(engine, hello):
         yield from engine.peers()  # all of them are dead or give way, or `_check` would have refused

@@ -39,8 +39,8 @@ EVENT_BYTES = 64
 def _attach(parts: Parts, peer: Peer, message: Attach) -> Message | None:
     transfer = _transfer(parts)
     engine = parts.engines.of(peer)
-    layout = engine.layouts.get(peer.hello.shard) or engine.attaching.get(peer.hello.shard)
-    if layout is None or engine.workers.get(peer.hello.shard) is not peer:
+    layout = engine.layouts.get(peer.hello.rank) or engine.attaching.get(peer.hello.rank)
+    if layout is None or engine.workers.get(peer.hello.rank) is not peer:
         raise Misuse("register the layout before its memory is attached")
     if transfer.attachments.unanswered[peer.number] >= parts.config.limits.attaches:
         raise parts.counts.over_limit(peer, "attaches", f"{parts.config.limits.attaches} Attach without a reply")

@@ -145,11 +145,12 @@ class Message:
 
 @attrs.frozen
 class Hello(Message):
-    """Who asks to be let in. *token* is 16 random bytes, one a client object, the same after a reconnect.
+    """The client that asks to be let in. *token* is 16 random bytes, one a client object, the same after a reconnect.
 
     *identity* is a scheduler's: the digest of its model and weights. It is part of its engine's namespace.
     *block_tokens*: a chunk is a whole number of so many, those of the engine's blocks. *chunk_tokens*: those that
     its chunks must have. 0: not said. *groups*: what its layers keep; empty: one group, of which a hit needs all.
+    Each shard has *replicas* workers, which hold the same bytes; a worker is the *replica*-th of them, from 0.
     """
 
     opcode: ClassVar[int] = 1
@@ -164,6 +165,13 @@ class Hello(Message):
     block_tokens: int = attrs.field(default=0, validator=_TOKENS)
     chunk_tokens: int = attrs.field(default=0, validator=_TOKENS)
     groups: tuple[Group, ...] = attrs.field(default=(), validator=_GROUPS)
+    replica: int = attrs.field(default=0, validator=ge(0))
+    replicas: int = attrs.field(default=1, validator=and_(ge(1), le(MAX_SHARDS)))
+
+    @property
+    def rank(self) -> int:
+        """A worker's number among all workers of its engine."""
+        return self.shard * self.replicas + self.replica
 
 
 @attrs.frozen

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from lmcache_trio._wire import messages as m
 from lmcache_trio._wire.codec import decode_expected
-from lmcache_trio._wire.messages import PROTOCOL_VERSION, ErrorKind, Hello, Message, Refused, Role, Welcome
+from lmcache_trio._wire.messages import MAX_SHARDS, PROTOCOL_VERSION, ErrorKind, Hello, Message, Refused, Role, Welcome
 from lmcache_trio.errors import Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 
 __all__ = [
@@ -110,6 +110,10 @@ def check_hello(frame: bytes) -> Hello:
         raise Misuse(f"a {hello.role.name.lower()} must name its engine: the engine id is empty")
     if hello.shard >= hello.shards:
         raise Misuse(f"shard {hello.shard} of {hello.shards} does not exist; shards count from 0")
+    if hello.replica >= hello.replicas:
+        raise Misuse(f"replica {hello.replica} of {hello.replicas} does not exist; replicas count from 0")
+    if hello.shards * hello.replicas > MAX_SHARDS:
+        raise Misuse(f"{hello.shards} shards of {hello.replicas} replicas are more than {MAX_SHARDS} workers")
     return hello
 
 

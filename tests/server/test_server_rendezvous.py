@@ -135,6 +135,19 @@ async def test_clients_that_disagree_on_the_number_of_shards_are_refused(rig: Ri
         await rig.worker(shard=3, shards=4)
 
 
+async def test_replicas_of_a_shard_are_clients_of_their_own_and_all_must_agree_on_how_many(rig: Rig) -> None:
+    await rig.worker(shard=0, shards=1, replica=0, replicas=2)
+    await rig.worker(shard=0, shards=1, replica=1, replicas=2)
+    with pytest.raises(Refusal, match="a worker of shard 0, replica 1, already"):
+        await rig.worker(shard=0, shards=1, replica=1, replicas=2)
+    with pytest.raises(Refusal, match="has 1 shards of 2 replicas for the clients that are here, but 2 shards for"):
+        await rig.scheduler(shards=2)
+    with pytest.raises(Refusal, match="replica 2 of 2 does not exist"):
+        await rig.worker(shard=0, shards=1, replica=2, replicas=2)
+    with pytest.raises(Refusal, match="more than 4096 workers"):
+        await rig.worker(shard=0, shards=4096, replica=0, replicas=2)
+
+
 async def test_the_same_token_replaces_the_old_connection(rig: Rig) -> None:
     old = await rig.worker()
     new = await rig.worker(token=old.token)

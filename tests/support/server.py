@@ -172,12 +172,11 @@ class Peer:
 
 
 async def say_hello(
-    address: str, role: Role, engine: str = "engine", shard: int = 0, shards: int = 1, token: bytes = b""
+    address: str, role: Role, engine: str = "engine", shard: int = 0, shards: int = 1, token: bytes = b"", **more: Any
 ) -> Peer:
     token = token or secrets.token_bytes(16)
-    reply = decode(
-        await introduce(address, encode(Hello(PROTOCOL_VERSION, "test", token, role, engine, shard, shards)))
-    )
+    hello = Hello(PROTOCOL_VERSION, "test", token, role, engine, shard, shards, **more)
+    reply = decode(await introduce(address, encode(hello)))
     if isinstance(reply, Refused):
         raise Refusal(reply.reason)
     assert isinstance(reply, Welcome)
@@ -198,11 +197,13 @@ class Rig:
     def counted(self) -> dict[str, Any]:
         return dict(self.server.statistics()["counted"])
 
-    async def scheduler(self, engine: str = "engine", shards: int = 1, token: bytes = b"") -> Peer:
-        return await say_hello(self.server.address, Role.SCHEDULER, engine, 0, shards, token)
+    async def scheduler(self, engine: str = "engine", shards: int = 1, token: bytes = b"", **more: Any) -> Peer:
+        return await say_hello(self.server.address, Role.SCHEDULER, engine, 0, shards, token, **more)
 
-    async def worker(self, engine: str = "engine", shard: int = 0, shards: int = 1, token: bytes = b"") -> Peer:
-        return await say_hello(self.server.address, Role.WORKER, engine, shard, shards, token)
+    async def worker(
+        self, engine: str = "engine", shard: int = 0, shards: int = 1, token: bytes = b"", **more: Any
+    ) -> Peer:
+        return await say_hello(self.server.address, Role.WORKER, engine, shard, shards, token, **more)
 
     async def observer(self) -> Peer:
         return await say_hello(self.server.address, Role.OBSERVER, "")

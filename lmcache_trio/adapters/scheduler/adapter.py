@@ -34,10 +34,11 @@ class SchedulerAdapter:
     """Lookups for one engine. Its workers, joined by *engine_id*, move the bytes.
 
     *identity* names the model and all else that changes what a token's KV is; it seeds every digest. *shards*: the
-    workers that hold different bytes. *lookup_timeout*: seconds until a lookup without an answer counts as 0 tokens.
-    *poll_interval*: seconds of silence between questions for its status. *server_uids*: uids whose server it trusts,
-    beside its own and root. These three are taken from `load_client_config` if not given. *lease_timeout*: no answer is
-    offered for longer. *weights_version*: as `set_weights_version` says, from the start.
+    workers that hold different bytes; *replicas*: the workers of each shard, which hold the same bytes.
+    *lookup_timeout*: seconds until a lookup without an answer counts as 0 tokens. *poll_interval*: seconds of silence
+    between questions for its status. *server_uids*: uids whose server it trusts, beside its own and root. These three
+    are taken from `load_client_config` if not given. *lease_timeout*: no answer is offered for longer.
+    *weights_version*: as `set_weights_version` says, from the start.
     `Misuse` names a setting that is wrong, or that the server refuses.
 
     A subclass may use what is public.
@@ -51,6 +52,7 @@ class SchedulerAdapter:
         identity: Sequence[str | bytes],
         block_tokens: int,
         shards: int = 1,
+        replicas: int = 1,
         chunk_tokens: int | None = None,
         lookup_timeout: float | None = None,
         poll_interval: float | None = None,
@@ -72,6 +74,7 @@ class SchedulerAdapter:
         self._lock = Lock()
         self._prompts = Prompts(identity, block_tokens, chunk_tokens, self._lock)
         check_whole("shards", shards, 1)
+        check_whole("replicas", replicas, 1)
         self._own = os.urandom(16)
         """Random bytes that tell weights of this engine alone from those of any other."""
         if weights_version is not None:
@@ -79,7 +82,7 @@ class SchedulerAdapter:
             self._prompts.rename(named, named)
         name, token, model = f"scheduler {os.getpid()}", os.urandom(16), self._prompts.model
         said = (0, shards, model, block_tokens, chunk_tokens or 0)
-        hello = message_of(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said)
+        hello = message_of(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said, replicas=replicas)
         self._told: Client | None = None
         """The client whose server was told of the model and of all resets; None while no server was."""
         self._resets_owed: dict[bytes, None] = {}

@@ -104,7 +104,8 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             # Within a MultiConnector *vllm_config* holds our part of the configuration, and vLLM obeys the whole one.
             whole = get_current_vllm_config_or_none() or vllm_config
             check_failure_policy(whole.kv_transfer_config.kv_load_failure_policy)
-        check_load_mode(self._settings.load, vllm_config.max_concurrent_batches)
+        self._replicas = kv_cache_config.kv_tp_replicas
+        check_load_mode(self._settings.load, vllm_config.max_concurrent_batches, self._replicas)
         self._block_tokens = _block_tokens(vllm_config, kv_cache_config)
         self._asynchronous = self._settings.load is LoadMode.ASYNC
         self._loras = LoraIdentities()
@@ -120,14 +121,15 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def _start_scheduler(self, vllm_config: "VllmConfig") -> None:
         transfer = self._kv_transfer_config
-        shards = vllm_config.parallel_config.tensor_parallel_size * vllm_config.parallel_config.pipeline_parallel_size
+        ranks = vllm_config.parallel_config.tensor_parallel_size * vllm_config.parallel_config.pipeline_parallel_size
         adapter_class = PollingSchedulerAdapter if self._settings.sync_lookup else SchedulerAdapter
         self._scheduler_adapter = adapter_class(
             self._settings.address,
             engine_id=transfer.engine_id,
             identity=model_identity(vllm_config, self._settings.namespace),
             block_tokens=self._block_tokens,
-            shards=shards,
+            shards=ranks // self._replicas,
+            replicas=self._replicas,
             chunk_tokens=self._settings.chunk_tokens,
             weights_version=self._settings.weights_version,
             lookup_timeout=self._settings.lookup_timeout,
@@ -141,7 +143,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             identify=self._identify,
             loads=transfer.is_kv_consumer,
             stores=transfer.is_kv_producer,
-            workers=shards,
+            workers=ranks,
         )
 
     @property
@@ -244,11 +246,14 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         tensor_ranks, pipeline_ranks = get_tp_group(), get_pp_group()
+        distinct = tensor_ranks.world_size // self._replicas  # consecutive ranks hold the same bytes
         self._worker_adapter = self.worker_adapter_class(
             self._settings.address,
             engine_id=self._kv_transfer_config.engine_id,
-            shard=pipeline_ranks.rank_in_group * tensor_ranks.world_size + tensor_ranks.rank_in_group,
-            shards=pipeline_ranks.world_size * tensor_ranks.world_size,
+            shard=pipeline_ranks.rank_in_group * distinct + tensor_ranks.rank_in_group // self._replicas,
+            shards=pipeline_ranks.world_size * distinct,
+            replica=tensor_ranks.rank_in_group % self._replicas,
+            replicas=self._replicas,
             block_tokens=self._block_tokens,
             chunk_tokens=self._settings.chunk_tokens,
             fingerprint_extra=layout_extras(self._vllm_config, self._kv_cache_config),

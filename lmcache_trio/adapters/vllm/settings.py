@@ -88,12 +88,19 @@ def check_failure_policy(policy: str) -> None:
         )
 
 
-def check_load_mode(load: LoadMode, concurrent_batches: int) -> None:
+def check_load_mode(load: LoadMode, concurrent_batches: int, replicas: int = 1) -> None:
     """A synchronous load that fails is noticed after its step ran; vLLM takes back that step alone.
 
     With asynchronous scheduling or pipeline parallelism the step behind it is under way already, and vLLM 0.32 hands
-    out the token that it computed from the blocks that failed.
+    out the token that it computed from the blocks that failed. Of *replicas* that hold the same KV the first one stores
+    it for all, before it is known that another one's load has failed, and that all computed from it.
     """
+    if load is LoadMode.SYNC and replicas > 1:
+        raise ConfigError(
+            f"{PREFIX}.load",
+            f"is 'sync', but {replicas} ranks of this engine hold the same KV, and one of them would store a step that "
+            "another one's failed load has spoiled; use 'async'",
+        )
     if load is LoadMode.SYNC and concurrent_batches > 1:
         raise ConfigError(
             f"{PREFIX}.load",

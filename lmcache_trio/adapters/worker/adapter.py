@@ -46,6 +46,10 @@ _LAST_REPLIES = 3
 class WorkerAdapter:
     """Shard *shard* of *shards* of the engine *engine_id*.
 
+    Workers that hold the same bytes are the *replicas* of one shard, and this one is the *replica*-th of them, from 0.
+    The first of them that asks stores a chunk, and each of them loads it. So no replica may store KV of a step before
+    the loads that this step computed from are known to have ended well at all workers.
+
     *reply_timeout*: seconds that one reply of the server is waited for. *fingerprint_extra*: what else decides the
     bytes of a block (attention backend, CPU instruction set). *server_uids*: uids whose server it trusts, beside its
     own and root; taken from `load_client_config` if not given. *probe*: for tests, see `Probe`. `Misuse` names a
@@ -60,6 +64,8 @@ class WorkerAdapter:
         block_tokens: int,
         shard: int = 0,
         shards: int = 1,
+        replica: int = 0,
+        replicas: int = 1,
         chunk_tokens: int | None = None,
         fingerprint_extra: Sequence[str | bytes] = (),
         reply_timeout: float = 5.0,
@@ -76,6 +82,10 @@ class WorkerAdapter:
             check_chunk_tokens(chunk_tokens, block_tokens)
         if shard >= shards:
             raise Misuse(f"shard is {shard} of {shards}: shards count from 0")
+        check_whole("replicas", replicas, 1)
+        check_whole("replica", replica)
+        if replica >= replicas:
+            raise Misuse(f"replica is {replica} of {replicas}: replicas count from 0")
         check_seconds("reply_timeout", reply_timeout)
         check_seconds("connect_timeout", connect_timeout)
         if isinstance(fingerprint_extra, str | bytes) or not isinstance(fingerprint_extra, Sequence):
@@ -92,7 +102,8 @@ class WorkerAdapter:
         self._arena_note = ""
         self._room_note = ""
         name, said = f"worker {shard} {os.getpid()}", (shard, shards, b"", block_tokens, chunk_tokens or 0)
-        hello = message_of(Hello, PROTOCOL_VERSION, name, self._token, Role.WORKER, engine_id, *said)
+        replicated = {"replica": replica, "replicas": replicas}
+        hello = message_of(Hello, PROTOCOL_VERSION, name, self._token, Role.WORKER, engine_id, *said, **replicated)
         self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None, server_uids=server_uids)
         self._registered = RegisteredKV(chunk_tokens=chunk_tokens or 0)
         self._shm = ShmMover(f"lmcache-trio copies {shard}", self._registered, reply_timeout, probe)

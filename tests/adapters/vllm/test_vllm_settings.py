@@ -126,3 +126,9 @@ def test_synchronous_loads_are_refused_where_steps_overlap() -> None:
     check_load_mode(LoadMode.ASYNC, 2)
     with pytest.raises(ConfigError, match="overlaps 2 steps"):
         check_load_mode(LoadMode.SYNC, 2)
+
+
+def test_synchronous_loads_are_refused_where_one_rank_stores_for_others() -> None:
+    check_load_mode(LoadMode.ASYNC, 1, replicas=2)
+    with pytest.raises(ConfigError, match="2 ranks of this engine hold the same KV"):
+        check_load_mode(LoadMode.SYNC, 1, replicas=2)
