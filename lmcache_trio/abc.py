@@ -174,11 +174,11 @@ class Attached:
 
 @attrs.frozen(eq=False)
 class Copy:
-    """Chunks to be moved between an engine's blocks and slots of the arena, in the order of both.
+    """Parts of chunks, all of one KV *group*, to be moved between an engine's blocks and slots, in the order of both.
 
-    *slots* are arena offsets, one a chunk, each of *chunk_blocks* blocks. *blocks* has one entry for each of a chunk's
-    blocks, chunk after chunk: the engine's block number, or -1 for one that is not to be touched (in a load alone).
-    What the copy has to wait for has ended when it is started.
+    *slots* are arena offsets, one per chunk, each of *chunk_blocks* blocks of the group: those of the chunk's part.
+    *blocks* has one entry for each of them, chunk after chunk: the engine's block number, or -1 for a block that is not
+    to be touched (in a load alone). What the copy has to wait for has ended when it is started.
     """
 
     attached: Attached
@@ -186,6 +186,7 @@ class Copy:
     slots: Sequence[int]
     blocks: Sequence[int]
     chunk_blocks: int
+    group: int = 0
 
 
 class Ticket:

@@ -17,15 +17,14 @@ PIN = 256 << 20
 def moves_of(copy: Copy, bases: Sequence[int], memory: Memory) -> Iterator[Move]:
     """Blocks that lie one behind the other on both sides are one move."""
     count, at = copy.chunk_blocks, 0
-    for layer in copy.attached.export.pieces:
-        for piece in layer:
-            base = bases[piece.allocation] + piece.offset
-            for i, slot in enumerate(copy.slots):
-                for place, first, run in _runs(copy.blocks[i * count : (i + 1) * count], piece.stride, piece.length):
-                    start, length = slot + at + place * piece.length, run * piece.length
-                    host = address_of(memory, start, length)
-                    yield from _cut(start, Move(host, base + first * piece.stride, length))
-            at += count * piece.length
+    for piece in copy.attached.export.pieces[copy.group]:
+        base = bases[piece.allocation] + piece.offset
+        for i, slot in enumerate(copy.slots):
+            for place, first, run in _runs(copy.blocks[i * count : (i + 1) * count], piece.stride, piece.length):
+                start, length = slot + at + place * piece.length, run * piece.length
+                host = address_of(memory, start, length)
+                yield from _cut(start, Move(host, base + first * piece.stride, length))
+        at += count * piece.length
 
 
 def _cut(offset: int, move: Move) -> Iterator[Move]:

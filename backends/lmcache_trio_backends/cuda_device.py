@@ -244,7 +244,8 @@ class CudaDevice(EventDevice, ArenaDevice):
         try:
             opened.context.enter()
             moves = list(moves_of(copy, opened.bases, memory))
-            pinned = max(copy.slots) + opened.export.block_bytes * copy.chunk_blocks <= self._pinned
+            slot_bytes = opened.export.group_block_bytes[copy.group] * copy.chunk_blocks
+            pinned = max(copy.slots) + slot_bytes <= self._pinned
             begun = True
             submit(opened.context, stream, moves, to_host=copy.direction is Direction.STORE, pinned=pinned)
         except Exception as exc:  # noqa: BLE001  (told to whoever waits for it)

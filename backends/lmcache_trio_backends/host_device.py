@@ -36,17 +36,17 @@ class HostConfig:
 
 
 class AttachedHost(Attached):
-    """The engine's memory, mapped."""
+    """The engine's memory, mapped. *groups*: the blocks of each KV group."""
 
     def __init__(self, export: Export, maps: "Sequence[Bytes]") -> None:
         from lmcache_trio.host_memory import blocks_of
 
         super().__init__(export)
-        self.blocks = blocks_of([p for layer in export.pieces for p in layer], maps, export.num_blocks)
+        self.groups = [blocks_of(pieces, maps, export.num_blocks) for pieces in export.pieces]
 
     def close(self) -> None:
         """Let the mappings go: each goes with its last view."""
-        del self.blocks
+        del self.groups
 
 
 class _HostTicket(Ticket):
@@ -165,19 +165,19 @@ def copy_blocks(copy: Copy, memory: Memory) -> int:
 
     attached = copy.attached
     assert isinstance(attached, AttachedHost)
-    count = copy.chunk_blocks
-    length = count * attached.export.block_bytes
+    count, paged = copy.chunk_blocks, attached.groups[copy.group]
+    length = count * paged.block_bytes
     every = np.asarray(copy.blocks, dtype=np.int64).reshape(len(copy.slots), count)
     for offset, blocks in zip(copy.slots, every, strict=True):
         slot = np.frombuffer(memory.view(offset, length), dtype=np.uint8)
         if copy.direction is Direction.STORE:
-            attached.blocks.gather(blocks, slot)
+            paged.gather(blocks, slot)
         else:
             wanted = np.flatnonzero(blocks >= 0)
             places: slice | BlockIndex = wanted  # blocks that are left out in the middle are cut out of a copy
             if len(wanted) and wanted[-1] - wanted[0] == len(wanted) - 1:
                 places = slice(int(wanted[0]), int(wanted[-1]) + 1)
-            attached.blocks.scatter(slot, count, places, blocks[wanted])
+            paged.scatter(slot, count, places, blocks[wanted])
     return length * len(copy.slots)
 
 

@@ -3,7 +3,8 @@
     magic "LTKV" | version u16 | kind u8 (1 host, 2 CUDA) | 0 u8 | allocations u16 | layers u16 | blocks u64
     an allocation, 88 bytes:   size u64 | handle 64 | device UUID 16 (zeros on a host)
         a host's handle:       64 zeros; its descriptor comes with the message, in the order of the allocations
-    a layer:                   allocation u16 | dtype u8 | rank u8 | offset u64 | shape rank × u64 | strides rank × u64
+    a layer:                   allocation u16 | dtype u8 | rank u8 | group u8 | 0 u8 | offset u64
+                               | shape rank × u64 | strides rank × u64
 
 Lengths are checked before anything is allocated. Malformed bytes raise `ProtocolError`, and so do well-formed ones that
 are out of bounds: one `except` covers everything that a peer may send.
@@ -18,14 +19,14 @@ from lmcache_trio.errors import Misuse, ProtocolError
 
 __all__ = ["HANDLES_VERSION", "MAX_EXPORT", "decode_export", "descriptors_of", "encode_export"]
 
-HANDLES_VERSION = 2
+HANDLES_VERSION = 3
 MAX_EXPORT = 1 << 20
 """Bytes of the longest export."""
 
 _MAGIC = b"LTKV"
 _HEAD = struct.Struct("<4sHBBHHQ")
 _MEMORY = struct.Struct("<Q64s16s")
-_LAYER = struct.Struct("<HBBQ")
+_LAYER = struct.Struct("<HBBBBQ")
 _KIND_HOST, _KIND_CUDA = 1, 2
 _NO_HANDLE, _NO_UUID = bytes(64), bytes(16)
 
@@ -47,7 +48,7 @@ def encode_export(export: Export) -> bytes:
             parts.append(_MEMORY.pack(memory.size, _NO_HANDLE, _NO_UUID))
     for layer in export.layers:
         rank = len(layer.shape)
-        parts.append(_LAYER.pack(layer.allocation, layer.dtype, rank, layer.offset))
+        parts.append(_LAYER.pack(layer.allocation, layer.dtype, rank, layer.group, 0, layer.offset))
         parts.append(struct.pack(f"<{2 * rank}Q", *layer.shape, *layer.strides))
     packed = b"".join(parts)
     if len(packed) > MAX_EXPORT:
@@ -106,11 +107,11 @@ class _Reader:
         return SharedMemory(size, descriptor)
 
     def _layer(self) -> TensorView:
-        allocation, dtype, rank, offset = self._take(_LAYER)
-        if not 2 <= rank <= MAX_RANK:
-            raise ValueError(f"a tensor of rank {rank}: give 2 to {MAX_RANK}")
+        allocation, dtype, rank, group, reserved, offset = self._take(_LAYER)
+        if not 2 <= rank <= MAX_RANK or reserved:
+            raise ValueError(f"a tensor of rank {rank}: give 2 to {MAX_RANK}, and a zero where one must be")
         numbers = self._take(struct.Struct(f"<{2 * rank}Q"))
-        return TensorView(allocation, offset, DType(dtype), numbers[:rank], numbers[rank:])
+        return TensorView(allocation, offset, DType(dtype), numbers[:rank], numbers[rank:], group)
 
     def _take(self, form: struct.Struct) -> tuple[Any, ...]:
         found = form.unpack_from(self._packed, self._at)

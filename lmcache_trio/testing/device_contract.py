@@ -58,13 +58,17 @@ MakeEngineMemory = Callable[[Device, int], EngineMemory]
 
 @attrs.frozen
 class Layout:
-    """Layers of an export: *kv_first* ones have K and V apart; *gap* bytes lie between two blocks."""
+    """Layers of an export: *kv_first* ones have K and V apart; *gap* bytes lie between two blocks.
+
+    *second*: there is a second KV group too, whose one layer has the beginning of each block of the first one's.
+    """
 
     layers: int = 3
     item: DType = DType.bfloat16
     inner: tuple[int, ...] = (4, 2, 8)
     kv_first: bool = True
     gap: int = 0
+    second: bool = False
 
     @property
     def block_items(self) -> int:
@@ -93,6 +97,9 @@ class Layout:
             if self.kv_first:
                 shape, strides = (2, *shape), (BLOCKS * self.stride, *strides)
             views.append(TensorView(0, memory.start() + i * self.layer_bytes, self.item, shape, strides))
+        if self.second:
+            shape, strides = (BLOCKS, *self.inner[1:]), (self.stride, *inner_strides[1:])
+            views.insert(1, TensorView(0, memory.start(), self.item, shape, strides, group=1))
         return Export((memory.memory(),), tuple(views), BLOCKS)
 
 
@@ -111,33 +118,40 @@ class Rig:
 
     device: Device
     memory: Memory
+    layout: Layout
     engine: EngineMemory
     export: Export
     attached: Attached
 
     @property
     def slot_bytes(self) -> int:
-        return self.export.block_bytes * CHUNK_BLOCKS
+        return self.export.group_block_bytes[0] * CHUNK_BLOCKS
 
-    def block(self, block: int) -> bytes:
+    def block(self, block: int, group: int = 0) -> bytes:
         """All bytes of one block, in a slot's order of pieces."""
-        return b"".join(self.piece(block))
+        return b"".join(self.piece(block, group))
 
-    def piece(self, block: int) -> list[bytes]:
+    def piece(self, block: int, group: int = 0) -> list[bytes]:
         start = self.engine.start()
         return [
             self.engine.read(piece.offset - start + block * piece.stride, piece.length)
-            for layer in self.export.pieces
-            for piece in layer
+            for piece in self.export.pieces[group]
         ]
 
-    def slot(self, blocks: list[int]) -> bytes:
+    def slot(self, blocks: list[int], group: int = 0) -> bytes:
         """What a slot with these blocks holds."""
-        pieces = [self.piece(block) for block in blocks]
+        pieces = [self.piece(block, group) for block in blocks]
         return b"".join(pieces[i][p] for p in range(len(pieces[0])) for i in range(len(blocks)))
 
-    def copy(self, direction: Direction, slots: list[int], blocks: list[int]) -> Copy:
-        return Copy(self.attached, direction, slots, blocks, CHUNK_BLOCKS)
+    def copy(
+        self,
+        direction: Direction,
+        slots: list[int],
+        blocks: list[int],
+        chunk_blocks: int = CHUNK_BLOCKS,
+        group: int = 0,
+    ) -> Copy:
+        return Copy(self.attached, direction, slots, blocks, chunk_blocks, group)
 
     async def run(self, copy: Copy) -> None:
         with trio.fail_after(20):
@@ -181,7 +195,7 @@ class DeviceContract:
                     engine.write(0, Random(1).randbytes(layout.layers * layout.layer_bytes))
                     export = layout.export(engine)
                     attached = await device.attach(export)
-                    yield Rig(device, memory, engine, export, attached)
+                    yield Rig(device, memory, layout, engine, export, attached)
                     device.detach(attached)
 
         return opened
@@ -209,6 +223,26 @@ class DeviceContract:
             assert {block: it.block(block) for block in range(BLOCKS)} == before | expected
             changed = sum(a != b for a, b in zip(engine, it.engine.read(0, size), strict=True))
             assert changed <= 5 * it.export.block_bytes
+
+    @pytest.mark.parametrize("gap", [0, 32])
+    async def test_groups_in_one_storage_have_slots_of_their_own(self, rig: "OpenRig", gap: int) -> None:
+        async with rig(Layout(layers=2, kv_first=False, gap=gap, second=True)) as it:
+            lengths = it.export.group_block_bytes
+            slots = [4096, 4096 + 2 * it.slot_bytes, 4096 + 3 * it.slot_bytes]
+            it.memory.view(4096, 4 * it.slot_bytes)[:] = bytes(4 * it.slot_bytes)
+            await it.run(it.copy(Direction.STORE, slots[:1], [7, 0, 12, 3]))
+            await it.run(it.copy(Direction.STORE, slots[1:], [5, 1, 2, 4], 2, group=1))
+            assert bytes(it.memory.view(slots[0], 4 * lengths[0])) == it.slot([7, 0, 12, 3])
+            rest = bytes(it.slot_bytes - 2 * lengths[1])
+            for slot, blocks in zip(slots[1:], ([5, 1], [2, 4]), strict=True):
+                assert bytes(it.memory.view(slot, it.slot_bytes)) == it.slot(blocks, 1) + rest
+            stored = [it.block(block, 1) for block in (1, 2)]
+            before = [it.engine.read(0, 2 * it.layout.layer_bytes), *(it.block(block, 1) for block in (9, 8))]
+            await it.run(it.copy(Direction.LOAD, slots[1:], [-1, 9, 8, -1], 2, group=1))
+            assert [it.block(block, 1) for block in (9, 8)] == stored
+            for block, former in zip((9, 8), before[1:], strict=True):  # all else is as it was
+                it.engine.write(block * it.export.pieces[1][0].stride, former)
+            assert it.engine.read(0, 2 * it.layout.layer_bytes) == before[0]
 
     async def test_copies_of_one_engine_in_one_direction_run_in_the_order_in_which_they_were_started(
         self, rig: "OpenRig"

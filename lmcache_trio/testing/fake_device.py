@@ -98,14 +98,13 @@ class FakeCopy(Ticket):
     def _plan(self) -> Iterator[tuple[int, int, int, int, int]]:
         """(slot, offset in it, allocation, offset in it, length), layer after layer."""
         copy, at = self.copy, 0
-        for layer in copy.attached.export.pieces:
-            for piece in layer:
-                for i, block in enumerate(copy.blocks):
-                    if block >= 0:
-                        chunk, place = divmod(i, copy.chunk_blocks)
-                        source = piece.offset + block * piece.stride
-                        yield copy.slots[chunk], at + place * piece.length, piece.allocation, source, piece.length
-                at += copy.chunk_blocks * piece.length
+        for piece in copy.attached.export.pieces[copy.group]:
+            for i, block in enumerate(copy.blocks):
+                if block >= 0:
+                    chunk, place = divmod(i, copy.chunk_blocks)
+                    source = piece.offset + block * piece.stride
+                    yield copy.slots[chunk], at + place * piece.length, piece.allocation, source, piece.length
+            at += copy.chunk_blocks * piece.length
 
 
 def _name_of(descriptor: int) -> bytes:

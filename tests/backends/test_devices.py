@@ -185,7 +185,7 @@ async def test_what_was_attached_is_unmapped_when_it_is_detached() -> None:
                 await device.wait_ended(ticket)
             in_loop: list[bool] = []
             assert isinstance(attached, AttachedHost)
-            weakref.finalize(attached.blocks.runs[0], lambda: in_loop.append(is_in_loop()))
+            weakref.finalize(attached.groups[0].runs[0], lambda: in_loop.append(is_in_loop()))
             device.detach(attached)
             del attached, ticket
             assert device._unmapping is not None
@@ -339,30 +339,38 @@ class Bytes:
 
 @attrs.frozen
 class Case:
-    """An export, what its allocations hold, and a copy of it."""
+    """An export, what its allocations hold, and a copy of blocks of one of its groups."""
 
     export: Export
     held: list[bytes]
     direction: Direction
     chunk_blocks: int
     blocks: list[int]
+    group: int
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     num_blocks = draw(st.sampled_from([1, 3, 4, 7]))
     ends = [0] * draw(st.integers(1, 2))
-    views = []
+    views: list[TensorView] = []
     for _ in range(draw(st.integers(1, 5))):
+        groups = len({view.group for view in views})
+        group = draw(st.integers(0, groups))
+        if group == groups and views and draw(st.booleans()):  # in the bytes of another group's layer
+            views.append(attrs.evolve(draw(st.sampled_from(views)), group=group))
+            continue
         allocation = draw(st.integers(0, len(ends) - 1))
         length, gap = draw(st.sampled_from([1, 4, 4, 5])), draw(st.sampled_from([0, 0, 4]))
         start = ends[allocation] + draw(st.sampled_from([0, 0, 1, 4, 8]))
         step = length + gap
         if draw(st.booleans()):
-            view = TensorView(allocation, start, DType.uint8, (2, num_blocks, length), (num_blocks * step, step, 1))
+            view = TensorView(
+                allocation, start, DType.uint8, (2, num_blocks, length), (num_blocks * step, step, 1), group
+            )
             ends[allocation] = start + 2 * num_blocks * step
         else:
-            view = TensorView(allocation, start, DType.uint8, (num_blocks, length), (step, 1))
+            view = TensorView(allocation, start, DType.uint8, (num_blocks, length), (step, 1), group)
             ends[allocation] = start + num_blocks * step
         views.append(view)
     sizes = [end or 1 for end in ends]
@@ -373,40 +381,39 @@ def cases(draw: st.DrawFn) -> Case:
     if direction is Direction.LOAD:
         blocks = [draw(st.sampled_from([block, block, -1])) for block in blocks]
     held = [draw(st.randoms()).randbytes(size) for size in sizes]
-    return Case(made, held, direction, width, blocks)
+    return Case(made, held, direction, width, blocks, draw(st.integers(0, len(made.pieces) - 1)))
 
 
 def byte_by_byte(case: Case, slots: list[int], engine: list[bytearray], arena: bytearray) -> None:
     """What the copy is to do, without a thought for speed."""
     at = 0
-    for layer in case.export.pieces:
-        for piece in layer:
-            for i, block in enumerate(case.blocks):
-                chunk, place = divmod(i, case.chunk_blocks)
-                for byte in range(piece.length):
-                    here = slots[chunk] + at + place * piece.length + byte
-                    there = piece.offset + block * piece.stride + byte
-                    if block < 0:
-                        continue
-                    if case.direction is Direction.STORE:
-                        arena[here] = engine[piece.allocation][there]
-                    else:
-                        engine[piece.allocation][there] = arena[here]
-            at += case.chunk_blocks * piece.length
+    for piece in case.export.pieces[case.group]:
+        for i, block in enumerate(case.blocks):
+            chunk, place = divmod(i, case.chunk_blocks)
+            for byte in range(piece.length):
+                here = slots[chunk] + at + place * piece.length + byte
+                there = piece.offset + block * piece.stride + byte
+                if block < 0:
+                    continue
+                if case.direction is Direction.STORE:
+                    arena[here] = engine[piece.allocation][there]
+                else:
+                    engine[piece.allocation][there] = arena[here]
+        at += case.chunk_blocks * piece.length
 
 
 @given(case=cases())
 @settings(max_examples=300, deadline=None)
 def test_the_host_device_moves_every_layout_byte_for_byte(case: Case) -> None:
     chunks = len(case.blocks) // case.chunk_blocks
-    slot = case.chunk_blocks * case.export.block_bytes
+    slot = case.chunk_blocks * case.export.group_block_bytes[case.group]
     slots = [5 + i * (slot + 3) for i in reversed(range(chunks))]
     memory: Any = Bytes(10 + chunks * (slot + 3))
     memory.bytes[:] = Random(7).randbytes(len(memory.bytes))
     engine, arena = [bytearray(held) for held in case.held], bytearray(memory.bytes)
     byte_by_byte(case, slots, engine, arena)
     maps = [np.frombuffer(bytearray(held), dtype=np.uint8) for held in case.held]
-    copy = Copy(AttachedHost(case.export, maps), case.direction, slots, case.blocks, case.chunk_blocks)
+    copy = Copy(AttachedHost(case.export, maps), case.direction, slots, case.blocks, case.chunk_blocks, case.group)
     assert copy_blocks(copy, memory) == chunks * slot
     assert [held.tobytes() for held in maps] == [bytes(held) for held in engine]
     assert memory.bytes == arena

@@ -16,17 +16,31 @@ BLOCK_FIRST = TensorView(0, 0, DType.float32, (5, 2, 16, 2, 8), (512, 256, 16, 8
 GOOD = Export((HOST,), (KV_FIRST, BLOCK_FIRST), 5)
 
 
-@pytest.mark.parametrize("export", [GOOD, attrs.evolve(GOOD, memory=(CUDA, CUDA))], ids=["host", "cuda"])
+GROUPS = Export((HOST,), (KV_FIRST, attrs.evolve(BLOCK_FIRST, group=1), BLOCK_FIRST), 5)
+"""Two groups, which lie in the same bytes."""
+
+
+@pytest.mark.parametrize(
+    "export", [GOOD, attrs.evolve(GOOD, memory=(CUDA, CUDA)), GROUPS], ids=["host", "cuda", "groups"]
+)
 def test_an_export_comes_back_as_it_was_said(export: Export) -> None:
     assert decode_export(encode_export(export), descriptors_of(export)) == export
 
 
 def test_it_says_where_blocks_lie() -> None:
-    assert [[(p.offset, p.stride, p.length) for p in layer] for layer in GOOD.pieces] == [
-        [(4096, 512, 512), (4096 + 2560, 512, 512)],
+    assert [[(p.offset, p.stride, p.length) for p in pieces] for pieces in GROUPS.pieces] == [
+        [(4096, 512, 512), (4096 + 2560, 512, 512), (0, 2048, 2048)],
         [(0, 2048, 2048)],
     ]
-    assert GOOD.block_bytes == 512 + 512 + 2048
+    assert GROUPS.group_block_bytes == (512 + 512 + 2048, 2048)
+    assert GROUPS.block_bytes == sum(GROUPS.group_block_bytes)
+    assert GOOD.group_block_bytes == (GOOD.block_bytes,)
+
+
+@pytest.mark.parametrize("groups", [(1,), (0, 2), (1, 2), tuple(range(17))])
+def test_the_groups_of_layers_are_numbered_from_0_on(groups: tuple[int, ...]) -> None:
+    with pytest.raises(Misuse, match="number up to 16 groups from 0 on"):
+        attrs.evolve(GOOD, layers=tuple(attrs.evolve(KV_FIRST, group=group) for group in groups))
 
 
 @pytest.mark.parametrize(
@@ -83,17 +97,17 @@ def test_any_bytes_are_an_export_or_a_protocol_error(raw: bytes) -> None:
         return
 
 
-@given(st.integers(0, len(encode_export(GOOD)) - 1), st.integers(0, 255), st.integers(-8, 8))
+@given(st.integers(0, len(encode_export(GROUPS)) - 1), st.integers(0, 255), st.integers(-8, 8))
 def test_an_export_with_one_byte_changed_is_in_bounds_or_a_protocol_error(at: int, byte: int, more: int) -> None:
-    raw = bytearray(encode_export(GOOD))
+    raw = bytearray(encode_export(GROUPS))
     raw[at] = byte
     raw = raw + bytes(more) if more >= 0 else raw[:more]
     try:
         found = decode_export(bytes(raw), [7])
     except ProtocolError:
         return
-    for layer in found.pieces:
-        for piece in layer:
+    for pieces in found.pieces:
+        for piece in pieces:
             assert piece.offset >= 0
             assert piece.offset + (found.num_blocks - 1) * piece.stride + piece.length <= found.memory[0].size
 
@@ -101,5 +115,5 @@ def test_an_export_with_one_byte_changed_is_in_bounds_or_a_protocol_error(at: in
 def test_another_version_is_refused_by_name() -> None:
     raw = bytearray(encode_export(GOOD))
     raw[4] = 9
-    with pytest.raises(ProtocolError, match="version 9; this side reads version 2"):
+    with pytest.raises(ProtocolError, match="version 9; this side reads version 3"):
         decode_export(bytes(raw), [7])

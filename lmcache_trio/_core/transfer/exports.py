@@ -4,8 +4,9 @@ Values only. An `Export` that exists is in bounds, whichever client sent the num
 and its blocks inside its tensors. Only a device can tell whether the memory exists and is the engine's.
 
 A layer's tensor has one *piece* when its block dimension comes first, and two (K and V) when it comes second. A slot
-holds, layer after layer and piece after piece, the chunk's blocks in order, each block's bytes as they lie in the
-engine. Blocks are opaque.
+holds the blocks of one chunk's part in one KV group: layer after layer of that group, and piece after piece, the blocks
+in order, each block's bytes as they lie in the engine. Blocks are opaque. Layers of two groups may lie in the same
+bytes, since a block belongs to one group at a time.
 """
 
 import math
@@ -14,6 +15,7 @@ from enum import IntEnum
 
 import attrs
 
+from lmcache_trio._core.groups import MOST_GROUPS
 from lmcache_trio.errors import Misuse
 
 __all__ = ["CudaMemory", "DType", "Export", "Piece", "SharedMemory", "TensorView", "read_blocks"]
@@ -82,13 +84,14 @@ class CudaMemory:
 
 @attrs.frozen
 class TensorView:
-    """One layer's KV: *offset* in bytes into its *allocation*, *shape* and *strides* in items."""
+    """One layer's KV in its *group*: *offset* in bytes into its *allocation*, *shape* and *strides* in items."""
 
     allocation: int
     offset: int
     dtype: DType
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    group: int = 0
 
 
 @attrs.frozen
@@ -110,7 +113,9 @@ class Export:
     layers: tuple[TensorView, ...]
     num_blocks: int
     pieces: tuple[tuple[Piece, ...], ...] = attrs.field(init=False)
-    """The pieces of each layer, in the order of a slot."""
+    """The pieces of each group's layers, in the order of a slot."""
+    group_block_bytes: tuple[int, ...] = attrs.field(init=False)
+    """Bytes of one block of each group, over its layers."""
     block_bytes: int = attrs.field(init=False)
     """Bytes of one block over all layers."""
 
@@ -122,11 +127,18 @@ class Export:
             raise Misuse("the export's allocations are of two kinds: export either host or CUDA memory")
         for memory in self.memory:
             _check_memory(memory)
-        pieces = tuple(self._read(i, layer) for i, layer in enumerate(self.layers))
-        object.__setattr__(self, "pieces", pieces)
-        object.__setattr__(self, "block_bytes", sum(piece.length for layer in pieces for piece in layer))
+        groups = sorted({layer.group for layer in self.layers})
+        if groups != list(range(len(groups))) or len(groups) > MOST_GROUPS:
+            raise Misuse(f"the export's layers are in the groups {groups}: number up to {MOST_GROUPS} groups from 0 on")
+        pieces: list[list[Piece]] = [[] for _ in groups]
+        for i, layer in enumerate(self.layers):
+            pieces[layer.group] += self._read(i, layer)
+        lengths = tuple(sum(piece.length for piece in of_group) for of_group in pieces)
+        object.__setattr__(self, "pieces", tuple(tuple(of_group) for of_group in pieces))
+        object.__setattr__(self, "group_block_bytes", lengths)
+        object.__setattr__(self, "block_bytes", sum(lengths))
 
-    def _read(self, number: int, layer: TensorView) -> tuple[Piece, ...]:
+    def _read(self, number: int, layer: TensorView) -> list[Piece]:
         where = f"layer {number} (shape {layer.shape}, strides {layer.strides}, offset {layer.offset})"
         if not 0 <= layer.allocation < len(self.memory):
             raise Misuse(f"{where} is in allocation {layer.allocation}: there are {len(self.memory)}")
@@ -138,10 +150,10 @@ class Export:
         reach = sum((n - 1) * step for n, step in zip(layer.shape, layer.strides, strict=True)) * item + item
         if layer.offset < 0 or layer.offset + reach > size:
             raise Misuse(f"{where} ends at byte {layer.offset + reach}: its allocation has {size}")
-        return tuple(
+        return [
             Piece(layer.allocation, layer.offset + start, stride, length)
             for start, stride, length in read_blocks(where, layer.shape, layer.strides, item, self.num_blocks)
-        )
+        ]
 
 
 def read_blocks(
