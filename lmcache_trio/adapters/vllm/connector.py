@@ -33,6 +33,7 @@ from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, Wor
 from lmcache_trio.adapters.vllm.identity import LoraIdentities, encode_keys, model_identity
 from lmcache_trio.adapters.vllm.layout import layout_extras
 from lmcache_trio.adapters.vllm.metadata import StepPlan
+from lmcache_trio.adapters.vllm.replicas import are_replicated, replicas_of
 from lmcache_trio.adapters.vllm.scheduler_side import Extras, SchedulerSide, StepOutput
 from lmcache_trio.adapters.vllm.settings import LoadMode, check_failure_policy, check_load_mode, parse_settings
 from lmcache_trio.adapters.vllm.weights import WeightsWatch, find_models
@@ -104,7 +105,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             # Within a MultiConnector *vllm_config* holds our part of the configuration, and vLLM obeys the whole one.
             whole = get_current_vllm_config_or_none() or vllm_config
             check_failure_policy(whole.kv_transfer_config.kv_load_failure_policy)
-        self._replicas = kv_cache_config.kv_tp_replicas
+        self._replicas = replicas_of(vllm_config, kv_cache_config)
         check_load_mode(self._settings.load, vllm_config.max_concurrent_batches, self._replicas)
         self._block_tokens = _block_tokens(vllm_config, kv_cache_config)
         self._asynchronous = self._settings.load is LoadMode.ASYNC
@@ -247,6 +248,16 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         tensor_ranks, pipeline_ranks = get_tp_group(), get_pp_group()
         distinct = tensor_ranks.world_size // self._replicas  # consecutive ranks hold the same bytes
+        extras = layout_extras(self._vllm_config, self._kv_cache_config)
+        models = find_models(self._vllm_config.compilation_config.static_forward_context)
+        if self._replicas > self._kv_cache_config.kv_tp_replicas and not are_replicated(
+            models, kv_caches, self._replicas
+        ):
+            logger.warning(
+                "no cache: by this model's configuration %d ranks hold the same KV heads, and its layers do not say so",
+                self._replicas,
+            )
+            extras.append(f"rank {tensor_ranks.rank_in_group}")  # replicas of several layouts have no namespace
         self._worker_adapter = self.worker_adapter_class(
             self._settings.address,
             engine_id=self._kv_transfer_config.engine_id,
@@ -256,17 +267,18 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             replicas=self._replicas,
             block_tokens=self._block_tokens,
             chunk_tokens=self._settings.chunk_tokens,
-            fingerprint_extra=layout_extras(self._vllm_config, self._kv_cache_config),
+            fingerprint_extra=extras,
             path=self._settings.path,
             server_uids=self._settings.server_uids,
         )
         self._worker_adapter.register_kv_caches(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
         self._kv_caches = kv_caches
-        self._worker = WorkerSide(self._worker_adapter, asynchronous=self._asynchronous, weights=self._watch_weights())
+        self._worker = WorkerSide(
+            self._worker_adapter, asynchronous=self._asynchronous, weights=self._watch_weights(models)
+        )
 
-    def _watch_weights(self) -> WeightsWatch | None:
+    def _watch_weights(self, models: "list[torch.nn.Module]") -> WeightsWatch | None:
         model = self._vllm_config.model_config
-        models = find_models(self._vllm_config.compilation_config.static_forward_context)
         if not models:
             logger.info(
                 "the model of this worker was not found: a change of its weights without a reset is not noticed"

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 
 from support.e2e.engine import Engine, Gate, Server
-from support.e2e.model import MID, TINY, Shape, write_llama
+from support.e2e.model import MID, NARROW, TINY, Shape, write_llama
 from support.e2e.start import Forker
 
 __all__ = ["BROUGHT", "CHUNK", "KINDS", "Bench", "Kind"]
@@ -18,8 +18,8 @@ CHUNK = 256
 BROUGHT = 512
 """Tokens that a connector of `support.e2e.foreign` offers."""
 
-SHAPES: Mapping[str, Shape] = {"tiny": TINY, "other": TINY, "mid": MID}
-KV_BYTES = {"tiny": 1 << 28, "mid": 1 << 30}
+SHAPES: Mapping[str, Shape] = {"tiny": TINY, "other": TINY, "narrow": NARROW, "mid": MID}
+KV_BYTES = {"tiny": 1 << 28, "narrow": 1 << 28, "mid": 1 << 30}
 """Of an engine. Every start fills them with zeros: 0.5 s a GiB."""
 
 ARGUMENTS: Mapping[str, Any] = {
@@ -79,6 +79,8 @@ KINDS: Mapping[str, Kind] = {
     "two ranks, no connector": Kind(None, TWO_RANKS, {"tensor_parallel_size": 2}),
     "two ranks": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, connector="FaultyConnector"),
     "two ranks, sync": Kind({"load": "sync"}, TWO_RANKS, {"tensor_parallel_size": 2}, connector="FaultyConnector"),
+    "replicas, no connector": Kind(None, TWO_RANKS, {"tensor_parallel_size": 2}, model="narrow"),
+    "replicas": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, model="narrow"),
     "two processes": Kind({}, {**DEFAULT_PROCESSES, "LMCACHE_TRIO_E2E_FORK": "1"}),
     "behind a failing connector": Kind({}, before="FailingConnector"),
     "mid, no connector": Kind(None, model="mid"),
@@ -114,7 +116,7 @@ class Bench:
         self._models: dict[str, Path] = {}
 
     def model(self, name: str) -> Path:
-        """*name* is tiny or mid; written when first asked for."""
+        """*name* is one of SHAPES; written when first asked for."""
         if name not in self._models:
             self._models[name] = self.write_model(name, seed=0)
         return self._models[name]

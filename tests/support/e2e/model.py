@@ -11,7 +11,7 @@ import attrs
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["MID", "TINY", "Shape", "write_llama"]
+__all__ = ["MID", "NARROW", "TINY", "Shape", "write_llama"]
 
 
 @attrs.frozen
@@ -30,6 +30,9 @@ TINY = Shape(hidden=256, inner=704, layers=4, heads=8, kv_heads=4, head_size=32,
 """4 KiB of KV a token. In float32, because a bfloat16 sum depends on how many rows are computed together: half of a
 random model's prompts then have one answer alone and another in a batch, without any cache.
 """
+
+NARROW = attrs.evolve(TINY, kv_heads=1)
+"""Two ranks of it hold the same KV."""
 
 
 def _multiplies_bfloat16() -> bool:
