@@ -122,6 +122,8 @@ class Client(Conversation):
         self.identity = b""
         """The digest of its model that this scheduler sent last."""
         self.namespace = b""
+        self.layout = b""
+        """The name of the engine's layout, as the server said last. It stays while a shard is missing."""
         self.chunk_bytes = self.arena_bytes = 0
         """The bytes of a chunk of the namespace over all shards (0: not known), and those that the arena holds."""
         self.shard_bytes = 0
@@ -219,8 +221,10 @@ class Client(Conversation):
         await self.request(ask, Ack)
 
     async def reset(self) -> None:
-        """Drop the chunks of the engine's namespace. Returns once the server can serve none of them."""
-        await self.request(Reset(self.new_id(), self.identity), Ack)
+        """Drop the chunks of the engine's namespace, also while a shard is missing. Returns once the server can serve
+        none of them.
+        """
+        await self.request(Reset(self.new_id(), self.identity, self.layout), Ack)
 
     # --- a worker ---------------------------------------------------------------------------------------------------
 
@@ -347,6 +351,7 @@ class Client(Conversation):
     def said(self, message: Message) -> None:
         if isinstance(message, NamespaceKnown):
             self.namespace = message.namespace
+            self.layout = message.layout or self.layout
             self.chunk_bytes, self.arena_bytes = message.chunk_bytes, message.arena_bytes
         elif isinstance(message, ArenaGrown):
             self.taken = max(self.taken, message.taken)

@@ -189,7 +189,7 @@ class TierStatistics:
     bytes_stored: Annotated[int, "bytes", "Bytes of the written chunks."]
     bytes_queued: Annotated[int, "bytes", "Bytes that wait to be written, or are being written."]
     dropped: Annotated[int, "chunks", "Chunks that were not written, because the tier was too slow or fenced."]
-    deletions_owed: Annotated[int, "resets", "Resets that the tier has not carried out yet."]
+    deletions_owed: Annotated[int, "namespaces", "Namespaces that were reset, and that the tier has not deleted yet."]
     backend: Annotated[Mapping[str, int | str], "", "The backend's own figures."]
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "chunk_tokens_for",
     "identity_of",
     "join_digests",
+    "layout_of",
     "namespace_of",
     "seed_of",
 ]
@@ -50,15 +51,18 @@ def identity_of(*identity: str | bytes) -> bytes:
     return _hash_parts(b"lmcache-trio identity 1", _checked(identity))
 
 
-def namespace_of(fingerprints: Sequence[bytes], identity: bytes = b"") -> bytes:
-    """The 32-byte namespace of an engine, from its shards' layout fingerprints in shard order and its *identity*.
+def layout_of(fingerprints: Sequence[bytes], chunk_tokens: int) -> bytes:
+    """The 32 bytes that name an engine's layout: its shards' *fingerprints* in shard order, and a chunk's tokens."""
+    return _hash_parts(b"lmcache-trio layout 1", [*fingerprints, b"%d tokens" % chunk_tokens])
+
+
+def namespace_of(layout: bytes, identity: bytes = b"") -> bytes:
+    """The 32-byte namespace of an engine, from its *layout* and its *identity*.
 
     The identity is the name that its scheduler gives its model, if any: then two models of one layout have two
     namespaces.
     """
-    if not identity:
-        return _hash_parts(b"lmcache-trio namespace 1", fingerprints)
-    return _hash_parts(b"lmcache-trio namespace 2", [identity, *fingerprints])
+    return _hash_parts(b"lmcache-trio namespace 3", [layout, identity])
 
 
 def chain_digests(

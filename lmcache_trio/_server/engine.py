@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import attrs
 
 from lmcache_trio._core.index.session import Sessions
-from lmcache_trio._core.keys import namespace_of
+from lmcache_trio._core.keys import layout_of, namespace_of
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._wire.messages import Register
 
@@ -31,21 +31,28 @@ class Engine:
     identity: bytes = b""
     """The identity of its model, as its scheduler said last."""
     namespace: bytes = b""
-    last_layout: tuple[bytes, ...] = ()
-    """The latest complete set of fingerprints, by shard: all grants are of this layout."""
+    last_layout: bytes = b""
+    """The latest `layout` that was known: all grants are of it."""
     is_told_of: bool = False
     """Whether the log says already that a shard's layout is missing."""
     sessions: Sessions = attrs.field(factory=Sessions)
     digests: int = 0  # of all sessions
     resets_due: set[bytes] = attrs.field(factory=set)
     """Identities whose chunks are to be dropped as soon as the layout is known."""
+    resets_of_any: dict[bytes, set[bytes]] = attrs.field(factory=dict)
+    """Identities whose chunks are to be dropped in any layout, with the layouts in which they were."""
 
-    def namespace_under(self, identity: bytes) -> bytes:
-        """The namespace of its layout under *identity*; b"" while a layout is missing, or replicas have several."""
+    @property
+    def layout(self) -> bytes:
+        """The name of what its shards have registered; b"" while a layout is missing, or replicas have several."""
         if len(self.layouts) < self.shards * self.replicas or not self.replicas_agree:
             return b""
-        layouts = [layout.fingerprint for layout in self.shard_layouts()]
-        return namespace_of([*layouts, b"%d tokens" % self.chunk_tokens], identity)
+        return layout_of([layout.fingerprint for layout in self.shard_layouts()], self.chunk_tokens)
+
+    def namespace_under(self, identity: bytes) -> bytes:
+        """The namespace of its layout under *identity*; b"" while it has no layout."""
+        layout = self.layout
+        return layout and namespace_of(layout, identity)
 
     def shard_layouts(self) -> list[Register]:
         """The layout of each shard, once no layout is missing."""

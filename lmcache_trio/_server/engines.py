@@ -4,7 +4,7 @@ All methods are synchronous and called from the Trio loop, so each step is whole
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import trio
 
@@ -19,7 +19,7 @@ from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._server.tiers.writer import Deletion
 from lmcache_trio._server.transfer.worker import TransferWorker
-from lmcache_trio._wire.messages import Hello, NamespaceKnown, Role
+from lmcache_trio._wire.messages import MAX_LAYOUTS, Hello, NamespaceKnown, Role
 from lmcache_trio.config import Config, format_size
 from lmcache_trio.errors import Gone, Misuse
 
@@ -121,12 +121,8 @@ class Engines:
         """
         former, namespace = engine.namespace, engine.namespace_under(engine.identity)
         if namespace:
-            layouts = engine.shard_layouts()
-            self._index.attach(namespace, [layout.shard_bytes for layout in layouts])
-            self._see_layout(engine, tuple(layout.fingerprint for layout in layouts))
-            for identity in engine.resets_due:
-                self.reset(engine.namespace_under(identity))
-            engine.resets_due.clear()
+            self._index.attach(namespace, [layout.shard_bytes for layout in engine.shard_layouts()])
+            self._see_layout(engine)
         engine.namespace = namespace
         if former:
             self._index.detach(former)
@@ -139,7 +135,11 @@ class Engines:
     def namespace_known(self, engine: Engine, reply_to: int = 0) -> NamespaceKnown:
         """The engine's namespace, as its peers are told; *reply_to* is 0 in a push."""
         return NamespaceKnown(
-            reply_to, engine.namespace, self._index.chunk_bytes(engine.namespace), self._index.arena.capacity
+            reply_to,
+            engine.namespace,
+            self._index.chunk_bytes(engine.namespace),
+            self._index.arena.capacity,
+            engine.layout,
         )
 
     def attached(self, peer: Peer) -> None:
@@ -188,8 +188,8 @@ class Engines:
             log.warning(words, engine.name, tokens, format_size(chunk), format_size(size))
             return
         words = "engine %r joins: model %s, layout %s in %d shard(s), %s a token; the memory holds %d tokens"
-        layout = namespace_of([layout.fingerprint for layout in engine.shard_layouts()], b"").hex()[:12]
-        model, a_token = engine.identity.hex()[:12] or "not named", format_size(chunk // tokens)
+        model, layout = engine.identity.hex()[:12] or "not named", engine.layout.hex()[:12]
+        a_token = format_size(chunk // tokens)
         log.info(words, engine.name, model, layout, engine.shards, a_token, size // chunk * tokens)
 
     # --- sessions -----------------------------------------------------------------------------------------------------
@@ -212,19 +212,22 @@ class Engines:
         if namespace:
             self._index.check_lengths(namespace, [layout.shard_bytes for layout in engine.shard_layouts()])
 
-    def reset(self, namespace: bytes) -> list[Deletion]:
-        """Drop every chunk of *namespace*, for all its engines. Returns the tiers' deletions, which have begun.
+    def reset(self, identity: bytes, layouts: Collection[bytes]) -> list[Deletion]:
+        """Drop every chunk of *layouts* under *identity*, for all engines. Returns the tiers' deletions, which have
+        begun. Whether an engine has one of the layouts now does not matter.
 
         From now on no chunk of before is served, and no store or load that began before publishes one.
         """
-        self._index.reset(namespace)
+        namespaces = {namespace_of(layout, identity) for layout in layouts}
+        for namespace in namespaces:
+            self._index.reset(namespace)
         self._counts.events["resets"] += 1
         self._clock.not_later_than(trio.current_time())  # it sweeps, piece by piece
         for engine in self:
-            if engine.namespace == namespace:
+            if engine.namespace in namespaces:
                 engine.sessions.bar()
                 self._end_answers(engine)
-        return self._tiers.forget(namespace)
+        return [deletion for namespace in namespaces for deletion in self._tiers.forget(namespace)]
 
     def _end_answers(self, engine: Engine) -> None:
         for session in engine.sessions.live.values():
@@ -232,11 +235,20 @@ class Engines:
                 self._index.release(session.lease)  # its chunks are stale after a reset, and are given back
                 session.lose_lease()
 
-    def _see_layout(self, engine: Engine, layout: tuple[bytes, ...]) -> None:
-        """If *layout* is not the former one, the grants of *engine* end."""
+    def _see_layout(self, engine: Engine) -> None:
+        """The layout of *engine* is known: if it is not the former one, its grants end. Carry out what it is due."""
+        layout = engine.layout
         if layout != engine.last_layout:
             engine.last_layout = layout
             self._end_grants(engine)
+        for identity in engine.resets_due.union(engine.resets_of_any):
+            done_in = engine.resets_of_any.get(identity, set())
+            if identity in engine.resets_due or layout not in done_in:
+                self.reset(identity, [layout])
+                if len(done_in) == MAX_LAYOUTS:
+                    done_in.clear()  # they are dropped once more, which costs hits and is never wrong
+                done_in.add(layout)
+        engine.resets_due.clear()
 
     def _end_grants(self, engine: Engine) -> None:
         """The leases, pins and reservations of *engine* end.

@@ -34,7 +34,8 @@ from lmcache_trio.errors import Misuse
 __all__ = ["HANDLERS"]
 
 MOST_RESETS_DUE = 64
-"""Resets that one engine may ask for before its layout is known: after a restart of the server, one or two."""
+"""Resets that one engine may ask for before its layout is known, or that name none: after a restart of the server, one
+or two."""
 
 
 def _lookup(parts: Parts, peer: Peer, message: Lookup) -> Message:
@@ -96,15 +97,21 @@ def _identify(parts: Parts, peer: Peer, message: Identify) -> Message:
 def _reset(parts: Parts, peer: Peer, message: Reset) -> Message | None:
     engine = parts.engines.of(peer)
     engine.sessions.bar()
-    namespace = engine.namespace_under(message.identity)
-    if not namespace:
-        if len(engine.resets_due) >= MOST_RESETS_DUE and message.identity not in engine.resets_due:
-            raise Misuse(f"{MOST_RESETS_DUE} resets are due for {peer} already: register its workers first")
-        engine.resets_due.add(message.identity)
-        return Ack(message.id)
-    if peer.resets >= parts.config.limits.resets:
+    identity, named, layout = message.identity, message.layouts, engine.layout
+    layouts = {named[i : i + DIGEST_BYTES] for i in range(0, len(named), DIGEST_BYTES)}
+    if layout:
+        layouts.add(layout)
+    if layouts and peer.resets >= parts.config.limits.resets:
         raise parts.counts.over_limit(peer, "resets", f"{peer.resets} resets under way and asks for one more")
-    deletions = parts.engines.reset(namespace)
+    if not named:  # nobody knows which layout it is of
+        if len(engine.resets_of_any) >= MOST_RESETS_DUE and identity not in engine.resets_of_any:
+            raise Misuse(f"{MOST_RESETS_DUE} resets of {peer} are of any layout already: name its layouts")
+        engine.resets_of_any[identity] = set(layouts)
+    elif not layout:
+        if len(engine.resets_due) >= MOST_RESETS_DUE and identity not in engine.resets_due:
+            raise Misuse(f"{MOST_RESETS_DUE} resets are due for {peer} already: register its workers first")
+        engine.resets_due.add(identity)
+    deletions = parts.engines.reset(identity, layouts) if layouts else []
     if not deletions:
         return Ack(message.id)
     peer.resets += 1

@@ -21,6 +21,7 @@ from lmcache_trio._core.groups import MOST_GROUPS, Group
 
 __all__ = [
     "MAX_DIGESTS",
+    "MAX_LAYOUTS",
     "MAX_NUMBER",
     "MAX_RESERVED",
     "MAX_SHARDS",
@@ -68,7 +69,7 @@ __all__ = [
     "Withdraw",
 ]
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_DIGESTS = 65_536
 """Most chunks that one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
 
@@ -77,6 +78,9 @@ MAX_RESERVED = 256
 
 MAX_SHARDS = 4096
 """Most shards of one engine. The server keeps a set of those that are missing."""
+
+MAX_LAYOUTS = 16
+"""Most layouts that one Reset may name. An engine has one, and more only if its KV is laid out anew while it runs."""
 
 MAX_NUMBER = 2**63 - 1
 """The largest request id and session number: that of a signed 64-bit integer."""
@@ -100,6 +104,8 @@ def _packed(width: int, most: int = MAX_DIGESTS) -> _Validator:
 
 _DIGESTS = _packed(32)
 _RESERVED = _packed(32, MAX_RESERVED)
+_LAYOUT = _packed(32, 1)
+_LAYOUTS = _packed(32, MAX_LAYOUTS)
 _OFFSETS = _packed(8)
 _POSITIONS = _packed(4)
 _TOKENS: _Validator = and_(ge(0), le(1 << 16))
@@ -340,15 +346,18 @@ class CopiesEnded(Message):
 
 @attrs.frozen
 class Reset(Message):
-    """Drop the chunks of its engine's layout under *identity*; answered by Ack.
+    """Drop the chunks of *layouts*, and of its engine's present layout, under *identity*; answered by Ack.
 
-    From then on nothing of them is served to any engine, nor stored that a session of before it names. While the
-    layout is not known the reset is due, and is carried out before the engine has a namespace.
+    From then on nothing of them is served to any engine, nor stored that a session of before it names. *layouts* are
+    those that NamespaceKnown named, packed: the engine may have had another one than it has now when the host asked,
+    without a server. While the present layout is not known the reset is due for it, and is carried out before the
+    engine has a namespace. Without *layouts* it is carried out in each layout that the engine comes to, once.
     """
 
     opcode: ClassVar[int] = 27
     id: RequestId
     identity: bytes = attrs.field(default=b"", validator=_ID)
+    layouts: bytes = attrs.field(default=b"", validator=_LAYOUTS)
 
 
 @attrs.frozen
@@ -491,7 +500,8 @@ class NamespaceKnown(Message):
     """Reply to Register; also pushed with id 0 to the engine's clients when the namespace becomes known or changes.
 
     *chunk_bytes* is what one of its chunks takes in the arena, over all shards; 0 while there is no namespace.
-    *arena_bytes* is what the arena holds: less than a chunk takes, and nothing can be cached.
+    *arena_bytes* is what the arena holds: less than a chunk takes, and nothing can be cached. *layout* names what the
+    engine's workers have registered, whatever its identity is; b"" while there is no namespace. A Reset names it.
     """
 
     opcode: ClassVar[int] = 66
@@ -499,6 +509,7 @@ class NamespaceKnown(Message):
     namespace: bytes = attrs.field(validator=_ID)
     chunk_bytes: int = attrs.field(default=0, validator=ge(0))
     arena_bytes: int = attrs.field(default=0, validator=ge(0))
+    layout: bytes = attrs.field(default=b"", validator=_LAYOUT)
 
 
 @attrs.frozen

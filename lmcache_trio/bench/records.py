@@ -16,7 +16,7 @@ from typing import Any
 
 import attrs
 
-from lmcache_trio._core.keys import DIGEST_BYTES, namespace_of
+from lmcache_trio._core.keys import DIGEST_BYTES, layout_of, namespace_of
 from lmcache_trio._server.plugins import make_backend
 from lmcache_trio._wire.messages import Role
 from lmcache_trio.abc import ChunkKey, Record, Tier
@@ -94,7 +94,7 @@ async def _fill(table: dict[str, Any], count: int, tell: Tell) -> bytes:
 
 
 def _records(count: int) -> Iterator[Record]:
-    namespace, parent = namespace_of([_FINGERPRINT, b"%d tokens" % DEFAULT_CHUNK_TOKENS]), b""
+    namespace, parent = namespace_of(layout_of([_FINGERPRINT], DEFAULT_CHUNK_TOKENS)), b""
     for i in range(count):
         digest = secrets.token_bytes(DIGEST_BYTES)
         yield Record(ChunkKey(namespace, digest), parent if i % CHAIN else b"", [memoryview(b"\1")])

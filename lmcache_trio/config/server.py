@@ -126,7 +126,7 @@ class Limits:
     attaches: int = setting(
         2, "Attach requests of one worker that may wait while the device opens its memory.", check=_COUNT
     )
-    resets: int = setting(16, "Resets of one scheduler that may wait for the tiers' deletions.", check=_COUNT)
+    resets: int = setting(64, "Resets of one scheduler that may wait for the tiers' deletions.", check=_COUNT)
     pushes: int = setting(
         16_384, "Messages that may wait for a client that does not read; one more ends its connection.", check=_COUNT
     )

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_trio._core.keys import DIGEST_BYTES, chain_digests, identity_of, join_digests, namespace_of, seed_of
+from lmcache_trio._core.keys import (
+    DIGEST_BYTES,
+    chain_digests,
+    identity_of,
+    join_digests,
+    layout_of,
+    namespace_of,
+    seed_of,
+)
 from lmcache_trio.errors import Misuse
 
 token_lists = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=40)
@@ -48,8 +56,10 @@ def test_two_prompts_share_digests_exactly_as_far_as_they_share_chunks(a: list[i
 
 def test_where_a_part_of_an_identity_ends_matters() -> None:
     assert seed_of("ab", "c") != seed_of("a", "bc")
-    assert seed_of("a") != namespace_of([b"a"])
-    assert namespace_of([b"1", b"2"]) != namespace_of([b"2", b"1"])
+    assert seed_of("a") != namespace_of(b"a")
+    assert namespace_of(b"1", b"2") != namespace_of(b"2", b"1")
+    assert namespace_of(b"12") != namespace_of(b"1", b"2")
+    assert len({layout_of([b"1", b"2"], 16), layout_of([b"2", b"1"], 16), layout_of([b"1", b"2"], 32)}) == 3
 
 
 @pytest.mark.parametrize("tokens", [[2**31], [-(2**31) - 1], [1.5], ["1"]])

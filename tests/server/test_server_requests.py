@@ -8,6 +8,7 @@ import trio
 import trio.testing
 from support.server import SHARD, Opener, Peer, Rig, digests, error_of
 
+from lmcache_trio._core.keys import layout_of
 from lmcache_trio._transport import dial_pair, introduce
 from lmcache_trio._wire.codec import OFFSETS, POSITIONS, decode, encode
 from lmcache_trio._wire.messages import (
@@ -20,6 +21,7 @@ from lmcache_trio._wire.messages import (
     CopiesEnded,
     Done,
     ErrorKind,
+    ErrorReply,
     Finished,
     Hello,
     Identify,
@@ -40,6 +42,7 @@ from lmcache_trio._wire.messages import (
     StatisticsReply,
     Welcome,
 )
+from lmcache_trio.config import DEFAULT_CHUNK_TOKENS
 
 
 async def test_a_chunk_that_one_engine_stored_is_a_hit_for_an_equal_engine(rig: Rig) -> None:
@@ -283,6 +286,80 @@ async def test_a_reset_while_a_worker_is_away_is_carried_out_before_anything_is_
     assert await (await rig.worker(token=worker.token)).register()
     assert (await scheduler.lookup(2, digests(2))).chunks == 0
     assert rig.held("slots_ready") == {"slots_ready": 0}
+
+
+async def test_a_reset_drops_the_layouts_that_it_names_and_the_next_one(rig: Rig) -> None:
+    """Whichever of them the engine comes back with first."""
+    scheduler, worker = await rig.engine()
+    other = b"o" * 32
+    await rig.stored(scheduler, worker, 1, digests(2))
+    layout = (await scheduler.pushed(NamespaceKnown)).layout
+    assert len(layout) == 32
+    assert await worker.register(other)
+    assert (await scheduler.pushed(NamespaceKnown)).layout == layout_of([other], DEFAULT_CHUNK_TOKENS)
+    await rig.stored(scheduler, worker, 2, digests(2))
+    worker.connection.close()
+    await rig.until(connections=1)
+    assert (await scheduler.pushed(NamespaceKnown)).layout == b""
+    await scheduler.get(Ack, Reset, b"", layout)
+    assert rig.held("chunks_ready") == {"chunks_ready": 2}  # the next layout's may be any
+    again = await rig.worker(token=worker.token)
+    assert await again.register(other)
+    assert (await scheduler.lookup(3, digests(2))).chunks == 0
+    assert rig.counted()["resets"] == 2
+    assert await again.register()
+    assert (await scheduler.lookup(4, digests(2))).chunks == 0
+    await rig.stored(scheduler, again, 5, digests(2))
+    assert await again.register(other)
+    assert await again.register()
+    assert (await scheduler.lookup(6, digests(2))).chunks == 2, "it was carried out once"
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["no layout is known", "another layout is known"])
+async def test_a_reset_that_names_no_layout_is_carried_out_in_each_that_the_engine_comes_to(
+    rig: Rig, known: bool
+) -> None:
+    """Its scheduler was never told of one, so it may be of any of them."""
+    scheduler, worker = await rig.engine()
+    other = b"o" * 32
+    await rig.stored(scheduler, worker, 1, digests(2))
+    if known:
+        assert await worker.register(other)
+    else:
+        worker.connection.close()
+        await rig.until(connections=1)
+        worker = await rig.worker(token=worker.token)
+    await scheduler.get(Ack, Reset)
+    assert await worker.register(other)
+    assert (await scheduler.lookup(2, digests(2))).chunks == 0
+    await rig.stored(scheduler, worker, 3, digests(1))
+    assert await worker.register()
+    assert (await scheduler.lookup(4, digests(2))).chunks == 0
+    await rig.stored(scheduler, worker, 5, digests(1))
+    for fingerprint in (other, b"f" * 32):
+        assert await worker.register(fingerprint)
+        assert (await scheduler.lookup(6, digests(2))).chunks == 1, "it was carried out once"
+
+
+async def test_a_reset_that_names_no_layout_stays_due_however_many_layouts_come(rig: Rig) -> None:
+    scheduler, worker = await rig.engine()
+    await rig.stored(scheduler, worker, 1, digests(2))
+    assert await worker.register(b"o" * 32)
+    await scheduler.get(Ack, Reset)
+    for number in range(40):
+        assert await worker.register(b"%032d" % number)
+    assert await worker.register()
+    assert (await scheduler.lookup(2, digests(2))).chunks == 0
+
+
+async def test_more_resets_without_a_layout_than_are_kept_are_refused_by_name(rig: Rig) -> None:
+    scheduler, _ = await rig.engine()
+    for number in range(64):
+        await scheduler.get(Ack, Reset, b"%d" % number)
+    await scheduler.get(Ack, Reset, b"0")
+    assert "name its layouts" in (await scheduler.get(ErrorReply, Reset, b"64")).message
+    layout = (await scheduler.pushed(NamespaceKnown)).layout
+    await scheduler.get(Ack, Reset, b"64", layout)
 
 
 async def test_a_store_for_a_session_that_was_never_opened_is_dropped_and_counted(rig: Rig) -> None:

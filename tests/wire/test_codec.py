@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from lmcache_trio._core.groups import Group, Need
 from lmcache_trio._wire import codec, messages
 from lmcache_trio._wire.codec import decode, decode_expected, encode, peek_id
-from lmcache_trio._wire.messages import MAX_NUMBER, Answer, Lookup, LookupStatus, Message, Ping, Pong, Reserve, Reserved
+from lmcache_trio._wire.messages import (
+    MAX_NUMBER,
+    Answer,
+    Lookup,
+    LookupStatus,
+    Message,
+    NamespaceKnown,
+    Ping,
+    Pong,
+    Reserve,
+    Reserved,
+    Reset,
+)
 from lmcache_trio.errors import ProtocolError
 
 SENTENCES: list[type[Message]] = [
@@ -19,7 +31,7 @@ SENTENCES: list[type[Message]] = [
     for c in (getattr(messages, name) for name in messages.__all__)
     if isinstance(c, type) and issubclass(c, Message) and c is not Message
 ]
-PACKED = {"digests": 32, "offsets": 8, "positions": 4, "blocks": 4, "requests": 8}
+PACKED = {"digests": 32, "offsets": 8, "positions": 4, "blocks": 4, "requests": 8, "layouts": 32}
 
 
 def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:
@@ -36,6 +48,8 @@ def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:
         return st.lists(made, max_size=16).map(tuple)
     if name == "part_bytes":
         return st.lists(st.integers(1, MAX_NUMBER), max_size=16).map(tuple)
+    if name == "layout":
+        return st.sampled_from([b"", b"l" * 32])
     if name in PACKED:
         return st.integers(0, 5).flatmap(lambda n: st.binary(min_size=n * PACKED[name], max_size=n * PACKED[name]))
     if isinstance(kind, type) and issubclass(kind, IntEnum):
@@ -133,6 +147,9 @@ def test_opcodes_are_one_byte_and_told_apart() -> None:
         (raw(Lookup, id=1, session=1, start=0, digests=b"123", upto=0), "Lookup: digests: 3 bytes"),
         (raw(Lookup, id=1, session=1, start=0, digests=bytes(32 * 65_537), upto=0), "Lookup: .*digests"),
         (raw(Reserve, id=1, session=1, parent=b"", digests=bytes(32 * 257)), "Reserve: .*digests"),
+        (raw(Reset, id=1, layouts=bytes(32 * 17)), "Reset: .*layouts"),
+        (raw(Reset, id=1, layouts=bytes(33)), "Reset: layouts: 33 bytes"),
+        (raw(NamespaceKnown, id=0, namespace=b"", layout=b"5 byt"), "NamespaceKnown: layout: 5 bytes"),
         (raw(Lookup, id=1, session=1, start=-1, digests=b"", upto=0), "Lookup: 'start'"),
         (raw(Reserved, id=1, reservation=b"", positions=b"123", offsets=b""), "Reserved: positions"),
         (raw(Reserved, id=1, reservation=b"x" * 33, positions=b"", offsets=b""), "Reserved: .*reservation"),

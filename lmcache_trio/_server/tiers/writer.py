@@ -91,8 +91,11 @@ class TierWriter:
 
     def forget(self, namespace: bytes) -> Deletion:
         """Delete *namespace* from the tier. Its chunks that are queued are not written."""
-        deletion = Deletion(namespace)
-        self.deletions.append(deletion)
+        waiting = () if self._calls.open else self.deletions  # of a tier that stores nothing meanwhile
+        deletion = next((each for each in waiting if each.namespace == namespace), None)
+        if deletion is None:
+            deletion = Deletion(namespace)
+            self.deletions.append(deletion)
         for hold in self.queue.forget(namespace):
             self._index.unhold(hold)
         if not self._calls.open:

@@ -17,7 +17,18 @@ import attrs
 
 from lmcache_trio._core.keys import join_digests
 from lmcache_trio._transport.conversation import Reply
-from lmcache_trio._wire.messages import MAX_DIGESTS, PROTOCOL_VERSION, Ack, Hello, Identify, Reset, Role
+from lmcache_trio._wire.messages import (
+    MAX_DIGESTS,
+    MAX_LAYOUTS,
+    PROTOCOL_VERSION,
+    Ack,
+    Hello,
+    Identify,
+    Message,
+    NamespaceKnown,
+    Reset,
+    Role,
+)
 from lmcache_trio.adapters.link import Link, logger
 from lmcache_trio.adapters.scheduler.lookup_table import LookupTable, Request
 from lmcache_trio.adapters.scheduler.prompts import Extras, Prompt, Prompts
@@ -28,6 +39,14 @@ from lmcache_trio.errors import Misuse, Unavailable
 from lmcache_trio.threads import Handoff, Lock
 
 __all__ = ["SchedulerAdapter"]
+
+
+@attrs.frozen(eq=False)
+class _OwedReset:
+    """A reset that no server has confirmed: of *identity*, in the *layouts* that the engine had had by then."""
+
+    identity: bytes
+    layouts: bytes
 
 
 class SchedulerAdapter:
@@ -85,8 +104,10 @@ class SchedulerAdapter:
         hello = message_of(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said, replicas=replicas)
         self._told: Client | None = None
         """The client whose server was told of the model and of all resets; None while no server was."""
-        self._resets_owed: dict[bytes, None] = {}
-        """Identities whose chunks no server has confirmed to have dropped. The next server is told of them first."""
+        self._layouts: dict[bytes, None] = {}
+        """The layouts that the engine has had, as servers named them, the latest last; `MAX_LAYOUTS` at most."""
+        self._resets_owed: dict[bytes, _OwedReset] = {}
+        """The latest reset of each identity, until a server has confirmed it. The next server is told of them first."""
         self._link = Link(address, hello, connected=self._on_connected, lost=self._on_lost, server_uids=server_uids)
         self._lookups = LookupTable(
             self._link,
@@ -257,7 +278,7 @@ class SchedulerAdapter:
         return client is not None and client.namespace != b""
 
     def reset_cache(self) -> bool:
-        """Drop all chunks of this engine's model and layout, in memory and in tiers. True: it is done.
+        """Drop all chunks of this engine's model and layouts, in memory and in tiers. True: it is done.
 
         A change of the weights needs it, too. KV that was computed before is not stored any more, and is counted as
         `reset`. KV that is computed from now on has names of its own, which no other engine shares, until
@@ -270,11 +291,11 @@ class SchedulerAdapter:
             return False
         with self._lock:
             client = self._told
-            self._resets_owed[self._prompts.model] = None
+            self._resets_owed[self._prompts.model] = _OwedReset(self._prompts.model, join_digests(self._layouts))
             replied: list[Handoff[Reply]] = []
             if client is not None:
                 with suppress(Unavailable):  # it is lost, or reads nothing: the next connection begins with it
-                    replied = [self._send_reset(client, identity) for identity in self._resets_owed]
+                    replied = [self._send_reset(client, owed) for owed in self._resets_owed.values()]
             own = ("weights of its own", self._own)
             self._use_weights((*own, os.urandom(16)), own)
             if client is not None:
@@ -340,9 +361,10 @@ class SchedulerAdapter:
     async def _on_connected(self, client: Client) -> None:
         with self._lock:  # before anything is asked: what the server has of before a reset is not offered
             self._adopt_chunk_tokens(client.chunk_tokens)
-            client.on_push = self._lookups.on_push
-            for identity in self._resets_owed:
-                self._send_reset(client, identity)
+            client.on_push = self._on_push
+            self._see_layout(client.layout)
+            for owed in self._resets_owed.values():
+                self._send_reset(client, owed)
             if self._link.said.identity != self._prompts.model:
                 client.request_unheard(Identify(client.new_id(), self._prompts.model))
             self._told = client
@@ -359,19 +381,34 @@ class SchedulerAdapter:
             self._told = None
         self._lookups.lose()
 
-    def _send_reset(self, client: Client, identity: bytes) -> Handoff[Reply]:
-        """Have the server drop its chunks under *identity*. `Unavailable`: the server is gone. Under the lock."""
+    def _on_push(self, message: Message) -> None:
+        if isinstance(message, NamespaceKnown):
+            with self._lock:
+                self._see_layout(message.layout)
+        self._lookups.on_push(message)
+
+    def _see_layout(self, layout: bytes) -> None:
+        """The engine's *layout*, as the server knows it; b"" if it does not. Under the lock."""
+        if layout:
+            self._layouts.pop(layout, None)
+            self._layouts[layout] = None
+            if len(self._layouts) > MAX_LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+
+    def _send_reset(self, client: Client, owed: _OwedReset) -> Handoff[Reply]:
+        """Have the server drop the chunks that *owed* names. `Unavailable`: the server is gone. Under the lock."""
         replied: Handoff[Reply] = Handoff()
 
         def on_reply(reply: Reply) -> None:
             if isinstance(reply, Ack):
                 with self._lock:
-                    self._resets_owed.pop(identity, None)
+                    if self._resets_owed.get(owed.identity) is owed:
+                        del self._resets_owed[owed.identity]
             elif not client.lost:
                 logger.warning("the cache was not reset: %s", reply)
             replied.set(reply)
 
-        client.request_nowait(Reset(client.new_id(), identity), on_reply)
+        client.request_nowait(Reset(client.new_id(), owed.identity, owed.layouts), on_reply)
         return replied
 
 

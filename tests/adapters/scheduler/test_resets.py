@@ -254,6 +254,136 @@ def test_a_reset_without_a_server_is_true_at_once_and_the_next_server_is_told_fi
     assert fresh(sides, disk_server, weights_version="7").lookup("q", TOKENS) == 4 * CHUNK  # told once, and no more
 
 
+def other_layout(seed: int) -> KV:
+    return {name: tensor.half() for name, tensor in make_kv(seed).items()}
+
+
+def lose_server(server: ServerProcess, one: Side) -> None:
+    server.kill()
+    wait_until(lambda: one.scheduler._link.client is None)
+
+
+@pytest.mark.parametrize("lives", [1, 2], ids=["one new server", "the second new server"])
+def test_a_reset_without_a_server_is_of_the_layout_of_then_whatever_layout_the_next_server_meets(
+    disk_server: ServerProcess, sides: MakeSide, lives: int
+) -> None:
+    """Nothing but the reset stands between the KV of before and the engine: the weights have the same name again."""
+    one = sides(disk_server.address, make_kv(1), weights_version="7")
+    other = sides(disk_server.address, make_kv(2), identity=["another model"], weights_version="7")
+    for side in (one, other):
+        side.store("r", TOKENS, AT)
+    wait_until(lambda: chunks_on_disk(disk_server) == 8)
+    lose_server(disk_server, one)
+    assert one.scheduler.reset_cache()
+    one.scheduler.set_weights_version("7")
+    one.worker.register_kv_caches(other_layout(3))
+    for _ in range(lives):
+        lose_server(disk_server, one)
+        start_again(disk_server)
+        one.wait_healthy()
+        assert one.lookup("q", TOKENS) == 0
+        wait_until(lambda: not one.scheduler._resets_owed)
+        one.scheduler.end_session("q")
+    one.worker.register_kv_caches(one.kv)
+    one.wait_healthy()
+    assert one.lookup("q", TOKENS) == 0
+    assert chunks_on_disk(disk_server) == 4
+    other.wait_healthy()
+    assert other.lookup("q", TOKENS) == 4 * CHUNK
+    one.store("s", TOKENS, AT)
+    assert fresh(sides, disk_server, weights_version="7").lookup("q", TOKENS) == 4 * CHUNK
+
+
+def test_a_reset_of_each_of_many_versions_without_a_server_is_carried_out_by_the_next(
+    disk_server: ServerProcess, sides: MakeSide
+) -> None:
+    """As of a trainer that goes on for an hour."""
+    one = sides(disk_server.address, make_kv(1), weights_version="0")
+    one.store("r", TOKENS, AT)
+    wait_until(lambda: chunks_on_disk(disk_server) == 4)
+    lose_server(disk_server, one)
+    for i in range(40):
+        one.scheduler.set_weights_version(f"{i}")
+        assert one.scheduler.reset_cache()
+    assert len(one.scheduler._resets_owed) == 40
+    start_again(disk_server)
+    wait_until(lambda: not one.scheduler._resets_owed)
+    assert chunks_on_disk(disk_server) == 0
+
+
+def test_a_reset_of_a_name_that_the_weights_had_before_is_of_the_layout_that_the_engine_has(
+    disk_server: ServerProcess, sides: MakeSide
+) -> None:
+    """This engine never was in its layout under that name, but KV of it may be there: of another engine."""
+    writer = sides(disk_server.address, make_kv(1), weights_version="7")
+    writer.store("r", TOKENS, AT)
+    wait_until(lambda: chunks_on_disk(disk_server) == 4)
+    one = sides(disk_server.address, make_kv(2))
+    one.wait_healthy()
+    writer.close()
+    lose_server(disk_server, one)
+    one.scheduler.set_weights_version("7")
+    assert one.scheduler.reset_cache()
+    one.scheduler.set_weights_version("7")
+    one.worker.register_kv_caches(other_layout(3))
+    start_again(disk_server)
+    one.wait_healthy()
+    one.worker.register_kv_caches(one.kv)
+    one.wait_healthy()
+    assert one.lookup("q", TOKENS) == 0
+
+
+def test_a_reset_that_no_server_has_confirmed_is_of_the_layout_of_then(tmp_path: Path, sides: MakeSide) -> None:
+    """The server is lost while its tier deletes: the next one deletes what the engine had then."""
+    disk = f'{{backend="disk", path="{tmp_path}/disk", size="64MiB"}}'
+    faults = '[{kind="hang", on="delete", at=[1]}]'
+    tier = ("tiers.0.backend=faulty", f"tiers.0.inner={disk}", f"tiers.0.faults={faults}", "tier_timeout=60.0")
+    address, again = f"unix://{tmp_path}/s.sock", (*tier[:2], "tiers.0.faults=[]")
+    server = ServerProcess(address, *tier, "memory.size=16MiB")
+    server.start()
+    try:
+        server.wait_tier()
+        one = sides(address, make_kv(1), weights_version="7", lookup_timeout=0.5)
+        one.store("r", TOKENS, AT)
+        wait_until(lambda: chunks_on_disk(server) == 4)
+        assert not one.scheduler.reset_cache()
+        lose_server(server, one)
+        one.scheduler.set_weights_version("7")
+        one.worker.register_kv_caches(other_layout(3))
+        server = ServerProcess(address, *again, "memory.size=16MiB")
+        server.start()
+        server.wait_tier()
+        one.wait_healthy()
+        one.worker.register_kv_caches(one.kv)
+        one.wait_healthy()
+        assert one.lookup("q", TOKENS) == 0
+        wait_until(lambda: chunks_on_disk(server) == 0)
+    finally:
+        server.kill()
+
+
+def test_a_reset_is_owed_until_it_is_confirmed_itself_and_not_an_earlier_one_of_the_same_name(
+    tmp_path: Path, sides: MakeSide
+) -> None:
+    disk = f'{{backend="disk", path="{tmp_path}/disk", size="64MiB"}}'
+    faults = '[{kind="delay", on="delete", at=[1], seconds=1.0}, {kind="hang", on="delete", at=[2]}]'
+    tier = ("tiers.0.backend=faulty", f"tiers.0.inner={disk}", f"tiers.0.faults={faults}", "tier_timeout=60.0")
+    server = ServerProcess(f"unix://{tmp_path}/s.sock", *tier, "memory.size=16MiB")
+    server.start()
+    try:
+        server.wait_tier()
+        one = sides(server.address, make_kv(1), weights_version="7", lookup_timeout=0.1)
+        assert not one.scheduler.reset_cache()  # its deletion is under way
+        first = one.scheduler._resets_owed.copy()
+        one.scheduler.set_weights_version("7")
+        assert not one.scheduler.reset_cache()
+        wait_until(lambda: server.statistics()["tiers"][0]["deletions_owed"] == 1)
+        one.scheduler.set_weights_version("8")  # a round trip: what was said before has come
+        assert one.scheduler._resets_owed.keys() >= first.keys()
+    finally:
+        server.kill()
+
+
 def test_a_store_that_was_planned_before_a_reset_without_a_server_is_not_served_by_the_next(
     live_server: ServerProcess, sides: MakeSide
 ) -> None:

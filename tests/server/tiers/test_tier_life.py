@@ -10,7 +10,7 @@ from support.server import HeapConfig, Opener, digests
 from support.tiers import LoopTier, World, Worlds
 
 from lmcache_trio import Config, ConfigError, Unavailable, open_server
-from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._core.keys import ChunkKey, layout_of, namespace_of
 from lmcache_trio._server import supervise
 from lmcache_trio._server.tiers.tiers import FIRST_OPENING
 from lmcache_trio._wire.codec import decode
@@ -431,6 +431,45 @@ async def test_a_reset_is_acknowledged_when_the_tiers_have_deleted(
         await world.scheduler.end(2)
         await world.settled()
         assert world.held() == before
+
+
+async def test_a_reset_is_acknowledged_when_the_layouts_that_it_names_are_deleted_though_no_engine_has_them(
+    worlds: Worlds, tier: LoopTier, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with worlds(tier) as world:
+        former, other, identity = layout_of([b"former"], 16), layout_of([b"other"], 16), b"m" * 32
+        for namespace in (namespace_of(former, identity), namespace_of(other, identity), namespace_of(former)):
+            tier.fill(namespace, digests(1))
+        tier.stall("delete")
+        done = []
+
+        async def reset() -> None:
+            done.append(await world.scheduler.ask(Reset, identity, former))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reset)
+            await world.settled()
+            assert not done
+            tier.go_on()
+        assert isinstance(done[0], Ack)
+        assert {key.namespace for key in tier.chunks} == {namespace_of(other, identity), namespace_of(former)}
+
+
+async def test_a_tier_that_is_fenced_deletes_the_layouts_that_a_reset_names_before_it_serves_again(
+    worlds: Worlds, tier: LoopTier, unavailable: Exception, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with worlds(tier) as world:
+        former = layout_of([b"former"], 16)
+        tier.fill(namespace_of(former), digests(1))
+        tier.failing["contains"] = unavailable
+        assert (await world.lookup(1, digests(2))).chunks == 0
+        await _fenced(world)
+        for _ in range(3):
+            assert isinstance(await world.scheduler.ask(Reset, b"", former), ErrorReply)
+        assert world.tier()["deletions_owed"] == 2, "each namespace once, however often it was asked"
+        tier.failing.clear()
+        await trio.sleep(3)
+        assert (world.tier()["fenced"], tier.chunks) == (False, {})
 
 
 async def test_a_load_that_began_before_a_reset_never_lands(
