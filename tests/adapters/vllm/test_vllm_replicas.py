@@ -5,14 +5,19 @@ from torch import nn
 from lmcache_trio.adapters.vllm.replicas import are_replicated
 
 
+class Projection(nn.Module):
+    def __init__(self, replicas: int) -> None:
+        super().__init__()
+        self.num_kv_head_replicas: int = replicas
+
+
 class Attention(nn.Module):
     """An attention layer of vLLM's beside its projection."""
 
     def __init__(self, replicas: int | None) -> None:
         super().__init__()
-        self.qkv_proj, self.attn = nn.Identity(), nn.Identity()
-        if replicas is not None:
-            self.qkv_proj.num_kv_head_replicas = replicas
+        self.attn = nn.Identity()
+        self.qkv_proj = nn.Identity() if replicas is None else Projection(replicas)
 
 
 def model(*replicas: int | None) -> nn.Module:
