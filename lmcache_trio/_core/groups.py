@@ -20,7 +20,7 @@ from attrs.validators import ge, le
 
 from lmcache_trio.errors import Misuse
 
-__all__ = ["EVERY", "MOST_GROUPS", "Group", "Need", "check_groups", "longest_hit"]
+__all__ = ["EVERY", "MOST_GROUPS", "Group", "Need", "check_groups", "longest_hit", "named_groups"]
 
 MOST_GROUPS = 16
 """Groups of one engine, at most. The models of today have up to six."""
@@ -76,6 +76,11 @@ class Group:
 
 EVERY = Group()
 """The only group of an engine that names none. Its blocks are those of the engine."""
+
+
+def named_groups(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The groups of an engine whose clients name *groups*: one, `EVERY`, if they name none or one that is no other."""
+    return tuple(groups) if len(groups) > 1 or any(group.need is not Need.EVERY for group in groups) else (EVERY,)
 
 
 def check_groups(groups: Sequence[Group], block_tokens: int, chunk_tokens: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
+from lmcache_trio._core.groups import EVERY, Group
 from lmcache_trio.errors import Misuse
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "join_digests",
     "layout_of",
     "namespace_of",
+    "namespaces_of",
     "seed_of",
 ]
 
@@ -51,9 +53,12 @@ def identity_of(*identity: str | bytes) -> bytes:
     return _hash_parts(b"lmcache-trio identity 1", _checked(identity))
 
 
-def layout_of(fingerprints: Sequence[bytes], chunk_tokens: int) -> bytes:
-    """The 32 bytes that name an engine's layout: its shards' *fingerprints* in shard order, and a chunk's tokens."""
-    return _hash_parts(b"lmcache-trio layout 1", [*fingerprints, b"%d tokens" % chunk_tokens])
+def layout_of(fingerprints: Sequence[bytes], chunk_tokens: int, groups: Sequence[Group] = (EVERY,)) -> bytes:
+    """The 32 bytes that name an engine's layout: its shards' *fingerprints* in shard order, a chunk's tokens, and the
+    KV *groups*, if a hit does not need all parts of an only one.
+    """
+    named = [b"%d %d %d" % attrs.astuple(group) for group in groups] if tuple(groups) != (EVERY,) else []
+    return _hash_parts(b"lmcache-trio layout 1", [*fingerprints, b"%d tokens" % chunk_tokens, *named])
 
 
 def namespace_of(layout: bytes, identity: bytes = b"") -> bytes:
@@ -63,6 +68,13 @@ def namespace_of(layout: bytes, identity: bytes = b"") -> bytes:
     namespaces.
     """
     return _hash_parts(b"lmcache-trio namespace 3", [layout, identity])
+
+
+def namespaces_of(namespace: bytes, groups: int) -> tuple[bytes, ...]:
+    """The namespace of the parts in each of *groups* KV groups, of an engine whose namespace is *namespace*."""
+    if groups == 1:
+        return (namespace,)
+    return tuple(_hash_parts(b"lmcache-trio group 1", [namespace, b"%d" % group]) for group in range(groups))
 
 
 def chain_digests(

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 import attrs
 
+from lmcache_trio._core.groups import EVERY, Group
 from lmcache_trio._core.index.session import Sessions
 from lmcache_trio._core.keys import layout_of, namespace_of
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._wire.messages import Register
+from lmcache_trio.errors import Misuse
 
 __all__ = ["Engine"]
 
@@ -22,6 +24,8 @@ class Engine:
     """Workers of each shard. They hold the same bytes: whichever comes first stores a chunk, and each loads it."""
     chunk_tokens: int
     """Tokens of one of its chunks. The engine's first client decides."""
+    groups: tuple[Group, ...]
+    """Its KV groups, of which its first client said what a hit needs."""
     scheduler: Peer | None = None
     workers: dict[int, Peer] = attrs.field(factory=dict)
     """By rank; so are the layouts."""
@@ -31,6 +35,9 @@ class Engine:
     identity: bytes = b""
     """The identity of its model, as its scheduler said last."""
     namespace: bytes = b""
+    """The name of all that it caches; b"" while a layout is missing."""
+    namespaces: tuple[bytes, ...] = ()
+    """The namespace of each group's parts; empty while a layout is missing."""
     last_layout: bytes = b""
     """The latest `layout` that was known: all grants are of it."""
     is_told_of: bool = False
@@ -47,26 +54,42 @@ class Engine:
         """The name of what its shards have registered; b"" while a layout is missing, or replicas have several."""
         if len(self.layouts) < self.shards * self.replicas or not self.replicas_agree:
             return b""
-        return layout_of([layout.fingerprint for layout in self.shard_layouts()], self.chunk_tokens)
+        return layout_of([layout.fingerprint for layout in self.shard_layouts()], self.chunk_tokens, self.groups)
 
     def namespace_under(self, identity: bytes) -> bytes:
         """The namespace of its layout under *identity*; b"" while it has no layout."""
         layout = self.layout
         return layout and namespace_of(layout, identity)
 
+    def namespace_of_group(self, group: int) -> bytes:
+        """The namespace of the parts in *group*; b"" while it has no layout. Misuse: there is no such group."""
+        if group >= len(self.groups):
+            raise Misuse(f"group is {group}: engine {self.name!r} has {len(self.groups)}")
+        return self.namespaces[group] if self.namespaces else b""
+
     def shard_layouts(self) -> list[Register]:
         """The layout of each shard, once no layout is missing."""
         return [self.layouts[shard * self.replicas] for shard in range(self.shards)]
 
+    def part_bytes(self) -> list[list[int]]:
+        """The bytes of a chunk's part by group and shard, once no layout is missing."""
+        parts = [layout.part_bytes or (layout.shard_bytes,) for layout in self.shard_layouts()]
+        return [list(of_group) for of_group in zip(*parts, strict=True)]
+
+    def part_blocks(self, layout: Register) -> tuple[int, ...]:
+        """Blocks of a chunk's part by group, for the worker of *layout*."""
+        if self.groups == (EVERY,):
+            return (self.chunk_tokens // layout.block_tokens,)
+        return tuple(group.part_blocks(self.chunk_tokens) for group in self.groups)
+
     @property
     def replicas_agree(self) -> bool:
         """Whether the replicas of each shard, as far as they have registered, have one layout."""
-        seen = {rank // self.replicas: layout for rank, layout in self.layouts.items()}
-        return all(
-            (layout.fingerprint, layout.shard_bytes)
-            == (seen[rank // self.replicas].fingerprint, seen[rank // self.replicas].shard_bytes)
+        seen = {
+            (rank // self.replicas, layout.fingerprint, layout.part_bytes or (layout.shard_bytes,))
             for rank, layout in self.layouts.items()
-        )
+        }
+        return len(seen) == len({shard for shard, _, _ in seen})
 
     def peers(self) -> Iterator[Peer]:
         if self.scheduler is not None:

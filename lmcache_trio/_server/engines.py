@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterator
 
 import trio
 
+from lmcache_trio._core.groups import named_groups
 from lmcache_trio._core.index.index import Index, Reservation
-from lmcache_trio._core.keys import DIGEST_BYTES, chunk_tokens_for, namespace_of
+from lmcache_trio._core.keys import DIGEST_BYTES, chunk_tokens_for, namespace_of, namespaces_of
 from lmcache_trio._server.answers import Answers
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
@@ -19,7 +20,7 @@ from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._server.tiers.writer import Deletion
 from lmcache_trio._server.transfer.worker import TransferWorker
-from lmcache_trio._wire.messages import MAX_LAYOUTS, Hello, NamespaceKnown, Role
+from lmcache_trio._wire.messages import MAX_LAYOUTS, Hello, NamespaceKnown, Reserve, Role, StoreBlocks
 from lmcache_trio.config import Config, format_size
 from lmcache_trio.errors import Gone, Misuse
 
@@ -83,8 +84,9 @@ class Engines:
         hello = peer.hello
         if hello.role is Role.OBSERVER:
             return
+        tokens, groups = self.chunk_tokens_of(hello), named_groups(hello.groups)
         engine = self._engines.setdefault(
-            hello.engine, Engine(hello.engine, hello.shards, hello.replicas, self.chunk_tokens_of(hello))
+            hello.engine, Engine(hello.engine, hello.shards, hello.replicas, tokens, groups)
         )
         if hello.role is Role.SCHEDULER:
             engine.scheduler = peer
@@ -117,30 +119,32 @@ class Engines:
     def settle_namespace(self, engine: Engine) -> None:
         """Work out the engine's namespace from its layouts; when it changed, tell all its peers.
 
-        Resets that are due come first, so that no chunk of before them is served in it.
+        Resets that are due come first, so that no chunk of before them is served in it. `Misuse` changes nothing.
         """
-        former, namespace = engine.namespace, engine.namespace_under(engine.identity)
+        former, namespace = engine.namespaces, engine.namespace_under(engine.identity)
+        namespaces = namespaces_of(namespace, len(engine.groups)) if namespace else ()
         if namespace:
-            self._index.attach(namespace, [layout.shard_bytes for layout in engine.shard_layouts()])
+            self.check_identity(engine, engine.identity)  # so that all groups are attached, or none
+            for of_group, lengths in zip(namespaces, engine.part_bytes(), strict=True):
+                self._index.attach(of_group, lengths)
             self._see_layout(engine)
-        engine.namespace = namespace
-        if former:
-            self._index.detach(former)
+        engine.namespace, engine.namespaces = namespace, namespaces
+        for of_group in former:
+            self._index.detach(of_group)
             self._clock.not_later_than(trio.current_time())  # it may have something to sweep
-        if namespace != former:
+        if namespaces != former:
             self._tell_layout(engine)
             for peer in engine.peers():
                 peer.send(self.namespace_known(engine))
 
     def namespace_known(self, engine: Engine, reply_to: int = 0) -> NamespaceKnown:
         """The engine's namespace, as its peers are told; *reply_to* is 0 in a push."""
-        return NamespaceKnown(
-            reply_to,
-            engine.namespace,
-            self._index.chunk_bytes(engine.namespace),
-            self._index.arena.capacity,
-            engine.layout,
-        )
+        arena = self._index.arena.capacity
+        return NamespaceKnown(reply_to, engine.namespace, self._chunk_bytes(engine), arena, engine.layout)
+
+    def _chunk_bytes(self, engine: Engine) -> int:
+        """What a chunk of *engine* takes in the arena, over all groups and shards; 0 while a layout is missing."""
+        return sum(self._index.chunk_bytes(of_group) for of_group in engine.namespaces)
 
     def attached(self, peer: Peer) -> None:
         """The memory of *peer* is open: its layout, which waited for that, counts from now on. `Misuse`: it cannot."""
@@ -178,7 +182,7 @@ class Engines:
                 log.info("engine %r has no cache until the replicas of each shard have one layout", engine.name)
             return
         tokens, size = engine.chunk_tokens, self._index.arena.capacity
-        chunk = self._index.chunk_bytes(engine.namespace)
+        chunk = self._chunk_bytes(engine)
         if chunk > size:
             self._counts.events["layouts_too_large"] += 1
             words = (
@@ -210,24 +214,28 @@ class Engines:
         """Misuse: under *identity* the layout of *engine* has the namespace of one with slots of other lengths."""
         namespace = engine.namespace_under(identity)
         if namespace:
-            self._index.check_lengths(namespace, [layout.shard_bytes for layout in engine.shard_layouts()])
+            for of_group, lengths in zip(
+                namespaces_of(namespace, len(engine.groups)), engine.part_bytes(), strict=True
+            ):
+                self._index.check_lengths(of_group, lengths)
 
-    def reset(self, identity: bytes, layouts: Collection[bytes]) -> list[Deletion]:
-        """Drop every chunk of *layouts* under *identity*, for all engines. Returns the tiers' deletions, which have
-        begun. Whether an engine has one of the layouts now does not matter.
+    def reset(self, engine: Engine, identity: bytes, layouts: Collection[bytes]) -> list[Deletion]:
+        """Drop every chunk of *layouts* under *identity*, in the groups of *engine*, for all engines. Returns the
+        tiers' deletions, which have begun. Whether an engine has one of the layouts now does not matter.
 
         From now on no chunk of before is served, and no store or load that began before publishes one.
         """
-        namespaces = {namespace_of(layout, identity) for layout in layouts}
-        for namespace in namespaces:
-            self._index.reset(namespace)
+        dropped = {namespace_of(layout, identity) for layout in layouts}
+        namespaces = [of_group for each in dropped for of_group in namespaces_of(each, len(engine.groups))]
+        for of_group in namespaces:
+            self._index.reset(of_group)
         self._counts.events["resets"] += 1
         self._clock.not_later_than(trio.current_time())  # it sweeps, piece by piece
-        for engine in self:
-            if engine.namespace in namespaces:
-                engine.sessions.bar()
-                self._end_answers(engine)
-        return [deletion for namespace in namespaces for deletion in self._tiers.forget(namespace)]
+        for other in self:
+            if other.namespace in dropped:
+                other.sessions.bar()
+                self._end_answers(other)
+        return [deletion for of_group in namespaces for deletion in self._tiers.forget(of_group)]
 
     def _end_answers(self, engine: Engine) -> None:
         for session in engine.sessions.live.values():
@@ -244,7 +252,7 @@ class Engines:
         for identity in engine.resets_due.union(engine.resets_of_any):
             done_in = engine.resets_of_any.get(identity, set())
             if identity in engine.resets_due or layout not in done_in:
-                self.reset(identity, [layout])
+                self.reset(engine, identity, [layout])
                 if len(done_in) == MAX_LAYOUTS:
                     done_in.clear()  # they are dropped once more, which costs hits and is never wrong
                 done_in.add(layout)
@@ -269,15 +277,14 @@ class Engines:
             self._answers.cancel(session)
             self._index.end_session((engine.name, number))
 
-    def reserve(
-        self, peer: Peer, engine: Engine, worker: int, session: int, parent: bytes, digests: bytes
-    ) -> Reservation:
+    def reserve(self, peer: Peer, engine: Engine, worker: int, message: Reserve | StoreBlocks) -> Reservation:
         """Slots for a store of *peer*, which is *worker* to the index. Chunks without a slot are counted by reason."""
+        namespace, session, digests = engine.namespace_of_group(message.group), message.session, message.digests
         if self._drain.stopping:
             reason = "stopping"
         elif peer.pidfd is None:
             reason = "no_arena"
-        elif not engine.namespace:
+        elif not namespace:
             reason = "no_namespace"
         else:
             reason = engine.sessions.why_no_store(session)
@@ -287,7 +294,7 @@ class Engines:
             return Reservation(b"", (), {reason: count} if count else {})
         now, key, shard = trio.current_time(), (engine.name, engine.sessions.serial_of(session)), peer.hello.shard
         made = self._index.reserve(
-            key, worker, shard, engine.namespace, parent, digests, now, live=engine.sessions.live_serials
+            key, worker, shard, namespace, message.parent, digests, now, live=engine.sessions.live_serials
         )
         if made.id:
             self._clock.not_later_than(now + self._config.reservation_timeout)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from lmcache_trio._core.groups import EVERY, check_groups
 from lmcache_trio._core.keys import check_chunk_tokens
 from lmcache_trio._server.lookups import HANDLERS as SCHEDULER_HANDLERS
 from lmcache_trio._server.parts import Parts
@@ -56,6 +57,14 @@ def _register(parts: Parts, peer: Peer, message: Register) -> Message:
     if peer.pidfd is None:
         raise Misuse(f"{peer} got no arena, so it can neither store nor retrieve; the welcome's arena_note says why")
     check_chunk_tokens(engine.chunk_tokens, message.block_tokens)
+    if engine.groups != (EVERY,):
+        check_groups(engine.groups, message.block_tokens, engine.chunk_tokens)
+    part_bytes = message.part_bytes or (message.shard_bytes,)
+    if (len(part_bytes), sum(part_bytes)) != (len(engine.groups), message.shard_bytes):
+        raise Misuse(
+            f"part_bytes is {message.part_bytes}, and shard_bytes {message.shard_bytes}: give the bytes of a part in"
+            f" each of the engine's {len(engine.groups)} KV groups, which are shard_bytes in all"
+        )
     rank = peer.hello.rank
     former = engine.layouts.pop(rank, None)
     if parts.transfer is not None:
@@ -86,9 +95,8 @@ def _retrieve(parts: Parts, peer: Peer, message: Retrieve) -> Message:
     if sum(peer.pins.values()) + message.count > limits.digests:
         raise parts.counts.over_limit(peer, "digests", f"reads of {sum(peer.pins.values())} chunks under way")
     shard = peer.hello.shard
-    pin = parts.index.pin(
-        message.lease, engine.name, engine.namespace, peer.number, shard, message.start, message.count
-    )
+    namespace = engine.namespace_of_group(message.group)
+    pin = parts.index.pin(message.lease, engine.name, namespace, peer.number, shard, message.start, message.count)
     peer.pins[pin.id] = message.count
     return Pinned(message.id, pin.id, OFFSETS.pack(pin.offsets), pin.slot_bytes)
 
@@ -102,7 +110,7 @@ def _done(parts: Parts, peer: Peer, message: Done) -> Message:
 
 def _reserve(parts: Parts, peer: Peer, message: Reserve) -> Message:
     engine = parts.engines.of(peer)
-    made = parts.engines.reserve(peer, engine, peer.number, message.session, message.parent, message.digests)
+    made = parts.engines.reserve(peer, engine, peer.number, message)
     if not made.id:
         return Reserved(message.id, b"", b"", b"", dict(made.dropped))
     peer.copies.add(made.id)

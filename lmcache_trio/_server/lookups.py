@@ -111,7 +111,7 @@ def _reset(parts: Parts, peer: Peer, message: Reset) -> Message | None:
         if len(engine.resets_due) >= MOST_RESETS_DUE and identity not in engine.resets_due:
             raise Misuse(f"{MOST_RESETS_DUE} resets are due for {peer} already: register its workers first")
         engine.resets_due.add(identity)
-    deletions = parts.engines.reset(identity, layouts) if layouts else []
+    deletions = parts.engines.reset(engine, identity, layouts) if layouts else []
     if not deletions:
         return Ack(message.id)
     peer.resets += 1

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import attrs
 
+from lmcache_trio._core.groups import EVERY, Group, check_groups, named_groups
 from lmcache_trio._core.keys import check_chunk_tokens
 from lmcache_trio._server.engine import Engine
 from lmcache_trio._server.parts import Parts
@@ -90,16 +91,18 @@ def _check(parts: Parts, hello: Hello) -> None:
         raise Unavailable("the server is stopping; connect again when it is back")
     if hello.chunk_tokens and hello.block_tokens:
         check_chunk_tokens(hello.chunk_tokens, hello.block_tokens)
+    if hello.groups:
+        check_groups(hello.groups, hello.block_tokens, hello.chunk_tokens or parts.engines.chunk_tokens_of(hello))
     engine = parts.engines.find(hello)
     if engine is None:
         return
     others = [peer for peer in engine.peers() if peer.hello.token != hello.token and not peer.has_exited()]
-    if not _ranks_agree(engine, hello):
+    here, said = _difference(engine, hello)
+    if here:
         if others:
             raise Misuse(
-                f"engine {hello.engine!r} has {_ranks(engine.shards, engine.replicas)} for the clients that are here,"
-                f" but {_ranks(hello.shards, hello.replicas)} for this one; all must agree, and two engines must not"
-                " share an engine id"
+                f"engine {hello.engine!r} has {here} for the clients that are here, but {said} for this one; all must"
+                " agree, and two engines must not share an engine id"
             )
     elif not _chunks_fit(engine, hello):
         if not all(_gives_way(peer, hello) for peer in others):
@@ -127,9 +130,19 @@ def _check_room(parts: Parts, replaced: int) -> None:
         raise Unavailable(f"{most} clients are connected, and no more are let in: that is limits.clients; {way}")
 
 
-def _ranks_agree(engine: Engine, hello: Hello) -> bool:
-    """Whether *hello* has as many workers in its engine as *engine* has."""
-    return (engine.shards, engine.replicas) == (hello.shards, hello.replicas)
+def _difference(engine: Engine, hello: Hello) -> tuple[str, str]:
+    """What *engine* has and *hello* says otherwise, of that which all clients of an engine say alike; else ""."""
+    if (engine.shards, engine.replicas) != (hello.shards, hello.replicas):
+        return _ranks(engine.shards, engine.replicas), _ranks(hello.shards, hello.replicas)
+    groups = named_groups(hello.groups)
+    return (_words(engine.groups), _words(groups)) if engine.groups != groups else ("", "")
+
+
+def _words(groups: tuple[Group, ...]) -> str:
+    if groups == (EVERY,):
+        return "one KV group"
+    named = (f"{each.need.name.lower()} of {each.tokens} in blocks of {each.block_tokens}" for each in groups)
+    return f"{len(groups)} KV groups ({', '.join(named)} tokens)"
 
 
 def _ranks(shards: int, replicas: int) -> str:
@@ -176,5 +189,5 @@ def _replaced_by(parts: Parts, hello: Hello, peer_pid: int | None, pidfd: int | 
                 "each engine an engine id of its own"
             )
         yield holder
-    if not _ranks_agree(engine, hello) or not _chunks_fit(engine, hello):
+    if any(_difference(engine, hello)) or not _chunks_fit(engine, hello):
         yield from engine.peers()  # all of them are dead or give way, or `_check` would have refused

@@ -6,6 +6,7 @@ from the transfer worker.
 
 import os
 from collections.abc import Callable, Sequence
+from operator import mul
 from typing import Any
 
 from lmcache_trio._core.keys import DIGEST_BYTES
@@ -44,20 +45,22 @@ def _attach(parts: Parts, peer: Peer, message: Attach) -> Message | None:
         raise Misuse("register the layout before its memory is attached")
     if transfer.attachments.unanswered[peer.number] >= parts.config.limits.attaches:
         raise parts.counts.over_limit(peer, "attaches", f"{parts.config.limits.attaches} Attach without a reply")
-    chunk_blocks = engine.chunk_tokens // layout.block_tokens
+    part_blocks = engine.part_blocks(layout)
     descriptors = peer.transport.take_descriptors() if peer.transport is not None else []
     try:
-        export = _exported(parts, message, descriptors, layout, chunk_blocks)
+        export = _exported(parts, message, descriptors, layout, part_blocks)
     except BaseException:
         for fd in descriptors:
             os.close(fd)
         raise
-    transfer.attachments.attach(peer, message.id, export, chunk_blocks, parts.engines)
+    transfer.attachments.attach(peer, message.id, export, part_blocks, parts.engines)
     return None
 
 
-def _exported(parts: Parts, message: Attach, descriptors: Sequence[int], layout: Register, chunk_blocks: int) -> Export:
-    """The export of *message*, if it is the memory of *layout* and can be opened now. *chunk_blocks*: per chunk."""
+def _exported(
+    parts: Parts, message: Attach, descriptors: Sequence[int], layout: Register, part_blocks: Sequence[int]
+) -> Export:
+    """The export of *message*, if it is the memory of *layout* and can be opened now. *part_blocks*: by group."""
     transfer = _transfer(parts)
     try:
         export = decode_export(message.export, descriptors)
@@ -65,10 +68,13 @@ def _exported(parts: Parts, message: Attach, descriptors: Sequence[int], layout:
         raise Misuse(str(exc)) from exc
     if isinstance(export.memory[0], CudaMemory) and not transfer.takes_events:
         raise Unavailable("this server's device cannot wait for what a GPU has still to write: copy through the arena")
-    if export.block_bytes * chunk_blocks != layout.shard_bytes:
+    if len(export.group_block_bytes) != len(part_blocks):
+        raise Misuse(f"the export's layers are in {len(export.group_block_bytes)} groups, not {len(part_blocks)}")
+    lengths = tuple(map(mul, export.group_block_bytes, part_blocks))
+    if lengths != (layout.part_bytes or (layout.shard_bytes,)):
         raise Misuse(
-            f"the export's chunks have {export.block_bytes * chunk_blocks} bytes, the registered ones "
-            f"{layout.shard_bytes}: register and export the same tensors"
+            f"the export's chunks have {sum(lengths)} bytes, the registered ones {layout.shard_bytes}, or their parts"
+            " have other lengths: register and export the same tensors"
         )
     if parts.drain.stopping:
         raise Unavailable("the server is stopping")
@@ -78,19 +84,19 @@ def _exported(parts: Parts, message: Attach, descriptors: Sequence[int], layout:
 def _store_blocks(parts: Parts, peer: Peer, message: StoreBlocks) -> Message | None:
     transfer, engine = _transfer(parts), parts.engines.of(peer)
     attachment = transfer.attachments.of(peer)
-    blocks, count = POSITIONS.unpack(message.blocks), attachment.chunk_blocks
+    _check_slots(parts, engine, peer, attachment, message.group)
+    blocks, count = POSITIONS.unpack(message.blocks), attachment.part_blocks[message.group]
     chunks = len(message.digests) // DIGEST_BYTES
-    _check_slots(parts, engine, peer, attachment)
     if not chunks or len(blocks) != chunks * count:
         raise Misuse(f"{len(blocks)} blocks for {chunks} chunks: give {count} per chunk, for one chunk or more")
     _check_blocks(blocks, attachment.attached.export.num_blocks)
     _check_begin(attachment, message)
-    made = parts.engines.reserve(peer, engine, attachment.writer, message.session, message.parent, message.digests)
+    made = parts.engines.reserve(peer, engine, attachment.writer, message)
     if not made.id:
         return Stored(message.id, 0, 0, dict(made.dropped))
     chosen = [block for slot in made.slots for block in blocks[slot.position * count : (slot.position + 1) * count]]
     offsets = [slot.offset for slot in made.slots]
-    work = Work(message.id, made.id, offsets, chosen, message.event, dict(made.dropped))
+    work = Work(message.id, message.group, made.id, offsets, chosen, message.event, dict(made.dropped))
     transfer.submit(attachment, work, Direction.STORE)
     return None
 
@@ -98,8 +104,8 @@ def _store_blocks(parts: Parts, peer: Peer, message: StoreBlocks) -> Message | N
 def _retrieve_blocks(parts: Parts, peer: Peer, message: RetrieveBlocks) -> Message | None:
     transfer, engine = _transfer(parts), parts.engines.of(peer)
     attachment = transfer.attachments.of(peer)
-    blocks, count = POSITIONS.unpack(message.blocks), attachment.chunk_blocks
-    _check_slots(parts, engine, peer, attachment)
+    namespace = _check_slots(parts, engine, peer, attachment, message.group)
+    blocks, count = POSITIONS.unpack(message.blocks), attachment.part_blocks[message.group]
     rest = message.count * count - message.skip - len(blocks)
     if message.skip >= count or rest < 0 or not blocks:
         raise Misuse(f"{len(blocks)} blocks after {message.skip} do not lie within {message.count} chunks of {count}")
@@ -108,9 +114,11 @@ def _retrieve_blocks(parts: Parts, peer: Peer, message: RetrieveBlocks) -> Messa
     if parts.drain.stopping:
         raise Unavailable("the server is stopping")
     reader, shard = attachment.reader, peer.hello.shard
-    pin = parts.index.pin(message.lease, engine.name, engine.namespace, reader, shard, message.start, message.count)
+    pin = parts.index.pin(message.lease, engine.name, namespace, reader, shard, message.start, message.count)
     every = [-1] * message.skip + list(blocks) + [-1] * rest
-    transfer.submit(attachment, Work(message.id, pin.id, pin.offsets, every, message.event), Direction.LOAD)
+    transfer.submit(
+        attachment, Work(message.id, message.group, pin.id, pin.offsets, every, message.event), Direction.LOAD
+    )
     return None
 
 
@@ -133,14 +141,19 @@ def _transfer(parts: Parts) -> TransferWorker:
     return parts.transfer
 
 
-def _check_slots(parts: Parts, engine: Engine, peer: Peer, attachment: Attachment) -> None:
-    """A copy between a slot and a chunk's blocks must fill both exactly. Misuse: their lengths differ."""
-    lengths = parts.index.shard_bytes(engine.namespace)
-    if lengths and lengths[peer.hello.shard] != attachment.chunk_blocks * attachment.attached.export.block_bytes:
+def _check_slots(parts: Parts, engine: Engine, peer: Peer, attachment: Attachment, group: int) -> bytes:
+    """A copy between a slot and the blocks of a part must fill both exactly. Misuse: their lengths differ.
+
+    Returns the namespace of *group*'s parts.
+    """
+    namespace = engine.namespace_of_group(group)
+    lengths = parts.index.shard_bytes(namespace)
+    if lengths and lengths[peer.hello.shard] != attachment.part_bytes(group):
         raise Misuse(
-            f"{attachment.chunk_blocks} attached blocks of {attachment.attached.export.block_bytes} bytes do not fill a"
-            f" slot of {lengths[peer.hello.shard]} bytes: register and attach the same tensors"
+            f"{attachment.part_blocks[group]} attached blocks of {attachment.attached.export.group_block_bytes[group]}"
+            f" bytes do not fill a slot of {lengths[peer.hello.shard]} bytes: register and attach the same tensors"
         )
+    return namespace
 
 
 def _check_begin(attachment: Attachment, message: StoreBlocks | RetrieveBlocks) -> None:

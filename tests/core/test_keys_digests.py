@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmcache_trio._core.groups import EVERY, Group, Need
 from lmcache_trio._core.keys import (
     DIGEST_BYTES,
     chain_digests,
@@ -14,6 +15,7 @@ from lmcache_trio._core.keys import (
     join_digests,
     layout_of,
     namespace_of,
+    namespaces_of,
     seed_of,
 )
 from lmcache_trio.errors import Misuse
@@ -60,6 +62,19 @@ def test_where_a_part_of_an_identity_ends_matters() -> None:
     assert namespace_of(b"1", b"2") != namespace_of(b"2", b"1")
     assert namespace_of(b"12") != namespace_of(b"1", b"2")
     assert len({layout_of([b"1", b"2"], 16), layout_of([b"2", b"1"], 16), layout_of([b"1", b"2"], 32)}) == 3
+
+
+def test_a_layout_is_named_by_its_groups_too() -> None:
+    window, longer = Group(Need.WINDOW, 32, 16), Group(Need.WINDOW, 33, 16)
+    several: list[tuple[Group, ...]] = [(EVERY,), (window,), (longer,), (EVERY, window), (window, EVERY)]
+    assert len({layout_of([b"1"], 16, groups) for groups in several}) == 5
+    assert layout_of([b"1"], 16) == layout_of([b"1"], 16, (EVERY,))
+
+
+def test_the_namespaces_of_groups_differ_and_that_of_an_only_group_is_the_engines() -> None:
+    assert namespaces_of(b"n", 1) == (b"n",)
+    assert len({b"n", *namespaces_of(b"n", 3)}) == 4
+    assert namespaces_of(b"n", 2) == namespaces_of(b"n", 3)[:2]
 
 
 @pytest.mark.parametrize("tokens", [[2**31], [-(2**31) - 1], [1.5], ["1"]])

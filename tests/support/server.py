@@ -148,14 +148,16 @@ class Peer:
     async def lookup(self, session: int, digests: Sequence[bytes], start: int = 0) -> Answer:
         return await self.get(Answer, Lookup, session, start, b"".join(digests), start + len(digests))
 
-    async def reserve(self, session: int, digests: Sequence[bytes], parent: bytes = b"") -> Reserved:
-        return await self.get(Reserved, Reserve, session, parent, b"".join(digests))
+    async def reserve(self, session: int, digests: Sequence[bytes], parent: bytes = b"", group: int = 0) -> Reserved:
+        return await self.get(Reserved, Reserve, session, parent, b"".join(digests), group)
 
     async def commit(self, reservation: bytes) -> int:
         return (await self.get(Committed, Commit, reservation)).published
 
-    async def register(self, fingerprint: bytes = b"f" * 32, shard_bytes: int = SHARD, block_tokens: int = 16) -> bytes:
-        return (await self.get(NamespaceKnown, Register, fingerprint, shard_bytes, block_tokens)).namespace
+    async def register(
+        self, fingerprint: bytes = b"f" * 32, shard_bytes: int = SHARD, block_tokens: int = 16, **more: Any
+    ) -> bytes:
+        return (await self.get(NamespaceKnown, Register, fingerprint, shard_bytes, block_tokens, **more)).namespace
 
     async def end(self, session: int) -> None:
         await self.tell(Ended(session))

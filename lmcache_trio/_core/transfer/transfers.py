@@ -7,7 +7,7 @@
 A *transfer* is the copies of one request, between an engine's blocks and slots: a list of *units*, one per chunk. The
 units start in order once the transfer is *allowed*, when its copies have no event to wait for. Until then it waits
 outside the queue, where it keeps no other transfer waiting. A *batch* is given to the device at once: units of one
-transfer, or of neighbours in the queue that move the same engine's memory.
+transfer, or of neighbours in the queue that move the same engine's memory in one KV group.
 
 Rule 1: only the device ends a copy. An abort only keeps units from starting. Until ENDED, a transfer owns its slots and
 blocks: for good, if the device can't tell when a copy ends. Rule 2: loads go ahead of stores, because an engine waits
@@ -52,7 +52,7 @@ def _has_bytes(transfer: object, attribute: "attrs.Attribute[Sequence[int]]", un
 
 @attrs.define(eq=False)
 class Transfer:
-    """One request's copies. *units* are their sizes in bytes; *owner* is the memory that they move.
+    """One request's copies. *units* are their sizes in bytes; *owner* is the memory that they move, and its KV group.
 
     *allowed*: the units may start.
     """

@@ -48,9 +48,13 @@ class Registry(Protocol):
 
 @attrs.define(eq=False)
 class Work:
-    """One request. *grant* is the id of its reservation or pin. *blocks* has `chunk_blocks` entries per slot."""
+    """One request, for parts in one *group*. *grant* is the id of its reservation or pin.
+
+    *blocks* has as many entries per slot as a part has blocks.
+    """
 
     number: int
+    group: int
     grant: bytes
     slots: Sequence[int]
     blocks: Sequence[int]
@@ -60,11 +64,14 @@ class Work:
 
 @attrs.define(eq=False)
 class Attachment:
-    """One worker's KV, open in the device. *writer* and *reader* are its names in the index."""
+    """One worker's KV, open in the device. *writer* and *reader* are its names in the index.
+
+    *part_blocks*: blocks of a chunk's part, by KV group.
+    """
 
     peer: Peer
     attached: Attached
-    chunk_blocks: int
+    part_blocks: Sequence[int]
     writer: int
     reader: int
     registry: Registry
@@ -72,6 +79,10 @@ class Attachment:
     """The transfers under way, by the number of their request."""
     fenced: str = ""
     """The reason why no more requests are taken; "" while they are."""
+
+    def part_bytes(self, group: int) -> int:
+        """Bytes of a chunk's part in *group*."""
+        return self.part_blocks[group] * self.attached.export.group_block_bytes[group]
 
 
 class Attachments:
@@ -100,19 +111,19 @@ class Attachments:
     def __len__(self) -> int:
         return len(self._open) + len(self._ending)
 
-    def attach(self, peer: Peer, number: int, export: Export, chunk_blocks: int, registry: Registry) -> None:
+    def attach(self, peer: Peer, number: int, export: Export, part_blocks: Sequence[int], registry: Registry) -> None:
         """Open *export* in a task, which then sends the reply and closes the export's descriptors."""
         self.lose(peer)
         self._opening[peer.number] = scope = trio.CancelScope()
         self.unanswered[peer.number] += 1
-        self._start(self._attach, peer, number, export, chunk_blocks, registry, scope, name="attach")
+        self._start(self._attach, peer, number, export, part_blocks, registry, scope, name="attach")
 
     async def _attach(
         self,
         peer: Peer,
         number: int,
         export: Export,
-        chunk_blocks: int,
+        part_blocks: Sequence[int],
         registry: Registry,
         scope: trio.CancelScope,
     ) -> None:
@@ -134,7 +145,7 @@ class Attachments:
             del self._opening[peer.number]
         if attached is not None and latest:
             writer, reader = next(self._numbers), next(self._numbers)
-            self._open[peer.number] = Attachment(peer, attached, chunk_blocks, writer, reader, registry)
+            self._open[peer.number] = Attachment(peer, attached, part_blocks, writer, reader, registry)
         elif attached is not None:
             self._detach(attached)
             reply = ErrorReply(number, ErrorKind.UNAVAILABLE, why)

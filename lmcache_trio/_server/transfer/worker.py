@@ -123,13 +123,13 @@ class TransferWorker:
         self._ended(batch, failed=failed)
 
     def _copy_of(self, batch: Batch) -> Copy:
-        attachment = self._work[batch.parts[0].transfer][0]
-        count, slots, blocks = attachment.chunk_blocks, list[int](), list[int]()
+        attachment, first = self._work[batch.parts[0].transfer]
+        count, slots, blocks = attachment.part_blocks[first.group], list[int](), list[int]()
         for part in batch.parts:
             work = self._work[part.transfer][1]
             slots += work.slots[part.first : part.end]
             blocks += work.blocks[part.first * count : part.end * count]
-        return Copy(attachment.attached, batch.direction, slots, blocks, count)
+        return Copy(attachment.attached, batch.direction, slots, blocks, count, first.group)
 
     # --- the arena --------------------------------------------------------------------------------------------------
 
@@ -160,9 +160,9 @@ class TransferWorker:
         """Begin a store into the reservation `work.grant` of `attachment.writer`, or a load under the pin `work.grant`
         of `attachment.reader`.
         """
-        chunk = attachment.chunk_blocks * attachment.attached.export.block_bytes
+        owner, size = (attachment, work.group), attachment.part_bytes(work.group)
         device = self._device if work.event and isinstance(self._device, EventDevice) else None
-        transfer = Transfer(direction, attachment, [chunk] * len(work.slots), allowed=device is None)
+        transfer = Transfer(direction, owner, [size] * len(work.slots), allowed=device is None)
         attachment.works[work.number] = transfer
         self._work[transfer] = (attachment, work)
         self._moving[attachment.peer.hello.token] += 1
