@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import attrs
 import trio
 
+from lmcache_trio._core.groups import Group
 from lmcache_trio._core.keys import DIGEST_BYTES, join_digests
 from lmcache_trio._transport import Connection, dial_pair, introduce, wait_listening
 from lmcache_trio._transport.arena_map import ArenaMap
@@ -229,24 +230,32 @@ class Client(Conversation):
     # --- a worker ---------------------------------------------------------------------------------------------------
 
     async def register(
-        self, fingerprint: bytes, shard_bytes: int, block_tokens: int, *, attaching: bool = False
+        self,
+        fingerprint: bytes,
+        shard_bytes: int,
+        block_tokens: int,
+        *,
+        attaching: bool = False,
+        part_bytes: Sequence[int] = (),
     ) -> bytes:
         """Register the layout of this shard. With *attaching* it counts only once its memory is attached.
 
+        *shard_bytes* are those of one chunk. *part_bytes*: those of its part in each KV group, *shard_bytes* in all; an
+        engine that names no groups leaves it out.
+
         Returns the engine's namespace, or b"" while other shards are missing.
         """
-        ask = message_of(Register, self.new_id(), fingerprint, shard_bytes, block_tokens, attaching)
+        ask = message_of(Register, self.new_id(), fingerprint, shard_bytes, block_tokens, attaching, part_bytes)
         self.shard_bytes = shard_bytes
         reply = await self.request(ask, NamespaceKnown)
         self.namespace = reply.namespace or self.namespace
         self.chunk_bytes, self.arena_bytes = reply.chunk_bytes, reply.arena_bytes
         return reply.namespace
 
-    async def retrieve(self, lease: bytes, start: int, count: int) -> Pinned:
-        """Pin *count* chunks from *start* of *lease*. Cancelled, it lets the pin go."""
-        return await self.request(
-            message_of(Retrieve, self.new_id(), lease, start, count), Pinned, lambda late: self.done_nowait(late.pin)
-        )
+    async def retrieve(self, lease: bytes, start: int, count: int, *, group: int = 0) -> Pinned:
+        """Pin the parts in *group* of *count* chunks of *lease*, from chunk *start* on. Cancelled, it ends the pin."""
+        ask = message_of(Retrieve, self.new_id(), lease, start, count, group)
+        return await self.request(ask, Pinned, lambda late: self.done_nowait(late.pin))
 
     async def done(self, pin: bytes) -> bool:
         """The read has ended. Are the bytes that were read still valid?"""
@@ -256,15 +265,17 @@ class Client(Conversation):
         """The read has ended, and it does not matter whether it was valid."""
         self.request_unheard(message_of(Done, self.new_id(), pin))
 
-    async def reserve(self, session: int, parent: bytes, digests: Sequence[bytes]) -> Reserved:
-        """Slots for some of *digests*, `MAX_RESERVED` at most. Cancelled, it aborts the reservation."""
+    async def reserve(self, session: int, parent: bytes, digests: Sequence[bytes], *, group: int = 0) -> Reserved:
+        """Slots for the parts in *group* of some of *digests*, `MAX_RESERVED` at most. Cancelled, it aborts the
+        reservation.
+        """
         packed = _packed(digests)
         if len(digests) > MAX_RESERVED:
             raise Misuse(f"{len(digests)} digests: reserve {MAX_RESERVED} at a time, each lot behind the one before")
         if parent:
             _packed([parent])
         return await self.request(
-            message_of(Reserve, self.new_id(), session, parent, packed),
+            message_of(Reserve, self.new_id(), session, parent, packed, group),
             Reserved,
             lambda late: self.abort_nowait(late.reservation),
         )
@@ -287,8 +298,10 @@ class Client(Conversation):
         await self.request(message_of(CopiesEnded, self.new_id(), token), Ack)
 
     @asynccontextmanager
-    async def storing(self, session: int, parent: bytes, digests: Sequence[bytes]) -> AsyncIterator[Storing]:
-        """Slots that the body fills. They are committed at its end, and aborted if it raises.
+    async def storing(
+        self, session: int, parent: bytes, digests: Sequence[bytes], *, group: int = 0
+    ) -> AsyncIterator[Storing]:
+        """Slots for parts in *group*, which the body fills. They are committed at its end, and aborted if it raises.
 
         The body must not end before its copies: await a copy in a thread (`threads.offload` does), and use no view
         after the body. `register` comes first. `Unavailable`: no arena is mapped.
@@ -299,17 +312,19 @@ class Client(Conversation):
         async with AsyncExitStack() as stack:
             for start in range(0, len(digests), MAX_RESERVED):
                 lot = digests[start : start + MAX_RESERVED]
-                part = await stack.enter_async_context(self._storing_lot(session, parent, lot))
+                part = await stack.enter_async_context(self._storing_lot(session, parent, lot, group))
                 slots |= {start + position: slot for position, slot in part.slots.items()}
                 dropped.update(part.dropped)
                 parent = lot[-1]
             yield Storing(slots, dict(dropped))
 
     @asynccontextmanager
-    async def _storing_lot(self, session: int, parent: bytes, digests: Sequence[bytes]) -> AsyncIterator[Storing]:
+    async def _storing_lot(
+        self, session: int, parent: bytes, digests: Sequence[bytes], group: int
+    ) -> AsyncIterator[Storing]:
         """`storing` of no more chunks than one message can ask for."""
         self._mapped()
-        reserved = await self.reserve(session, parent, digests)
+        reserved = await self.reserve(session, parent, digests, group=group)
         try:
             slots = dict(zip(POSITIONS.unpack(reserved.positions), self.slots(reserved), strict=True))
             yield Storing(slots, dict(reserved.dropped))
@@ -320,10 +335,12 @@ class Client(Conversation):
             await self.commit(reserved.reservation)
 
     @asynccontextmanager
-    async def retrieving(self, lease: bytes, start: int, count: int) -> AsyncIterator[list[memoryview]]:
-        """The chunks' bytes, for the body to read. `Gone` at its end: the bytes that it read must not be used."""
+    async def retrieving(
+        self, lease: bytes, start: int, count: int, *, group: int = 0
+    ) -> AsyncIterator[list[memoryview]]:
+        """The bytes of parts in *group*, for the body to read. `Gone` at its end: what it read must not be used."""
         self._mapped()
-        pinned = await self.retrieve(lease, start, count)
+        pinned = await self.retrieve(lease, start, count, group=group)
         try:
             yield self.slots(pinned)
         except BaseException:
@@ -490,13 +507,15 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     identity: bytes = b"",
     block_tokens: int = 0,
     chunk_tokens: int = 0,
+    groups: Sequence[Group] = (),
     server_uids: Collection[int] | None = None,
 ) -> AsyncIterator[Client]:
     """Connect to the server at *address*. A worker also gets the arena mapped, in `Client.arena`.
 
     *identity* (32 bytes at most) is a scheduler's digest of its model: engines of other models have other namespaces.
     *block_tokens* are those of the engine's blocks, *chunk_tokens* those of its chunks, a multiple of them. With
-    neither (0), the engine's chunks have as many as the server's setting says. All clients of an engine say the same.
+    neither (0), the engine's chunks have as many as the server's setting says. *groups*: the engine's KV groups, unless
+    it is one of which a hit needs all. All clients of an engine say the same.
     The server must run as this process' uid, as root, or as one of *server_uids*, by default those that the setting
     `client.server_uids` names.
     `Unavailable`: no server listens there, or one of an uid that is not trusted, or this process may not connect.
@@ -504,7 +523,7 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     and the role is not observer. `ProtocolError`: the server is of another release, or another kind of program.
     """
     who = name or f"pid {os.getpid()}"
-    sizes = (block_tokens, chunk_tokens)
+    sizes = (block_tokens, chunk_tokens, groups)
     hello = message_of(Hello, PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards, identity, *sizes)
     async with connect(address, hello, server_uids) as client:
         yield client

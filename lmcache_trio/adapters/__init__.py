@@ -3,8 +3,17 @@
 Engine-neutral and synchronous. Importing this imports no torch: only a worker that registers its tensors does.
 """
 
+from lmcache_trio._core.groups import Group, Need
 from lmcache_trio.adapters.scheduler import PollingSchedulerAdapter, SchedulerAdapter
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.adapters.worker import WorkerAdapter
 
-__all__ = ["LoadSpec", "PollingSchedulerAdapter", "SchedulerAdapter", "StoreSpec", "WorkerAdapter"]
+__all__ = [
+    "Group",
+    "LoadSpec",
+    "Need",
+    "PollingSchedulerAdapter",
+    "SchedulerAdapter",
+    "StoreSpec",
+    "WorkerAdapter",
+]

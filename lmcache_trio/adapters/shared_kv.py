@@ -67,8 +67,13 @@ def shared_tensor(size: int) -> "torch.Tensor":
     return torch.from_numpy(SharedRegion(size).take_array())
 
 
-def export_of(kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int) -> Export:
-    """The export of *kv_caches*. `Unavailable` says why the server can't open them; `Misuse`: they are not blocks."""
+def export_of(
+    kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int, group_of: Mapping[str, int] | None = None
+) -> Export:
+    """The export of *kv_caches*. `Unavailable` says why the server can't open them; `Misuse`: they are not blocks.
+
+    *group_of*: the number of each layer's KV group, if there are several.
+    """
     memory: list[SharedMemory | CudaMemory] = []
     places: dict[int, int] = {}  # by address: number in memory
     layers = []
@@ -81,7 +86,8 @@ def export_of(kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int) -> Expor
         if dtype not in DType.__members__:
             raise Unavailable(f"layer {name!r} is of {dtype}, which has no code on the wire")
         offset = tensor.data_ptr() - start
-        layers.append(TensorView(places[start], offset, DType[dtype], tuple(tensor.shape), tuple(tensor.stride())))
+        shape, strides, group = tuple(tensor.shape), tuple(tensor.stride()), (group_of or {}).get(name, 0)
+        layers.append(TensorView(places[start], offset, DType[dtype], shape, strides, group))
     return Export(tuple(memory), tuple(layers), num_blocks)
 
 

@@ -4,20 +4,25 @@ Every field is an int, a str, bytes or a tuple of ints, so an engine can send a 
 
 A spec was planned for chunks of *chunk_tokens* and blocks of *block_tokens* tokens. A worker compares both with its own
 and with its server's before it moves a byte. In a spec that was made by hand, 0 stands for the worker's own.
+
+A spec moves the parts of its chunks in one KV group, the one with the number *group*. A part is the last *part_blocks*
+blocks of its chunk in that group; 0: all of them, as with one group.
 """
 
 import math
+from collections.abc import Sequence
 from operator import index
 from typing import Any, TypeVar
 
 import attrs
 from attrs.validators import ge
 
+from lmcache_trio._core.groups import EVERY, MOST_GROUPS, Group, check_groups
 from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio._wire.messages import MAX_NUMBER
 from lmcache_trio.errors import Misuse
 
-__all__ = ["LoadSpec", "StoreSpec", "own_numbers"]
+__all__ = ["LoadSpec", "StoreSpec", "named_groups", "own_numbers"]
 
 
 MOST = 2**32 - 1
@@ -48,6 +53,16 @@ def own_numbers(name: str, numbers: Any) -> Any:
         raise Misuse(f"{name} must be whole numbers in a row: {exc}") from exc
 
 
+def named_groups(groups: Any, block_tokens: int) -> tuple[Group, ...]:
+    """*groups* as a server is told of them: empty for one of which a hit needs all. `Misuse` names a wrong one."""
+    if not isinstance(groups, Sequence) or not all(isinstance(group, Group) for group in groups):
+        raise Misuse(f"groups is {groups!r:.200}: give a tuple of Group, or leave it out for one group")
+    if groups:
+        check_groups(groups, block_tokens, 0)
+    alone = len(groups) == 1 and attrs.evolve(groups[0], block_tokens=0) == EVERY
+    return () if alone and groups[0].block_tokens == block_tokens else tuple(groups)
+
+
 def _block_ids(block_ids: Any) -> tuple[int, ...]:
     return tuple(own_numbers("block_ids", block_ids))
 
@@ -58,6 +73,9 @@ def _check_spec(spec: "StoreSpec | LoadSpec") -> None:
         raise Misuse(f"{kind}.request_id is {spec.request_id!r:.80}: it must be a str")
     if not isinstance(spec.session, int) or not 0 <= spec.session <= MAX_NUMBER:
         raise Misuse(f"{kind}.session is {spec.session!r:.80}: it must be a number that session_spec gave")
+    check_whole(f"{kind}.part_blocks", spec.part_blocks)
+    if not isinstance(spec.group, int) or not 0 <= spec.group < MOST_GROUPS:
+        raise Misuse(f"{kind}.group is {spec.group!r:.80}: groups count from 0, and there are {MOST_GROUPS} at most")
     try:
         wrong = [block for block in spec.block_ids if not 0 <= block <= MOST]
     except TypeError as exc:
@@ -73,7 +91,7 @@ _S = TypeVar("_S", "StoreSpec", "LoadSpec")
 class StoreSpec:
     """Whole chunks to store: *digests* (packed, 32 bytes each) follow *parent* (empty: the chain's first).
 
-    *block_ids* are the engine's blocks that hold them, chunk after chunk, each chunk's in order.
+    *block_ids* are the engine's blocks that hold their parts, chunk after chunk, each part's in order.
     """
 
     request_id: str
@@ -83,6 +101,8 @@ class StoreSpec:
     block_ids: tuple[int, ...] = attrs.field(converter=_block_ids)
     chunk_tokens: int = attrs.field(default=0, validator=ge(0))
     block_tokens: int = attrs.field(default=0, validator=ge(0))
+    group: int = 0
+    part_blocks: int = 0
 
     def __attrs_post_init__(self) -> None:
         _check_spec(self)
@@ -96,7 +116,13 @@ class StoreSpec:
             raise Misuse(
                 f"StoreSpec.block_ids has {len(self.block_ids)} blocks for {self.chunks} chunks: give whole chunks"
             )
-        if self.chunk_tokens and self.block_tokens and self.chunk_blocks * self.block_tokens != self.chunk_tokens:
+        if self.part_blocks and self.chunk_blocks != self.part_blocks:
+            raise Misuse(
+                f"StoreSpec.block_ids has {self.chunk_blocks} blocks a chunk, and a part in group {self.group} has"
+                f" {self.part_blocks}: give those that hold the part"
+            )
+        whole = self.chunk_tokens and self.block_tokens and not self.part_blocks
+        if whole and self.chunk_blocks * self.block_tokens != self.chunk_tokens:
             raise Misuse(
                 f"StoreSpec.block_ids has {self.chunk_blocks} blocks of {self.block_tokens} tokens a chunk, and a chunk"
                 f" has {self.chunk_tokens} tokens: give {self.chunk_tokens / self.block_tokens:g} blocks a chunk"
@@ -108,12 +134,15 @@ class StoreSpec:
 
     @property
     def chunk_blocks(self) -> int:
-        """Blocks of a chunk."""
+        """Blocks of a chunk's part."""
         return len(self.block_ids) // self.chunks
 
-    def planned_for(self, chunk_tokens: int, block_tokens: int) -> "StoreSpec":
-        """The same, with the worker's values in place of 0. `Misuse`: its blocks are not like the worker's."""
-        return _planned_for(self, chunk_tokens, block_tokens)
+    def planned_for(self, chunk_tokens: int, block_tokens: int, groups: Sequence[Group]) -> "StoreSpec":
+        """The same, with the worker's values in place of 0. `Misuse`: its blocks are not like the worker's.
+
+        *groups* are the worker's, if it names any.
+        """
+        return _planned_for(self, chunk_tokens, block_tokens, groups)
 
     def parts(self, chunks: int, blocks: int) -> list["StoreSpec"]:
         """The same in pieces of at most *chunks* chunks and *blocks* blocks, or of one chunk, in a chain."""
@@ -131,11 +160,11 @@ class StoreSpec:
 
 @attrs.frozen
 class LoadSpec:
-    """Chunks to load: *count* of them from position *start* of *lease*.
+    """Chunks to load: *count* of them from chunk *start* of *lease* on.
 
-    Only the blocks *block_ids* are written. They stand for the chunks' blocks in order, after the first *skip_blocks*
-    blocks of the first chunk, which the engine has already and may share. They may end before the last chunk does. An
-    empty *lease* means that the answer is used up: the blocks come back as failed.
+    Only the blocks *block_ids* are written. They stand for the blocks of the chunks' parts in order, after the first
+    *skip_blocks* blocks of the first part, which the engine has already and may share. They may end before the last
+    part does. An empty *lease* means that the answer is used up: the blocks come back as failed.
     """
 
     request_id: str
@@ -147,6 +176,8 @@ class LoadSpec:
     block_ids: tuple[int, ...] = attrs.field(converter=_block_ids)
     chunk_tokens: int = attrs.field(default=0, validator=ge(0))
     block_tokens: int = attrs.field(default=0, validator=ge(0))
+    group: int = 0
+    part_blocks: int = 0
 
     def __attrs_post_init__(self) -> None:
         _check_spec(self)
@@ -157,12 +188,15 @@ class LoadSpec:
 
     @property
     def chunk_blocks(self) -> int:
-        """Blocks of a chunk; 0 while that is not known."""
-        return self.chunk_tokens // self.block_tokens if self.block_tokens else 0
+        """Blocks of a chunk's part; 0 while that is not known."""
+        return self.part_blocks or (self.chunk_tokens // self.block_tokens if self.block_tokens else 0)
 
-    def planned_for(self, chunk_tokens: int, block_tokens: int) -> "LoadSpec":
-        """The same, with the worker's values in place of 0. `Misuse`: its blocks are not like the worker's."""
-        return _planned_for(self, chunk_tokens, block_tokens)
+    def planned_for(self, chunk_tokens: int, block_tokens: int, groups: Sequence[Group]) -> "LoadSpec":
+        """The same, with the worker's values in place of 0. `Misuse`: its blocks are not like the worker's.
+
+        *groups* are the worker's, if it names any.
+        """
+        return _planned_for(self, chunk_tokens, block_tokens, groups)
 
     def parts(self, limit: int) -> list["LoadSpec"]:
         """The same in pieces of at most *limit* blocks, or of one chunk. Blocks that lie in no chunk: in the last."""
@@ -179,10 +213,24 @@ class LoadSpec:
         return made
 
 
-def _planned_for(spec: _S, chunk_tokens: int, block_tokens: int) -> _S:
+def _planned_for(spec: _S, chunk_tokens: int, block_tokens: int, groups: Sequence[Group]) -> _S:
+    kind = type(spec).__name__
     if spec.block_tokens not in (0, block_tokens):
         raise Misuse(
-            f"{type(spec).__name__} of {spec.request_id!r} was planned for blocks of {spec.block_tokens} tokens, and"
-            f" this worker's have {block_tokens}: give the scheduler's side and its workers the same block_tokens"
+            f"{kind} of {spec.request_id!r} was planned for blocks of {spec.block_tokens} tokens, and this worker's"
+            f" have {block_tokens}: give the scheduler's side and its workers the same block_tokens"
         )
-    return attrs.evolve(spec, chunk_tokens=spec.chunk_tokens or chunk_tokens, block_tokens=block_tokens)
+    if spec.group >= max(1, len(groups)):
+        raise Misuse(
+            f"{kind} of {spec.request_id!r} is for group {spec.group}, and this worker has {max(1, len(groups))}: give"
+            " the scheduler's side and its workers the same groups"
+        )
+    chunk_tokens = spec.chunk_tokens or chunk_tokens
+    width = groups[spec.group].part_blocks(chunk_tokens) if groups and chunk_tokens else 0
+    if spec.part_blocks not in (0, width):
+        raise Misuse(
+            f"{kind} of {spec.request_id!r} was planned for parts of {spec.part_blocks} blocks, and this worker's have"
+            f" {width or 'all of a chunk'} in group {spec.group}: give the scheduler's side and its workers the same"
+            " groups"
+        )
+    return attrs.evolve(spec, chunk_tokens=chunk_tokens, block_tokens=block_tokens, part_blocks=width)

@@ -143,7 +143,7 @@ SHAPE = (2, 64, 16, 2, 64)  # 4 KiB a block and piece
 def paged(layers: int = LAYERS) -> tuple[PagedKV, int]:
     """KV with a tensor a layer, as engines have it, and the bytes of one chunk."""
     kv = PagedKV({f"{i}": torch.randn(SHAPE).to(torch.bfloat16) for i in range(layers)})
-    return kv, kv.blocks.block_bytes * CHUNK_BLOCKS
+    return kv, kv.groups[0].block_bytes * CHUNK_BLOCKS
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def test_a_store_gathers_without_torch_and_without_a_temporary() -> None:
     kv, chunk = paged()
     slot, index = np.zeros(chunk, np.uint8), kv.check(list(range(63, 63 - CHUNK_BLOCKS, -1)))
     with counting_torch() as counted, tracing() as peak:
-        kv.blocks.gather(index, slot)
+        kv.groups[0].gather(index, slot)
         traced = peak()
     allocated, calls = counted()
     assert allocated < chunk // 8
@@ -183,10 +183,10 @@ def test_a_store_of_blocks_that_lie_apart_makes_no_temporary_either() -> None:
     """Blocks first, then layers: nothing is contiguous but a block of a layer."""
     whole = torch.randn(64, LAYERS, 16, 2, 64)
     kv = PagedKV({f"{i}": whole[:, i] for i in range(LAYERS)}, num_blocks=64)
-    chunk = kv.blocks.block_bytes * CHUNK_BLOCKS
+    chunk = kv.groups[0].block_bytes * CHUNK_BLOCKS
     slot, index = np.zeros(chunk, np.uint8), kv.check(list(range(63, 63 - CHUNK_BLOCKS, -1)))
     with counting_torch() as counted, tracing() as peak:
-        kv.blocks.gather(index, slot)
+        kv.groups[0].gather(index, slot)
         traced = peak()
     allocated, calls = counted()
     assert not [name for name in calls if "copy" in name or "index" in name]
@@ -198,7 +198,7 @@ def test_a_retrieve_scatters_without_torch_and_without_a_temporary() -> None:
     kv, chunk = paged()
     slot, index = np.zeros(chunk, np.uint8), kv.check(list(range(63, 63 - CHUNK_BLOCKS, -1)))
     with counting_torch() as counted, tracing() as peak:
-        kv.blocks.scatter(slot, CHUNK_BLOCKS, slice(CHUNK_BLOCKS), index)
+        kv.groups[0].scatter(slot, CHUNK_BLOCKS, slice(CHUNK_BLOCKS), index)
         traced = peak()
     allocated, calls = counted()
     assert allocated < chunk // 8

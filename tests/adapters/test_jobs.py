@@ -67,3 +67,16 @@ def test_whichever_retrieve_ends_first_ends_the_wait_each_time(
 def test_with_no_retrieve_under_way_nobody_waits(handoffs: Callable[[type[Any]], None]) -> None:
     handoffs(NeverWaited)
     Jobs(None).wait_retrieve(60)
+
+
+def test_a_request_with_a_failed_load_is_named_once_when_none_of_its_loads_is_under_way() -> None:
+    jobs = Jobs(None)
+    first, other, second = load(jobs, "a"), load(jobs, "b"), load(jobs, "a")
+    jobs.end(first)
+    jobs.end(other, Moved(1))
+    assert jobs.take_failed_requests() == set()
+    jobs.end(second, Moved(1))
+    assert jobs.take_finished() == (set(), {"a", "b"})
+    assert jobs.take_failed_requests() == {"a"}
+    assert jobs.take_failed_requests() == set()
+    assert jobs.take_failed_blocks() == {0, 1}

@@ -74,12 +74,12 @@ def test_blocks_come_back_byte_for_byte_and_no_other_is_touched(
     caches = make()
     kept = {name: tensor.clone() for name, tensor in caches.items()}
     kv = PagedKV(caches, num_blocks=BLOCKS)
-    slot = np.zeros(kv.blocks.block_bytes * len(chosen), dtype=np.uint8)
-    kv.blocks.gather(kv.check(chosen), slot)
+    slot = np.zeros(kv.groups[0].block_bytes * len(chosen), dtype=np.uint8)
+    kv.groups[0].gather(kv.check(chosen), slot)
     for tensor in caches.values():
         tensor.zero_()
     into = [2, 0, 8, 6][: len(chosen)][skip:]
-    kv.blocks.scatter(slot, len(chosen), slice(skip, skip + len(into)), kv.check(into))
+    kv.groups[0].scatter(slot, len(chosen), slice(skip, skip + len(into)), kv.check(into))
     for name, tensor in caches.items():
         for number in range(BLOCKS):
             found = block(tensor, number)
@@ -97,16 +97,16 @@ def test_the_number_of_blocks_is_read_from_the_shapes(make: Callable[[], Caches]
 def test_a_slot_holds_layers_then_pieces_then_blocks() -> None:
     caches = apart_second()
     kv = PagedKV(caches)
-    slot = np.zeros(kv.blocks.block_bytes * 2, dtype=np.uint8)
-    kv.blocks.gather(kv.check([7, 3]), slot)
+    slot = np.zeros(kv.groups[0].block_bytes * 2, dtype=np.uint8)
+    kv.groups[0].gather(kv.check([7, 3]), slot)
     pieces = [tensor[piece, [7, 3]].contiguous() for tensor in caches.values() for piece in range(2)]
     assert slot.tobytes() == b"".join(piece.view(torch.uint8).numpy().tobytes() for piece in pieces)
 
 
 def test_layers_of_one_storage_are_moved_by_one_call() -> None:
-    assert len(PagedKV(one_storage_layers_outside()).blocks.runs) == 1
-    assert len(PagedKV(one_storage_blocks_outside()).blocks.runs) == 1
-    assert len(PagedKV(apart_second()).blocks.runs) == LAYERS
+    assert len(PagedKV(one_storage_layers_outside()).groups[0].runs) == 1
+    assert len(PagedKV(one_storage_blocks_outside()).groups[0].runs) == 1
+    assert len(PagedKV(apart_second()).groups[0].runs) == LAYERS
 
 
 def test_layouts_that_differ_have_different_fingerprints() -> None:
@@ -151,13 +151,13 @@ def test_a_block_that_is_not_there_is_refused() -> None:
 def test_nothing_as_large_as_a_chunk_is_made_on_the_way() -> None:
     kv = PagedKV({f"l{i}": torch.zeros(2, BLOCKS, 16, 8, 64) for i in range(8)})
     chosen = kv.check([7, 3, 9, 1])
-    slot = np.zeros(kv.blocks.block_bytes * 4, dtype=np.uint8)
-    kv.blocks.gather(chosen, slot)
+    slot = np.zeros(kv.groups[0].block_bytes * 4, dtype=np.uint8)
+    kv.groups[0].gather(chosen, slot)
     profile: Any = torch.autograd.profiler.profile(profile_memory=True)
     with profile:
         tracemalloc.start()
-        kv.blocks.gather(chosen, slot)
-        kv.blocks.scatter(slot, 4, slice(4), chosen)
+        kv.groups[0].gather(chosen, slot)
+        kv.groups[0].scatter(slot, 4, slice(4), chosen)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < slot.nbytes / 8
@@ -169,12 +169,12 @@ def test_any_choice_of_blocks_makes_the_round_trip(order: list[int], count: int)
     caches = one_storage_blocks_outside()
     kept = {name: tensor.clone() for name, tensor in caches.items()}
     kv = PagedKV(caches)
-    slot = np.zeros(kv.blocks.block_bytes * count, dtype=np.uint8)
+    slot = np.zeros(kv.groups[0].block_bytes * count, dtype=np.uint8)
     chosen = kv.check(order[:count])
-    kv.blocks.gather(chosen, slot)
+    kv.groups[0].gather(chosen, slot)
     for tensor in caches.values():
         tensor[order[:count]] = 0
-    kv.blocks.scatter(slot, count, slice(count), chosen)
+    kv.groups[0].scatter(slot, count, slice(count), chosen)
     assert all(torch.equal(caches[name], kept[name]) for name in caches)
 
 
@@ -184,15 +184,75 @@ def test_a_slot_of_another_length_than_the_chunk_is_neither_written_nor_read(mak
     caches = make()
     kv = PagedKV(caches, num_blocks=BLOCKS)
     before = {name: tensor.clone() for name, tensor in caches.items()}
-    blocks, length = np.arange(4), kv.blocks.block_bytes
+    blocks, length = np.arange(4), kv.groups[0].block_bytes
     for size in (0, 3 * length, 4 * length - 1, 4 * length + 1, 5 * length):
         slot = np.zeros(size, dtype=np.uint8)
         moves: list[Callable[[], None]] = [
-            partial(kv.blocks.gather, blocks, slot),
-            partial(kv.blocks.scatter, slot, 4, slice(1, 3), blocks[:2]),
+            partial(kv.groups[0].gather, blocks, slot),
+            partial(kv.groups[0].scatter, slot, 4, slice(1, 3), blocks[:2]),
         ]
         for move in moves:
             with pytest.raises(Misuse, match=f"slot has {size} bytes"):
                 move()
         assert not slot.any()
     assert all(torch.equal(tensor, before[name]) for name, tensor in caches.items())
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+GROUPED = [["a", "c"], ["b"], ["state"]]
+
+
+def groups_in_one_pool() -> Caches:
+    """Pages of 512 bytes: each is 16 float32 tokens of two layers, or of one layer of another kind, or one state."""
+    pages = torch.randint(1, 100, (BLOCKS, 512), dtype=torch.uint8)
+    state = torch.as_strided(pages, (BLOCKS, 100), (512, 1))
+    return {
+        "a": pages.view(BLOCKS, 2, 256).view(torch.float32)[:, 0].view(BLOCKS, 16, 4),
+        "b": pages.view(torch.float32).view(BLOCKS, 32, 4),
+        "c": pages.view(BLOCKS, 2, 256).view(torch.float32)[:, 1].view(BLOCKS, 16, 4),
+        "state": state,
+    }
+
+
+@pytest.mark.parametrize("group", range(3))
+def test_a_group_moves_blocks_of_its_own_layers_alone_also_in_one_storage(group: int) -> None:
+    caches = groups_in_one_pool()
+    kept = {name: tensor.clone() for name, tensor in caches.items()}
+    kv = PagedKV(caches, groups=GROUPED)
+    names = GROUPED[group]
+    chosen, into = [3, 9, 1], [0, 7]
+    assert kv.groups[group].block_bytes == sum(caches[name][0].nbytes for name in names)
+    slot = np.zeros(kv.groups[group].block_bytes * 3, dtype=np.uint8)
+    kv.groups[group].gather(kv.check(chosen), slot)
+    pieces = [caches[name][chosen].contiguous() for name in names]
+    assert slot.tobytes() == b"".join(piece.view(torch.uint8).numpy().tobytes() for piece in pieces)
+    kv.groups[group].scatter(slot, 3, slice(1, 3), kv.check(into))
+    for name in names:
+        assert torch.equal(caches[name][into], kept[name][[9, 1]])
+    others = [block for block in range(BLOCKS) if block not in into]
+    assert all(torch.equal(tensor[others], kept[name][others]) for name, tensor in caches.items())
+    if group == 2:  # the rest of its pages
+        assert torch.equal(caches["c"][into], kept["c"][into])
+
+
+def test_the_fingerprint_tells_which_layer_is_in_which_group() -> None:
+    caches = groups_in_one_pool()
+    ways: list[Any] = [GROUPED, [["b", "c"], ["a"], ["state"]], [["a", "b", "c"], ["state"]], [[*caches]], None]
+    assert len({PagedKV(caches, groups=way).layout for way in ways}) == len(ways)
+    assert PagedKV(caches, groups=[["c", "a"], ["b"], ["state"]]).layout == PagedKV(caches, groups=GROUPED).layout
+
+
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        ([["a", "c"], ["b"], []], r"groups\[2\] is \[\]"),
+        ([["a", "c"], ["b"], "state"], r"groups\[2\] is 'state'"),
+        ([["a", "c"], ["b", "a"], ["state"]], r"groups\[1\] has layer 'a', which is in group 0 already"),
+        ([["a", "c"], ["b", "d"], ["state"]], r"groups\[1\] has layer 'd', which is not among kv_caches"),
+        ([["a"], ["b"], ["state"]], "layer 'c' is in no group"),
+    ],
+)
+def test_a_layer_that_is_not_in_just_one_group_is_named(groups: Any, says: str) -> None:
+    with pytest.raises(Misuse, match=says):
+        PagedKV(groups_in_one_pool(), groups=groups)

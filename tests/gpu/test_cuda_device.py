@@ -156,13 +156,13 @@ def test_plain_copies_of_kv_on_a_gpu_are_those_of_kv_on_the_host() -> None:
         gpu = {name: tensor.cuda() for name, tensor in host.items()}
         one, other = make_paged_kv(host, num_blocks=BLOCKS), make_paged_kv(gpu, num_blocks=BLOCKS)
         blocks = one.check([5, 9, 1, 33])
-        slots = [np.zeros(one.blocks.block_bytes * 4, dtype=np.uint8) for _ in range(2)]
-        one.blocks.gather(blocks, slots[0])
+        slots = [np.zeros(one.groups[0].block_bytes * 4, dtype=np.uint8) for _ in range(2)]
+        one.groups[0].gather(blocks, slots[0])
         fence = other.fence()
         fence.synchronize()
-        other.blocks.gather(blocks, slots[1])
+        other.groups[0].gather(blocks, slots[1])
         assert (slots[0] == slots[1]).all()
         into = one.check([40, 2, 7])
-        one.blocks.scatter(slots[0], 4, slice(1, 4), into)
-        other.blocks.scatter(slots[0], 4, slice(1, 4), into)
+        one.groups[0].scatter(slots[0], 4, slice(1, 4), into)
+        other.groups[0].scatter(slots[0], 4, slice(1, 4), into)
         assert all(torch.equal(host[name], gpu[name].cpu()) for name in host)

@@ -48,6 +48,10 @@ def a_scheduler(adapter: SchedulerAdapter) -> None:
     assert_type(adapter.check_lookup_result("request"), int | None)
     assert_type(adapter.update_after_alloc("request", 256, block_ids=range(16)), LoadSpec | None)
     assert_type(adapter.store_spec("request", 0, range(16)), StoreSpec)
+    lists = [range(16), [-1, -1, 7, 8]]
+    assert_type(adapter.loads_after_alloc("request", 256, blocks=lists), tuple[LoadSpec, ...])
+    assert_type(adapter.store_specs("request", 0, 1, lists), tuple[StoreSpec, ...])
+    assert_type(adapter.state_spec("request", 1, 256, 3), StoreSpec | None)
     assert_type(adapter.reset_cache(), bool)
 
 
@@ -61,6 +65,7 @@ def a_worker(adapter: WorkerAdapter, tensors: dict[str, torch.Tensor], stores: S
         adapter.submit_store(spec)
     assert_type(adapter.take_finished(), tuple[set[str], set[str]])
     assert_type(adapter.take_failed_blocks(), set[int])
+    assert_type(adapter.take_failed_requests(), set[str])
 
 
 async def a_tier(tier: Tier, load: Load, record: Record) -> None:

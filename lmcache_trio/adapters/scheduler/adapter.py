@@ -15,6 +15,7 @@ from typing import Any
 
 import attrs
 
+from lmcache_trio._core.groups import EVERY, Group, Need
 from lmcache_trio._core.keys import join_digests
 from lmcache_trio._transport.conversation import Reply
 from lmcache_trio._wire.messages import (
@@ -31,8 +32,9 @@ from lmcache_trio._wire.messages import (
 )
 from lmcache_trio.adapters.link import Link, logger
 from lmcache_trio.adapters.scheduler.lookup_table import LookupTable, Request
+from lmcache_trio.adapters.scheduler.parts import PartRun, loaded_runs, stored_runs
 from lmcache_trio.adapters.scheduler.prompts import Extras, Prompt, Prompts
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole, named_groups
 from lmcache_trio.client import Client, message_of
 from lmcache_trio.config import check_interval, load_client_config
 from lmcache_trio.errors import Misuse, Unavailable
@@ -53,7 +55,9 @@ class SchedulerAdapter:
     """Lookups for one engine. Its workers, joined by *engine_id*, move the bytes.
 
     *identity* names the model and all else that changes what a token's KV is; it seeds every digest. *shards*: the
-    workers that hold different bytes; *replicas*: the workers of each shard, which hold the same bytes.
+    workers that hold different bytes; *replicas*: the workers of each shard, which hold the same bytes. *groups*: the
+    KV groups of a model whose layers do not all keep the KV of every token; *block_tokens* is a multiple of the tokens
+    of all groups' blocks then. Such an engine calls `loads_after_alloc`, `store_specs` and `state_spec`.
     *lookup_timeout*: seconds until a lookup without an answer counts as 0 tokens. *poll_interval*: seconds of silence
     between questions for its status. *server_uids*: uids whose server it trusts, beside its own and root. These three
     are taken from `load_client_config` if not given. *lease_timeout*: no answer is offered for longer.
@@ -72,6 +76,7 @@ class SchedulerAdapter:
         block_tokens: int,
         shards: int = 1,
         replicas: int = 1,
+        groups: Sequence[Group] = (),
         chunk_tokens: int | None = None,
         lookup_timeout: float | None = None,
         poll_interval: float | None = None,
@@ -100,8 +105,13 @@ class SchedulerAdapter:
             named = _version(weights_version)
             self._prompts.rename(named, named)
         name, token, model = f"scheduler {os.getpid()}", os.urandom(16), self._prompts.model
-        said = (0, shards, model, block_tokens, chunk_tokens or 0)
+        said = (0, shards, model, block_tokens, chunk_tokens or 0, named_groups(groups, block_tokens))
         hello = message_of(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said, replicas=replicas)
+        self._named = bool(hello.groups)
+        """Does the engine name its groups?"""
+        self._groups = hello.groups or (attrs.evolve(EVERY, block_tokens=block_tokens),)
+        self._exact = any(group.need is not Need.EVERY for group in self._groups)
+        """Does a lease have what its own boundary needs, and not what a shorter hit needs?"""
         self._told: Client | None = None
         """The client whose server was told of the model and of all resets; None while no server was."""
         self._layouts: dict[bytes, None] = {}
@@ -192,20 +202,60 @@ class SchedulerAdapter:
         """The engine allocated *block_ids* for tokens [local_tokens, local_tokens + external_tokens) of the answer.
 
         None when *external_tokens* is 0: the answer is then released. Otherwise always a spec: if the answer is used up
-        by now, its lease is empty and the worker reports the blocks as failed, so that the engine computes them.
+        by now, its lease is empty and the worker reports the blocks as failed, so that the engine computes them. An
+        engine that names its groups calls `loads_after_alloc`.
         """
+        self._check_one_group("loads_after_alloc")
         request = self._lookups.open(request_id)
         if external_tokens == 0:
             self._lookups.forget(request)
             return None
-        self._prompts.check_span(external_tokens, local_tokens, block_ids)
+        self._prompts.check_span(external_tokens, local_tokens)
+        if len(block_ids) * self.block_tokens != external_tokens:
+            raise Misuse(f"block_ids has {len(block_ids)} blocks for {external_tokens} external_tokens")
         chunk_tokens, block_tokens = self.chunk_tokens, self.block_tokens  # final before any lookup is answered
         first, skip = divmod(local_tokens, chunk_tokens)
         end = -(-(local_tokens + external_tokens) // chunk_tokens)
-        lease = self._lookups.take(request, end)
+        lease = self._lookups.take(request, end, exact=False)
         skipped, count = skip // block_tokens, end - first
         return LoadSpec(
             request_id, request.session, lease, first, count, skipped, block_ids, chunk_tokens, block_tokens
+        )
+
+    def loads_after_alloc(
+        self, request_id: str, external_tokens: int, *, local_tokens: int = 0, blocks: Sequence[Sequence[int]]
+    ) -> tuple[LoadSpec, ...]:
+        """As `update_after_alloc`, for any groups: the loads that fill what the answer needs of each group.
+
+        *blocks*: by group, all blocks of the request, from its first token on; -1 is a hole. A group of states has
+        one block per state, and the state goes into the block of the last token of the answer; with `block_tokens` 0,
+        into the last block of the list. What the engine has in its first *local_tokens* tokens is not loaded again,
+        and neither is what falls into a hole.
+
+        The result is empty when *external_tokens* is 0: the answer is then released. It is also empty if no group
+        needs anything. Unless all groups keep every token, the two counts of tokens make the whole answer. If it is
+        used up by now, or is another one, the specs' lease is empty, and the loads fail. `Misuse`: *blocks* do not fit
+        the groups, or end before the answer does.
+        """
+        request, groups = self._lookups.open(request_id), self._groups
+        if external_tokens == 0:
+            self._lookups.forget(request)
+            return ()
+        self._prompts.check_span(external_tokens, local_tokens)
+        self._check_blocks(blocks)
+        chunk_tokens, tokens = self.chunk_tokens, local_tokens + external_tokens
+        if self._exact and tokens % chunk_tokens:
+            raise Misuse(
+                f"local_tokens and external_tokens make {tokens}: with these groups give a whole number of chunks of"
+                f" {chunk_tokens} tokens"
+            )
+        runs = [loaded_runs(group, chunk_tokens, blocks[i], local_tokens, tokens) for i, group in enumerate(groups)]
+        lease = self._lookups.take(request, -(-tokens // chunk_tokens), exact=self._exact)
+        planned = request_id, request.session, lease
+        return tuple(
+            LoadSpec(*planned, run.first, run.count, run.skip, run.block_ids, *self._units(chunk_tokens, group))
+            for group in range(len(groups))
+            for run in runs[group]
         )
 
     # --- digests and sessions ---------------------------------------------------------------------------------------
@@ -225,15 +275,17 @@ class SchedulerAdapter:
         return self._lookups.open(request_id).session
 
     def num_blocks_per_chunk(self) -> int:
-        """The engine's blocks in one chunk."""
+        """The engine's blocks in one chunk, if it names no groups."""
         return self.chunk_tokens // self.block_tokens
 
     def store_spec(self, request_id: str, first_chunk: int, block_ids: Sequence[int]) -> StoreSpec:
         """The spec by which a worker stores the chunks from *first_chunk* on, whose blocks are *block_ids* in order.
 
         Their digests are known from a submit or `extend`. A session that the server does not know (its request was not
-        looked up, or before the server restarted) is opened: the one case that waits for a reply, bounded.
+        looked up, or before the server restarted) is opened: the one case that waits for a reply, bounded. An engine
+        that names its groups calls `store_specs`.
         """
+        self._check_one_group("store_specs")
         check_whole("first_chunk", first_chunk)
         request = self._lookups.open(request_id)
         with self._lock:  # under which the server's chunk_tokens are taken over, and digests of others forgotten
@@ -249,12 +301,65 @@ class SchedulerAdapter:
         self._lookups.open_session(request)
         return StoreSpec(request_id, request.session, parent, digests, block_ids, chunk_tokens, block_tokens)
 
+    def store_specs(
+        self, request_id: str, first_chunk: int, end_chunk: int, blocks: Sequence[Sequence[int]]
+    ) -> tuple[StoreSpec, ...]:
+        """As `store_spec`, for any groups: the stores of the chunks from *first_chunk* until *end_chunk*.
+
+        *blocks*: by group, all blocks of the request, from its first token on; -1 is a hole. A chunk whose part has a
+        hole is left out in that group. So are the groups of states: see `state_spec`. `Misuse`: *blocks* do not fit
+        the groups or end before the chunks do, or the chunks were not hashed.
+        """
+        check_whole("first_chunk", first_chunk)
+        check_whole("end_chunk", end_chunk)
+        self._check_blocks(blocks)
+        request = self._lookups.open(request_id)
+        with self._lock:  # under which the server's chunk_tokens are taken over, and digests of others forgotten
+            chunk_tokens, known = self.chunk_tokens, request.prompt.digests[:end_chunk]
+        if end_chunk > len(known):
+            raise Misuse(f"chunk {end_chunk - 1} is to be stored, and {len(known)} chunks were hashed: `extend` first")
+        runs = [
+            (i, run)
+            for i, group in enumerate(self._groups)
+            if group.need is not Need.STATE
+            for run in stored_runs(group, chunk_tokens, blocks[i], first_chunk, end_chunk)
+        ]
+        made = [
+            _store_spec(request_id, request.session, known, run, self._units(chunk_tokens, group))
+            for group, run in runs
+        ]
+        self._lookups.open_session(request)
+        return tuple(made)
+
+    def state_spec(self, request_id: str, group: int, boundary_tokens: int, block_id: int) -> StoreSpec | None:
+        """The store of a state of *group*, as it is in block *block_id* behind the request's first *boundary_tokens*.
+
+        None if no hit can end there: it is not the end of a chunk that was hashed. `Misuse`: *group* keeps no states.
+        """
+        check_whole("group", group)
+        check_whole("boundary_tokens", boundary_tokens)
+        if group >= len(self._groups) or self._groups[group].need is not Need.STATE:
+            raise Misuse(f"group {group} is not a group of states")
+        request = self._lookups.open(request_id)
+        with self._lock:
+            chunk_tokens = self.chunk_tokens
+            boundary, rest = divmod(boundary_tokens, chunk_tokens)
+            known = request.prompt.digests[:boundary]
+        if rest or not boundary or boundary > len(known):
+            return None
+        run = PartRun(boundary - 1, 1, 0, (block_id,))
+        made = _store_spec(request_id, request.session, known, run, self._units(chunk_tokens, group))
+        self._lookups.open_session(request)
+        return made
+
     def mark_failed(self, request_id: str, first_failed_token: int) -> None:
         """A load of the chunk of *first_failed_token* failed: that chunk and all behind it are not offered again."""
         check_whole("first_failed_token", first_failed_token)
         request = self._lookups.open(request_id)
         with self._lock:
             request.lookup.fail(first_failed_token // self.chunk_tokens)
+        if self._exact:  # an answer of more chunks has not what a shorter hit needs
+            self._lookups.forget(request)
 
     def free_lookup_locks(self, request_id: str) -> None:
         """The lookup is not wanted any more, or its load has ended: its lease goes, the request stays."""
@@ -347,6 +452,19 @@ class SchedulerAdapter:
         self.end_session(request_id)
         return self._lookups.open(request_id)
 
+    def _check_one_group(self, instead: str) -> None:
+        if self._named:
+            raise Misuse(f"this engine names its groups: call {instead}")
+
+    def _check_blocks(self, blocks: Sequence[Sequence[int]]) -> None:
+        if not isinstance(blocks, Sequence) or len(blocks) != len(self._groups):
+            raise Misuse(f"blocks is {blocks!r:.80}: give the blocks of each of {len(self._groups)} groups")
+
+    def _units(self, chunk_tokens: int, group: int) -> tuple[int, int, int, int]:
+        """The last fields of a spec for *group*."""
+        width = self._groups[group].part_blocks(chunk_tokens) if self._named else 0
+        return chunk_tokens, self.block_tokens, group, width
+
     def _use_weights(self, weights: tuple[str | bytes, ...], namespace: tuple[str | bytes, ...]) -> None:
         """Name chunks for *weights* from now on, and the model to the server for *namespace*. Under the lock.
 
@@ -410,6 +528,14 @@ class SchedulerAdapter:
 
         client.request_nowait(Reset(client.new_id(), owed.identity, owed.layouts), on_reply)
         return replied
+
+
+def _store_spec(
+    request_id: str, session: int, known: Sequence[bytes], run: PartRun, units: tuple[int, int, int, int]
+) -> StoreSpec:
+    """The store of *run*, of chunks whose digests are *known* with all before them."""
+    parent, digests = known[run.first - 1] if run.first else b"", known[run.first : run.first + run.count]
+    return StoreSpec(request_id, session, parent, join_digests(digests), run.block_ids, *units)
 
 
 def _check_tokens(token_ids: Any) -> None:

@@ -222,12 +222,16 @@ class LookupTable:
         except Unavailable:
             request.status_asked = False
 
-    def take(self, request: Request, chunks: int) -> bytes:
-        """The lease under which the first *chunks* of the answer may be loaded; b"" if the answer has fewer."""
+    def take(self, request: Request, chunks: int, *, exact: bool) -> bytes:
+        """The lease under which the first *chunks* of the answer may be loaded; b"" if the answer has fewer.
+
+        *exact*: also if it has more. Its lease does not have what a hit of *chunks* needs then.
+        """
         lookup = request.lookup
         self.check(request)
         with self._lock:
-            if lookup.state is LookupStage.ANSWERED and chunks <= lookup.chunks:
+            enough = chunks == lookup.chunks if exact else chunks <= lookup.chunks
+            if lookup.state is LookupStage.ANSWERED and enough:
                 lease = lookup.take()
                 self._notify(request, Taken(request.session, lease))
                 return lease

@@ -118,14 +118,12 @@ class Prompts:
                 prompt.tokens.extend(tokens)
                 prompt.extras += mixed
 
-    def check_span(self, external_tokens: int, local_tokens: int, block_ids: Sequence[int]) -> None:
-        """`Misuse`, unless *block_ids* are those of *external_tokens* behind *local_tokens*."""
+    def check_span(self, external_tokens: int, local_tokens: int) -> None:
+        """`Misuse`, unless both are whole blocks."""
         for name, value in (("external_tokens", external_tokens), ("local_tokens", local_tokens)):
             check_whole(name, value)
             if value % self.block_tokens:
                 raise Misuse(f"{name} is {value}: it must be a multiple of block_tokens ({self.block_tokens})")
-        if len(block_ids) * self.block_tokens != external_tokens:
-            raise Misuse(f"block_ids has {len(block_ids)} blocks for {external_tokens} external_tokens")
 
 
 def _checked_identity(identity: Sequence[str | bytes]) -> tuple[str | bytes, ...]:

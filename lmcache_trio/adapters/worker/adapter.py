@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import trio
 
+from lmcache_trio._core.groups import Group
 from lmcache_trio._core.keys import check_chunk_tokens, seed_of
 from lmcache_trio._wire.messages import MAX_DIGESTS, MAX_RESERVED, PROTOCOL_VERSION, Hello, Role
 from lmcache_trio.adapters.link import Link
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole, named_groups
 from lmcache_trio.adapters.worker.device_mover import ATTACH_TIMEOUT, DeviceMover
 from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, RegisteredKV, StoreJob, reply_within, wait_for
 from lmcache_trio.adapters.worker.shm_mover import Probe, ShmMover, no_probe
@@ -50,6 +51,7 @@ class WorkerAdapter:
     The first of them that asks stores a chunk, and each of them loads it. So no replica may store KV of a step before
     the loads that this step computed from are known to have ended well at all workers.
 
+    *groups*: the engine's KV groups, as its scheduler's side has them.
     *reply_timeout*: seconds that one reply of the server is waited for. *fingerprint_extra*: what else decides the
     bytes of a block (attention backend, CPU instruction set). *server_uids*: uids whose server it trusts, beside its
     own and root; taken from `load_client_config` if not given. *probe*: for tests, see `Probe`. `Misuse` names a
@@ -66,6 +68,7 @@ class WorkerAdapter:
         shards: int = 1,
         replica: int = 0,
         replicas: int = 1,
+        groups: Sequence[Group] = (),
         chunk_tokens: int | None = None,
         fingerprint_extra: Sequence[str | bytes] = (),
         reply_timeout: float = 5.0,
@@ -99,11 +102,11 @@ class WorkerAdapter:
         self._reply_timeout = reply_timeout
         self._token = os.urandom(16)
         self._connected_before = False
-        self._arena_note = ""
-        self._room_note = ""
-        name, said = f"worker {shard} {os.getpid()}", (shard, shards, b"", block_tokens, chunk_tokens or 0)
-        replicated = {"replica": replica, "replicas": replicas}
-        hello = message_of(Hello, PROTOCOL_VERSION, name, self._token, Role.WORKER, engine_id, *said, **replicated)
+        self._arena_note = self._room_note = ""
+        self._groups = named_groups(groups, block_tokens)
+        said = f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards, b"", block_tokens
+        more = {"groups": self._groups, "replica": replica, "replicas": replicas}
+        hello = message_of(Hello, PROTOCOL_VERSION, *said, chunk_tokens or 0, **more)
         self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None, server_uids=server_uids)
         self._registered = RegisteredKV(chunk_tokens=chunk_tokens or 0)
         self._shm = ShmMover(f"lmcache-trio copies {shard}", self._registered, reply_timeout, probe)
@@ -115,14 +118,27 @@ class WorkerAdapter:
         self._choices = 0
         self._link.start(connect_timeout)
 
-    def register_kv_caches(self, kv_caches: "Mapping[str, torch.Tensor]", *, num_blocks: int | None = None) -> None:
+    def register_kv_caches(
+        self,
+        kv_caches: "Mapping[str, torch.Tensor]",
+        *,
+        num_blocks: int | None = None,
+        groups: Sequence[Sequence[str]] | None = None,
+    ) -> None:
         """The engine's KV, one tensor per layer; *num_blocks* where the shapes leave it open. Comes before all moves.
 
-        `Misuse` names a layer that cannot be moved, or chunks that are not a whole number of blocks.
+        *groups*: with several groups, the names of the layers of each. All tensors have the same number of blocks, and
+        layers of several groups may share a storage.
+
+        `Misuse` names a layer that cannot be moved or is not in just one group, or chunks that are not a whole number
+        of blocks.
         """
         from lmcache_trio.adapters.worker.cuda_kv import make_paged_kv  # the only import of torch
 
-        kv = make_paged_kv(kv_caches, num_blocks=num_blocks)
+        named = len(self._groups) or 1
+        if (len(groups) if groups is not None else 1) != named:
+            raise Misuse(f"groups names layers of {len(groups or [()])} groups: give those of each of {named}")
+        kv = make_paged_kv(kv_caches, num_blocks=num_blocks, groups=groups)
         self._registered.latest = kv
         try:
             self._link.call(self._register_now, timeout=self._reply_timeout + ATTACH_TIMEOUT)
@@ -147,6 +163,14 @@ class WorkerAdapter:
     def take_failed_blocks(self) -> set[int]:
         """Blocks that a retrieve did not fill, since the last call: to be computed."""
         return self._jobs.take_failed_blocks()
+
+    def take_failed_requests(self) -> set[str]:
+        """Request ids with a retrieve that failed, and none under way any more, since the last call.
+
+        For engines of several groups, in which a hit is of no use without all of its parts. Call it after
+        `take_finished`: those that it named are among them.
+        """
+        return self._jobs.take_failed_requests()
 
     def wait_retrieve(self, seconds: float) -> None:
         """Block until a retrieve is to be reported, at most *seconds*. It is for a host with nothing else to do: asking
@@ -214,7 +238,8 @@ class WorkerAdapter:
             raise Misuse(f"{wrong[0]!r:.80} is not a {kind.__name__}")
         if (kv := self._registered.latest) is None:
             raise Misuse("register_kv_caches comes before stores and retrieves")
-        planned = [spec.planned_for(self._registered.chunk_tokens, self._block_tokens) for spec in specs]
+        units = self._registered.chunk_tokens, self._block_tokens, self._groups
+        planned = [spec.planned_for(*units) for spec in specs]
         return [(spec, kv.check(spec.block_ids), kv) for spec in planned]
 
     def _begin(self, jobs: Sequence[StoreJob | LoadJob]) -> None:
@@ -299,7 +324,7 @@ class WorkerAdapter:
         if self._wanted != "shm":
             self._choices = mine = self._choices + 1
             try:
-                await self._device.attach(client, kv.tensors, kv.num_blocks)
+                await self._device.attach(client, kv)
                 path, reason = "device", "the server has opened this engine's KV"
             except (Unavailable, Misuse, trio.TooSlowError) as exc:
                 if client.lost:
@@ -348,11 +373,15 @@ class WorkerAdapter:
         """
         registered = self._registered
         while (kv := registered.latest) is not None and client.arena is not None:
-            parts = ("fingerprint 1", kv.layout, str(self._block_tokens), str(client.chunk_tokens), *self._extra)
-            shard_bytes = kv.blocks.block_bytes * (client.chunk_tokens // self._block_tokens)
+            tokens, named = client.chunk_tokens, [f"{g.need:d} {g.tokens} {g.block_tokens}" for g in self._groups]
+            parts = ("fingerprint 1", kv.layout, str(self._block_tokens), str(tokens), *named, *self._extra)
+            widths = [group.part_blocks(tokens) for group in self._groups] or [tokens // self._block_tokens]
+            part_bytes = [paged.block_bytes * width for paged, width in zip(kv.groups, widths, strict=True)]
             # A worker that only the server can move for has no layout, and is offered nothing, before that can.
             attaching = self._wanted == "device"
-            register = partial(client.register, seed_of(*parts), shard_bytes, self._block_tokens, attaching=attaching)
+            layout = seed_of(*parts), sum(part_bytes), self._block_tokens
+            by_group = part_bytes if self._groups else ()
+            register = partial(client.register, *layout, attaching=attaching, part_bytes=by_group)
             registered.known = kv  # before the request: those behind it are of this layout
             try:
                 with reply_within(seconds):

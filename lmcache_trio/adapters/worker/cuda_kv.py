@@ -85,10 +85,16 @@ class CudaPagedKV(PagedKV):
 
     memory = "cuda"
 
-    def __init__(self, kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> None:
+    def __init__(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        *,
+        num_blocks: int | None = None,
+        groups: Sequence[Sequence[str]] | None = None,
+    ) -> None:
         if len({tensor.device for tensor in kv_caches.values()}) != 1:
             raise Misuse("kv_caches lie on several devices: register those of one worker, on one GPU")
-        super().__init__(kv_caches, num_blocks=num_blocks)
+        super().__init__(kv_caches, num_blocks=num_blocks, groups=groups)
 
     def fence(self) -> Any:
         event = torch.cuda.Event(blocking=True, interprocess=True)  # type: ignore[no-untyped-call]
@@ -106,7 +112,12 @@ class CudaPagedKV(PagedKV):
         return PagedBlocks(runs)
 
 
-def make_paged_kv(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | None = None) -> PagedKV:
+def make_paged_kv(
+    kv_caches: Mapping[str, torch.Tensor],
+    *,
+    num_blocks: int | None = None,
+    groups: Sequence[Sequence[str]] | None = None,
+) -> PagedKV:
     """The engine's blocks, in CPU memory or on a GPU: where its tensors lie. `Misuse` names a layer it can't move."""
     if not isinstance(kv_caches, Mapping):
         raise Misuse(f"kv_caches is a {type(kv_caches).__name__}: give a dict from each layer's name to its tensor")
@@ -116,4 +127,4 @@ def make_paged_kv(kv_caches: Mapping[str, torch.Tensor], *, num_blocks: int | No
     if num_blocks is not None:
         check_whole("num_blocks", num_blocks, 1)
     on_gpu = any(tensor.device.type == "cuda" for tensor in kv_caches.values())
-    return (CudaPagedKV if on_gpu else PagedKV)(kv_caches, num_blocks=num_blocks)
+    return (CudaPagedKV if on_gpu else PagedKV)(kv_caches, num_blocks=num_blocks, groups=groups)

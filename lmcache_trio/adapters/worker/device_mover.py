@@ -9,7 +9,7 @@ that it moves nothing any more, or its process has ended. So a server whose proc
 import contextlib
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -37,7 +37,7 @@ from lmcache_trio.client import Client, connect, wait_server
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
 
 if TYPE_CHECKING:
-    import torch
+    from lmcache_trio.adapters.worker.paged import PagedKV
 
 __all__ = ["ATTACH_TIMEOUT", "DeviceMover"]
 
@@ -72,11 +72,11 @@ class DeviceMover:
         self._watching = trio.Lock()
         """Its holder waits for `_pidfd`, because one descriptor takes one waiter."""
 
-    async def attach(self, client: Client, kv_caches: "Mapping[str, torch.Tensor]", num_blocks: int) -> None:
+    async def attach(self, client: Client, kv: "PagedKV") -> None:
         """Have the server open the engine's KV. `Unavailable`, `Misuse` and `TooSlowError` say why it does not."""
         from lmcache_trio.adapters.shared_kv import export_of
 
-        export = export_of(kv_caches, num_blocks)
+        export = export_of(kv.tensors, kv.num_blocks, kv.group_of)
         client.on_push = self._said
         fd = client.open_pidfd()
         if fd is None:
@@ -102,8 +102,9 @@ class DeviceMover:
         if job.before is not None:
             await job.before.asked.wait()
         self._registered.check(client, job, alike=False)
-        spec, blocks = job.spec, POSITIONS.pack(job.spec.block_ids)
-        ask = StoreBlocks(client.new_id(), spec.session, spec.parent, spec.digests, blocks, event=_event_of(job.fence))
+        spec, blocks, event = job.spec, POSITIONS.pack(job.spec.block_ids), _event_of(job.fence)
+        named = spec.session, spec.parent, spec.digests, blocks
+        ask = StoreBlocks(client.new_id(), *named, event=event, group=spec.group)
         stored = await self._moved(client, job, ask, Stored)
         return Moved(stored.copied, stored.dropped)
 
@@ -111,7 +112,8 @@ class DeviceMover:
         """See `Mover.load`."""
         self._registered.check(client, job, alike=False)
         spec, blocks, event = job.spec, POSITIONS.pack(job.spec.block_ids), _event_of(job.fence)
-        ask = RetrieveBlocks(client.new_id(), spec.lease, spec.start, spec.count, spec.skip_blocks, blocks, event=event)
+        named = spec.lease, spec.start, spec.count, spec.skip_blocks, blocks
+        ask = RetrieveBlocks(client.new_id(), *named, event=event, group=spec.group)
         loaded = await self._moved(client, job, ask, Retrieved)
         return Moved(spec.count) if loaded.valid and job.kv is self._registered.latest else None
 

@@ -33,7 +33,7 @@ _Spec = TypeVar("_Spec", StoreSpec, LoadSpec)
 class Job(Generic[_Spec]):
     """One store or load from its submission to its end.
 
-    *blocks* are those that its spec names, in *kv*; those of a store have a row per chunk. *fence*, for KV on a GPU, is
+    *blocks* are those that its spec names, in *kv*; those of a store have a row per part. *fence*, for KV on a GPU, is
     the event behind what the engine had submitted by then. *reported*: `take_finished` names the job; it does not name
     one that its host waits for.
     """
@@ -140,6 +140,7 @@ class Jobs:
         self._stored: set[str] = set()
         self._loaded: set[str] = set()
         self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._counted: Counter[str] = Counter()
         self._any_ended: Handoff[bool] = Handoff()
         """Renewed by each wait."""
@@ -195,6 +196,7 @@ class Jobs:
                 if moved is None:
                     self._counted["failed_chunks"] += job.spec.count
                     self._failed_blocks.update(job.spec.block_ids)
+                    self._failed_requests.add(job.spec.request_id)
                 else:
                     self._counted["retrieved_chunks"] += moved.chunks
             if job.reported:
@@ -247,6 +249,13 @@ class Jobs:
     def take_failed_blocks(self) -> set[int]:
         with self._lock:
             failed, self._failed_blocks = self._failed_blocks, set()
+            return failed
+
+    def take_failed_requests(self) -> set[str]:
+        """Request ids of which a load failed, and no load is under way any more, since the last call."""
+        with self._lock:
+            failed = self._failed_requests - {job.spec.request_id for job in self._loads}
+            self._failed_requests -= failed
             return failed
 
     def statistics(self) -> dict[str, int]:

@@ -55,7 +55,7 @@ class ShmMover:
         await self._turn(client, job)
         with reply_within(self._reply_timeout):
             self._registered.check(client, job, alike=True)
-            ask = Reserve(client.new_id(), spec.session, spec.parent, spec.digests)
+            ask = Reserve(client.new_id(), spec.session, spec.parent, spec.digests, spec.group)
             reserved = await client.request(ask, Reserved, lambda late: client.abort_nowait(late.reservation))
         job.asked.set()
         kept, dropped = 0, dict(reserved.dropped)
@@ -88,7 +88,7 @@ class ShmMover:
         spec = job.spec
         self._registered.check(client, job, alike=False)
         with reply_within(self._reply_timeout):
-            pinned = await client.retrieve(spec.lease, spec.start, spec.count)
+            pinned = await client.retrieve(spec.lease, spec.start, spec.count, group=spec.group)
         try:
             await self._copy(self._scatter, client.arena, job, pinned)
         except BaseException:
@@ -121,8 +121,9 @@ class ShmMover:
             job.fence.synchronize()
         self._probe("slots known", job.spec)
         half: Callable[[], None] | None = partial(self._probe, "half copied", job.spec)
+        paged = job.kv.groups[job.spec.group]
         for position, slot in zip(POSITIONS.unpack(reserved.positions), arena.slots(reserved), strict=True):
-            job.kv.blocks.gather(job.blocks[position], np.frombuffer(slot, dtype=np.uint8), half=half)
+            paged.gather(job.blocks[position], np.frombuffer(slot, dtype=np.uint8), half=half)
             half = None
         self._probe("before commit", job.spec)
 
@@ -132,13 +133,14 @@ class ShmMover:
             job.fence.synchronize()
         self._probe("slots known", job.spec)
         half: Callable[[], None] | None = partial(self._probe, "half copied", job.spec)
-        width, at, skip, slots = job.spec.chunk_blocks, 0, job.spec.skip_blocks, arena.slots(pinned)
+        paged, slots = job.kv.groups[job.spec.group], arena.slots(pinned)
+        width, at, skip = job.spec.chunk_blocks, 0, job.spec.skip_blocks
         if len(job.blocks) > len(slots) * width - skip:
             raise Misuse(f"{len(job.blocks)} blocks do not lie within {len(slots)} chunks of {width} blocks")
         for slot in slots:
             end = at + width - skip
             blocks = job.blocks[at:end]
             places = slice(skip, skip + len(blocks))
-            job.kv.blocks.scatter(np.frombuffer(slot, dtype=np.uint8), width, places, blocks, half=half)
+            paged.scatter(np.frombuffer(slot, dtype=np.uint8), width, places, blocks, half=half)
             at, skip, half = end, 0, None
         self._probe("before valid", job.spec)

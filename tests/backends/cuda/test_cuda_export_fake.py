@@ -60,7 +60,7 @@ async def test_memory_that_cannot_be_exported_takes_shm_by_itself(cuda: FakeDriv
     worker = WorkerAdapter("unix:///nowhere", engine_id="e", block_tokens=16, connect_timeout=0.01)
     try:
         client: Any = SimpleNamespace(lost=False)
-        kv: Any = SimpleNamespace(tensors=layers(allocation), num_blocks=BLOCKS)
+        kv: Any = SimpleNamespace(tensors=layers(allocation), num_blocks=BLOCKS, group_of={})
         await worker._choose(client, kv)
         assert (worker.path, worker._jobs.mover) == ("shm", worker._shm)
         assert "driver" in worker.path_reason
