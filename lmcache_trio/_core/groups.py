@@ -12,7 +12,7 @@ group the parts of some last chunks before it:
 No I/O and no state here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import attrs
@@ -104,21 +104,21 @@ def check_groups(groups: Sequence[Group], block_tokens: int, chunk_tokens: int) 
                 )
 
 
-def longest_hit(present: Sequence[Sequence[int]], groups: Sequence[Group], chunk_tokens: int, most: int) -> int:
-    """The largest boundary up to *most* chunks that all *groups* serve. *present*: is a part there, by group and chunk?
+def longest_hit(present: Callable[[int, int], object], groups: Sequence[Group], chunk_tokens: int, most: int) -> int:
+    """The largest boundary up to *most* chunks that all *groups* serve.
 
-    O(groups × most). Whether a group serves a boundary depends on its own parts alone.
+    *present* says whether a part is there, by the number of its group and by its chunk. It is asked once per part at
+    most, and only for parts that a boundary needs which may still be the largest.
     """
-    runs = []  # by group and boundary: how many parts before it are there without a gap
-    for parts in present:
-        run = [0]
-        for is_there in parts[:most]:
-            run.append(run[-1] + 1 if is_there else 0)
-        runs.append(run)
-    for boundary in range(most, 0, -1):
-        if all(
-            run[boundary] >= boundary - group.first(boundary, chunk_tokens)
-            for run, group in zip(runs, groups, strict=True)
-        ):
-            return boundary
-    return 0
+    boundary, before = most, -1
+    lows = [most] * len(groups)  # by group: its parts from there to the boundary are there
+    while before != boundary:
+        before = boundary
+        for number, group in enumerate(groups):
+            low, first = min(lows[number], boundary), group.first(boundary, chunk_tokens)
+            while low > first:
+                low -= 1
+                if not present(number, low):  # each boundary behind it, up to this one, needs it
+                    boundary, first = low, group.first(low, chunk_tokens)
+            lows[number] = low
+    return boundary

@@ -77,7 +77,7 @@ class Answers:
             leased == len(wanted)
             or not (engine.namespace and budget and self.tiers.any_open)
             or self._drain.stopping
-            or self.index.match(engine.namespace, wanted[leased : leased + 1])
+            or self.index.match((engine.namespace,), wanted[leased : leased + 1])
         ):
             self._give(session, message.id, wanted, lease)
             return
@@ -108,7 +108,7 @@ class Answers:
         """Lease the leading chunks of *wanted* in memory, in place of the session's former lease."""
         if not wanted or not namespace or self._drain.stopping:
             return None
-        lease = self.index.lease((engine.name, session.number), namespace, wanted, trio.current_time())
+        lease = self.index.lease((engine.name, session.number), (namespace,), wanted, trio.current_time())
         if lease is not None:
             self._clock.not_later_than(lease.expires)
         return lease
@@ -121,7 +121,7 @@ class Answers:
             session.answer(asked, lease.chunks, lease.id, lease.expires)
             for writer in self.tiers.writers:
                 if writer.unwritten:  # a chunk that it has not taken is offered again, since an engine uses it
-                    writer.used(lease.namespace, wanted[: lease.chunks])
+                    writer.used(lease.namespaces[0], wanted[: lease.chunks])
         self._events["lookups"] += bool(wanted)
         self._events["hits"] += session.chunks
         self._events["misses"] += len(wanted) - session.chunks

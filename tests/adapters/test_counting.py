@@ -284,7 +284,7 @@ def test_a_session_is_little_for_a_garbage_collection_to_look_at() -> None:
     before = visited()
     for number in range(1, 101):
         session = Session(number)
-        lease = index.lease(("e", number), namespace, session.lookup(0, b"".join(digests), 32, 1), 0.0)
+        lease = index.lease(("e", number), (namespace,), session.lookup(0, b"".join(digests), 32, 1), 0.0)
         assert lease is not None
         assert session.answer(1, lease.chunks, lease.id, lease.expires)
         sessions.append(session)

@@ -1,5 +1,7 @@
 """KV groups: which parts a hit needs, and the longest hit that they allow."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -64,7 +66,14 @@ def test_the_longest_hit_is_that_of_a_search_through_all(data: st.DataObject) ->
         )
 
     expected = next((boundary for boundary in range(most, 0, -1) if serves(boundary)), 0)
-    assert longest_hit(present, groups, chunk, most) == expected
+    asked = Counter[tuple[int, int]]()
+
+    def is_present(number: int, position: int) -> int:
+        asked[number, position] += 1
+        return present[number][position]
+
+    assert longest_hit(is_present, groups, chunk, most) == expected
+    assert max(asked.values(), default=1) == 1
 
 
 def test_a_group_that_cannot_be_is_named() -> None:

@@ -127,7 +127,8 @@ class IndexModel(RuleBasedStateMachine):
 
     def find_gone(self) -> set[ChunkKey]:
         """Chunks that were evicted just now."""
-        return {k for k, c in self.seen.items() if c.state == "ready" and not self.index.match(k.namespace, [k.digest])}
+        ready = [key for key, chunk in self.seen.items() if chunk.state == "ready"]
+        return {key for key in ready if not self.index.match((key.namespace,), [key.digest])}
 
     def drop_gone(self, gone: set[ChunkKey]) -> None:
         for key in gone:
@@ -161,7 +162,7 @@ class IndexModel(RuleBasedStateMachine):
         for namespace in self.pages:
             for chain in {path[: i + 1] for path in PATHS for i in range(len(path))}:
                 chunk = self.seen.get(ChunkKey(namespace, name(chain)))
-                assert self.index.match(namespace, [name(chain)]) == (chunk is not None and chunk.state == "ready")
+                assert self.index.match((namespace,), [name(chain)]) == (chunk is not None and chunk.state == "ready")
 
     @invariant()
     def no_two_extents_overlap_and_every_other_byte_is_free(self) -> None:

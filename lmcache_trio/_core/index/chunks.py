@@ -10,7 +10,8 @@
 Rule 1: every transition of a chunk stands in this file. Rule 2: no I/O and no clock here; `index` decides which engine
 may write or read, and until when.
 
-A chunk is a *row*, a small positive integer, of flat arrays. Row 0 belongs to no chunk, so a link of 0 leads nowhere.
+A chunk is a *row*, a small positive integer, of flat arrays. Row 0 belongs to no chunk, so a link of 0 leads nowhere;
+neither does row 1, which stands for the ring of the cold chunks.
 To the garbage collector a million rows are a few arrays and not a million objects. A free list gives rows out again.
 
 A row's `refs` counts the copies into it that have not ended (WRITING), its leases, pins and holds (READY), or the rest
@@ -24,6 +25,10 @@ have children that are read or written, and so are not in the order. Such a chun
 comes back when a child of its own comes back or goes. An earlier event has paid for each step of the search for a
 victim: O(1) amortised.
 
+Chunks of a namespace that is not *chained*, as the states of a recurrent group, are all roots. Those of them that no
+hit is likely to need are *cold*: they stand in a ring of their own, and go before all others, in the order in which
+they came into it. A lease of a cold chunk makes it one like any other. `publish` says which ones are cold.
+
 A reset replaces a namespace's whole generation at once. A READY chunk of a replaced generation is *stale*: it is in no
 directory, its links are followed no more, and it is given back, piece by piece, before any other chunk is evicted. A
 stale chunk that has readers becomes DOOMED when the sweep meets it, or goes with its last reader if that is sooner.
@@ -31,11 +36,13 @@ stale chunk that has readers becomes DOOMED when the sweep meets it, or goes wit
 
 import math
 from array import array
+from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
+from lmcache_trio._core.groups import longest_hit
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.generations import DOOMED, READY, WRITING, Generations, Namespace
 from lmcache_trio._core.index.grants import SessionKey
@@ -51,6 +58,7 @@ until there are holes of their length. The room that a failed store has made sta
 """
 
 DIGEST_ROOM = 32
+_COLD = 1
 _BLOCK = 1024
 """Rows made at a time: a dozen appends per chunk would be a tenth of the cost of a store."""
 
@@ -77,21 +85,23 @@ class Chunks:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self.generations = Generations()
-        self.state = bytearray(1)
-        self._refs = array("i", [0])  # leases, pins and holds of it; or copies into it that have not ended
-        self._offered = array("i", [0])  # leases of it that were not taken
-        self._namespace = array("i", [-1])  # the number of its generation
-        self.offset = array("Q", [0])
-        self.parent = array("i", [0])
-        self.first = bytearray(1)  # 1: it began as its chain's first chunk, not as a child
-        self._first_child = array("i", [0])
-        self._next_sibling = array("i", [0])
-        self._previous_sibling = array("i", [0])
+        # Two rows belong to no chunk.
+        self.state = bytearray(2)
+        self._refs = array("i", [0, 0])  # leases, pins and holds of it; or copies into it that have not ended
+        self._offered = array("i", [0, 0])  # leases of it that were not taken
+        self._namespace = array("i", [-1, -1])  # the number of its generation
+        self.offset = array("Q", [0, 0])
+        self.parent = array("i", [0, 0])
+        self.first = bytearray(2)  # 1: it began as its chain's first chunk, not as a child
+        self._cold = bytearray(2)  # 1: no hit is likely to need it
+        self._first_child = array("i", [0, 0])
+        self._next_sibling = array("i", [0, 0])
+        self._previous_sibling = array("i", [0, 0])
         # The ring of the order. Row 0 is the ring's own: its older neighbour is the most recent row, its newer
-        # neighbour the oldest one.
-        self._newer = array("i", [0])  # -1: not in the ring
-        self._older = array("i", [0])
-        self._digests = bytearray(DIGEST_ROOM)
+        # neighbour the oldest one. Row 1 is the same in the ring of the cold chunks.
+        self._newer = array("i", [0, _COLD])  # -1: not in a ring
+        self._older = array("i", [0, _COLD])
+        self._digests = bytearray(2 * DIGEST_ROOM)
         self._spare = array("i")  # a stack
         self.writing: OrderedDict[int, Writing] = OrderedDict()  # by deadline, the nearest first
         self._quarantined: dict[int, str] = {}  # rows that were doomed while they were written, and by which engine
@@ -121,7 +131,7 @@ class Chunks:
         row = self._spare.pop()
         self._namespace[row] = namespace.number
         self._digests[row * DIGEST_ROOM : (row + 1) * DIGEST_ROOM] = digest
-        self.first[row] = not parent
+        self.first[row], self._cold[row] = not parent, 0
         if parent:
             self.parent[row] = parent
             sibling = self._first_child[parent]
@@ -147,7 +157,7 @@ class Chunks:
 
     def _grow(self) -> None:
         made = len(self.state)
-        for small, width in ((self.state, 1), (self.first, 1), (self._digests, DIGEST_ROOM)):
+        for small, width in ((self.state, 1), (self.first, 1), (self._cold, 1), (self._digests, DIGEST_ROOM)):
             small += bytes(_BLOCK * width)
         for links in (self.parent, self._first_child, self._next_sibling, self._previous_sibling, self._older):
             links.frombytes(bytes(_BLOCK * links.itemsize))
@@ -206,6 +216,9 @@ class Chunks:
         """*shards* copies into each of *rows* ended well. Returns those that became READY by it, in order.
 
         Of a row that was doomed meanwhile, as by another shard's abort, the copies only count as ended.
+
+        Chunks of a namespace that is not chained are cold, but for the last ones of *rows*, as many as one hit needs:
+        prompts end there, and later ones begin with them. Each hit that ends before needs others.
         """
         state, refs, published = self.state, self._refs, []
         for row in rows:
@@ -224,7 +237,16 @@ class Chunks:
             namespace.counts[WRITING] -= len(published)
             namespace.counts[READY] += len(published)
             self._bytes_idle += len(published) * namespace.extent
-            self._touch(published)
+            recent = published
+            if not namespace.chained:
+                layout = namespace.layout
+                last = set(rows[-layout.group.reach(layout.chunk_tokens) :])
+                recent = [row for row in published if row in last]
+                for row in published:
+                    if row not in last:
+                        self._cold[row] = 1
+                        self._put_back(row)
+            self._touch(recent)
         return published
 
     def _end_writing(self, engine: str, size: int) -> None:
@@ -262,6 +284,59 @@ class Chunks:
         self.bytes_offered = limit - room
         self._keep(fresh, namespace)
         return run
+
+    def longest_hit(self, namespaces: Sequence[Namespace], digests: Sequence[bytes], room: float = math.inf) -> int:
+        """Chunks of the longest hit that READY chunks of all *namespaces*, the groups of an engine, serve.
+
+        The hit is cut so that those chunks of them that no lease offers yet have no more than *room* bytes.
+        """
+        state, offered, most = self.state, self._offered, len(digests)
+        chunk_tokens = namespaces[0].layout.chunk_tokens
+        spent = [0] * (most + 1)  # by hit: bytes of the chained groups
+        for namespace in namespaces:
+            cost, table_of = 0, namespace.table_of
+            for position in range(most if namespace.chained else 0):
+                digest = digests[position]
+                row = table_of[digest[0]].get(digest, 0)
+                if state[row] != READY:
+                    most = position
+                    break
+                cost += 0 if offered[row] else namespace.extent
+                spent[position + 1] += cost
+        most = max(0, bisect_right(spent, room, 0, most + 1) - 1)
+        others = [namespace for namespace in namespaces if not namespace.chained]
+        groups = [namespace.layout.group for namespace in others]
+
+        def row_of(number: int, position: int) -> int:
+            digest = digests[position]
+            return others[number].table_of[digest[0]].get(digest, 0)
+
+        while most := longest_hit(lambda *part: state[row_of(*part)] == READY, groups, chunk_tokens, most):
+            cost = spent[most]
+            for number, group in enumerate(groups):
+                for position in range(group.first(most, chunk_tokens), most):
+                    cost += 0 if offered[row_of(number, position)] else others[number].extent
+            if cost <= room:
+                break
+            most -= 1
+        return most
+
+    def offer_parts(
+        self, namespaces: Sequence[Namespace], digests: Sequence[bytes], limit: int
+    ) -> tuple[int, list[list[int]]]:
+        """Like `offer`, for the groups of an engine: of the longest hit, each group's chunks that it needs."""
+        boundary, parts = self.longest_hit(namespaces, digests, limit - self.bytes_offered), []
+        for namespace in namespaces:
+            layout, table_of = namespace.layout, namespace.table_of
+            needed = digests[layout.group.first(boundary, layout.chunk_tokens) : boundary]
+            rows = [table_of[digest[0]][digest] for digest in needed]
+            for row in rows:
+                self.bytes_offered += 0 if self._offered[row] else namespace.extent
+                self._offered[row] += 1
+                self._cold[row] = 0
+            self.retain(rows, namespace)
+            parts.append(rows)
+        return boundary, parts
 
     def unoffer(self, rows: Sequence[int], namespace: Namespace) -> None:
         """The lease of *rows* was taken, or is over: its chunks are offered no more."""
@@ -442,6 +517,8 @@ class Chunks:
             return
         while row and newer[row] < 0:
             row = parent[row]
+        if self._cold[chain[0]]:
+            row = _COLD
         for below in reversed(chain):  # each on the older side of the one before; after row 0: at the recent end
             before = older[row]
             newer[below] = row
@@ -463,7 +540,12 @@ class Chunks:
 
     def _victims(self) -> Iterator[int]:
         """The chunks to evict, one after the other, each out of the order. Evict one before you ask for the next."""
-        while row := self._newer[0]:
+        while True:
+            row = self._newer[_COLD]
+            if row == _COLD:
+                row = self._newer[0]
+            if not row:
+                return
             self._take_out((row,))
             if not self._first_child[row]:
                 yield row  # else it is parked

@@ -10,11 +10,14 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
+import attrs
+
+from lmcache_trio._core.groups import EVERY, Group, Need
 from lmcache_trio._core.index.spread import spread
 from lmcache_trio.errors import Misuse
 from lmcache_trio.statistics import ChunksHeld
 
-__all__ = ["DOOMED", "READY", "WRITING", "Generations", "Namespace", "State"]
+__all__ = ["DOOMED", "READY", "WRITING", "Generations", "Layout", "Namespace", "State"]
 
 _TABLE_OF = spread(256, 48)
 _TABLES = _TABLE_OF[-1] + 1
@@ -36,6 +39,20 @@ _STATES = {"ready": READY, "writing": WRITING, "quarantined": DOOMED, "stale": R
 """Words for users. A READY row of a replaced generation is stale."""
 
 
+@attrs.frozen
+class Layout:
+    """What all generations of a namespace have alike. Its chunks are the parts of *group* in an engine's chunks.
+
+    *starts* says where each shard's slot, of *lengths*, begins in a chunk's *extent*.
+    """
+
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...]
+    extent: int
+    group: Group = EVERY
+    chunk_tokens: int = 0
+
+
 class Namespace:
     """One generation of a namespace: its byte layout, its directory from digest to row, and counts of its rows.
 
@@ -45,19 +62,17 @@ class Namespace:
     """
 
     __slots__ = (
-        *("extent", "lengths", "name", "number", "shards", "starts", "table_of", "tables"),
+        *("chained", "extent", "layout", "lengths", "name", "number", "shards", "starts", "table_of", "tables"),
         *("counts", "replaced", "retained", "users"),
     )
 
-    def __init__(
-        self, number: int, name: bytes, lengths: tuple[int, ...], starts: tuple[int, ...], extent: int
-    ) -> None:
+    def __init__(self, number: int, name: bytes, layout: Layout) -> None:
         self.number = number  # no other generation has it while a row of this one is left
         self.name = name
-        self.lengths = lengths
-        self.starts = starts  # where each shard's slot begins in a chunk's extent
-        self.extent = extent
-        self.shards = len(lengths)
+        self.layout = layout
+        self.lengths, self.starts, self.extent = layout.lengths, layout.starts, layout.extent  # read at each chunk
+        self.shards = len(layout.lengths)
+        self.chained = layout.group.need is Need.EVERY  # else each chunk is a root: it needs none before it
         self.tables: list[dict[bytes, int]] = [{} for _ in range(_TABLES)]
         self.table_of = [self.tables[number] for number in _TABLE_OF]
         self.counts = [0, 0, 0, 0]  # rows, by state
@@ -81,8 +96,11 @@ class Generations:
         self.unused: OrderedDict[bytes, Namespace] = OrderedDict()
         """Namespaces that hold chunks and that no engine uses. The one that was left longest ago comes first."""
         self._spare: list[int] = []
+        self._together: dict[tuple[bytes, ...], tuple[Namespace, ...]] = {}  # found since `present` changed
 
-    def attach(self, name: bytes, shard_bytes: Sequence[int], rounded: Callable[[int], int]) -> None:
+    def attach(
+        self, name: bytes, shard_bytes: Sequence[int], rounded: Callable[[int], int], group: Group, chunk_tokens: int
+    ) -> None:
         """One engine more uses *name*; each shard's slot has a *rounded* length. Misuse: another engine's lengths."""
         self.check_lengths(name, shard_bytes)
         lengths = tuple(shard_bytes)
@@ -95,7 +113,8 @@ class Generations:
         for length in lengths:
             starts.append(extent)
             extent += rounded(length)
-        self._enter(Namespace(self._number(), name, lengths, tuple(starts), extent), users=1)
+        layout = Layout(lengths, tuple(starts), extent, group, chunk_tokens)
+        self._enter(Namespace(self._number(), name, layout), users=1)
 
     def check_lengths(self, name: bytes, shard_bytes: Sequence[int]) -> None:
         """Misuse, exactly if `attach` would refuse the same."""
@@ -107,6 +126,18 @@ class Generations:
             )
         if not lengths or min(lengths) < 1:
             raise Misuse(f"shard_bytes is {lengths}: give one length of 1 or more per shard")
+
+    def together(self, names: Sequence[bytes]) -> tuple[Namespace, ...]:
+        """The present generations of *names*, the groups of an engine; none if one is not attached.
+
+        The chained ones come last. Leases share the tuple: each of its own would be more for a garbage collection.
+        """
+        asked = tuple(names)
+        known = self._together.get(asked, ())
+        if not known and all(name in self.present for name in asked):
+            known = tuple(sorted([self.present[name] for name in asked], key=lambda namespace: namespace.chained))
+            self._together[asked] = known
+        return known
 
     def detach(self, namespace: Namespace) -> None:
         """One engine less uses *namespace*."""
@@ -120,12 +151,12 @@ class Generations:
         self.retire(namespace)
         if not namespace.users:
             return
-        again = Namespace(self._number(), namespace.name, namespace.lengths, namespace.starts, namespace.extent)
-        self._enter(again, namespace.users)
+        self._enter(Namespace(self._number(), namespace.name, namespace.layout), namespace.users)
 
     def retire(self, namespace: Namespace) -> None:
         """*namespace* is outdated from now on, and its name leads nowhere."""
         del self.present[namespace.name]
+        self._together.clear()
         self.unused.pop(namespace.name, None)
         namespace.replaced = True
         namespace.table_of = []  # no digest is found any more; a sweep takes the tables apart
@@ -137,6 +168,7 @@ class Generations:
             return
         if not namespace.replaced:
             del self.present[namespace.name], self.unused[namespace.name]
+            self._together.clear()
         del self.numbered[namespace.number]
         self._spare.append(namespace.number)
 
@@ -162,4 +194,5 @@ class Generations:
     def _enter(self, namespace: Namespace, users: int) -> None:
         namespace.users = users
         self.present[namespace.name] = namespace
+        self._together.clear()
         self.numbered[namespace.number] = namespace

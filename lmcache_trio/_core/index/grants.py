@@ -42,11 +42,14 @@ class Reservation:
 
 @attrs.frozen
 class Lease:
-    """The right of *session*'s engine to read its first *chunks* chunks until *expires*."""
+    """The right of *session*'s engine to read, until *expires*, what a hit of *chunks* chunks needs.
+
+    *namespaces* has one entry per KV group.
+    """
 
     id: bytes
     session: SessionKey
-    namespace: bytes
+    namespaces: Sequence[bytes]
     chunks: int
     expires: float
 

@@ -26,6 +26,7 @@ from math import inf
 
 import attrs
 
+from lmcache_trio._core.groups import EVERY, Group
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.chunks import Chunks, Writing
 from lmcache_trio._core.index.generations import READY, WRITING, Namespace
@@ -60,12 +61,15 @@ class _ReservationRecord:
 
 @attrs.define(eq=False)
 class _LeaseRecord:
-    """*offered*: the engine has not taken it yet. A lease is stale once a reset has replaced its namespace."""
+    """A hit of *chunks* chunks: of each namespace the last rows before them, as many as its group needs.
 
-    id: bytes
+    *offered*: the engine has not taken it yet. The rows of a namespace are stale once a reset has replaced it.
+    """
+
     session: SessionKey
-    namespace: Namespace
-    rows: "array[int]"
+    chunks: int
+    namespaces: Sequence[Namespace]
+    rows: 'tuple["array[int]", ...]'
     expires: float
     offered: bool = True
 
@@ -135,9 +139,13 @@ class Index:
 
     # --- namespaces -------------------------------------------------------------------------------------------------
 
-    def attach(self, namespace: bytes, shard_bytes: Sequence[int]) -> None:
-        """An engine uses *namespace*, with the bytes of each shard's slot; Misuse if they differ from another's."""
-        self._chunks.generations.attach(namespace, shard_bytes, self.arena.rounded)
+    def attach(self, namespace: bytes, shard_bytes: Sequence[int], group: Group = EVERY, chunk_tokens: int = 0) -> None:
+        """An engine uses *namespace*, with the bytes of each shard's slot; Misuse if they differ from another's.
+
+        Its chunks are the parts of *group* in the engine's chunks of *chunk_tokens*. If a hit does not need EVERY
+        part, the parts are not *chained*: each may be stored, and stay, without the one before it.
+        """
+        self._chunks.generations.attach(namespace, shard_bytes, self.arena.rounded, group, chunk_tokens)
 
     def check_lengths(self, namespace: bytes, shard_bytes: Sequence[int]) -> None:
         """Misuse, exactly if `attach` would refuse the same."""
@@ -186,7 +194,8 @@ class Index:
         *digests* come packed. *parent* is the digest before the first one (empty: a chain's first chunk). *live* are
         the engine's sessions that have not ended. Workers of one session share a chunk: the first
         worker to reserve it allocates all its shards, the others claim theirs. A reserve never waits for space: idle
-        chunks are evicted, the least recently used leaf first.
+        chunks are evicted, the least recently used leaf first. In a namespace that is not chained no chunk needs its
+        parent, so no chunk is an orphan.
         """
         known = self._chunks.generations.present.get(namespace)
         if known is None:
@@ -202,7 +211,7 @@ class Index:
         dropped: dict[str, int] = {}
         above = 0  # the row of the chunk before
         stopped = ""  # why a chunk could not be stored: no chunk behind it gets a slot
-        if parent:
+        if parent and known.chained:
             above = table_of[parent[0]].get(parent, 0)
             # 1. The parent is absent, or another engine is writing it: its children could not be found.
             if not above or (above in writing and writing[above].session[0] != engine):
@@ -232,7 +241,7 @@ class Index:
                     reason = "present"
                 # 4. Another engine is writing it: a reserve does not wait, and the chunks behind it could not be found.
                 elif other.session[0] != engine:
-                    reason, stopped = "writing", stopped or "orphan"
+                    reason, stopped = "writing", stopped or ("orphan" if known.chained else "")
                 # 5. This engine is writing it, and a chunk before it got no slot.
                 elif stopped:
                     reason = stopped
@@ -251,6 +260,7 @@ class Index:
                 reason = stopped = "share"
             # 11. It is absent, and begins to be written; idle chunks are evicted for it.
             else:
+                above = above if known.chained else 0
                 above = row = chunks.begin(known, digest, above, Writing(session, known.shards, deadline))
                 # 12. No more can be evicted, or too much would be.
                 if not row:
@@ -340,40 +350,43 @@ class Index:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def match(self, namespace: bytes, digests: Sequence[bytes]) -> int:
-        """How many leading chunks are READY. They are not touched."""
-        known, count = self._chunks.generations.present.get(namespace), 0
-        if known is not None:
-            for digest in digests:
-                if self._chunks.state[known.table_of[digest[0]].get(digest, 0)] != READY:
-                    break
-                count += 1
-        return count
+    def match(self, namespaces: Sequence[bytes], digests: Sequence[bytes]) -> int:
+        """The chunks of the longest hit that READY parts of all *namespaces* serve. They are not touched."""
+        known = self._chunks.generations.together(namespaces)
+        return self._chunks.longest_hit(known, digests) if known else 0
 
     @property
     def room_to_offer(self) -> int:
         """Bytes that leases may still have: a lookup is offered no chunk beyond."""
         return self._lease_limit - self._chunks.bytes_offered
 
-    def lease(self, session: SessionKey, namespace: bytes, digests: Sequence[bytes], now: float) -> Lease | None:
-        """Lease and touch the leading READY run, cut where lease_share is reached; None when that is empty.
+    def lease(
+        self, session: SessionKey, namespaces: Sequence[bytes], digests: Sequence[bytes], now: float
+    ) -> Lease | None:
+        """Lease and touch what the longest hit needs, cut where lease_share is reached; None when that is empty.
 
-        A session has one lease: to ask for a new one ends the former.
+        *namespaces* are those of the engine's groups. One chained namespace has the longest hit with its leading READY
+        run. A session has one lease: to ask for a new one ends the former.
         """
         former = self._lease_of.get(session)
         if former is not None:
             self.release(former)
-        known = self._chunks.generations.present.get(namespace)
-        run = [] if known is None else self._chunks.offer(known, digests, self._lease_limit)
-        self._counted["chunks_hit"] += len(run)
-        self._counted["chunks_missed"] += len(digests) - len(run)
-        if known is None or not run:
+        known, chunks, parts = self._chunks.generations.together(namespaces), 0, list[list[int]]()
+        if len(known) == 1 and known[0].chained:
+            parts = [self._chunks.offer(known[0], digests, self._lease_limit)]
+            chunks = len(parts[0])
+        elif known:
+            chunks, parts = self._chunks.offer_parts(known, digests, self._lease_limit)
+        self._counted["chunks_hit"] += chunks
+        self._counted["chunks_missed"] += len(digests) - chunks
+        if not chunks:
             return None
-        leased = _LeaseRecord(self._new_id(), session, known, array("i", run), now + self._lease_timeout)
-        self._leases[leased.id] = leased
-        self._lease_of[session] = leased.id
+        rows = tuple([array("i", part) for part in parts])
+        lease_id, expires = self._new_id(), now + self._lease_timeout
+        self._leases[lease_id] = _LeaseRecord(session, chunks, known, rows, expires)
+        self._lease_of[session] = lease_id
         self._leases_offered += 1
-        return Lease(leased.id, session, known.name, len(run), leased.expires)
+        return Lease(lease_id, session, namespaces, chunks, expires)
 
     def take(self, lease_id: bytes) -> None:
         """The engine allocated blocks: the lease leaves lease_share. Idempotent; an ended lease is not an error."""
@@ -382,7 +395,8 @@ class Index:
             return
         leased.offered = False
         self._leases_offered -= 1
-        self._chunks.unoffer(leased.rows, leased.namespace)
+        for namespace, rows in zip(leased.namespaces, leased.rows, strict=True):
+            self._chunks.unoffer(rows, namespace)
 
     def release(self, lease_id: bytes) -> None:
         """End a lease, which touches its chunks. Idempotent; pins live on."""
@@ -390,34 +404,40 @@ class Index:
         leased = self._leases.pop(lease_id, None)
         if leased is not None:
             del self._lease_of[leased.session]
-            self._chunks.let_go(leased.rows, leased.namespace, touch=True)
+            # The chained ones come last, at the recent end: other hits need them as well.
+            for namespace, rows in zip(leased.namespaces, leased.rows, strict=True):
+                self._chunks.let_go(rows, namespace, touch=True)
 
     def pin(  # noqa: PLR0913
         self, lease_id: bytes, engine: str, namespace: bytes, worker: int, shard: int, start: int, count: int
     ) -> Pin:
         """Turn *count* chunks of a lease, from *start*, into a read in progress of *worker*, for its *shard*.
 
-        *namespace* is the engine's present one. Gone: there is no such lease, it belongs to another engine or
-        namespace, or its namespace was reset. Misuse: a shard or a range that the lease does not have.
+        *namespace* is the present one of the engine's group. Gone: there is no such lease, it belongs to another engine
+        or other namespaces, or was reset. Misuse: a shard or a range that the lease does not have in this group.
         """
         leased = self._leases.get(lease_id)
         if leased is None or leased.session[0] != engine:
             raise Gone("no such lease")
-        if leased.namespace.replaced:
-            raise Gone("the lease's namespace was reset")
-        if leased.namespace.name != namespace:
+        names = [known.name for known in leased.namespaces]
+        if namespace not in names:
             raise Gone("the engine's layout is not the one that was leased")
-        if not 0 <= shard < leased.namespace.shards:
-            raise Misuse(f"shard is {shard}: the namespace has {leased.namespace.shards}")
-        if start < 0 or count < 1 or start + count > len(leased.rows):
-            raise Misuse(f"start is {start} and count is {count}: the lease has {len(leased.rows)} chunks")
-        rows, offset = leased.rows[start : start + count], self._chunks.offset
-        self._chunks.retain(rows, leased.namespace)
+        group = names.index(namespace)
+        known, rows = leased.namespaces[group], leased.rows[group]
+        if known.replaced:
+            raise Gone("the lease's namespace was reset")
+        if not 0 <= shard < known.shards:
+            raise Misuse(f"shard is {shard}: the namespace has {known.shards}")
+        first = leased.chunks - len(rows)
+        if start < first or count < 1 or start + count > leased.chunks:
+            raise Misuse(f"start is {start} and count is {count}: the lease has chunks {first} to {leased.chunks}")
+        read, offset = rows[start - first : start - first + count], self._chunks.offset
+        self._chunks.retain(read, known)
         pin_id = self._new_id()
-        self._pins[pin_id] = _PinRecord(worker, leased.namespace, rows)
+        self._pins[pin_id] = _PinRecord(worker, known, read)
         self._pins_of.setdefault(worker, set()).add(pin_id)
-        first = leased.namespace.starts[shard]
-        return Pin(pin_id, tuple([offset[row] + first for row in rows]), leased.namespace.lengths[shard])
+        begin = known.starts[shard]
+        return Pin(pin_id, tuple([offset[row] + begin for row in read]), known.lengths[shard])
 
     def unpin(self, pin_id: bytes, worker: int) -> bool:
         """The read ended. False, not valid: it is unknown, belongs to another worker, or its namespace was reset."""
@@ -511,13 +531,13 @@ class Index:
         """
         due, room = inf, EXPIRED_AT_ONCE
         while self._leases:
-            leased = next(iter(self._leases.values()))
+            lease_id, leased = next(iter(self._leases.items()))
             if leased.expires > now or room <= 0:
                 due = leased.expires
                 break
-            room -= len(leased.rows)
+            room -= sum(len(rows) for rows in leased.rows)
             self._counted["leases_expired"] += 1
-            self.release(leased.id)
+            self.release(lease_id)
         while self._live:
             reserved = next(iter(self._live.values()))
             if reserved.deadline > now:

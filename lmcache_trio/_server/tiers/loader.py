@@ -107,7 +107,7 @@ class TierLoader:
             self._settle(load, reservation, filled)
 
     def _reserve(self, load: TierLoad) -> Reservation | None:
-        if self._index.match(load.key.namespace, (load.key.digest,)):
+        if self._index.match((load.key.namespace,), (load.key.digest,)):
             return None  # an engine stored it meanwhile
         if not self._index.shard_bytes(load.key.namespace):
             return None  # no engine has its namespace any more

@@ -62,10 +62,10 @@ class World:
 
     def lease(self, chain: str, *, engine: str = "e", session: int | None = None) -> Lease | None:
         number = next(self._sessions) if session is None else session
-        return self.index.lease((engine, number), self.name, self.digests(chain), self.now)
+        return self.index.lease((engine, number), (self.name,), self.digests(chain), self.now)
 
     def hits(self, chain: str) -> int:
-        return self.index.match(self.name, self.digests(chain))
+        return self.index.match((self.name,), self.digests(chain))
 
     def touch(self, chains: Iterable[str]) -> None:
         for chain in chains:

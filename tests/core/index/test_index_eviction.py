@@ -207,7 +207,7 @@ def test_a_reserve_that_finds_no_hole_evicts_at_most_its_bound(world: Callable[.
         stored.append((namespace, digests))
 
     def lease(turn: int, namespace: bytes, digests: list[bytes]) -> None:
-        lease = w.index.lease(("e", turn), namespace, digests, 0.0)
+        lease = w.index.lease(("e", turn), (namespace,), digests, 0.0)
         leases.extend([lease.id] if lease else [])
 
     for i in range(240 // small):

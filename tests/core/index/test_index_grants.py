@@ -303,7 +303,7 @@ def test_leases_that_are_overdue_together_are_ended_in_pieces(world: Make, monke
     w = world(8, lease_share=1.0)
     w.store("abc")
     for session in range(10, 15):
-        assert w.index.lease(("e", session), w.name, w.digests("abc"), 0.0) is not None
+        assert w.index.lease(("e", session), (w.name,), w.digests("abc"), 0.0) is not None
     due = [(w.index.expire(31.0), w.held["leases"]) for _ in range(3)]
     assert due == [(30.0, 3), (30.0, 1), (float("inf"), 0)]
 

@@ -200,7 +200,7 @@ class IndexMachine(IndexModel):
                 break
             offered.add(chunk)
             run.append(chunk)
-        got = self.index.lease((engine, number), namespace, [k.digest for k in keys], self.now)
+        got = self.index.lease((engine, number), (namespace,), [k.digest for k in keys], self.now)
         assert (got.chunks if got else 0) == len(run)
         if got:
             assert got.expires == self.now + LEASE

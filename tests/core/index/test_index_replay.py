@@ -61,7 +61,7 @@ class Textbook:
 def serve(world: Any, prompt: Prompt, session: int) -> int:
     """One request's life: lookup, retrieve, store of the missing chunks, end."""
     index, key = world.index, ("e", session)
-    lease = index.lease(key, world.name, prompt, world.now)
+    lease = index.lease(key, (world.name,), prompt, world.now)
     hits: int = lease.chunks if lease else 0
     if lease:
         index.take(lease.id)

@@ -131,7 +131,7 @@ def test_other_namespaces_keep_their_chunks(world: Make) -> None:
     w.store("ab")
     w.index.reset(w.name)
     w.index.sweep(ALL)
-    assert w.index.match(b"B" * 32, w.digests("ab")) == 2
+    assert w.index.match((b"B" * 32,), w.digests("ab")) == 2
 
 
 def test_a_namespace_that_no_engine_uses_is_forgotten_with_its_reset(world: Make) -> None:

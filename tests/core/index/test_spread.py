@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_trio._core.index.arena import Arena
-from lmcache_trio._core.index.generations import Namespace
+from lmcache_trio._core.index.generations import Layout, Namespace
 from lmcache_trio._core.index.spread import spread
 
 CHUNKS = 100_000
@@ -27,7 +27,7 @@ def test_every_key_has_a_table_and_tables_have_shares_within_two(tables: int, ke
 
 
 def test_at_most_a_few_tables_of_directory_and_arena_grow_in_one_message() -> None:
-    namespace, arena = Namespace(0, b"namespace", (4096,), (0,), 4096), Arena()
+    namespace, arena = Namespace(0, b"namespace", Layout((4096,), (0,), 4096)), Arena()
     arena.grow(CHUNKS * 4096)
     tables = [*namespace.tables, *arena._given]
     sizes = [sys.getsizeof(table) for table in tables]
