@@ -12,6 +12,7 @@ from math import floor, inf
 
 import trio
 
+from lmcache_trio._core.groups import EVERY
 from lmcache_trio._core.index.index import Hold, Index, Lease
 from lmcache_trio._core.index.session import LookupState, Session
 from lmcache_trio._core.keys import ChunkKey
@@ -70,20 +71,26 @@ class Answers:
 
         If memory has the next chunk and does not lease it, lease_share is used up, so no prefetch could offer more.
         """
-        lease = self._lease(engine, session, wanted, engine.namespace)
+        lease = self._lease(engine, session, wanted, engine.namespaces)
         leased = 0 if lease is None else lease.chunks
         budget = self._budget if message.budget_ms < 0 else min(self._budget, message.budget_ms / 1000)
         if (
             leased == len(wanted)
-            or not (engine.namespace and budget and self.tiers.any_open)
+            or not (engine.namespaces and budget and self.tiers.any_open)
             or self._drain.stopping
-            or self.index.match((engine.namespace,), wanted[leased : leased + 1])
+            or self._is_cut(engine, wanted, leased)
         ):
-            self._give(session, message.id, wanted, lease)
+            self._give(engine, session, message.id, wanted, lease)
             return
         made = Prefetch(self, peer, engine, session, lease)
         self.prefetches[session] = made
         peer.start(self._run, made, message.id, wanted, trio.current_time() + budget)
+
+    def _is_cut(self, engine: Engine, wanted: Sequence[bytes], leased: int) -> bool:
+        """Whether memory has a longer hit for *engine* than the *leased* chunks."""
+        if engine.groups == (EVERY,):  # the next chunk tells
+            return self.index.match(engine.namespaces, wanted[leased : leased + 1]) > 0
+        return self.index.match(engine.namespaces, wanted) > leased
 
     def cancel(self, session: Session) -> None:
         """The session's lookup is not wanted any more. Idempotent."""
@@ -96,32 +103,36 @@ class Answers:
         if prefetch.closed:
             return
         engine, session = prefetch.engine, prefetch.session
-        usable = engine.namespace if engine.namespace == prefetch.namespace else b""
+        usable = engine.namespaces if engine.namespaces == prefetch.namespaces else ()
         lease = self._lease(engine, session, wanted, usable)
         if lease is not None:
             prefetch.lease = b""  # the session's new lease took its place
-        self._give(session, asked, wanted, lease)
+        self._give(engine, session, asked, wanted, lease)
         prefetch.close()
         prefetch.peer.send(answer_of(session, 0))
 
-    def _lease(self, engine: Engine, session: Session, wanted: Sequence[bytes], namespace: bytes) -> Lease | None:
-        """Lease the leading chunks of *wanted* in memory, in place of the session's former lease."""
-        if not wanted or not namespace or self._drain.stopping:
+    def _lease(
+        self, engine: Engine, session: Session, wanted: Sequence[bytes], namespaces: Sequence[bytes]
+    ) -> Lease | None:
+        """Lease the longest hit of *wanted* that memory serves, in place of the session's former lease."""
+        if not wanted or not namespaces or self._drain.stopping:
             return None
-        lease = self.index.lease((engine.name, session.number), (namespace,), wanted, trio.current_time())
+        lease = self.index.lease((engine.name, session.number), namespaces, wanted, trio.current_time())
         if lease is not None:
             self._clock.not_later_than(lease.expires)
         return lease
 
-    def _give(self, session: Session, asked: int, wanted: Sequence[bytes], lease: Lease | None) -> None:
+    def _give(self, engine: Engine, session: Session, asked: int, wanted: Sequence[bytes], lease: Lease | None) -> None:
         """Make *lease* the session's answer to *asked*."""
         if lease is None:
             session.answer(asked, 0)
         else:
             session.answer(asked, lease.chunks, lease.id, lease.expires)
             for writer in self.tiers.writers:
-                if writer.unwritten:  # a chunk that it has not taken is offered again, since an engine uses it
-                    writer.used(lease.namespaces[0], wanted[: lease.chunks])
+                if writer.unwritten:  # a part that it has not taken is offered again, since an engine uses it
+                    for namespace, group in zip(lease.namespaces, engine.groups, strict=True):
+                        first = group.first(lease.chunks, engine.chunk_tokens)
+                        writer.used(namespace, wanted[first : lease.chunks])
         self._events["lookups"] += bool(wanted)
         self._events["hits"] += session.chunks
         self._events["misses"] += len(wanted) - session.chunks
@@ -147,7 +158,7 @@ class Prefetch:
         self.peer = peer
         self.engine = engine
         self.session = session
-        self.namespace = engine.namespace
+        self.namespace, self.namespaces = engine.namespace, engine.namespaces
         self.closed = False
         self._index = answers.index
         self._runners = answers.tiers.runners
@@ -225,7 +236,7 @@ class Prefetch:
 
     def _ask(self, tier: int, plan: Plan, wanted: Sequence[bytes]) -> None:
         positions = plan.ask(tier)
-        question = Question(self.namespace, [wanted[position] for position in positions], self.wake)
+        question = Question([ChunkKey(self.namespace, wanted[position]) for position in positions], self.wake)
         runner = self._runners[tier]
         self._questions[tier] = question
         if not positions or runner.writer.is_deleting(self.namespace):

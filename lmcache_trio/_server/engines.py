@@ -125,8 +125,8 @@ class Engines:
         namespaces = namespaces_of(namespace, len(engine.groups)) if namespace else ()
         if namespace:
             self.check_identity(engine, engine.identity)  # so that all groups are attached, or none
-            for of_group, lengths in zip(namespaces, engine.part_bytes(), strict=True):
-                self._index.attach(of_group, lengths)
+            for of_group, lengths, group in zip(namespaces, engine.part_bytes(), engine.groups, strict=True):
+                self._index.attach(of_group, lengths, group, engine.chunk_tokens)
             self._see_layout(engine)
         engine.namespace, engine.namespaces = namespace, namespaces
         for of_group in former:

@@ -8,10 +8,14 @@ from support.server import SHARD, Opener, Peer, Refusal, Rig, digests, error_of
 from lmcache_trio._core.groups import Group, Need
 from lmcache_trio._wire.messages import (
     Ack,
+    Done,
     ErrorKind,
+    Finished,
     Identify,
     NamespaceKnown,
+    Pinned,
     Register,
+    Release,
     Reserve,
     Reset,
     Retrieve,
@@ -27,8 +31,8 @@ async def engine_of(
     rig: Rig, groups: tuple[Group, ...] = GROUPS, parts: tuple[int, ...] = PARTS, name: str = "engine"
 ) -> tuple[Any, Any]:
     """A scheduler and its worker, registered."""
-    scheduler = await rig.scheduler(name, groups=groups, block_tokens=16)
-    worker = await rig.worker(name, groups=groups, block_tokens=16)
+    said: dict[str, Any] = {"groups": groups, "block_tokens": 16, "chunk_tokens": 256}
+    scheduler, worker = await rig.scheduler(name, **said), await rig.worker(name, **said)
     assert await worker.register(shard_bytes=sum(parts), part_bytes=parts)
     return scheduler, worker
 
@@ -128,7 +132,7 @@ async def test_a_group_that_the_engine_does_not_have_is_misuse(rig: Rig) -> None
 async def test_a_layout_that_fits_one_group_and_not_the_other_changes_nothing(rig: Rig) -> None:
     _, worker = await engine_of(rig)
     held = rig.held("namespaces", "chunks_ready")
-    other = await rig.worker("other", groups=GROUPS, block_tokens=16)
+    other = await rig.worker("other", groups=GROUPS, block_tokens=16, chunk_tokens=256)
     parts = (PARTS[0], PARTS[1] + 4096)
     error = error_of(await other.ask(Register, b"f" * 32, sum(parts), 16, part_bytes=parts))
     assert "must tell layouts of other lengths apart" in error.message
@@ -173,9 +177,81 @@ async def test_a_reset_that_is_due_concerns_every_group(rigs: Opener) -> None:
         scheduler, worker = await engine_of(rig)
         await scheduler.lookup(1, digests(2))
         await store(worker, 1, digests(2), 1)
-        late = await rig.scheduler("late", groups=GROUPS)
+        late = await rig.scheduler("late", groups=GROUPS, chunk_tokens=256)
         assert isinstance(await late.ask(Reset), Ack)
         assert rig.held("chunks_ready") == {"chunks_ready": 2}
         behind = await rig.worker("late", groups=GROUPS)
         assert await behind.register(shard_bytes=sum(PARTS), part_bytes=PARTS)
         assert rig.held("chunks_ready") == {"chunks_ready": 0}
+
+
+# --- a hit needs of each group what that group says -------------------------------------------------------------------
+
+
+async def test_a_hit_needs_of_a_window_only_its_last_parts(rig: Rig) -> None:
+    scheduler, worker = await engine_of(rig)
+    chain = digests(5)
+    await scheduler.lookup(1, chain)
+    await store(worker, 1, chain, 0)
+    assert (await scheduler.lookup(2, chain)).chunks == 0
+    await store(worker, 1, chain[3:], 1)
+    for session in (1, 2):
+        await scheduler.end(session)
+    await rig.until(sessions=0)
+    before = rig.held()
+    answer = await scheduler.lookup(2, chain)
+    assert answer.chunks == 5
+    pins = [
+        await worker.get(Pinned, Retrieve, answer.lease, first, 5 - first, group) for group, first in ((0, 0), (1, 3))
+    ]
+    assert [pin.slot_bytes for pin in pins] == list(PARTS)
+    assert [len(pin.offsets) // 8 for pin in pins] == [5, 2]
+    for start, count in ((2, 3), (0, 1), (4, 2)):
+        error = error_of(await worker.ask(Retrieve, answer.lease, start, count, 1))
+        assert error.kind is ErrorKind.MISUSE
+    await scheduler.tell(Release(2))  # what is read stays in place
+    for pin in pins:
+        assert (await worker.get(Finished, Done, pin.pin)).valid
+    await scheduler.end(2)
+    await rig.until(sessions=0)
+    assert rig.held() == before
+
+
+@pytest.mark.parametrize(("there", "hit"), [((0, 1), 2), ((1, 2, 4), 3), ((2, 3), 4), ((0, 2, 4), 1), ((4,), 0)])
+async def test_a_window_whose_part_is_missing_makes_the_hit_shorter(rig: Rig, there: tuple[int, ...], hit: int) -> None:
+    scheduler, worker = await engine_of(rig)
+    chain = digests(5)
+    await scheduler.lookup(1, chain)
+    await store(worker, 1, chain, 0)
+    for position in there:
+        await store(worker, 1, [chain[position]], 1)
+    answer = await scheduler.lookup(2, chain)
+    assert answer.chunks == hit
+    assert bool(answer.lease) == bool(hit)
+
+
+async def test_a_lease_ends_in_every_group_with_a_reset(rig: Rig) -> None:
+    scheduler, worker = await engine_of(rig)
+    chain = digests(3)
+    await scheduler.lookup(1, chain)
+    await store(worker, 1, chain, 0)
+    await store(worker, 1, chain, 1)
+    await scheduler.end(1)
+    answer = await scheduler.lookup(2, chain)
+    pins = [await worker.get(Pinned, Retrieve, answer.lease, 1, 2, group) for group in (0, 1)]
+    await scheduler.ask(Reset)
+    for group in (0, 1):
+        assert error_of(await worker.ask(Retrieve, answer.lease, 1, 2, group)).kind is ErrorKind.GONE
+        assert not (await worker.get(Finished, Done, pins[group].pin)).valid
+    assert (await scheduler.lookup(3, chain)).chunks == 0
+
+
+async def test_a_state_is_needed_at_the_boundary_alone(rig: Rig) -> None:
+    scheduler, worker = await engine_of(rig, (EVERY, Group(Need.STATE)))
+    chain = digests(5)
+    await scheduler.lookup(1, chain)
+    await store(worker, 1, chain, 0)
+    await store(worker, 1, [chain[3]], 1)
+    answer = await scheduler.lookup(2, chain)
+    assert answer.chunks == 4
+    assert (await worker.get(Pinned, Retrieve, answer.lease, 3, 1, 1)).slot_bytes == PARTS[1]

@@ -23,8 +23,7 @@ MOST_KEYS = 16_384
 class Question:
     """One lookup's question. *found* is None until the answer, which calls *wake*."""
 
-    namespace: bytes
-    digests: Sequence[bytes]
+    keys: Sequence[ChunkKey]
     wake: Callable[[], None]
     found: Sequence[bool] | None = None
 
@@ -51,7 +50,7 @@ class ContainsBatcher:
     def ask(self, question: Question) -> None:
         """Queue *question* for the next call. A tier that is fenced answers it with no, at once."""
         if not self._calls.open:
-            question.answer([False] * len(question.digests))
+            question.answer([False] * len(question.keys))
             return
         self._pending[question] = None
         self._asked.set()
@@ -62,11 +61,11 @@ class ContainsBatcher:
         self._under_way.pop(question, None)
 
     def give_up(self, namespace: bytes | None = None) -> None:
-        """Answer all questions, or those of *namespace*, with no."""
+        """Answer all questions, or those with a key of *namespace*, with no."""
         for question in [*self._pending, *self._under_way]:
-            if namespace is None or question.namespace == namespace:
+            if namespace is None or any(key.namespace == namespace for key in question.keys):
                 self.withdraw(question)
-                question.answer([False] * len(question.digests))
+                question.answer([False] * len(question.keys))
 
     async def run(self) -> None:
         """Ask the tier, until it is fenced."""
@@ -81,20 +80,20 @@ class ContainsBatcher:
 
     async def _ask_some(self) -> None:
         self._under_way = dict.fromkeys(self._next_batch())
-        keys = dict.fromkeys(ChunkKey(q.namespace, digest) for q in self._under_way for digest in q.digests)
+        keys = dict.fromkeys(key for question in self._under_way for key in question.keys)
         said = await self._calls.make(self._contains, list(keys))
         found = dict(zip(keys, said, strict=True))
         answered, self._under_way = self._under_way, {}
         for question in answered:
-            question.answer([found[ChunkKey(question.namespace, digest)] for digest in question.digests])
+            question.answer([found[key] for key in question.keys])
 
     def _next_batch(self) -> Iterator[Question]:
         room = MOST_KEYS
         while self._pending:
             question = next(iter(self._pending))
-            if len(question.digests) > room and room < MOST_KEYS:
+            if len(question.keys) > room and room < MOST_KEYS:
                 return
-            room -= len(question.digests)
+            room -= len(question.keys)
             del self._pending[question]
             yield question
 

@@ -14,7 +14,19 @@ from lmcache_trio._core.groups import Group, Need
 from lmcache_trio._core.transfer.exports import DType, Export, TensorView
 from lmcache_trio._wire.codec import POSITIONS
 from lmcache_trio._wire.handles import descriptors_of, encode_export
-from lmcache_trio._wire.messages import Ack, Attach, ErrorKind, ErrorReply, Message, Role, StoreBlocks, Stored
+from lmcache_trio._wire.messages import (
+    Ack,
+    Attach,
+    ErrorKind,
+    ErrorReply,
+    Message,
+    Release,
+    RetrieveBlocks,
+    Retrieved,
+    Role,
+    StoreBlocks,
+    Stored,
+)
 from lmcache_trio.testing.fake_device import FakeDevice
 
 GROUPS = (Group(Need.EVERY, 0, BLOCK_TOKENS), Group(Need.WINDOW, BLOCK_TOKENS + 1, BLOCK_TOKENS))
@@ -62,12 +74,23 @@ class Engine:
         for copy in list(self.device.running):
             copy.end()
 
+    def block(self, block: int, group: int) -> list[int]:
+        """The first byte of *block* in each layer of *group*."""
+        return [self.bytes[(layer * BLOCKS + block) * PIECE] for layer in range(LAYERS if group == 0 else 1)]
+
     async def store(self, session: int, chain: Sequence[bytes], blocks: Sequence[int], group: int) -> Message:
         """The reply, as soon as the copy has ended."""
         packed = POSITIONS.pack(blocks)
+        return await self.ended(StoreBlocks, session, b"", b"".join(chain), packed, b"", group)
+
+    async def load(self, lease: bytes, start: int, count: int, blocks: Sequence[int], group: int) -> Message:
+        """The reply, as soon as the copy has ended."""
+        return await self.ended(RetrieveBlocks, lease, start, count, 0, POSITIONS.pack(blocks), b"", group)
+
+    async def ended(self, cls: type[Message], *args: object) -> Message:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_when_settled)
-            reply: Message = await self.worker.ask(StoreBlocks, session, b"", b"".join(chain), packed, b"", group)
+            reply: Message = await self.worker.ask(cls, *args)
         return reply
 
     async def _end_when_settled(self) -> None:
@@ -129,3 +152,32 @@ async def test_blocks_that_are_not_those_of_a_part_are_refused() -> None:
             assert isinstance(reply, ErrorReply)
             assert reply.kind is ErrorKind.MISUSE
         assert engine.server.statistics()["held"]["reservations"] == 0
+
+
+async def test_a_load_fills_the_blocks_of_one_group_with_the_parts_that_the_hit_needs() -> None:
+    async with open_engine() as engine:
+        chain = digests(2)
+        await engine.scheduler.lookup(1, chain)
+        assert isinstance(await engine.store(1, chain, [3, 5, 7, 9], 0), Stored)
+        assert isinstance(await engine.store(1, chain[1:], [9], 1), Stored)
+        await engine.scheduler.end(1)
+        await settled()
+        before = engine.server.statistics()["held"]
+        answer = await engine.scheduler.lookup(2, chain)
+        assert answer.chunks == 2
+        reply = await engine.load(answer.lease, 1, 1, [14], 1)
+        assert isinstance(reply, Retrieved)
+        assert reply.valid
+        assert [engine.block(14, group) for group in (0, 1)] == [[9, BLOCKS + 14], [9]]
+        reply = await engine.load(answer.lease, 0, 2, [10, 11, 12, 13], 0)
+        assert isinstance(reply, Retrieved)
+        assert reply.valid
+        assert [engine.block(block, 0) for block in (10, 11, 12, 13)] == [[n, BLOCKS + n] for n in (3, 5, 7, 9)]
+        for start, count, blocks in ((0, 1, [14]), (0, 2, [14, 15]), (1, 1, [14, 15])):
+            wrong = await engine.load(answer.lease, start, count, blocks, 1)
+            assert isinstance(wrong, ErrorReply)
+            assert wrong.kind is ErrorKind.MISUSE
+        await engine.scheduler.tell(Release(2))
+        await engine.scheduler.end(2)
+        await settled()
+        assert engine.server.statistics()["held"] == before
