@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import attrs
 from attrs.validators import ge
 
-from lmcache_trio._core.groups import EVERY, MOST_GROUPS, Group, check_groups
+from lmcache_trio._core.groups import EVERY, MOST_GROUPS, Group, check_groups, named_groups
 from lmcache_trio._core.keys import DIGEST_BYTES
 from lmcache_trio._wire.messages import MAX_NUMBER
 from lmcache_trio.errors import Misuse
 
-__all__ = ["LoadSpec", "StoreSpec", "named_groups", "own_numbers"]
+__all__ = ["LoadSpec", "StoreSpec", "checked_groups", "own_numbers"]
 
 
 MOST = 2**32 - 1
@@ -53,14 +53,18 @@ def own_numbers(name: str, numbers: Any) -> Any:
         raise Misuse(f"{name} must be whole numbers in a row: {exc}") from exc
 
 
-def named_groups(groups: Any, block_tokens: int) -> tuple[Group, ...]:
+def checked_groups(groups: Any, block_tokens: int) -> tuple[Group, ...]:
     """*groups* as a server is told of them: empty for one of which a hit needs all. `Misuse` names a wrong one."""
     if not isinstance(groups, Sequence) or not all(isinstance(group, Group) for group in groups):
         raise Misuse(f"groups is {groups!r:.200}: give a tuple of Group, or leave it out for one group")
     if groups:
         check_groups(groups, block_tokens, 0)
-    alone = len(groups) == 1 and attrs.evolve(groups[0], block_tokens=0) == EVERY
-    return () if alone and groups[0].block_tokens == block_tokens else tuple(groups)
+    if named_groups(groups) != (EVERY,):
+        return tuple(groups)
+    if groups and groups[0].block_tokens != block_tokens:
+        found = groups[0].block_tokens
+        raise Misuse(f"the only group has blocks of {found} tokens, and block_tokens is {block_tokens}: give the same")
+    return ()
 
 
 def _block_ids(block_ids: Any) -> tuple[int, ...]:

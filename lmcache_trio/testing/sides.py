@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import trio
 
-from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
+from lmcache_trio.adapters import Group, PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.adapters.worker.shm_mover import Probe, no_probe
 from lmcache_trio.client import open_client
@@ -106,28 +106,28 @@ def same_blocks(a: dict[str, torch.Tensor], at: list[int], b: dict[str, torch.Te
 
 
 class Side:
-    """Both sides of one engine with one worker."""
+    """Both sides of one engine with one worker. *groups*: its KV groups; *layers*: the names of the layers of each."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (keywords, each a setting of its own)
         self,
         address: str,
         kv: dict[str, torch.Tensor],
         *,
+        block_tokens: int = BLOCK,
+        groups: Sequence[Group] = (),
+        layers: Sequence[Sequence[str]] | None = None,
         scheduler: type[SchedulerAdapter] = PollingSchedulerAdapter,
         worker: type[WorkerAdapter] = WorkerAdapter,
         probe: Probe = no_probe,
         identity: Sequence[str | bytes] = ("a model",),
         **settings: Any,
     ) -> None:
-        engine = next(engine_ids)
+        both: dict[str, Any] = {"engine_id": next(engine_ids), "block_tokens": block_tokens, "groups": groups}
+        both["connect_timeout"] = 30.0
         self.kv = kv
-        self.scheduler = scheduler(
-            address, engine_id=engine, identity=identity, block_tokens=BLOCK, connect_timeout=30.0, **settings
-        )
-        self.worker = worker(
-            address, engine_id=engine, block_tokens=BLOCK, connect_timeout=30.0, reply_timeout=30.0, probe=probe
-        )
-        self.worker.register_kv_caches(kv)
+        self.scheduler = scheduler(address, identity=identity, **both, **settings)
+        self.worker = worker(address, reply_timeout=30.0, probe=probe, **both)
+        self.worker.register_kv_caches(kv, groups=layers)
 
     def store(self, request_id: str, tokens: list[int], blocks: list[int]) -> None:
         self.scheduler.extend(request_id, tokens)

@@ -34,7 +34,7 @@ from lmcache_trio.adapters.link import Link, logger
 from lmcache_trio.adapters.scheduler.lookup_table import LookupTable, Request
 from lmcache_trio.adapters.scheduler.parts import PartRun, loaded_runs, stored_runs
 from lmcache_trio.adapters.scheduler.prompts import Extras, Prompt, Prompts
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole, named_groups
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole, checked_groups
 from lmcache_trio.client import Client, message_of
 from lmcache_trio.config import check_interval, load_client_config
 from lmcache_trio.errors import Misuse, Unavailable
@@ -105,7 +105,7 @@ class SchedulerAdapter:
             named = _version(weights_version)
             self._prompts.rename(named, named)
         name, token, model = f"scheduler {os.getpid()}", os.urandom(16), self._prompts.model
-        said = (0, shards, model, block_tokens, chunk_tokens or 0, named_groups(groups, block_tokens))
+        said = (0, shards, model, block_tokens, chunk_tokens or 0, checked_groups(groups, block_tokens))
         hello = message_of(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said, replicas=replicas)
         self._named = bool(hello.groups)
         """Does the engine name its groups?"""

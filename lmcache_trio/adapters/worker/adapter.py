@@ -20,7 +20,7 @@ from lmcache_trio._core.groups import Group
 from lmcache_trio._core.keys import check_chunk_tokens, seed_of
 from lmcache_trio._wire.messages import MAX_DIGESTS, MAX_RESERVED, PROTOCOL_VERSION, Hello, Role
 from lmcache_trio.adapters.link import Link
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole, named_groups
+from lmcache_trio.adapters.specs import LoadSpec, StoreSpec, check_seconds, check_whole, checked_groups
 from lmcache_trio.adapters.worker.device_mover import ATTACH_TIMEOUT, DeviceMover
 from lmcache_trio.adapters.worker.jobs import Jobs, LoadJob, RegisteredKV, StoreJob, reply_within, wait_for
 from lmcache_trio.adapters.worker.shm_mover import Probe, ShmMover, no_probe
@@ -103,7 +103,7 @@ class WorkerAdapter:
         self._token = os.urandom(16)
         self._connected_before = False
         self._arena_note = self._room_note = ""
-        self._groups = named_groups(groups, block_tokens)
+        self._groups = checked_groups(groups, block_tokens)
         said = f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards, b"", block_tokens
         more = {"groups": self._groups, "replica": replica, "replicas": replicas}
         hello = message_of(Hello, PROTOCOL_VERSION, *said, chunk_tokens or 0, **more)

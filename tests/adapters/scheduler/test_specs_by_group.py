@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import attrs
 import pytest
@@ -55,6 +56,8 @@ class Lists:
 @st.composite
 def lists(draw: st.DrawFn) -> Lists:
     groups = tuple(draw(st.lists(GROUPS, min_size=1, max_size=4)))
+    if len(groups) == 1 and groups[0].need is Need.EVERY:
+        groups = (Group(Need.EVERY, 0, BLOCK),)
     tokens = CHUNK * draw(st.integers(1, MOST))
     blocks = []
     for number, group in enumerate(groups):
@@ -221,11 +224,13 @@ def test_what_does_not_fit_the_groups_is_named() -> None:
         for group in (0, 1, 3):
             with wrong(f"group {group} is not a group of states"):
                 adapter.state_spec("r", group, CHUNK, 7)
-    for groups, says in (
+    wrong_groups: list[tuple[list[Any], str]] = [
         ([7], "give a tuple of Group"),
         ([Group(Need.EVERY, 0, 48)], "blocks of 48"),
         ([Group(Need.WINDOW, 1, 16)], "tokens 1"),
-    ):
+        ([Group(Need.EVERY, 0, 16)], "only group has blocks of 16 tokens, and block_tokens is 32"),
+    ]
+    for groups, says in wrong_groups:
         with wrong(says), adapter_of(*groups):
             pass
 
