@@ -158,7 +158,7 @@ class Prefetch:
         self.peer = peer
         self.engine = engine
         self.session = session
-        self.namespace, self.namespaces = engine.namespace, engine.namespaces
+        self.namespaces = engine.namespaces
         self.closed = False
         self._index = answers.index
         self._runners = answers.tiers.runners
@@ -167,7 +167,7 @@ class Prefetch:
         self.lease, self._leased = (b"", 0) if lease is None else (lease.id, lease.chunks)
         self._holds: list[Hold] = []
         self._questions: dict[int, Question] = {}
-        self._coming: dict[int, tuple[TierRunner, TierLoad]] = {}
+        self._coming: dict[tuple[int, int], tuple[TierRunner, TierLoad]] = {}  # by group and position
         self._landed: list[tuple[TierRunner, TierLoad]] = []
 
     def wake(self) -> None:
@@ -200,19 +200,21 @@ class Prefetch:
             await self._gather(wanted, deadline)
 
     async def _gather(self, wanted: Sequence[bytes], deadline: float) -> None:
-        plan = Plan(len(wanted), len(self._runners))
-        for position in range(self._leased):
-            plan.here(position)
+        groups, chunk_tokens = self.engine.groups, self.engine.chunk_tokens
+        plan = Plan(len(wanted), len(self._runners), groups, chunk_tokens)
+        for number, of_group in enumerate(groups):
+            for position in range(of_group.first(self._leased, chunk_tokens), self._leased):
+                plan.here(number, position)
         await self._hold_the_rest(plan, wanted)
         asked, ask_next = 0, -inf
         while True:
             self._changed = trio.Event()
             self._collect(plan)
-            for position, tier in plan.to_want():
+            for group, position, tier in plan.to_want():
                 runner = self._runners[tier]
                 parent = wanted[position - 1] if position else b""
-                key = ChunkKey(self.namespace, wanted[position])
-                self._coming[position] = (runner, runner.loader.want(key, parent, deadline, self.wake))
+                key = ChunkKey(self.namespaces[group], wanted[position])
+                self._coming[group, position] = (runner, runner.loader.want(key, parent, deadline, self.wake))
             if any(load.settled for _, load in self._coming.values()):
                 continue
             if plan.done:
@@ -226,21 +228,22 @@ class Prefetch:
                 await self._changed.wait()
 
     async def _hold_the_rest(self, plan: Plan, wanted: Sequence[bytes]) -> None:
-        for position in range(plan.run, len(wanted)):
-            hold = self._index.hold(ChunkKey(self.namespace, wanted[position]))
+        for number, (group, position) in enumerate(plan.unknown(), 1):
+            hold = self._index.hold(ChunkKey(self.namespaces[group], wanted[position]))
             if hold is not None:
                 self._holds.append(hold)
-                plan.here(position)
-            if position % HELD_AT_ONCE == HELD_AT_ONCE - 1:
+                plan.here(group, position)
+            if number % HELD_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
 
     def _ask(self, tier: int, plan: Plan, wanted: Sequence[bytes]) -> None:
-        positions = plan.ask(tier)
-        question = Question([ChunkKey(self.namespace, wanted[position]) for position in positions], self.wake)
+        parts = plan.ask(tier)
+        keys = [ChunkKey(self.namespaces[group], wanted[position]) for group, position in parts]
+        question = Question(keys, self.wake)
         runner = self._runners[tier]
         self._questions[tier] = question
-        if not positions or runner.writer.is_deleting(self.namespace):
-            question.answer([False] * len(positions))
+        if not keys or any(runner.writer.is_deleting(namespace) for namespace in self.namespaces):
+            question.answer([False] * len(keys))
         else:
             runner.contains.ask(question)
 
@@ -250,15 +253,15 @@ class Prefetch:
             if question.found is not None:
                 del self._questions[tier]
                 plan.answered(tier, question.found)
-        for position, (runner, load) in list(self._coming.items()):
+        for part, (runner, load) in list(self._coming.items()):
             if load.settled:
-                del self._coming[position]
+                del self._coming[part]
                 if load.state is LoadState.LANDED:
-                    plan.landed(position)
+                    plan.landed(*part)
                     self._landed.append((runner, load))
                 else:
-                    plan.missed(position)
+                    plan.missed(*part)
                     runner.loader.unwant(load, self.wake)
-        for position in [position for position in self._coming if position >= plan.cut]:
-            runner, load = self._coming.pop(position)
+        for part in [part for part in self._coming if not plan.needs(*part)]:
+            runner, load = self._coming.pop(part)
             runner.loader.unwant(load, self.wake)
