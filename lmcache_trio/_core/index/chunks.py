@@ -27,7 +27,8 @@ victim: O(1) amortised.
 
 Chunks of a namespace that is not *chained*, as the states of a recurrent group, are all roots. Those of them that no
 hit is likely to need are *cold*: they stand in a ring of their own, and go before all others, in the order in which
-they came into it. A lease of a cold chunk makes it one like any other. `publish` says which ones are cold.
+they came into it. A lease of a cold chunk makes it one like any other; so does the search for a victim, if a hit that
+ends where prompts branched needs it. `publish` says which ones are cold.
 
 A reset replaces a namespace's whole generation at once. A READY chunk of a replaced generation is *stale*: it is in no
 directory, its links are followed no more, and it is given back, piece by piece, before any other chunk is evicted. A
@@ -538,6 +539,25 @@ class Chunks:
                 older[after] = before
                 newer[row] = -1
 
+    def _is_before_a_branch(self, row: int) -> bool:
+        """Whether a hit that ends where prompts branched needs *row*, a cold chunk: the next prompt may leave there.
+
+        O(chunks that one hit needs of its group). A part that is stored again after it was missed there is kept so.
+        """
+        namespace = self.namespace_of(row)
+        if namespace.chain is None or namespace.chain.replaced:
+            return False
+        digest, layout = self.digest(row), namespace.layout
+        at = namespace.chain.table_of[digest[0]].get(digest, 0)
+        for _ in range(layout.group.reach(layout.chunk_tokens)):
+            child = self._first_child[at]
+            if not at or not child:
+                return False
+            if self._next_sibling[child]:
+                return True
+            at = child
+        return False
+
     def _victims(self) -> Iterator[int]:
         """The chunks to evict, one after the other, each out of the order. Evict one before you ask for the next."""
         while True:
@@ -547,5 +567,9 @@ class Chunks:
             if not row:
                 return
             self._take_out((row,))
+            if self._cold[row] and self._is_before_a_branch(row):
+                self._cold[row] = 0
+                self._touch((row,))
+                continue
             if not self._first_child[row]:
                 yield row  # else it is parked

@@ -62,7 +62,19 @@ class Namespace:
     """
 
     __slots__ = (
-        *("chained", "extent", "layout", "lengths", "name", "number", "shards", "starts", "table_of", "tables"),
+        *(
+            "chain",
+            "chained",
+            "extent",
+            "layout",
+            "lengths",
+            "name",
+            "number",
+            "shards",
+            "starts",
+            "table_of",
+            "tables",
+        ),
         *("counts", "replaced", "retained", "users"),
     )
 
@@ -73,6 +85,7 @@ class Namespace:
         self.lengths, self.starts, self.extent = layout.lengths, layout.starts, layout.extent  # read at each chunk
         self.shards = len(layout.lengths)
         self.chained = layout.group.need is Need.EVERY  # else each chunk is a root: it needs none before it
+        self.chain: Namespace | None = None  # of one that is not chained: a chained group beside it, as last looked up
         self.tables: list[dict[bytes, int]] = [{} for _ in range(_TABLES)]
         self.table_of = [self.tables[number] for number in _TABLE_OF]
         self.counts = [0, 0, 0, 0]  # rows, by state
@@ -137,6 +150,8 @@ class Generations:
         if not known and all(name in self.present for name in asked):
             known = tuple(sorted([self.present[name] for name in asked], key=lambda namespace: namespace.chained))
             self._together[asked] = known
+            for namespace in known:
+                namespace.chain = known[-1] if known[-1].chained and not namespace.chained else None
         return known
 
     def detach(self, namespace: Namespace) -> None:

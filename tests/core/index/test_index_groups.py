@@ -280,6 +280,35 @@ def test_a_row_that_was_a_cold_part_is_a_chunk_like_any_other_next(world: Callab
     assert (of.kept(1, "ab"), of.kept(0, "x"), of.kept(0, "y")) == ("", "x", "y")
 
 
+@pytest.mark.parametrize(("group", "kept"), [(WINDOW, "tu"), (STATE, "u")])
+def test_parts_that_a_hit_needs_where_prompts_branched_are_cold_no_more(
+    world: Callable[..., Any], group: Group, kept: str
+) -> None:
+    """A system prompt, "stu", is stored once more by the second request, which missed its cold parts."""
+    of = Parts(world(18), FULL, group)
+    for chain in ("stuab", "stucd"):
+        assert of.match(chain[:3]) in (0, 3)
+        of.store(0, chain)
+        of.store(1, chain)
+    for new in "123456":
+        of.store(0, new)
+    assert of.kept(1, "stu") == kept
+    assert of.match("stuxy") == 3
+    assert of.match("stucd") == 5
+
+
+def test_a_cold_part_where_prompts_branched_goes_once_it_was_used_longest_ago(world: Callable[..., Any]) -> None:
+    of = Parts(world(5), FULL, STATE)
+    of.match("s")
+    of.store(0, "sa")
+    of.store(1, "sa")
+    of.store(0, "sb")
+    for new in ("1", "2", "3", "4", "5"):
+        of.store(0, new)
+    assert of.kept(1, "sa") == ""
+    assert [of.has(0, new) for new in "12345"] == [True] * 5
+
+
 GROUP = st.sampled_from([WINDOW, STATE, Group(Need.LOCAL, 48, 16)])
 CHAIN = st.text("ab", min_size=1, max_size=6)
 
