@@ -12,7 +12,7 @@ from math import floor, inf
 
 import trio
 
-from lmcache_trio._core.groups import EVERY
+from lmcache_trio._core.groups import EVERY, Need
 from lmcache_trio._core.index.index import Hold, Index, Lease
 from lmcache_trio._core.index.session import LookupState, Session
 from lmcache_trio._core.keys import ChunkKey
@@ -152,7 +152,7 @@ class Answers:
 
 
 class Prefetch:
-    """One lookup's chunks, gathered into memory. `close` may come at any time."""
+    """The parts that one lookup's hit needs, gathered into memory. `close` may come at any time."""
 
     def __init__(self, answers: Answers, peer: Peer, engine: Engine, session: Session, lease: Lease | None) -> None:
         self.peer = peer
@@ -212,7 +212,7 @@ class Prefetch:
             self._collect(plan)
             for group, position, tier in plan.to_want():
                 runner = self._runners[tier]
-                parent = wanted[position - 1] if position else b""
+                parent = wanted[position - 1] if position and groups[group].need is Need.EVERY else b""
                 key = ChunkKey(self.namespaces[group], wanted[position])
                 self._coming[group, position] = (runner, runner.loader.want(key, parent, deadline, self.wake))
             if any(load.settled for _, load in self._coming.values()):
