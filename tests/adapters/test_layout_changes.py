@@ -10,7 +10,7 @@ import attrs
 import pytest
 import torch
 
-from lmcache_trio.adapters import LoadSpec, SchedulerAdapter, StoreSpec, WorkerAdapter
+from lmcache_trio.adapters import Group, LoadSpec, Need, SchedulerAdapter, StoreSpec, WorkerAdapter
 from lmcache_trio.adapters.shared_kv import shared_tensor
 from lmcache_trio.adapters.vllm.scheduler_side import SchedulerSide
 from lmcache_trio.adapters.worker.cuda_kv import make_paged_kv
@@ -209,7 +209,8 @@ def test_the_connector_plans_only_whole_chunks_of_one_length_whenever_the_first_
     tmp_path: Path, adapters: Callable[..., Any], at: str
 ) -> None:
     cache = adapters(Adopting, f"unix://{tmp_path}/s.sock", block_tokens=BLOCK, connect_timeout=0.01)
-    side = SchedulerSide(cache, block_tokens=BLOCK, asynchronous=False, identify=lambda request: cache.extras)
+    groups = (Group(Need.EVERY, 0, BLOCK),)
+    side = SchedulerSide(cache, groups=groups, asynchronous=False, identify=lambda request: cache.extras)
     request = Request("r", LONG)
     blocks = list(range(100, 100 + len(LONG) // BLOCK))
     side.offer(request, 0)
@@ -219,7 +220,7 @@ def test_the_connector_plans_only_whole_chunks_of_one_length_whenever_the_first_
         cache.at = at if step == 1 else ""
         if step == 1 and not at:
             cache.adopt()
-        planned.append(side.plan({"r": 256}, (), lambda _: blocks).stores)
+        planned.append(side.plan({"r": 256}, (), lambda _: (blocks,)).stores)
         request.num_computed_tokens += 256
     assert [spec.chunk_tokens for spec in planned[0]] == [128]
     expected = adapters(

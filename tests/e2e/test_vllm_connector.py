@@ -1,6 +1,7 @@
 """What the connector refuses at start and by name, and what it adds to token ids: vLLM's own classes, but no engine."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,15 +10,23 @@ import pytest
 import torch
 
 from lmcache_trio import ConfigError, Misuse, Unavailable
+from lmcache_trio.adapters import Need
 from lmcache_trio.adapters.vllm.identity import _model_files_identity
 
 with warnings.catch_warnings():  # vLLM's and torch's own, while they are imported
     warnings.simplefilter("ignore")
     from vllm import SamplingParams
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, supports_hma
     from vllm.lora.request import LoRARequest
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import (
+        ChunkedLocalAttentionSpec,
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        MambaSpec,
+        SlidingWindowSpec,
+    )
     from vllm.v1.request import Request
 
     from lmcache_trio.adapters.vllm import LMCacheTrioConnector
@@ -27,7 +36,10 @@ pytestmark = pytest.mark.e2e
 
 FULL = FullAttentionSpec(block_size=32, num_kv_heads=4, head_size=32, dtype=torch.bfloat16)
 WINDOW = SlidingWindowSpec(block_size=32, num_kv_heads=4, head_size=32, dtype=torch.bfloat16, sliding_window=64)
-STATE = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,))
+LOCAL = ChunkedLocalAttentionSpec(
+    block_size=32, num_kv_heads=4, head_size=32, dtype=torch.bfloat16, attention_chunk_size=96
+)
+STATE = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,), mamba_cache_mode="align")
 
 
 def connector(
@@ -39,10 +51,14 @@ def connector(
             kv_connector_extra_config=extra or {}, kv_load_failure_policy=policy, engine_id="e", is_kv_producer=True
         ),
         max_concurrent_batches=batches,
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            **dict.fromkeys(("decode_context_parallel_size", "prefill_context_parallel_size"), 1),
+            **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), 1),
+        ),
     )
     vars(config.parallel_config).update(parallel)
-    caches: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs or (FULL,)])
+    groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs or (FULL,))]
+    caches = KVCacheConfig(8, [], groups, hash_block_size=32, cache_hit_alignment_tokens=32)
     return LMCacheTrioConnector(config, KVConnectorRole.WORKER, caches)
 
 
@@ -158,15 +174,26 @@ def test_an_unknown_extra_key_is_refused_by_name() -> None:
         connector(extra={"chunk_token": 256})
 
 
-def test_more_than_one_kv_cache_group_is_refused_by_name() -> None:
-    with pytest.raises(Misuse, match=r"2 KV cache groups \(FullAttentionSpec, SlidingWindowSpec\)"):
-        connector(FULL, WINDOW)
+def test_vllm_keeps_its_hybrid_cache_manager_on_for_the_connector() -> None:
+    assert supports_hma(LMCacheTrioConnector)
 
 
-@pytest.mark.parametrize("spec", [WINDOW, STATE], ids=lambda spec: type(spec).__name__)
-def test_a_cache_that_does_not_keep_all_tokens_is_refused_by_name(spec: Any) -> None:
-    with pytest.raises(Misuse, match=type(spec).__name__):
-        connector(spec)
+def test_vllms_own_groups_are_known() -> None:
+    assert connector()._groups.named == ()
+    assert [group.need for group in connector(WINDOW, LOCAL, STATE, FULL)._groups.named] == [
+        *(Need.WINDOW, Need.LOCAL, Need.STATE, Need.EVERY)
+    ]
+
+
+@pytest.mark.parametrize("specs", [(WINDOW,), (FULL, STATE)], ids=["a window alone", "two groups"])
+def test_what_does_not_keep_all_tokens_is_not_loaded_synchronously(specs: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError, match="several KV groups"):
+        connector(*specs, extra={"load": "sync"})
+
+
+def test_states_that_are_not_at_block_boundaries_are_refused_by_name() -> None:
+    with pytest.raises(Misuse, match="mamba_cache_mode 'none'"):
+        connector(replace(STATE, mamba_cache_mode="none"), FULL)
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])

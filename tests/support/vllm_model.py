@@ -9,12 +9,25 @@ from collections.abc import Callable, Iterable, Sequence
 import attrs
 
 from lmcache_trio._core.keys import DIGEST_BYTES, chain_digests, join_digests
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.adapters import Group, LoadSpec, Need, StoreSpec
 from lmcache_trio.adapters.vllm.scheduler_side import Extras
 
-__all__ = ["BLOCK", "CHUNK", "Cache", "Memory", "Mover", "Request", "next_kv", "sampled", "true_answer", "true_kv"]
+__all__ = [
+    "BLOCK",
+    "CHUNK",
+    "GROUPS",
+    "Cache",
+    "Memory",
+    "Mover",
+    "Request",
+    "next_kv",
+    "sampled",
+    "true_answer",
+    "true_kv",
+]
 
 BLOCK, CHUNK = 2, 4
+GROUPS = (Group(Need.EVERY, 0, BLOCK),)
 SEED = b"s" * 32
 KV = int
 
@@ -146,20 +159,22 @@ class Cache:
     def check_lookup_result(self, request_id: str) -> int | None:
         return None if self.slow() else self.answers.get(request_id, 0)
 
-    def update_after_alloc(
-        self, request_id: str, external_tokens: int, *, local_tokens: int = 0, block_ids: Sequence[int] = ()
-    ) -> LoadSpec | None:
+    def loads_after_alloc(
+        self, request_id: str, external_tokens: int, *, local_tokens: int = 0, blocks: Sequence[Sequence[int]]
+    ) -> tuple[LoadSpec, ...]:
         answer = self.answers.pop(request_id)
         if not external_tokens:
-            return None
+            return ()
         assert local_tokens + external_tokens == answer
+        (ids,) = blocks
+        block_ids = ids[local_tokens // BLOCK : answer // BLOCK]
         assert len(block_ids) * BLOCK == external_tokens
         lease = len(self.leases).to_bytes(4, "big")
         self.leases[lease] = self.digests[request_id][: answer // CHUNK]
         start = local_tokens // CHUNK
         self.attempts[request_id, answer] = self.attempts.get((request_id, answer), 0) + 1
         skip = local_tokens % CHUNK // BLOCK
-        return LoadSpec(request_id, 1, lease, start, answer // CHUNK - start, skip, tuple(block_ids))
+        return (LoadSpec(request_id, 1, lease, start, answer // CHUNK - start, skip, tuple(block_ids)),)
 
     def extend(self, request_id: str, token_ids: Sequence[int], *, extras: Extras | None = None) -> list[bytes]:
         digests = chain_digests(SEED, token_ids, CHUNK)
@@ -169,14 +184,18 @@ class Cache:
         self.digests[request_id] = known + digests[len(known) :]
         return digests
 
-    def store_spec(self, request_id: str, first_chunk: int, block_ids: Sequence[int]) -> StoreSpec:
-        count = len(block_ids) * BLOCK // CHUNK
+    def store_specs(
+        self, request_id: str, first_chunk: int, end_chunk: int, blocks: Sequence[Sequence[int]]
+    ) -> tuple[StoreSpec, ...]:
+        (ids,) = blocks
         digests = self.digests[request_id]
-        assert first_chunk + count <= len(digests)
+        assert end_chunk <= len(digests)
         parent = digests[first_chunk - 1] if first_chunk else b""
-        return StoreSpec(
-            request_id, 1, parent, join_digests(digests[first_chunk : first_chunk + count]), tuple(block_ids)
-        )
+        block_ids = tuple(ids[first_chunk * CHUNK // BLOCK : end_chunk * CHUNK // BLOCK])
+        return (StoreSpec(request_id, 1, parent, join_digests(digests[first_chunk:end_chunk]), block_ids),)
+
+    def state_spec(self, request_id: str, group: int, boundary_tokens: int, block_id: int) -> StoreSpec | None:
+        raise AssertionError("no group of states")
 
     def mark_failed(self, request_id: str, first_failed_token: int) -> None:
         self.failed[request_id] = min(first_failed_token // CHUNK, self.failed.get(request_id, 1 << 30))
@@ -256,3 +275,6 @@ class Mover:
     def take_failed_blocks(self) -> set[int]:
         failed, self.failed = self.failed, set()
         return failed
+
+    def take_failed_requests(self) -> set[str]:
+        raise AssertionError("failures are told by block")

@@ -4,14 +4,13 @@ vLLM makes one instance in its scheduler and one in each worker, by default in p
 configuration is refused here, at start and by name. Later the connector never ends an engine: without a server every
 lookup is a miss.
 
-Refused: a `kv_load_failure_policy` other than recompute, more than one KV cache group, KV that is not kept for all
-tokens (a sliding window's own cache, Mamba states), context parallelism (its blocks do not hold consecutive tokens).
+Refused: a `kv_load_failure_policy` other than recompute, a `load` mode that the engine cannot take back, and what
+`groups` names.
 """
 
 # vLLM is not installed where this is type-checked: pyright: reportMissingImports=false
 
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -21,20 +20,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
-from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
+from lmcache_trio.adapters.vllm.groups import find_groups
 from lmcache_trio.adapters.vllm.identity import LoraIdentities, encode_keys, model_identity
 from lmcache_trio.adapters.vllm.layout import layout_extras
 from lmcache_trio.adapters.vllm.metadata import StepPlan
 from lmcache_trio.adapters.vllm.replicas import are_replicated, replicas_of
-from lmcache_trio.adapters.vllm.scheduler_side import Extras, SchedulerSide, StepOutput
+from lmcache_trio.adapters.vllm.scheduler_side import BlockLists, Extras, SchedulerSide, StepOutput
 from lmcache_trio.adapters.vllm.settings import LoadMode, check_failure_policy, check_load_mode, parse_settings
 from lmcache_trio.adapters.vllm.weights import WeightsWatch, find_models
 from lmcache_trio.adapters.vllm.worker_side import WorkerSide
@@ -83,7 +83,7 @@ class WorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
         )
 
 
-class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """One engine's KV, stored in and loaded from a lmcache-trio server."""
 
     _cache_hit_source = CacheHitSource.HOST
@@ -106,8 +106,11 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             whole = get_current_vllm_config_or_none() or vllm_config
             check_failure_policy(whole.kv_transfer_config.kv_load_failure_policy)
         self._replicas = replicas_of(vllm_config, kv_cache_config)
-        check_load_mode(self._settings.load, vllm_config.max_concurrent_batches, self._replicas)
-        self._block_tokens = _block_tokens(vllm_config, kv_cache_config)
+        self._groups = find_groups(vllm_config, kv_cache_config)
+        check_load_mode(
+            self._settings.load, vllm_config.max_concurrent_batches, self._replicas, whole=self._groups.alone
+        )
+        self._chunk_tokens = self._settings.chunk_tokens or self._groups.chunk_tokens
         self._asynchronous = self._settings.load is LoadMode.ASYNC
         self._loras = LoraIdentities()
         self._warned: set[str] = set()
@@ -128,10 +131,11 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._settings.address,
             engine_id=transfer.engine_id,
             identity=model_identity(vllm_config, self._settings.namespace),
-            block_tokens=self._block_tokens,
+            block_tokens=self._groups.block_tokens,
             shards=ranks // self._replicas,
             replicas=self._replicas,
-            chunk_tokens=self._settings.chunk_tokens,
+            groups=self._groups.named,
+            chunk_tokens=self._chunk_tokens,
             weights_version=self._settings.weights_version,
             lookup_timeout=self._settings.lookup_timeout,
             poll_interval=self._settings.poll_interval,
@@ -139,7 +143,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         )
         self._scheduler = SchedulerSide(
             self._scheduler_adapter,
-            block_tokens=self._block_tokens,
+            groups=self._groups.groups,
             asynchronous=self._asynchronous,
             identify=self._identify,
             loads=transfer.is_kv_consumer,
@@ -167,20 +171,25 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._on_scheduler().offer(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
-        self._on_scheduler().allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        block_lists = self._groups.block_lists(blocks.get_block_ids())
+        self._on_scheduler().allocated(request, block_lists, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Metadata:
         state = scheduler_output.kv_connector_block_state
 
-        def blocks_of(request_id: str) -> Sequence[int]:
-            found: Sequence[int] = state.resolve_block_ids(request_id)[0]
-            return found
+        def blocks_of(request_id: str) -> BlockLists:
+            return self._groups.block_lists(state.resolve_block_ids(request_id))
 
+        grown = scheduler_output.scheduled_cached_reqs.new_block_ids
+        written = [block for by_group in grown if by_group for ids in by_group for block in ids]
+        written += scheduler_output.new_block_ids_to_zero or ()
+        written += [copy.dst_block_id for copy in scheduler_output.kv_cache_block_copies or ()]
         plan = self._on_scheduler().plan(
             scheduler_output.num_scheduled_tokens,
             sorted(scheduler_output.preempted_req_ids or ()),
             blocks_of,
-            grown=[block for ids in scheduler_output.scheduled_cached_reqs.new_block_ids if ids for block in ids[0]],
+            written,
+            self._groups.states(state.boundary_state_offloads),
         )
         return Metadata(plan)
 
@@ -193,13 +202,19 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 loaded=frozenset(connector_output.finished_recving or ()),
                 closed=said.closed,
                 failed_blocks=frozenset(connector_output.invalid_block_ids),
+                failed=frozenset(connector_output.failed_recving),
                 failed_step=said.failed_step,
                 changed=said.changed,
             )
         )
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self._on_scheduler().finished(request, block_ids)
+        return self.request_finished_all_groups(request, (block_ids,))  # beside connectors of one group
+
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._on_scheduler().finished(request, self._groups.block_lists(block_ids))
         return False, None  # its blocks are free: their next owner waits for our copies (`WorkerSide.let_go`)
 
     def reset_cache(self) -> bool | None:
@@ -249,6 +264,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
         tensor_ranks, pipeline_ranks = get_tp_group(), get_pp_group()
         distinct = tensor_ranks.world_size // self._replicas  # consecutive ranks hold the same bytes
         extras = layout_extras(self._vllm_config, self._kv_cache_config)
+        extras += [f"groups={self._groups.named}"] if self._groups.named else []
         models = find_models(self._vllm_config.compilation_config.static_forward_context)
         if self._replicas > self._kv_cache_config.kv_tp_replicas and not are_replicated(
             models, kv_caches, self._replicas
@@ -265,16 +281,24 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
             shards=pipeline_ranks.world_size * distinct,
             replica=tensor_ranks.rank_in_group % self._replicas,
             replicas=self._replicas,
-            block_tokens=self._block_tokens,
-            chunk_tokens=self._settings.chunk_tokens,
+            block_tokens=self._groups.block_tokens,
+            groups=self._groups.named,
+            chunk_tokens=self._chunk_tokens,
             fingerprint_extra=extras,
             path=self._settings.path,
             server_uids=self._settings.server_uids,
         )
-        self._worker_adapter.register_kv_caches(kv_caches, num_blocks=self._kv_cache_config.num_blocks)
+        self._worker_adapter.register_kv_caches(
+            self._groups.kept(kv_caches),
+            num_blocks=self._kv_cache_config.num_blocks,
+            groups=self._groups.layers if self._groups.named else None,
+        )
         self._kv_caches = kv_caches
         self._worker = WorkerSide(
-            self._worker_adapter, asynchronous=self._asynchronous, weights=self._watch_weights(models)
+            self._worker_adapter,
+            asynchronous=self._asynchronous,
+            by_request=not self._groups.alone,
+            weights=self._watch_weights(models),
         )
 
     def _watch_weights(self, models: "list[torch.nn.Module]") -> WeightsWatch | None:
@@ -326,10 +350,10 @@ class LMCacheTrioConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def wait_for_save(self) -> None:
         self._on_worker().store()
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         report = self._on_worker().report()
         self._closed |= report.closed
-        return None, report.loaded or None
+        return KVConnectorTransferResults(finished_recving=report.loaded, failed_recving=report.failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._on_worker().take_failed_blocks()
@@ -392,27 +416,3 @@ class NothingToCache(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         return
-
-
-def _block_tokens(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> int:
-    """Tokens of a block. Misuse, by name, for a cache whose blocks cannot be kept in chunks of consecutive tokens."""
-    groups = kv_cache_config.kv_cache_groups
-    names = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
-    if len(groups) != 1:
-        raise Misuse(
-            f"this model has {len(groups)} KV cache groups ({names}), and a chunk is made of one: leave out "
-            "--no-disable-hybrid-kv-cache-manager, so that vLLM keeps one; a model with Mamba layers cannot be cached"
-        )
-    spec = groups[0].kv_cache_spec
-    kinds = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
-    for kind in kinds:
-        if not isinstance(kind, FullAttentionSpec):
-            raise Misuse(
-                f"this model's KV cache is a {type(kind).__name__}, which does not keep the KV of all tokens; "
-                "lmcache-trio caches full attention only"
-            )
-    parallel = vllm_config.parallel_config
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, name, 1) > 1:
-            raise Misuse(f"{name} is {getattr(parallel, name)}: a rank's block has no consecutive tokens then; set 1")
-    return int(spec.block_size)

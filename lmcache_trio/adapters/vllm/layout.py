@@ -34,14 +34,14 @@ def layout_extras(vllm_config: Any, kv_cache_config: Any) -> list[str]:
 
 def _cpu_kernels(vllm_config: Any, kv_cache_config: Any) -> str:
     """The instruction sets that vLLM's CPU attention chose; if it does not tell, all those of the CPU."""
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    specs = getattr(spec, "kv_cache_specs", None)
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    each = [one for spec in specs for one in getattr(spec, "kv_cache_specs", {"": spec}).values()]
     try:
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
         dtype, cache_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
-        each = specs.values() if specs else [spec]
-        return str(sorted({_get_attn_isa(dtype, one.block_size, one.head_size, cache_dtype) for one in each}))
+        kernels = [one for one in each if hasattr(one, "head_size")]  # states have none
+        return str(sorted({_get_attn_isa(dtype, one.block_size, one.head_size, cache_dtype) for one in kernels}))
     except (ImportError, TypeError, AttributeError):
         return f"{platform.machine()} {_cpu_flags()}"
 

@@ -17,16 +17,21 @@ the newest has gone through a step that is ordered before this one.
 Beside another connector a request may begin with KV that came from there. If that was loaded in the step itself, only
 the step's output tells whether it is valid, and any request of the step may share it. So from such a step on nothing is
 stored until its output has come; if it names blocks that failed, vLLM recomputes them and they were never stored.
+
+Block lists are by KV group, each from the request's first token on, with -1 for a hole. What has left a window is a
+hole, and its blocks are written again while their request runs: also by itself. A state is stored from the block that
+vLLM names for it, and from no other: a list of blocks does not say which state a block holds.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import attrs
 
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.adapters import Group, LoadSpec, Need, StoreSpec
 from lmcache_trio.adapters.vllm.metadata import IDLE_SECONDS, StepPlan
 from lmcache_trio.errors import Misuse, Unavailable
 
@@ -35,6 +40,10 @@ __all__ = ["Cache", "EngineRequest", "Identify", "SchedulerSide", "StepOutput"]
 logger = logging.getLogger(__name__)
 
 Extras = Callable[[int, int], bytes]
+BlockLists = Sequence[Sequence[int]]
+"""All blocks of one request, by group."""
+States = Mapping[str, Sequence[tuple[int, int, int]]]
+"""By request: (group, block, tokens), the block that holds the group's state behind these tokens."""
 
 
 class EngineRequest(Protocol):
@@ -69,11 +78,14 @@ class Cache(Protocol):
     ) -> None: ...
     def check_lookup_result(self, request_id: str) -> int | None: ...
     def wait_lookups(self, request_ids: Sequence[str], seconds: float) -> None: ...
-    def update_after_alloc(
-        self, request_id: str, external_tokens: int, *, local_tokens: int = 0, block_ids: Sequence[int] = ()
-    ) -> LoadSpec | None: ...
+    def loads_after_alloc(
+        self, request_id: str, external_tokens: int, *, local_tokens: int = 0, blocks: BlockLists
+    ) -> tuple[LoadSpec, ...]: ...
     def extend(self, request_id: str, token_ids: Sequence[int], *, extras: Extras | None = None) -> list[bytes]: ...
-    def store_spec(self, request_id: str, first_chunk: int, block_ids: Sequence[int]) -> StoreSpec: ...
+    def store_specs(
+        self, request_id: str, first_chunk: int, end_chunk: int, blocks: BlockLists
+    ) -> tuple[StoreSpec, ...]: ...
+    def state_spec(self, request_id: str, group: int, boundary_tokens: int, block_id: int) -> StoreSpec | None: ...
     def mark_failed(self, request_id: str, first_failed_token: int) -> None: ...
     def free_lookup_locks(self, request_id: str) -> None: ...
     def end_session(self, request_id: str) -> None: ...
@@ -88,13 +100,15 @@ class StepOutput:
     """What the workers reported after *step*.
 
     *failed_step* is the latest step in which a synchronous load failed (0: none), *closed* says by how many workers a
-    finished request was named, *changed* that the model's weights are others than at the last reset.
+    finished request was named, *changed* that the model's weights are others than at the last reset. *failed*: requests
+    of *loaded* that are to be computed from their first token on, where a failed block does not tell what is valid.
     """
 
     step: int = 0
     loaded: frozenset[str] = frozenset()
     closed: Mapping[str, int] = attrs.Factory(dict)
     failed_blocks: frozenset[int] = frozenset()
+    failed: frozenset[str] = frozenset()
     failed_step: int = 0
     changed: bool = False
 
@@ -131,11 +145,11 @@ class _Last:
 
     tracked: _Tracked
     computed: int
-    block_ids: Sequence[int]
+    blocks: BlockLists
 
 
 class SchedulerSide:
-    """State of one engine's scheduler, which has *workers* ranks.
+    """State of one engine's scheduler, which has *workers* ranks and the KV groups *groups*.
 
     *loads* and *stores* say which way vLLM's `kv_role` lets it move KV.
     """
@@ -144,7 +158,7 @@ class SchedulerSide:
         self,
         cache: Cache,
         *,
-        block_tokens: int,
+        groups: Sequence[Group],
         asynchronous: bool,
         identify: Identify,
         loads: bool = True,
@@ -153,7 +167,8 @@ class SchedulerSide:
     ) -> None:
         self._cache = cache
         self._workers = workers
-        self._block_tokens = block_tokens
+        self._groups = groups
+        self._whole = len(groups) == 1 and groups[0].need is Need.EVERY  # what fails is computed from there on
         self._asynchronous = asynchronous
         self._identify = identify
         self._loads = loads
@@ -205,8 +220,8 @@ class SchedulerSide:
             return 0, False
         return tokens - local_tokens, self._asynchronous
 
-    def allocated(self, request: EngineRequest, block_ids: Sequence[int], external_tokens: int) -> None:
-        """*block_ids* are all blocks of the request; *external_tokens* are to be loaded from the cache.
+    def allocated(self, request: EngineRequest, blocks: BlockLists, external_tokens: int) -> None:
+        """*blocks* are all blocks of the request; *external_tokens* are to be loaded from the cache.
 
         Called again, with 0, when a load has ended.
         """
@@ -215,26 +230,26 @@ class SchedulerSide:
             local = request.num_computed_tokens
         else:
             self._started[request.request_id] = _AllocatedRequest(request, local + external_tokens)
-        self._written += block_ids[local // self._block_tokens :]
+        for group, ids in zip(self._groups, blocks, strict=True):
+            self._written += ids[local // group.block_tokens :]
         tracked = self._track(request)
         if tracked is None:
             return
         if external_tokens == 0:
             if tracked.asked:
                 tracked.asked = False
-                self._cache.update_after_alloc(request.request_id, 0)
+                self._cache.loads_after_alloc(request.request_id, 0, blocks=blocks)
             return
-        first = tracked.local_tokens // self._block_tokens
-        blocks = tuple(block_ids[first : first + external_tokens // self._block_tokens])
-        spec = self._cache.update_after_alloc(
-            request.request_id, external_tokens, local_tokens=tracked.local_tokens, block_ids=blocks
-        )
-        if spec is None:
+        local = tracked.local_tokens
+        specs = self._cache.loads_after_alloc(request.request_id, external_tokens, local_tokens=local, blocks=blocks)
+        if not specs:
             raise Misuse(f"the adapter gave no load for {external_tokens} tokens of {request.request_id}")
         tracked.asked = False
-        tracked.load_first, tracked.load_blocks = tracked.local_tokens, blocks
+        if self._whole:
+            first, end = (tokens // self._groups[0].block_tokens for tokens in (local, local + external_tokens))
+            tracked.load_first, tracked.load_blocks = local, tuple(blocks[0][first:end])
         tracked.loading = self._asynchronous
-        self._load_specs.append(spec)
+        self._load_specs += specs
         if not self._asynchronous:
             self._read_in_step.append(request.request_id)
 
@@ -242,12 +257,13 @@ class SchedulerSide:
         self,
         scheduled: Mapping[str, int],
         preempted: Sequence[str],
-        blocks_of: Callable[[str], Sequence[int]],
+        blocks_of: Callable[[str], BlockLists],
         grown: Iterable[int] = (),
+        states: States = MappingProxyType({}),
     ) -> StepPlan:
         """The plan of the step that computes *scheduled* tokens (by request); *blocks_of* gives a request's blocks.
 
-        *grown* are the blocks that running requests were given for this step.
+        *grown* are the blocks that running requests were given for this step. *states* are there at the step's end.
         """
         self._step += 1
         if not scheduled and self._unanswered:
@@ -265,9 +281,8 @@ class SchedulerSide:
                 tracked = self._tracked.get(request_id)
                 if tracked is not None:
                     computed = tracked.request.num_computed_tokens + tokens
-                    spec = self._store(tracked, computed, partial(blocks_of, request_id))
-                    if spec is not None:
-                        self._store_specs.append(spec)
+                    self._store_specs += self._store(tracked, computed, partial(blocks_of, request_id))
+                    self._store_specs += self._store_states(tracked, states.get(request_id, ()))
         plan = StepPlan(
             step=self._step,
             settled=self._settled,
@@ -298,8 +313,7 @@ class SchedulerSide:
         specs: list[StoreSpec] = []
         for each in last:
             if not self._strange and not self._unsure():
-                spec = self._store(each.tracked, each.computed, each.block_ids)
-                specs += [spec] if spec is not None else []
+                specs += self._store(each.tracked, each.computed, each.blocks)
             self._end_if_over(each.tracked)
         return tuple(specs)
 
@@ -314,7 +328,11 @@ class SchedulerSide:
             )
         if output.failed_blocks:
             self._failed(output.failed_blocks)
-            self._last = [each for each in self._last if output.failed_blocks.isdisjoint(each.block_ids)]
+            self._last = [each for each in self._last if output.failed_blocks.isdisjoint(each.blocks[0])]
+        for request_id in output.failed:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.loading:
+                self._fail(tracked, 0)
         if output.failed_step:
             self._settle(output.failed_step)
         for request_id in self._read_in_step:
@@ -331,8 +349,8 @@ class SchedulerSide:
                 tracked.storing -= workers
                 self._end_if_over(tracked)
 
-    def finished(self, request: EngineRequest, block_ids: Sequence[int]) -> None:
-        """*block_ids* are those of its computed tokens. Its blocks are free when this returns, unless it is loading."""
+    def finished(self, request: EngineRequest, blocks: BlockLists) -> None:
+        """*blocks* are those of its computed tokens. Its blocks are free when this returns, unless it is loading."""
         self._local.pop(request.request_id, None)
         self._started.pop(request.request_id, None)
         tracked = self._tracked.get(request.request_id)
@@ -342,7 +360,7 @@ class SchedulerSide:
         if not tracked.loading and self._stores:
             # Steps still in flight may have computed more, for tokens that are not wanted any more.
             computed = request.num_computed_tokens - request.num_in_flight_tokens
-            self._last.append(_Last(tracked, computed, tuple(block_ids)))
+            self._last.append(_Last(tracked, computed, tuple(map(tuple, blocks))))
         self._end_if_over(tracked)
 
     def reset(self) -> None:
@@ -372,9 +390,9 @@ class SchedulerSide:
         return tracked
 
     def _store(
-        self, tracked: _Tracked, computed: int, blocks: Sequence[int] | Callable[[], Sequence[int]]
-    ) -> StoreSpec | None:
-        """A store of the chunks that *computed* tokens complete, as far as their ids are known."""
+        self, tracked: _Tracked, computed: int, blocks: BlockLists | Callable[[], BlockLists]
+    ) -> tuple[StoreSpec, ...]:
+        """Stores of the chunks that *computed* tokens complete, as far as their ids are known."""
         chunk = self._cache.chunk_tokens
         if chunk != self._chunk_tokens:  # the first server came: what was planned before is stored nowhere
             self._chunk_tokens = chunk
@@ -382,32 +400,46 @@ class SchedulerSide:
                 each.stored = 0
         ready = min(computed, tracked.request.num_tokens) // chunk
         if ready <= tracked.stored:
-            return None
-        request_id, a_chunk = tracked.request.request_id, chunk // self._block_tokens
-        found = blocks() if callable(blocks) else blocks
-        wanted = tuple(found[tracked.stored * a_chunk : ready * a_chunk])
+            return ()
+        request_id, found = tracked.request.request_id, blocks() if callable(blocks) else blocks
         try:
             self._cache.extend(request_id, tracked.request.all_token_ids[: ready * chunk], extras=tracked.extras)
-            spec = self._cache.store_spec(request_id, tracked.stored, wanted)
+            specs = self._cache.store_specs(request_id, tracked.stored, ready, found)
         except Misuse:
             if self._cache.chunk_tokens == chunk:
                 raise
-            return None  # the first server appeared just now, with chunks of its own length: next step
-        if spec.chunk_tokens not in (0, chunk):
-            return None  # likewise: *wanted* are not the blocks of these chunks
+            return ()  # the first server appeared just now, with chunks of its own length: next step
+        if any(spec.chunk_tokens not in (0, chunk) for spec in specs):
+            return ()  # likewise: these are not the chunks that are ready
         tracked.stored = ready
-        tracked.storing = self._workers
-        return spec
+        if specs:
+            tracked.storing = self._workers
+        return specs
+
+    def _store_states(self, tracked: _Tracked, states: Iterable[tuple[int, int, int]]) -> list[StoreSpec]:
+        """Stores of *states*, as far as a chunk ends where they do."""
+        request, specs = tracked.request, []
+        for group, block, tokens in states:
+            if tokens <= request.num_tokens:
+                self._cache.extend(request.request_id, request.all_token_ids[:tokens], extras=tracked.extras)
+                spec = self._cache.state_spec(request.request_id, group, tokens, block)
+                specs += [spec] if spec is not None else []
+        if specs:
+            tracked.storing = self._workers
+        return specs
 
     def _failed(self, failed: frozenset[int]) -> None:
-        for request_id, tracked in self._tracked.items():
+        for tracked in self._tracked.values():
             for i, block in enumerate(tracked.load_blocks):
                 if block in failed:
-                    first = tracked.load_first + i * self._block_tokens
-                    tracked.failed_at = first if tracked.failed_at is None else min(first, tracked.failed_at)
-                    self._cache.mark_failed(request_id, first)
-                    tracked.stored = min(tracked.stored, first // self._cache.chunk_tokens)
+                    self._fail(tracked, tracked.load_first + i * self._groups[0].block_tokens)
                     break
+
+    def _fail(self, tracked: _Tracked, first: int) -> None:
+        """A load of the token *first* failed: it and what is behind it are not offered again, and stored anew."""
+        tracked.failed_at = first if tracked.failed_at is None else min(first, tracked.failed_at)
+        self._cache.mark_failed(tracked.request.request_id, first)
+        tracked.stored = min(tracked.stored, first // self._cache.chunk_tokens)
 
     def _settle(self, step: int) -> None:
         """KV of the plans up to *step* may have been computed from blocks that failed, in any request that shares them.

@@ -88,13 +88,20 @@ def check_failure_policy(policy: str) -> None:
         )
 
 
-def check_load_mode(load: LoadMode, concurrent_batches: int, replicas: int = 1) -> None:
+def check_load_mode(load: LoadMode, concurrent_batches: int, replicas: int = 1, *, whole: bool = True) -> None:
     """A synchronous load that fails is noticed after its step ran; vLLM takes back that step alone.
 
     With asynchronous scheduling or pipeline parallelism the step behind it is under way already, and vLLM 0.32 hands
     out the token that it computed from the blocks that failed. Of *replicas* that hold the same KV the first one stores
-    it for all, before it is known that another one's load has failed, and that all computed from it.
+    it for all, before it is known that another one's load has failed, and that all computed from it. *whole*: the
+    engine keeps the KV of all tokens, so that vLLM can compute on from the first block that failed.
     """
+    if load is LoadMode.SYNC and not whole:
+        raise ConfigError(
+            f"{PREFIX}.load",
+            "is 'sync', but this model has several KV groups, a sliding window's or states: after a failed load vLLM"
+            " computes such a request from its first token on, and only if it was loaded with 'async'",
+        )
     if load is LoadMode.SYNC and replicas > 1:
         raise ConfigError(
             f"{PREFIX}.load",

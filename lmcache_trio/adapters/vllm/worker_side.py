@@ -47,24 +47,38 @@ class WorkerVerbs(Protocol):
     def wait_retrieve(self, seconds: float) -> None: ...
     def take_finished(self) -> tuple[set[str], set[str]]: ...
     def take_failed_blocks(self) -> set[int]: ...
+    def take_failed_requests(self) -> set[str]: ...
 
 
 @attrs.frozen
 class Report:
-    """*closed*: requests that were closing and have no copy any more. *loaded*: requests whose load has ended."""
+    """*closed*: requests that were closing and have no copy any more. *loaded*: requests whose loads have ended.
+
+    *failed* are those of *loaded* whose KV is not valid, where vLLM asks for requests and not for blocks.
+    """
 
     closed: set[str]
     loaded: set[str]
+    failed: set[str]
 
 
 class WorkerSide:
-    """State of one worker. *asynchronous*: loads are submitted, and end between steps.
+    """State of one worker. *asynchronous*: loads are submitted, and end between steps. *by_request*: of a request whose
+    load failed no token is valid, which no failed block could tell. Such loads are asynchronous.
 
     *weights* tells whether they have changed; None if that cannot be told.
     """
 
-    def __init__(self, mover: WorkerVerbs, *, asynchronous: bool, weights: Weights | None = None) -> None:
+    def __init__(
+        self,
+        mover: WorkerVerbs,
+        *,
+        asynchronous: bool,
+        by_request: bool = False,
+        weights: Weights | None = None,
+    ) -> None:
         self._mover = mover
+        self._by_request = by_request
         self._weights = weights
         self._resets = 0
         self.changed = False
@@ -77,6 +91,7 @@ class WorkerSide:
         self._tainted = 0  # the latest step in which a synchronous load failed
         self._failed_now = 0
         self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
 
     def let_go(self, plan: StepPlan) -> None:
         """Return when nothing reads the blocks that the step of *plan* will write."""
@@ -90,6 +105,8 @@ class WorkerSide:
         busy = [request_id for request_id, blocks in self._reading.items() if not blocks.isdisjoint(plan.written)]
         if busy:
             self._mover.wait_stores(busy)
+            for request_id in busy:
+                self._reading[request_id] = set()
 
     def _may_store(self, plan: StepPlan) -> bool:
         if not self.changed and self._weights is not None:
@@ -134,12 +151,17 @@ class WorkerSide:
             self._reading.pop(request_id, None)
         closed = self._closing - self._reading.keys() - self._planned
         self._closing -= closed
-        return Report(closed, loaded)
+        if self._by_request:
+            self._failed_requests |= self._mover.take_failed_requests()
+        failed = self._failed_requests & loaded
+        self._failed_requests -= failed
+        return Report(closed, loaded, failed)
 
     def take_failed_blocks(self) -> set[int]:
+        """Blocks whose load failed. None where failures are told by request: vLLM would end the engine."""
         failed = self._failed_blocks | self._mover.take_failed_blocks()
         self._failed_blocks = set()
-        return failed
+        return set() if self._by_request else failed
 
     @property
     def step(self) -> int:

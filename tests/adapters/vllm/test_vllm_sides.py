@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import attrs
 import pytest
-from support.vllm_model import BLOCK, CHUNK, Cache, Memory, Mover, Request, true_kv
+from support.vllm_model import BLOCK, CHUNK, GROUPS, Cache, Memory, Mover, Request, true_kv
 
 from lmcache_trio import Unavailable
-from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
+from lmcache_trio.adapters import LoadSpec, StoreSpec
 from lmcache_trio.adapters.vllm.metadata import StepPlan
 from lmcache_trio.adapters.vllm.scheduler_side import SchedulerSide, StepOutput
 from lmcache_trio.adapters.vllm.worker_side import WorkerSide
@@ -31,7 +31,7 @@ def side(
 ) -> SchedulerSide:
     return SchedulerSide(
         cache,
-        block_tokens=BLOCK,
+        groups=GROUPS,
         asynchronous=asynchronous,
         identify=lambda _: None,
         loads=loads,
@@ -44,14 +44,14 @@ def request(tokens: list[int] = TOKENS, *, skip: bool = False) -> Request:
     return Request("r", list(tokens), len(tokens), 8, skip)
 
 
-def blocks_of(_: str) -> list[int]:
-    return BLOCKS
+def blocks_of(_: str) -> tuple[list[int]]:
+    return (BLOCKS,)
 
 
 def load_all(scheduler: SchedulerSide, of: Request) -> LoadSpec:
     tokens, _ = scheduler.offer(of, 0)
     assert tokens is not None
-    scheduler.allocated(of, BLOCKS, tokens)
+    scheduler.allocated(of, (BLOCKS,), tokens)
     of.num_computed_tokens = tokens
     (spec,) = scheduler.plan({}, [], blocks_of).loads
     return spec
@@ -65,7 +65,7 @@ def test_a_local_hit_that_ends_inside_a_chunk_loads_the_chunks_remaining_blocks(
     scheduler, asked = side(cache), request()
     local = CHUNK + BLOCK
     assert scheduler.offer(asked, local) == (3 * CHUNK - local, True)
-    scheduler.allocated(asked, BLOCKS, 3 * CHUNK - local)
+    scheduler.allocated(asked, (BLOCKS,), 3 * CHUNK - local)
     (spec,) = scheduler.plan({}, [], blocks_of).loads
     assert (spec.start, spec.count, spec.skip_blocks) == (1, 2, 1)
     assert spec.block_ids == tuple(BLOCKS[local // BLOCK : 3 * CHUNK // BLOCK])
@@ -74,7 +74,7 @@ def test_a_local_hit_that_ends_inside_a_chunk_loads_the_chunks_remaining_blocks(
 def test_a_hit_that_the_engine_has_itself_is_not_loaded(cache: Cache) -> None:
     scheduler, asked = side(cache), request()
     assert scheduler.offer(asked, 3 * CHUNK) == (0, False)
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     assert scheduler.plan({}, [], blocks_of).loads == ()
     assert "r" not in cache.answers, "the answer was not given back"
 
@@ -83,7 +83,7 @@ def test_a_request_that_skips_reading_is_stored_and_not_looked_up(cache: Cache) 
     scheduler, asked = side(cache), request(skip=True)
     assert scheduler.offer(asked, 0) == (0, False)
     assert not cache.answers
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     (spec,) = scheduler.plan({"r": CHUNK}, [], blocks_of).stores
     assert spec.block_ids == tuple(BLOCKS[: CHUNK // BLOCK])
 
@@ -91,12 +91,12 @@ def test_a_request_that_skips_reading_is_stored_and_not_looked_up(cache: Cache) 
 def test_a_producer_only_stores_and_a_consumer_only_loads(cache: Cache) -> None:
     producer, asked = side(cache, loads=False), request()
     assert producer.offer(asked, 0) == (0, False)
-    producer.allocated(asked, BLOCKS, 0)
+    producer.allocated(asked, (BLOCKS,), 0)
     assert len(producer.plan({"r": CHUNK}, [], blocks_of).stores) == 1
     consumer, asked = side(cache, stores=False), request()
     assert load_all(consumer, asked).count == 3
     assert consumer.plan({"r": 1}, [], blocks_of).stores == ()
-    consumer.finished(asked, BLOCKS)
+    consumer.finished(asked, (BLOCKS,))
     plan = consumer.plan({}, [], blocks_of)
     assert (plan.last_stores, plan.closing) == ((), ())
 
@@ -104,7 +104,7 @@ def test_a_producer_only_stores_and_a_consumer_only_loads(cache: Cache) -> None:
 def test_only_tokens_whose_ids_are_known_are_stored(cache: Cache) -> None:
     """With steps that overlap, the last positions that a step computes have ids that nobody knows yet."""
     scheduler, asked = side(cache), request(TOKENS[: CHUNK - 1])
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores == ()
     asked.all_token_ids.append(7)
     asked.num_computed_tokens = CHUNK
@@ -113,7 +113,7 @@ def test_only_tokens_whose_ids_are_known_are_stored(cache: Cache) -> None:
 
 def test_what_a_decode_completes_is_stored(cache: Cache) -> None:
     scheduler, asked = side(cache), request(TOKENS[: CHUNK - 1])
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     assert scheduler.plan({"r": CHUNK - 1}, [], blocks_of).stores == ()
     asked.all_token_ids.append(7)
     asked.num_computed_tokens = CHUNK - 1
@@ -122,10 +122,10 @@ def test_what_a_decode_completes_is_stored(cache: Cache) -> None:
 
 def test_a_session_ends_when_every_worker_has_closed_the_request_whose_blocks_are_free_at_once(cache: Cache) -> None:
     scheduler, asked = side(cache, workers=2), request()
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores
     asked.num_computed_tokens = CHUNK
-    scheduler.finished(asked, BLOCKS)
+    scheduler.finished(asked, (BLOCKS,))
     assert scheduler.plan({}, [], blocks_of).closing == ("r",)
     assert scheduler.plan({}, [], blocks_of).closing == (), "it was named twice"
     scheduler.output(StepOutput(closed={"r": 1}))
@@ -137,12 +137,12 @@ def test_a_session_ends_when_every_worker_has_closed_the_request_whose_blocks_ar
 def test_what_a_finished_request_completed_last_is_stored_before_its_blocks_are_written(cache: Cache) -> None:
     """With steps that overlap, the ids of its last tokens are known when it has finished, and not before."""
     scheduler, asked = side(cache), request(TOKENS[: CHUNK - 1])
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores == ()
     asked.all_token_ids.append(7)
     asked.num_computed_tokens = CHUNK
-    scheduler.finished(asked, BLOCKS)
-    plan = scheduler.plan({"other": 1}, [], lambda _: (), grown=BLOCKS)
+    scheduler.finished(asked, (BLOCKS,))
+    plan = scheduler.plan({"other": 1}, [], lambda _: ((),), grown=BLOCKS)
     (last,) = plan.last_stores
     assert last.block_ids == tuple(BLOCKS[: CHUNK // BLOCK])
     memory = Memory(len(BLOCKS) + BLOCKS[0], sharing=False)
@@ -156,11 +156,11 @@ def test_what_a_finished_request_completed_last_is_stored_before_its_blocks_are_
 def test_after_a_reset_nothing_is_stored_from_free_blocks(cache: Cache) -> None:
     """vLLM may have given their memory back, as it does before it sleeps."""
     scheduler, asked = side(cache), request(TOKENS[: CHUNK - 1])
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     scheduler.plan({"r": CHUNK}, [], blocks_of)
     asked.all_token_ids.append(7)
     asked.num_computed_tokens = CHUNK
-    scheduler.finished(asked, BLOCKS)
+    scheduler.finished(asked, (BLOCKS,))
     scheduler.reset()
     assert scheduler.plan({}, [], blocks_of).last_stores == ()
     assert scheduler.statistics() == {"requests": 0, "loading": 0}
@@ -168,15 +168,15 @@ def test_after_a_reset_nothing_is_stored_from_free_blocks(cache: Cache) -> None:
 
 def test_an_id_that_comes_again_is_another_request(cache: Cache) -> None:
     scheduler, asked = side(cache), request()
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores
     asked.num_computed_tokens = CHUNK
-    scheduler.finished(asked, BLOCKS)
+    scheduler.finished(asked, (BLOCKS,))
     scheduler.plan({}, [], blocks_of)
     other = request([*reversed(TOKENS)])
     assert scheduler.offer(other, 0) == (0, False)
     assert cache.ended == ["r"]
-    scheduler.allocated(other, BLOCKS, 0)
+    scheduler.allocated(other, (BLOCKS,), 0)
     scheduler.output(StepOutput(closed={"r": 1}))  # of the first one
     assert len(scheduler.plan({"r": CHUNK}, [], blocks_of).stores) == 1
 
@@ -202,7 +202,7 @@ def borrowing(cache: Cache, *, tokens: int = CHUNK) -> tuple[SchedulerSide, Requ
     """A request of which another connector brought the first *tokens*; its first step is planned next."""
     scheduler, asked = side(cache), request([*reversed(TOKENS)])
     assert scheduler.offer(asked, 0) == (0, False)
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     asked.num_computed_tokens = tokens
     return scheduler, asked
 
@@ -232,7 +232,7 @@ def test_requests_beside_one_that_borrows_are_stored_when_its_step_was_valid(cac
     """They may share the blocks that are loaded in the step: vLLM's own cache knows them already."""
     scheduler, _ = borrowing(cache)
     beside = Request("beside", [5, *TOKENS], len(TOKENS) + 1, 8)
-    scheduler.allocated(beside, BLOCKS, 0)
+    scheduler.allocated(beside, (BLOCKS,), 0)
     first = scheduler.plan({"r": CHUNK, "beside": CHUNK}, [], blocks_of)
     assert first.stores == ()
     beside.num_computed_tokens = CHUNK
@@ -248,7 +248,7 @@ def test_a_request_that_borrows_and_ends_with_its_first_step_is_stored_if_that_w
     scheduler, asked = borrowing(cache)
     first = scheduler.plan({"r": CHUNK}, [], blocks_of)
     asked.num_computed_tokens = 2 * CHUNK
-    scheduler.finished(asked, BLOCKS)
+    scheduler.finished(asked, (BLOCKS,))
     scheduler.output(StepOutput(first.step, failed_blocks=frozenset(BLOCKS[1:2] if failed else ())))
     assert len(scheduler.plan({}, [], blocks_of).last_stores) == (not failed)
 
@@ -258,11 +258,11 @@ def test_a_request_that_nobody_can_identify_may_borrow_too(cache: Cache) -> None
         if getattr(each, "request_id", "") == "r":
             raise Unavailable("its adapter's files are gone")
 
-    scheduler = SchedulerSide(cache, block_tokens=BLOCK, asynchronous=True, identify=identify)
+    scheduler = SchedulerSide(cache, groups=GROUPS, asynchronous=True, identify=identify)
     unknown, beside = request(), Request("beside", [5, *TOKENS], len(TOKENS) + 1, 8)
     for each in (unknown, beside):
         scheduler.offer(each, 0)
-        scheduler.allocated(each, BLOCKS, 0)
+        scheduler.allocated(each, (BLOCKS,), 0)
     unknown.num_computed_tokens = CHUNK
     assert scheduler.plan({"r": CHUNK, "beside": CHUNK}, [], blocks_of).stores == ()
 
@@ -270,12 +270,12 @@ def test_a_request_that_nobody_can_identify_may_borrow_too(cache: Cache) -> None
 def test_a_request_that_ends_while_it_loads_is_over_when_its_load_is(cache: Cache) -> None:
     """It had stored something before it was preempted; vLLM frees its blocks when the load is reported."""
     scheduler, asked = side(cache), request()
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores
     asked.num_computed_tokens = 0
     scheduler.plan({}, ["r"], blocks_of)
     load_all(scheduler, asked)
-    scheduler.finished(asked, BLOCKS)
+    scheduler.finished(asked, (BLOCKS,))
     assert scheduler.plan({}, [], blocks_of).closing == ()
     scheduler.output(StepOutput(loaded=frozenset({"r"})))
     assert scheduler.plan({}, [], blocks_of).closing == ("r",)
@@ -289,7 +289,7 @@ def test_a_failed_load_is_not_offered_again_and_what_is_computed_instead_is_stor
     scheduler.output(StepOutput(loaded=frozenset({"r"}), failed_blocks=frozenset(spec.block_ids[CHUNK // BLOCK :])))
     asked.num_computed_tokens = 0
     assert scheduler.offer(asked, 0) == (CHUNK, True)
-    scheduler.allocated(asked, BLOCKS, CHUNK)
+    scheduler.allocated(asked, (BLOCKS,), CHUNK)
     asked.num_computed_tokens = CHUNK
     (store,) = scheduler.plan({"r": CHUNK}, [], blocks_of).stores
     assert store.block_ids == tuple(BLOCKS[CHUNK // BLOCK : 2 * CHUNK // BLOCK])
@@ -299,12 +299,12 @@ def test_a_request_that_nobody_can_identify_goes_uncached(cache: Cache) -> None:
     def unknown(_: object) -> None:
         raise Unavailable("its adapter's files are gone")
 
-    scheduler = SchedulerSide(cache, block_tokens=BLOCK, asynchronous=True, identify=unknown)
+    scheduler = SchedulerSide(cache, groups=GROUPS, asynchronous=True, identify=unknown)
     asked = request()
     assert scheduler.offer(asked, 0) == (0, False)
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     assert scheduler.plan({"r": len(TOKENS)}, [], blocks_of).stores == ()
-    scheduler.finished(asked, BLOCKS)
+    scheduler.finished(asked, (BLOCKS,))
     plan = scheduler.plan({}, [], blocks_of)
     assert (plan.last_stores, plan.closing) == ((), ())
 
@@ -455,7 +455,7 @@ def test_an_engine_with_other_weights_is_offered_nothing_and_told_once_to_reset(
     assert [record.getMessage().count("reset_connector=True") for record in caplog.records] == [1]
     assert scheduler.offer(asked, 0) == (0, False)
     assert cache.answers == {}
-    scheduler.allocated(asked, BLOCKS, 0)
+    scheduler.allocated(asked, (BLOCKS,), 0)
     assert scheduler.plan({"r": CHUNK}, [], blocks_of).stores == ()
     scheduler.reset()
     scheduler.output(StepOutput(plan.step, changed=True))  # of a step that came before it
@@ -488,6 +488,7 @@ class Recorder:
     def submit_retrieve(self, spec: LoadSpec) -> None: ...
     def wait_retrieve(self, seconds: float) -> None: ...
     def wait_stores(self, request_ids: object = None) -> None: ...
+    def take_failed_requests(self) -> set[str]: ...  # type: ignore[empty-body]
 
 
 def synchronous_step(worker: WorkerSide, step: int, *, settled: int = 0) -> None:

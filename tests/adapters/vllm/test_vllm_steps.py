@@ -12,7 +12,7 @@ import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.vllm_model import BLOCK, Cache, Memory, Mover, Request, next_kv, sampled, true_answer
+from support.vllm_model import BLOCK, GROUPS, Cache, Memory, Mover, Request, next_kv, sampled, true_answer
 
 from lmcache_trio.adapters.vllm.metadata import StepPlan
 from lmcache_trio.adapters.vllm.scheduler_side import SchedulerSide, StepOutput
@@ -37,9 +37,7 @@ class Engine:
         self.memory = Memory(blocks, sharing=asynchronous)
         self.cache = Cache(lambda: not draw(4))
         self.mover = Mover(self.cache, self.memory, lambda: not draw(3))
-        self.side = SchedulerSide(
-            self.cache, block_tokens=BLOCK, asynchronous=asynchronous, identify=lambda request: None
-        )
+        self.side = SchedulerSide(self.cache, groups=GROUPS, asynchronous=asynchronous, identify=lambda request: None)
         self.worker = WorkerSide(self.mover, asynchronous=asynchronous)
         self.asynchronous = asynchronous
         self.waiting: list[Request] = []
@@ -61,7 +59,9 @@ class Engine:
             self._schedule_waiting(scheduled)
         blocks = {request.request_id: request.blocks for request, _ in scheduled}
         counts = {request.request_id: count for request, count in scheduled}
-        plan = self.side.plan(counts, [request.request_id for request in preempted], lambda each: blocks[each], grown)
+        plan = self.side.plan(
+            counts, [request.request_id for request in preempted], lambda each: (blocks[each],), grown
+        )
         starts = [request.num_computed_tokens for request, _ in scheduled]
         for request, count in scheduled:
             request.num_computed_tokens += count
@@ -123,7 +123,7 @@ class Engine:
             count = 0 if between else min(request.num_tokens - computed, 1 + self.draw(6))
             if (between and self._crowded(request)) or not self.memory.grow(request, computed + count, shared):
                 break
-            self.side.allocated(request, list(request.blocks), external)
+            self.side.allocated(request, (list(request.blocks),), external)
             request.num_computed_tokens = computed
             if between:
                 request.state, request.loaded = "loading", False
@@ -160,7 +160,8 @@ class Engine:
         report = self.worker.report()
         failed = frozenset(self.worker.take_failed_blocks())
         closed = dict.fromkeys(report.closed, 1)
-        said = StepOutput(self.worker.step, frozenset(report.loaded), closed, failed, self.worker.failed_step)
+        loaded, failed_step = frozenset(report.loaded), self.worker.failed_step
+        said = StepOutput(self.worker.step, loaded, closed, failed, failed_step=failed_step)
         return Output(scheduled, tokens, said)
 
     def _process(self, output: Output) -> None:
@@ -202,7 +203,7 @@ class Engine:
             if request in queue:
                 queue.remove(request)
         used = request.blocks[: -(-request.num_computed_tokens // BLOCK)]
-        self.side.finished(request, used)
+        self.side.finished(request, (used,))
         if not loading:
             self.memory.drop(request)  # to be used again in the very next step
 

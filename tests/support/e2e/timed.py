@@ -15,8 +15,14 @@ __all__ = ["TimedConnector", "take_steps"]
 
 CALLED = (
     *("get_num_new_matched_tokens", "update_state_after_alloc", "build_connector_meta", "update_connector_output"),
-    *("request_finished", "handle_preemptions", "bind_connector_metadata", "start_load_kv", "wait_for_layer_load"),
-    *("save_kv_layer", "wait_for_save", "get_finished", "get_block_ids_with_load_errors"),
+    *(
+        "request_finished_all_groups",
+        "handle_preemptions",
+        "bind_connector_metadata",
+        "start_load_kv",
+        "wait_for_layer_load",
+    ),
+    *("save_kv_layer", "wait_for_save", "get_transfer_results", "get_block_ids_with_load_errors"),
     "build_connector_worker_meta",
 )
 _steps: list[float] = [0.0]
