@@ -282,6 +282,38 @@ def test_an_answer_that_is_used_up_fails_in_every_group(live_server: ServerProce
     assert torch.equal(one.pool, before)
 
 
+@pytest.mark.parametrize("kind", ["every and window", KIND])
+def test_a_disk_has_all_parts_after_a_restart_and_a_lookup_loads_those_that_it_needs(
+    tmp_path: Path, engines: Engines, kind: str
+) -> None:
+    settings = ("tiers.0.backend=disk", f"tiers.0.path={tmp_path}/disk", "tiers.0.size=64MiB")
+    server = ServerProcess(f"unix://{tmp_path}/s.sock", *settings, "grace=5.0", "memory.size=16MiB")
+    server.start()
+    try:
+        server.wait_tier()
+        one = engines(server, kind, 1)
+        early, late = one.allocate(3 * CHUNK, 0), one.allocate(len(TOKENS), 3 * CHUNK)
+        late[0][: len(early[0])] = early[0]
+        stored = one.store("r", 0, 3, early) + one.store("r", 3, 6, late)
+        wait_until(lambda: server.statistics()["tiers"][0]["stores"] == stored)
+        server.end()
+        server.start()
+        server.wait_tier()
+        two = engines(server, kind)
+        assert two.side.lookup("q", TOKENS) == len(TOKENS)
+        (tier,) = server.statistics()["tiers"]
+        assert tier["loads"] == parts_needed(one.groups, 6) < stored
+        target, before = two.allocate(len(TOKENS), len(TOKENS)), two.pool.clone()
+        two.side.worker.retrieve_now(two.plan("q", len(TOKENS), target))
+        assert two.side.worker.take_failed_requests() == set()
+        check_loaded(one, late, two, target, before)
+        two.side.scheduler.end_session("q")
+        names = ("leases", "holds", "prefetches", "pins", "sessions", "chunks_writing", "reservations")
+        wait_until(lambda: not any(server.held[name] for name in names))
+    finally:
+        server.kill()
+
+
 def test_a_worker_names_the_layers_of_each_group(live_server: ServerProcess, engines: Engines) -> None:
     one = engines(live_server, "every and window")
     for layers in (None, one.layers[:1], [*one.layers, []]):

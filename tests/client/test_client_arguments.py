@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from lmcache_trio import Client, Config, Role, open_client, open_server
-from lmcache_trio.adapters import LoadSpec, SchedulerAdapter, StoreSpec, WorkerAdapter
+from lmcache_trio.adapters import Group, LoadSpec, SchedulerAdapter, StoreSpec, WorkerAdapter
 from lmcache_trio.errors import Misuse
 
 DIGEST, HUGE = b"d" * 32, 2**70
@@ -65,6 +65,11 @@ def wrong() -> list[tuple[str, Say]]:
     add("register fingerprint", lambda c, v: c.register(v, 16, 16), WRONG_IDS)
     add("register bytes", lambda c, v: c.register(DIGEST, v, 16), [*WRONG_NUMBERS, 0])
     add("register block_tokens", lambda c, v: c.register(DIGEST, 16, v), [*WRONG_NUMBERS, 0])
+    parts: list[Any] = [(0,), (-1,), ("7",), 7, "7", (16,) * 17]
+    add("register parts", lambda c, v: c.register(DIGEST, 16, 16, part_bytes=v), parts)
+    groups = [16, *WRONG_NUMBERS]
+    add("retrieve group", lambda c, v: c.retrieve(b"l", 0, 1, group=v), groups)
+    add("reserve group", lambda c, v: c.reserve(1, b"", [DIGEST], group=v), groups)
     add("retrieve lease", lambda c, v: c.retrieve(v, 0, 1), WRONG_IDS)
     add("retrieve start", lambda c, v: c.retrieve(b"l", v, 1), WRONG_NUMBERS)
     add("retrieve count", lambda c, v: c.retrieve(b"l", 0, v), [*WRONG_NUMBERS, 0])
@@ -127,6 +132,9 @@ async def test_what_cannot_be_sent_is_misuse_and_the_connection_goes_on(
         {"name": "n" * 513},
         {"identity": b"i" * 33},
         {"identity": "a model"},
+        {"groups": 7},
+        {"groups": (7,)},
+        {"groups": (Group(),) * 17},
     ],
 )
 async def test_a_client_that_cannot_be_introduced_is_misuse_before_a_server_is_asked(wrong: dict[str, Any]) -> None:

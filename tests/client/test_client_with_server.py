@@ -3,8 +3,9 @@
 import fcntl
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import trio
 from lmcache_trio import Client, Config, Role, Server, open_client, open_server
 from lmcache_trio._transport.arena_map import ArenaMap
 from lmcache_trio._wire.messages import MAX_RESERVED
+from lmcache_trio.adapters import Group, Need
 from lmcache_trio.errors import Gone, Misuse, ProtocolError, Unavailable
 
 SHARD = 4096
@@ -20,14 +22,17 @@ DIGESTS = [bytes([i]) * 32 for i in range(1, 4)]
 
 
 @asynccontextmanager
-async def engine(tmp_path: Path, *, size: int = 1 << 20) -> AsyncIterator[tuple[Server, Client, Client]]:
+async def engine(
+    tmp_path: Path, *, size: int = 1 << 20, groups: Sequence[Group] = (), part_bytes: Sequence[int] = ()
+) -> AsyncIterator[tuple[Server, Client, Client]]:
     """A server, a scheduler, and a worker that registered."""
     config = Config(address=f"unix://{tmp_path}/c.sock", memory={"backend": "cpu", "size": size}, grace=0.1)
     with trio.fail_after(60):
         async with open_server(config) as server:
-            async with open_client(config.address, role=Role.SCHEDULER, engine="e") as scheduler:
-                async with open_client(config.address, role=Role.WORKER, engine="e") as worker:
-                    await worker.register(b"f" * 32, SHARD, 16)
+            said = partial(open_client, config.address, engine="e", block_tokens=16 if groups else 0, groups=groups)
+            async with said(role=Role.SCHEDULER) as scheduler:
+                async with said(role=Role.WORKER) as worker:
+                    await worker.register(b"f" * 32, sum(part_bytes) or SHARD, 16, part_bytes=part_bytes)
                     while not worker.taken:
                         await worker.ping()
                     yield server, scheduler, worker
@@ -44,6 +49,25 @@ async def test_what_is_stored_is_retrieved_byte_for_byte(tmp_path: Path) -> None
         assert answer.chunks == 3
         async with worker.retrieving(answer.lease, 1, 2) as chunks:
             assert [bytes(chunk) for chunk in chunks] == [bytes([8]) * SHARD, bytes([9]) * SHARD]
+
+
+async def test_a_hit_of_several_groups_has_the_parts_that_it_needs_and_no_more(tmp_path: Path) -> None:
+    groups, lengths = (Group(Need.EVERY, 0, 16), Group(Need.STATE)), (SHARD, 100)
+    async with engine(tmp_path, groups=groups, part_bytes=lengths) as (_, scheduler, worker):
+        await scheduler.lookup(1, DIGESTS)
+        for group, digests in ((0, DIGESTS), (1, DIGESTS[1:2])):  # a state is that of its boundary
+            async with worker.storing(1, b"", digests, group=group) as storing:
+                for position, slot in storing.slots.items():
+                    slot[:] = bytes([10 * group + position]) * lengths[group]
+        answer = await scheduler.lookup(2, DIGESTS)
+        assert answer.chunks == 2
+        async with worker.retrieving(answer.lease, 0, 2) as chunks:
+            assert [bytes(chunk) for chunk in chunks] == [bytes([i]) * SHARD for i in range(2)]
+        async with worker.retrieving(answer.lease, 1, 1, group=1) as states:
+            assert [bytes(state) for state in states] == [bytes([10]) * 100]
+        for group, start in ((0, 2), (1, 0), (2, 1)):
+            with pytest.raises(Misuse):
+                await worker.retrieve(answer.lease, start, 1, group=group)
 
 
 async def test_a_store_of_more_than_a_message_asks_for_is_asked_for_in_lots_that_make_one_chain(tmp_path: Path) -> None:
