@@ -255,3 +255,26 @@ async def test_a_state_is_needed_at_the_boundary_alone(rig: Rig) -> None:
     answer = await scheduler.lookup(2, chain)
     assert answer.chunks == 4
     assert (await worker.get(Pinned, Retrieve, answer.lease, 3, 1, 1)).slot_bytes == PARTS[1]
+
+
+async def test_a_hit_that_ends_with_an_attention_chunk_needs_no_part_of_it(rig: Rig) -> None:
+    scheduler, worker = await engine_of(rig, (EVERY, Group(Need.LOCAL, 512, 16)))
+    chain = digests(4)
+    await scheduler.lookup(1, chain)
+    await store(worker, 1, chain, 0)
+    answer = await scheduler.lookup(2, chain)
+    assert answer.chunks == 4
+    assert error_of(await worker.ask(Retrieve, answer.lease, 3, 1, 1)).kind is ErrorKind.MISUSE
+    assert (await scheduler.lookup(3, chain[:3])).chunks == 2
+    await store(worker, 1, chain[2:3], 1)
+    answer = await scheduler.lookup(3, chain[:3])
+    assert answer.chunks == 3
+    assert (await worker.get(Pinned, Retrieve, answer.lease, 2, 1, 1)).slot_bytes == PARTS[1]
+
+
+async def test_replicas_whose_parts_have_other_lengths_have_no_namespace(rig: Rig) -> None:
+    said: dict[str, Any] = {"groups": GROUPS, "chunk_tokens": 256, "replicas": 2}
+    first, second = [await rig.worker(replica=replica, **said) for replica in (0, 1)]
+    assert not await first.register(shard_bytes=sum(PARTS), part_bytes=PARTS)
+    assert not await second.register(shard_bytes=sum(PARTS), part_bytes=PARTS[::-1])
+    assert await second.register(shard_bytes=sum(PARTS), part_bytes=PARTS)
