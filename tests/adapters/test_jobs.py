@@ -80,3 +80,13 @@ def test_a_request_with_a_failed_load_is_named_once_when_none_of_its_loads_is_un
     assert jobs.take_failed_requests() == {"a"}
     assert jobs.take_failed_requests() == set()
     assert jobs.take_failed_blocks() == {0, 1}
+
+
+def test_a_host_that_asks_for_failed_blocks_alone_has_no_growing_list_of_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lmcache_trio.adapters.worker.jobs.MOST_FAILED", 3)
+    jobs = Jobs(None)
+    for number in range(10):
+        jobs.end(load(jobs, f"{number}"))
+    assert jobs.take_failed_requests() == {"7", "8", "9"}

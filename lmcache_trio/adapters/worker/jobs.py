@@ -29,6 +29,9 @@ __all__ = ["Job", "Jobs", "LoadJob", "Moved", "Mover", "RegisteredKV", "StoreJob
 logger = logging.getLogger("lmcache_trio")
 _Spec = TypeVar("_Spec", StoreSpec, LoadSpec)
 
+MOST_FAILED = 65_536
+"""Requests with a failed load that are remembered, for a host that never asks for them."""
+
 
 class Job(Generic[_Spec]):
     """One store or load from its submission to its end.
@@ -140,7 +143,7 @@ class Jobs:
         self._stored: set[str] = set()
         self._loaded: set[str] = set()
         self._failed_blocks: set[int] = set()
-        self._failed_requests: set[str] = set()
+        self._failed_requests: dict[str, None] = {}
         self._counted: Counter[str] = Counter()
         self._any_ended: Handoff[bool] = Handoff()
         """Renewed by each wait."""
@@ -196,7 +199,9 @@ class Jobs:
                 if moved is None:
                     self._counted["failed_chunks"] += job.spec.count
                     self._failed_blocks.update(job.spec.block_ids)
-                    self._failed_requests.add(job.spec.request_id)
+                    self._failed_requests[job.spec.request_id] = None
+                    if len(self._failed_requests) > MOST_FAILED:
+                        del self._failed_requests[next(iter(self._failed_requests))]
                 else:
                     self._counted["retrieved_chunks"] += moved.chunks
             if job.reported:
@@ -254,8 +259,9 @@ class Jobs:
     def take_failed_requests(self) -> set[str]:
         """Request ids of which a load failed, and no load is under way any more, since the last call."""
         with self._lock:
-            failed = self._failed_requests - {job.spec.request_id for job in self._loads}
-            self._failed_requests -= failed
+            failed = self._failed_requests.keys() - {job.spec.request_id for job in self._loads}
+            for request_id in failed:
+                del self._failed_requests[request_id]
             return failed
 
     def statistics(self) -> dict[str, int]:
