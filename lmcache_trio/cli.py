@@ -123,6 +123,7 @@ def demo(  # noqa: PLR0913  (flags)
     prompts: int = 4,
     longest: int = 2000,
     new_tokens: int = 16,
+    window: int = 256,
     threads: int | None = None,
     seed: int = 0,
     path: Literal["auto", "device", "shm"] = "auto",
@@ -138,6 +139,8 @@ def demo(  # noqa: PLR0913  (flags)
         Tokens of the longest prompt; the shortest has half as many.
     new_tokens
         Tokens to generate for each prompt.
+    window
+        Tokens that every second layer of the model attends to; a hit brings their last chunks alone. 0: all tokens.
     threads
         Threads that the engine computes with; by default one for two cores, 4 at most.
     seed
@@ -151,7 +154,7 @@ def demo(  # noqa: PLR0913  (flags)
 
     _interrupt_by_exception()
     given = {} if threads is None else {"threads": threads}
-    sizes = {"prompts": prompts, "longest": longest, "new_tokens": new_tokens}
+    sizes = {"prompts": prompts, "longest": longest, "new_tokens": new_tokens, "window": window}
     _exit(job.main(job.DemoSettings(**sizes, seed=seed, path=path, deadline=deadline, **given)))
 
 

@@ -53,6 +53,11 @@ def _at_least(low: int) -> Callable[[object, "attrs.Attribute[int]", int], None]
     return check
 
 
+def _none_or_two(instance: object, attribute: "attrs.Attribute[int]", value: int) -> None:
+    if value < 0 or value == 1:
+        raise ConfigError("--window", f"is {value}; give 2 tokens or more, or 0 for none")
+
+
 def _positive(instance: object, attribute: "attrs.Attribute[float]", value: float) -> None:
     if not value > 0:  # NaN is not either
         raise ConfigError(f"--{attribute.name}", f"is {value:g}; give a number of seconds above 0")
@@ -78,6 +83,7 @@ class DemoSettings:
     prompts: int = attrs.field(default=4, validator=_at_least(1))
     longest: int = attrs.field(default=2000, validator=_at_least(600))
     new_tokens: int = attrs.field(default=16, validator=_at_least(1))
+    window: int = attrs.field(default=256, validator=_none_or_two)
     threads: int = attrs.field(factory=_default_threads, validator=_at_least(1))
     seed: int = 0
     path: str = attrs.field(default="auto", validator=_one_of("auto", "device", "shm"))

@@ -42,7 +42,11 @@ def connect(
     """
     with ExitStack() as stack:
         scheduler = scheduler_class(
-            address, engine_id=engine_id, identity=config.model.identity, block_tokens=config.block_tokens
+            address,
+            engine_id=engine_id,
+            identity=config.model.identity,
+            block_tokens=config.block_tokens,
+            groups=config.groups,
         )
         stack.callback(scheduler.shutdown)
         worker = WorkerAdapter(
@@ -50,6 +54,7 @@ def connect(
             engine_id=engine_id,
             block_tokens=config.block_tokens,
             fingerprint_extra=("lmcache-trio testing engine",),
+            groups=config.groups,
             path=path,
         )
         stack.callback(worker.shutdown)

@@ -5,8 +5,9 @@
                                                        FINISHED <--all copies ended-- SAVING <--last token
 
 It uses the adapters as any engine would: look up, allocate blocks, retrieve into them, compute the rest (one token at
-least), store full chunks (those completed by decoding too), end the session. Two requests share nothing but the cache.
-Without adapters it is the reference. It refuses what a test does not need: batching across requests, preemption,
+least), store full chunks (those completed by decoding too), end the session. Layers that attend to a window are a KV
+group of their own: a hit brings their last chunks alone. Two requests share nothing but the cache. Without adapters it
+is the reference. It refuses what a test does not need: batching across requests, preemption,
 sampling, a tokeniser.
 
 **Equal ids.** Prefill is cut at fixed positions, multiples of `prefill_tokens`. While that is the chunk length (the
@@ -23,8 +24,9 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
+from lmcache_trio._core.groups import Group, Need
 from lmcache_trio.demo.model import Model, ModelConfig
-from lmcache_trio.demo.model_kv import BlockPool, KVLayout, ModelKV
+from lmcache_trio.demo.model_kv import BlockPool, KVLayout, ModelKV, layer_name
 from lmcache_trio.errors import Misuse
 
 if TYPE_CHECKING:
@@ -64,6 +66,25 @@ class EngineConfig:
     prefill_tokens: int = attrs.field(default=256, validator=attrs.validators.ge(1))
     layout: KVLayout = KVLayout.KV_FIRST
     load: RetrieveMode = RetrieveMode.SYNC
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The model's KV groups; empty: one, of which a hit needs all."""
+        if not self.model.window:
+            return ()
+        every, window = (
+            Group(Need.EVERY, 0, self.block_tokens),
+            Group(Need.WINDOW, self.model.window, self.block_tokens),
+        )
+        return (every, window)
+
+    @property
+    def layers_by_group(self) -> list[list[str]] | None:
+        """The names of each group's layers; None: there is one group."""
+        if not self.model.window:
+            return None
+        names = [(layer_name(i), self.model.has_window(i)) for i in range(self.model.layers)]
+        return [[name for name, has_window in names if has_window is wanted] for wanted in (False, True)]
 
 
 @attrs.frozen
@@ -127,7 +148,7 @@ class SmallEngine:
         self._requests: dict[str, _Generation] = {}  # in the order of submission
         self._failed_blocks: set[int] = set()
         if worker is not None:
-            worker.register_kv_caches(self.kv.layers, num_blocks=config.num_blocks)
+            worker.register_kv_caches(self.kv.layers, num_blocks=config.num_blocks, groups=config.layers_by_group)
 
     def submit(self, request_id: str, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
         """Queue a request. `Misuse` if the id is in use or the request can never fit."""
@@ -203,18 +224,18 @@ class SmallEngine:
         return self._scheduler.check_lookup_result(request.id)
 
     def _start_load(self, scheduler: "SchedulerAdapter", request: _Generation, hit: int) -> None:
-        blocks = request.blocks[: hit // self.config.block_tokens]
-        spec = scheduler.update_after_alloc(request.id, hit, block_ids=blocks)
-        if spec is None or self._worker is None:
+        specs = scheduler.loads_after_alloc(request.id, hit, blocks=self._blocks_by_group(request))
+        if not specs or self._worker is None:
             return
         request.computed = request.reused = hit
         request.stored_chunks = hit // scheduler.chunk_tokens
         if self.config.load is RetrieveMode.SYNC:
-            self._worker.retrieve_now([spec])
+            self._worker.retrieve_now(specs)
             self._loaded(scheduler, request)
         else:
             request.phase = Phase.LOADING
-            self._worker.submit_retrieve(spec)
+            for spec in specs:
+                self._worker.submit_retrieve(spec)
 
     def _collect(self) -> None:
         """Hear from the worker which background copies have ended."""
@@ -227,7 +248,9 @@ class SmallEngine:
             self._loaded(self._scheduler, self._requests[request_id])
 
     def _loaded(self, scheduler: "SchedulerAdapter", request: _Generation) -> None:
-        """Go on with what was loaded; a failed load is cut to the whole chunks before its first failed block."""
+        """Go on with what was loaded. A failed load is cut to the whole chunks before its first failed block; with a
+        window, of which no shorter hit has its chunks, to nothing.
+        """
         request.phase = Phase.PREFILLING
         if self._worker is not None:
             self._failed_blocks |= self._worker.take_failed_blocks()
@@ -235,8 +258,9 @@ class SmallEngine:
         if not bad:
             return
         self._failed_blocks.difference_update(request.blocks)
-        scheduler.mark_failed(request.id, bad[0] * self.config.block_tokens)
-        request.stored_chunks = bad[0] * self.config.block_tokens // scheduler.chunk_tokens
+        good = 0 if self.config.groups else bad[0] * self.config.block_tokens
+        scheduler.mark_failed(request.id, good)
+        request.stored_chunks = good // scheduler.chunk_tokens
         request.computed = request.reused = request.stored_chunks * scheduler.chunk_tokens
 
     # --- computing --------------------------------------------------------------------------------------------------
@@ -269,24 +293,24 @@ class SmallEngine:
         if self._scheduler is None or self._worker is None:
             return
         chunk = self._scheduler.chunk_tokens
-        per_chunk = chunk // self._scheduler.block_tokens
         for request in self._requests.values():
             full = request.computed // chunk
             if request.storing or request.phase is Phase.LOADING or full <= request.stored_chunks:
                 continue
-            blocks = request.blocks[request.stored_chunks * per_chunk : full * per_chunk]
+            blocks = self._blocks_by_group(request)
             try:
                 self._scheduler.extend(request.id, request.tokens[: request.computed])
-                spec = self._scheduler.store_spec(request.id, request.stored_chunks, blocks)
+                specs = self._scheduler.store_specs(request.id, request.stored_chunks, full, blocks)
             except Misuse:
                 if self._scheduler.chunk_tokens == chunk:
                     raise
-                return  # the first server came just now, with chunks of another length: *blocks* are not of those
-            if spec.chunk_tokens != chunk:
+                return  # the first server came just now, with chunks of another length: *full* does not count those
+            if any(spec.chunk_tokens != chunk for spec in specs):
                 return
             request.stored_chunks = full
             request.storing = True
-            self._worker.submit_store(spec)
+            for spec in specs:
+                self._worker.submit_store(spec)
 
     def _end(self, request: _Generation) -> None:
         del self._requests[request.id]
@@ -295,6 +319,10 @@ class SmallEngine:
             self.pool.free(request.blocks)
         if self._scheduler is not None:
             self._scheduler.end_session(request.id)
+
+    def _blocks_by_group(self, request: _Generation) -> list[list[int]]:
+        """Its layers keep a token in the block of the same number, whatever their group is."""
+        return [request.blocks] * max(1, len(self.config.groups))
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.config.block_tokens)

@@ -27,7 +27,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str]) -> None:
     address, settings = arguments[0], DemoSettings(**json.loads(arguments[1]))
     torch.set_num_threads(settings.threads)
-    model = ModelConfig(seed=settings.seed)
+    model = ModelConfig(seed=settings.seed, window=settings.window)
     blocks = -(-(settings.longest + settings.new_tokens) // 16)
     _warm_up(model)
     config, path = EngineConfig(model=model, num_blocks=blocks), cast("Path", settings.path)

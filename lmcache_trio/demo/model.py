@@ -34,10 +34,14 @@ class ModelConfig:
     dtype: str = attrs.field(default="float32", validator=attrs.validators.in_(("float32", "bfloat16")))
     rope_base: float = 10_000.0
     seed: int = 0
+    window: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    """Tokens that every second layer attends to, the newest one included; 0: all, as the other layers do."""
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise Misuse(f"heads is {self.heads}: it must be a multiple of kv_heads, {self.kv_heads}")
+        if self.window == 1:
+            raise Misuse("window is 1: a token must see one before it; 0 is no window")
         if self.head_dim % 2:
             raise Misuse(f"head_dim is {self.head_dim}: rotary positions need an even one")
 
@@ -45,6 +49,10 @@ class ModelConfig:
     def identity(self) -> tuple[str, ...]:
         """Everything that decides the KV of a token: two models with equal identity may share chunks."""
         return tuple(f"{name}={value}" for name, value in attrs.asdict(self).items())
+
+    def has_window(self, layer: int) -> bool:
+        """Whether the layer number *layer* attends to a window of tokens only."""
+        return self.window > 0 and layer % 2 == 1
 
     def kv_shape(self, *, num_blocks: int, block_tokens: int) -> ModelKVShape:
         return ModelKVShape(self.layers, num_blocks, block_tokens, self.kv_heads, self.head_dim, self.dtype)
@@ -91,8 +99,9 @@ class Model:
         """
         x = self._embedding[token_ids]
         rotation = self._rotation(start, len(token_ids))
-        mask = _mask(start, len(token_ids))
+        masks = {window: _mask(start, len(token_ids), window) for window in (0, self.config.window)}
         for i, layer in enumerate(self._layers):
+            mask = masks[self.config.window if self.config.has_window(i) else 0]
             x = x + self._attend(i, layer, _norm(x), rotation, mask, (start, kv, blocks))
             gate, up = linear(_norm(x), layer.gate_up).chunk(2, dim=-1)
             x = x + linear(silu(gate) * up, layer.down)
@@ -142,8 +151,12 @@ def _rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> tor
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _mask(start: int, length: int) -> torch.Tensor | None:
-    """Which of `start + length` keys each of *length* queries may see. One token sees all there is."""
-    if length == 1:
+def _mask(start: int, length: int, window: int) -> torch.Tensor | None:
+    """Which of `start + length` keys each of *length* queries may see: *window* of them, or all before it if that is 0.
+
+    None: one query that sees all.
+    """
+    if length == 1 and (not window or start < window):
         return None
-    return torch.ones(length, start + length, dtype=torch.bool).tril(start)
+    seen = torch.ones(length, start + length, dtype=torch.bool).tril(start)
+    return seen.triu(start - window + 1) if window else seen

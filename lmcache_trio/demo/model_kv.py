@@ -13,7 +13,12 @@ import torch
 
 from lmcache_trio.errors import Misuse
 
-__all__ = ["BlockPool", "KVLayout", "ModelKV", "ModelKVShape"]
+__all__ = ["BlockPool", "KVLayout", "ModelKV", "ModelKVShape", "layer_name"]
+
+
+def layer_name(number: int) -> str:
+    """The name of a layer's KV."""
+    return f"layers.{number}.attention"
 
 
 class KVLayout(Enum):
@@ -100,7 +105,7 @@ class ModelKV:
             stacked = storage[: shape.numel].view(shape.layers, two, blocks, tokens, heads, dim)
         else:
             stacked = storage[: shape.numel].view(shape.layers, blocks, two, tokens, heads, dim)
-        self.layers: dict[str, torch.Tensor] = {f"layers.{i}.attention": stacked[i] for i in range(shape.layers)}
+        self.layers: dict[str, torch.Tensor] = {layer_name(i): stacked[i] for i in range(shape.layers)}
         # K and V of every layer as (num_blocks, block_tokens, kv_heads, head_dim), whatever the layout
         axis = 0 if layout is KVLayout.KV_FIRST else 1
         self._halves = [(t.select(axis, 0), t.select(axis, 1)) for t in self.layers.values()]

@@ -174,6 +174,12 @@ def test_a_setting_too_small_is_refused_by_its_flag(name: str) -> None:
         DemoSettings(**too_small)
 
 
+@pytest.mark.parametrize("window", [1, -1])
+def test_a_window_that_is_none_is_refused_by_its_flag(window: int) -> None:
+    with pytest.raises(ConfigError, match="--window"):
+        DemoSettings(window=window)
+
+
 @pytest.mark.parametrize("deadline", [0.0, -1.0, float("nan")])
 def test_a_deadline_that_is_none_is_refused_by_its_flag(deadline: float) -> None:
     with pytest.raises(ConfigError, match="--deadline"):

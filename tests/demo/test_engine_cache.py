@@ -104,6 +104,20 @@ def test_another_engine_gets_the_prompt_back_and_says_the_same(server: Server, l
     assert cold.output_ids == warm.output_ids == reference(tokens)
 
 
+@pytest.mark.parametrize("load", RetrieveMode)
+@pytest.mark.parametrize("window", [40, CHUNK + 1, 2 * CHUNK])
+def test_a_hit_brings_of_a_window_its_last_chunks_alone(server: Server, window: int, load: RetrieveMode) -> None:
+    config = attrs.evolve(CONFIG, model=attrs.evolve(MODEL, window=window), load=load)
+    tokens = prompt(6 * CHUNK + 1)
+    cold = serve_once(server, tokens, config=config)
+    with connect(server.address, config, engine_id=next(engine_ids)) as connected:
+        warm = generate(connected.engine, tokens)
+        loaded = connected.worker.statistics()["retrieved_chunks"]
+    assert (cold.reused_tokens, warm.reused_tokens) == (0, 6 * CHUNK)
+    assert loaded == 6 + -(-(window - 1) // CHUNK)
+    assert cold.output_ids == warm.output_ids == reference(tokens, config=config)
+
+
 def test_a_prompt_of_whole_chunks_leaves_its_last_chunk_to_be_computed(server: Server) -> None:
     tokens = prompt(4 * CHUNK)
     cold, warm = serve_once(server, tokens), serve_once(server, tokens)
@@ -234,15 +248,15 @@ def test_a_load_that_fails_is_recomputed_once_and_says_the_same(server: Server, 
 
 def kill_before_the_load(connected: ConnectedEngine, server: Server) -> None:
     """Once the engine has the answer of its lookup, and before it asks for the slots."""
-    answered = connected.scheduler.update_after_alloc
+    answered = connected.scheduler.loads_after_alloc
 
     def kill(*args: object, **kwargs: object) -> object:
-        spec = answered(*args, **kwargs)  # type: ignore[arg-type]
+        specs = answered(*args, **kwargs)  # type: ignore[arg-type]
         server.process.kill()
         server.process.wait(60)
-        return spec
+        return specs
 
-    connected.scheduler.update_after_alloc = kill  # type: ignore[method-assign,assignment]
+    connected.scheduler.loads_after_alloc = kill  # type: ignore[method-assign,assignment]
 
 
 def test_an_aborted_request_leaves_nothing_at_the_server(server: Server) -> None:

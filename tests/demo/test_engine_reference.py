@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import attrs
 import pytest
 import torch
 
@@ -53,6 +54,17 @@ def test_the_ids_do_not_depend_on_how_prefill_is_cut(pieces: int) -> None:
 def test_the_ids_do_not_depend_on_the_layout_or_the_block_size(layout: KVLayout, block_tokens: int) -> None:
     config = EngineConfig(model=SMALL, num_blocks=128, block_tokens=block_tokens, prefill_tokens=64, layout=layout)
     assert generate(config, prompt(300)) == generate(CONFIG, prompt(300))
+
+
+@pytest.mark.parametrize("window", [2, 16, 40])
+def test_the_ids_with_a_window_do_not_depend_on_how_prefill_is_cut_and_are_others(window: int) -> None:
+    config = attrs.evolve(CONFIG, model=attrs.evolve(SMALL, window=window))
+    made = generate(config, prompt(300))
+    assert made == generate(attrs.evolve(config, prefill_tokens=48), prompt(300))
+    assert made != generate(CONFIG, prompt(300))
+    assert generate(attrs.evolve(CONFIG, model=attrs.evolve(SMALL, window=1000)), prompt(300)) == generate(
+        CONFIG, prompt(300)
+    )
 
 
 def test_paged_attention_gives_the_ids_of_a_contiguous_forward_pass() -> None:
