@@ -4,12 +4,14 @@ It does not foretell evictions, nor when chunks of a reset namespace are given b
 checks that each of them was free to go. The rules are in `test_index_model`.
 """
 
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 
+from lmcache_trio._core.groups import EVERY, Group, Need
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.index import Hold, Index
 from lmcache_trio._core.keys import ChunkKey
@@ -20,6 +22,12 @@ PAGES = 10
 LEASE, WRITE = 10, 17
 SHARE = 0.5
 WRITE_SHARE = 0.6
+CHUNK = 16
+A, B, C = b"A" * 32, b"B" * 32, b"C" * 32
+"""Namespaces. The chunks of C are not chained."""
+BRANCHED = {b"a".ljust(32, b"."), b"ab".ljust(32, b"."), b"abc".ljust(32, b".")}
+"""Where paths leave each other, or shortly before: such a part stays if both paths are there in a chained namespace."""
+GROUPS = st.sampled_from([Group(Need.WINDOW, 33, 16), Group(Need.LOCAL, 48, 16), Group(Need.STATE)])
 
 
 def name(chain: str) -> bytes:
@@ -35,13 +43,19 @@ class Chunk:
         self.committed: set[int] = set()
         self.users: set[object] = set()  # copies into it and readers of it that have not ended
         self.deadline = 0.0
+        self.cold = False
 
 
 class IndexModel(RuleBasedStateMachine):
     """The model, and the invariants between any two rules."""
 
-    @initialize(shards=st.integers(1, 3), big=st.integers(1, 3), write_share=st.sampled_from([WRITE_SHARE, 1.0]))
-    def make(self, shards: int, big: int, write_share: float) -> None:
+    @initialize(
+        shards=st.integers(1, 3),
+        big=st.integers(1, 3),
+        write_share=st.sampled_from([WRITE_SHARE, 1.0]),
+        group=GROUPS,
+    )
+    def make(self, shards: int, big: int, write_share: float, group: Group) -> None:
         self.write_share = write_share
         ids = count(1)
         self.arena = Arena()
@@ -55,9 +69,10 @@ class IndexModel(RuleBasedStateMachine):
             reservation_timeout=WRITE,
         )
         self.index.grow((PAGES + 1) * 4096)
-        self.pages = {b"A" * 32: [1] * shards, b"B" * 32: [big] + [1] * (shards - 1)}
+        self.pages = {A: [1] * shards, B: [big] + [1] * (shards - 1), C: [1] * shards}
+        self.groups = {A: EVERY, B: EVERY, C: group}
         for namespace, pages in self.pages.items():
-            self.index.attach(namespace, [4096 * n - 5 for n in pages])
+            self.index.attach(namespace, [4096 * n - 5 for n in pages], self.groups[namespace], CHUNK)
         self.shards = shards
         self.now = 0.0
         self.ended: set[tuple[str, int]] = set()  # sessions
@@ -69,6 +84,19 @@ class IndexModel(RuleBasedStateMachine):
         self.holds: list[tuple[Hold, Chunk]] = []
 
     # the model's predictions
+
+    def longest_hit(self, names: Sequence[bytes], digests: Sequence[bytes]) -> tuple[int, dict[bytes, list[Chunk]]]:
+        """The longest hit within lease_share, and the chunks that each namespace's group needs for it."""
+        offered = {c for lease in self.leases.values() if not lease["taken"] for c in lease["chunks"]}
+        for boundary in range(len(digests), 0, -1):
+            needed = {n: digests[self.groups[n].first(boundary, CHUNK) : boundary] for n in names}
+            found = {n: [self.seen.get(ChunkKey(n, digest)) for digest in needed[n]] for n in names}
+            ready = {n: [c for c in found[n] if c is not None and c.state == "ready"] for n in names}
+            together = offered.union(*ready.values())
+            room = SHARE * self.arena.taken
+            if ready == found and (together == offered or sum(c.length for c in together) <= room):
+                return boundary, ready
+        return 0, {}
 
     def may_write(self, engine: str, length: int) -> bool:
         mine, all_engines = 0, 0
@@ -139,6 +167,10 @@ class IndexModel(RuleBasedStateMachine):
             self.alive.discard(chunk)
         if gone:
             assert not self.stale_and_idle(), "evicted while there was something stale to give back"
+        if any(key.namespace != C for key in gone):
+            cold = [c for c in self.seen.values() if c.state == "ready" and c.cold and not c.users]
+            cold = [c for c in cold if c.key.digest not in BRANCHED]
+            assert not cold, "a chained chunk was evicted while there was a cold part"
 
     def replace(self, namespace: bytes) -> None:
         """A reset: READY chunks are stale. They miss from now on; their bytes come back some time later."""

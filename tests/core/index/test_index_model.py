@@ -3,7 +3,7 @@
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
-from support.index_model import LEASE, PAGES, PATHS, SHARE, WRITE, Chunk, IndexModel, name
+from support.index_model import CHUNK, LEASE, PAGES, PATHS, WRITE, A, B, C, Chunk, IndexModel, name
 
 from lmcache_trio._core.index.index import SERVER
 from lmcache_trio._core.keys import ChunkKey, join_digests
@@ -13,7 +13,8 @@ from lmcache_trio.statistics import table
 
 class IndexMachine(IndexModel):
     chain = st.tuples(st.sampled_from(PATHS), st.integers(1, 4), st.integers(0, 3))
-    namespace = st.sampled_from([b"A" * 32, b"B" * 32])
+    namespace = st.sampled_from([A, B, C, C])
+    names = st.sampled_from([(A,), (B,), (C,), (A, C), (C, B), (A, B)])
     engine = st.sampled_from(["x", "y"])
     number = st.integers(1, 2)
 
@@ -26,9 +27,10 @@ class IndexMachine(IndexModel):
         chains = [path[: i + 1] for i in range(min(upto, len(path)))]
         start = min(start, len(chains) - 1)
         keys = [ChunkKey(namespace, name(c)) for c in chains[start:]]
+        chained = namespace != C
         parent_key = ChunkKey(namespace, name(chains[start - 1])) if start else None
-        parent = self.seen.get(parent_key) if parent_key else None
-        orphaned = parent_key is not None and (
+        parent = self.seen.get(parent_key) if parent_key and chained else None
+        orphaned = (parent_key is not None and chained) and (
             parent is None or (parent.state == "writing" and parent.engine != engine)
         )
         worker = self.worker(engine, shard)
@@ -56,6 +58,7 @@ class IndexMachine(IndexModel):
         self.drop_gone(gone)
         assert len(slots) + sum(got.dropped.values()) == len(keys)
         assert bool(got.id) == bool(slots)
+        assert chained or "orphan" not in got.dropped
         stopped, above, chunks, beyond_share = orphaned, parent, [], False
         for position, key in enumerate(keys):
             offset, chunk = slots.get(position), self.seen.get(key)
@@ -65,7 +68,7 @@ class IndexMachine(IndexModel):
             if chunk is not None:
                 mine = chunk.state == "writing" and chunk.session == (engine, number) and shard not in chunk.claimed
                 assert (offset is not None) == (mine and not stopped)
-                if chunk.state == "writing" and chunk.engine != engine:
+                if chunk.state == "writing" and chunk.engine != engine and chained:
                     stopped = True
                 if offset is not None:
                     assert offset == chunk.base + starts[shard]
@@ -86,7 +89,7 @@ class IndexMachine(IndexModel):
                 chunk.users.add(got.id)
                 chunk.deadline = self.now + WRITE
                 chunks.append(chunk)
-            above = chunk if chunk is not None else before.get(key)
+            above = (chunk if chunk is not None else before.get(key)) if chained else None
         if got.id:
             self.writes[got.id] = {
                 "worker": worker,
@@ -130,7 +133,8 @@ class IndexMachine(IndexModel):
         depth = min(depth, len(path))
         key = ChunkKey(namespace, name(path[:depth]))
         parent_key = ChunkKey(namespace, name(path[: depth - 1])) if depth > 1 else None
-        parent = self.seen.get(parent_key) if parent_key else None
+        chained = namespace != C
+        parent = self.seen.get(parent_key) if parent_key and chained else None
         got = self.index.reserve_load(namespace, parent_key.digest if parent_key else b"", key.digest, self.now)
         extent = 4096 * sum(self.pages[namespace])
         self.drop_swept(*[(got.slots[0].offset, extent)] if got else [])
@@ -138,7 +142,7 @@ class IndexMachine(IndexModel):
         if got is None:
             return
         assert key not in self.seen
-        assert parent_key is None or (parent and (parent.state == "ready" or parent.engine == ""))
+        assert parent_key is None or not chained or (parent and (parent.state == "ready" or parent.engine == ""))
         assert [s.position for s in got.slots] == list(range(self.shards))
         chunk = Chunk(key, got.slots[0].offset, extent, parent)
         chunk.claimed = set(range(self.shards))
@@ -167,12 +171,13 @@ class IndexMachine(IndexModel):
             self.index.abort(ident, write["worker"])
             self.abort_write(write)
         elif write["live"]:
-            expected = []
+            expected, reach = [], self.groups[write["namespace"]].reach(CHUNK)
             for chunk in write["chunks"]:
                 if chunk.state == "writing":
                     chunk.committed |= write["shards"]
                     if len(chunk.committed) == self.shards:
                         chunk.state = "ready"
+                        chunk.cold = write["namespace"] == C and chunk not in write["chunks"][-reach:]
                         expected.append(chunk.key)
             assert list(self.index.commit(ident, write["worker"])) == expected
         else:
@@ -183,36 +188,30 @@ class IndexMachine(IndexModel):
                 pass
         self.end_write(ident)
 
-    @rule(chain=chain, namespace=namespace, engine=engine, number=number)
-    def lease(self, chain: tuple[str, int, int], namespace: bytes, engine: str, number: int) -> None:
+    @rule(chain=chain, names=names, engine=engine, number=number)
+    def lease(self, chain: tuple[str, int, int], names: tuple[bytes, ...], engine: str, number: int) -> None:
         path, upto, _ = chain
         for ident, lease in list(self.leases.items()):
             if lease["session"] == (engine, number):
                 self.end_lease(ident)
-        offered = {c for lease in self.leases.values() if not lease["taken"] for c in lease["chunks"]}
-        run = []
-        keys = [ChunkKey(namespace, name(path[: i + 1])) for i in range(min(upto, len(path)))]
-        for key in keys:
-            chunk = self.seen.get(key)
-            if chunk is None or chunk.state != "ready":
-                break
-            if sum(c.length for c in offered | {chunk}) > SHARE * self.arena.taken and chunk not in offered:
-                break
-            offered.add(chunk)
-            run.append(chunk)
-        got = self.index.lease((engine, number), (namespace,), [k.digest for k in keys], self.now)
-        assert (got.chunks if got else 0) == len(run)
+        digests = [name(path[: i + 1]) for i in range(min(upto, len(path)))]
+        boundary, parts = self.longest_hit(names, digests)
+        got = self.index.lease((engine, number), names, digests, self.now)
+        assert (got.chunks if got else 0) == boundary
         if got:
-            assert got.expires == self.now + LEASE
-            for chunk in run:
+            assert (got.expires, got.namespaces) == (self.now + LEASE, names)
+            chunks = [chunk for part in parts.values() for chunk in part]
+            for chunk in chunks:
                 chunk.users.add(got.id)
+                chunk.cold = False
             self.leases[got.id] = {
                 "session": (engine, number),
-                "chunks": run,
+                "boundary": boundary,
+                "parts": parts,
+                "chunks": chunks,
                 "taken": False,
                 "expires": got.expires,
-                "stale": False,
-                "namespace": namespace,
+                "stale": set(),
             }
 
     @precondition(lambda self: self.leases)
@@ -225,7 +224,8 @@ class IndexMachine(IndexModel):
     def use_lease(self, pick: int, how: str, shard: int, start: int) -> None:
         ident = list(self.leases)[pick % len(self.leases)]
         lease = self.leases[ident]
-        engine, shard, start = lease["session"][0], shard % self.shards, start % len(lease["chunks"])
+        engine, shard = lease["session"][0], shard % self.shards
+        namespace, part = list(lease["parts"].items())[pick % len(lease["parts"])]
         if how == "take":
             self.index.take(ident)
             lease["taken"] = True
@@ -234,23 +234,26 @@ class IndexMachine(IndexModel):
             self.index.release(ident)
             self.end_lease(ident)
             return
-        chunks = lease["chunks"][start:]
+        if not part:  # a hit at a multiple of a LOCAL group's chunks needs none of them
+            return
+        start %= len(part)
+        chunks = part[start:]
         try:
             pin = self.index.pin(
                 ident,
                 "thief" if how == "steal" else engine,
-                b"o" * 32 if how == "other layout" else lease["namespace"],
+                b"o" * 32 if how == "other layout" else namespace,
                 self.worker(engine, shard),
                 shard,
-                start,
+                lease["boundary"] - len(chunks),
                 len(chunks),
             )
         except Gone:
-            assert how in ("steal", "other layout") or lease["stale"]
+            assert how in ("steal", "other layout") or namespace in lease["stale"]
             return
         assert how == "pin"
-        assert not lease["stale"]
-        first = 4096 * sum(self.pages[lease["namespace"]][:shard])
+        assert namespace not in lease["stale"]
+        first = 4096 * sum(self.pages[namespace][:shard])
         assert list(pin.offsets) == [c.base + first for c in chunks]
         for chunk in chunks:
             chunk.users.add(pin.id)
@@ -258,7 +261,7 @@ class IndexMachine(IndexModel):
             "worker": self.worker(engine, shard),
             "chunks": chunks,
             "stale": False,
-            "namespace": lease["namespace"],
+            "namespace": namespace,
         }
 
     @precondition(lambda self: self.leases)
@@ -267,7 +270,7 @@ class IndexMachine(IndexModel):
         lease = list(self.leases.values())[pick % len(self.leases)]
         if not early:
             self.use_lease(pick, "pin", 0, 0)
-        self.reset(lease["namespace"])
+        self.reset(list(lease["parts"])[pick % len(lease["parts"])])
         if early:
             self.use_lease(pick, "pin", 0, 0)
         elif self.pins:
@@ -290,6 +293,7 @@ class IndexMachine(IndexModel):
         assert (hold is not None) == (chunk is not None and chunk.state == "ready")
         if hold and chunk:
             assert hold.offsets[0] == chunk.base
+            assert namespace != C or hold.parent == b""
             chunk.users.add(hold)
             self.holds.append((hold, chunk))
 
@@ -336,8 +340,10 @@ class IndexMachine(IndexModel):
         for chunk in [c for k, c in self.seen.items() if k.namespace == namespace and c.state == "writing"]:
             self.doom(chunk)
         self.replace(namespace)
-        for reader in [*self.leases.values(), *self.pins.values()]:
-            reader["stale"] = reader["stale"] or reader["namespace"] == namespace
+        for lease in self.leases.values():
+            lease["stale"].add(namespace)
+        for pin in self.pins.values():
+            pin["stale"] = pin["stale"] or pin["namespace"] == namespace
 
     @rule(limit=st.sampled_from([1, 10, 70, 1000]))
     def sweep(self, limit: int) -> None:
@@ -388,8 +394,8 @@ class IndexMachine(IndexModel):
             assert held[what] == 0
         for state in ("retained", "writing", "quarantined", "stale"):
             assert held[f"bytes_{state}"] == 0
-        self.index.attach(b"C" * 32, [PAGES * 4096])  # the whole arena in one chunk: all others must go for it
-        got = self.index.reserve(("z", 1), 99, 0, b"C" * 32, b"", name("z"), self.now)
+        self.index.attach(b"D" * 32, [PAGES * 4096])  # the whole arena in one chunk: all others must go for it
+        got = self.index.reserve(("z", 1), 99, 0, b"D" * 32, b"", name("z"), self.now)
         assert len(got.slots) == 1
         self.index.abort(got.id, 99)
         assert self.arena.largest_hole == PAGES * 4096
