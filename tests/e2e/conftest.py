@@ -1,6 +1,7 @@
 """One bench for all rows. Where vLLM is not installed nothing here is collected: `nox -s e2e` installs it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -8,10 +9,10 @@ import pytest
 collect_ignore: list[str] = []
 if find_spec("vllm") is None:
     collect_ignore += ["test_vllm_connector.py", "test_vllm_data_parallel.py", "test_vllm_table.py"]
-    collect_ignore += ["test_vllm_times.py", "test_vllm_trust.py"]
+    collect_ignore += ["test_vllm_times.py", "test_vllm_trust.py", "test_vllm_hybrid.py", "test_vllm_replicas.py"]
 else:
     from support.e2e.bench import Bench
-    from support.e2e.expected import Expected, ask_mid, ask_tiny, ask_two_ranks
+    from support.e2e.expected import Expected, ask_hybrid, ask_mid, ask_tiny, ask_two_ranks
 
     @pytest.fixture(scope="session")
     def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
@@ -26,6 +27,16 @@ else:
     @pytest.fixture(scope="session")
     def two_ranks(bench: Bench) -> Expected:
         return ask_two_ranks(bench.engine("two ranks, no connector"))
+
+    @pytest.fixture(scope="session")
+    def hybrid(bench: Bench) -> Callable[[str], Expected]:
+        @cache
+        def ask(name: str) -> Expected:
+            engine = bench.engine(f"{name}, no connector")
+            # In bfloat16 sums differ more with the number of rows that are computed together.
+            return ask_hybrid(engine, clear=0.05 if name == "qwen3next" else 0.005, short=name == "gemma3")
+
+        return ask
 
     @pytest.fixture(scope="session")
     def mid(bench: Bench) -> Expected:

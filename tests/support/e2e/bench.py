@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 
 from support.e2e.engine import Engine, Gate, Server
+from support.e2e.hybrid import HYBRIDS, write_hybrid
 from support.e2e.model import MID, NARROW, TINY, Shape, write_llama
 from support.e2e.start import Forker
 
@@ -46,7 +47,7 @@ HASH_SEEDS = ("0", "1")
 class Kind:
     """One way to run an engine. *extra* is `kv_connector_extra_config`; None: without a connector.
 
-    *server* is a key of `Bench.servers`: one with memory alone, one with a disk tier below it.
+    *server* is a key of `Bench.servers`: two with memory alone, one with a disk tier below it.
     """
 
     extra: Mapping[str, Any] | None
@@ -57,6 +58,12 @@ class Kind:
     server: str = "memory"
     before: str = ""
     """A connector of `support.e2e.foreign` that is asked before ours, in a MultiConnector."""
+
+
+def hybrid(name: str) -> dict[str, Any]:
+    """Arguments for *name* of `support.e2e.hybrid`: a prompt is computed in steps that leave a window behind."""
+    own = {"disable_hybrid_kv_cache_manager": False, "max_num_batched_tokens": 768}
+    return {**own, "block_size": None} if name == "qwen3next" else own  # vLLM chooses what fits the states
 
 
 KINDS: Mapping[str, Kind] = {
@@ -86,6 +93,15 @@ KINDS: Mapping[str, Kind] = {
     "mid, no connector": Kind(None, model="mid"),
     "mid": Kind({}, model="mid"),
     "mid, timed": Kind({}, model="mid", connector="TimedConnector"),
+    **{f"{name}, no connector": Kind(None, arguments=hybrid(name), model=name) for name in HYBRIDS},
+    **{name: Kind({}, arguments=hybrid(name), model=name, server="hybrid") for name in HYBRIDS},
+    **{f"{name}, disk": Kind({}, arguments=hybrid(name), model=name, server="disk") for name in HYBRIDS},
+    "gemma3, few blocks": Kind(
+        {},
+        arguments={**hybrid("gemma3"), "block_size": 32, "num_gpu_blocks_override": 102, "max_model_len": 1024},
+        model="gemma3",
+        server="hybrid",
+    ),
 }
 
 
@@ -106,6 +122,7 @@ class Bench:
         self.server = Server(where / "server", chunk_tokens=CHUNK, size="1GiB")
         self.servers = {
             "memory": self.server,
+            "hybrid": Server(where / "hybrid", chunk_tokens=CHUNK, size="256MiB"),
             "disk": Server(where / "disk", chunk_tokens=CHUNK, size="256MiB", settings=sets),
         }
         self.tier = where / "tier"
@@ -116,12 +133,14 @@ class Bench:
         self._models: dict[str, Path] = {}
 
     def model(self, name: str) -> Path:
-        """*name* is one of SHAPES; written when first asked for."""
+        """*name* is one of SHAPES or of HYBRIDS; written when first asked for."""
         if name not in self._models:
             self._models[name] = self.write_model(name, seed=0)
         return self._models[name]
 
     def write_model(self, name: str, *, seed: int) -> Path:
+        if name in HYBRIDS:
+            return write_hybrid(self.where / "models" / name, name, seed=seed)
         return write_llama(self.where / "models" / name, SHAPES[name], seed=seed)
 
     def engine(self, name: str, *, fresh: bool = False) -> Engine:
@@ -141,9 +160,9 @@ class Bench:
     def start(self, name: str) -> Engine:
         """One more engine of kind *name*, for the caller to stop."""
         kind = KINDS[name]
-        shape = SHAPES[kind.model]
-        arguments = {**ARGUMENTS, "dtype": shape.dtype, "model": str(self.model(kind.model))}
-        arguments |= {"kv_cache_memory_bytes": KV_BYTES[kind.model], **kind.arguments}
+        dtype = (HYBRIDS if kind.model in HYBRIDS else SHAPES)[kind.model].dtype
+        arguments = {**ARGUMENTS, "dtype": dtype, "model": str(self.model(kind.model))}
+        arguments |= {"kv_cache_memory_bytes": KV_BYTES.get(kind.model, 1 << 28), **kind.arguments}
         if kind.environment is ONE_PROCESS or kind.environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
             arguments["distributed_executor_backend"] = "uni"
         if kind.extra is not None:

@@ -133,6 +133,10 @@ class Engine:
         said = self._ask("beside", prompt=prompt, other=other, tokens=tokens, lead=lead)
         return said["gaps"], said["delay"]
 
+    def abort(self, prompt: list[int], *, steps: int) -> int:
+        """Ask for *prompt* and take it back after *steps* steps: how many tokens had been said?"""
+        return int(self._ask("abort", prompt=prompt, steps=steps)["said"])
+
     def connector_times(self) -> list[float]:
         """Seconds in the connector, a step each, since the last question."""
         found: list[float] = self._ask("connector_times")["steps"]

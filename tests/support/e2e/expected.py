@@ -12,7 +12,7 @@ import attrs
 
 from support.e2e.engine import Engine
 
-__all__ = ["Expected", "Prompt", "ask_mid", "ask_tiny", "ask_two_ranks"]
+__all__ = ["Expected", "Prompt", "ask_hybrid", "ask_mid", "ask_tiny", "ask_two_ranks"]
 
 CANDIDATES = 24
 CLEAR = 0.005
@@ -71,14 +71,29 @@ def ask_mid(engine: Engine) -> Expected:
     return {"4,100 tokens": found}
 
 
-def _stable(engine: Engine, make: Callable[[int], list[int]], count: int, *, wanted: int = 16) -> list[Prompt]:
+def ask_hybrid(engine: Engine, *, clear: float = CLEAR, short: bool = False) -> Expected:
+    """The prompts of a model with several KV groups, whose windows have left most of the long ones."""
+    long = _stable(engine, lambda seed: tokens_of(seed, 2600), 2, clear=clear)
+    (branch,) = _stable(engine, lambda seed: long[0].tokens[:1400] + tokens_of(3000 + seed, 200), 1, clear=clear)
+    (one,) = _stable(engine, lambda seed: tokens_of(4000 + seed, 450), 1, wanted=TURN, clear=clear / 10)
+    (two,) = _stable(engine, lambda seed: one.tokens + one.ids + tokens_of(5000 + seed, 50), 1, clear=clear)
+    found = {"long 0": long[0], "long 1": long[1], "branch": branch, "turn one": one, "turn two": two}
+    if short:
+        pair = _stable(engine, lambda seed: tokens_of(1000 + seed, 505), 2, clear=clear)
+        found |= {f"short {i}": prompt for i, prompt in enumerate(pair)}
+    return found
+
+
+def _stable(
+    engine: Engine, make: Callable[[int], list[int]], count: int, *, wanted: int = 16, clear: float = CLEAR
+) -> list[Prompt]:
     """*count* prompts of which the engine says the same in every way of computing them, and the same together."""
     chosen: list[Prompt] = []
     for seed in range(CANDIDATES):
         tokens = make(seed)
         engine.forget()
         asked = engine.generate([tokens], tokens=wanted, margins=True)
-        if min(asked.margins) < CLEAR:
+        if min(asked.margins) < clear:
             continue
         (cold,) = asked.ids
         (again,) = engine.generate([tokens], tokens=wanted).ids

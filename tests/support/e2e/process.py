@@ -150,6 +150,23 @@ def beside(engine: Any, prompt: list[int], other: list[int], tokens: int, lead: 
     return {"gaps": gaps, "delay": delay}
 
 
+def abort(engine: Any, prompt: list[int], steps: int) -> dict[str, Any]:
+    """Ask for *prompt*, take it back after *steps* steps, and drop vLLM's own cache. How many tokens had been said?"""
+    from vllm import SamplingParams
+
+    core, said = engine.llm_engine, 0
+    wanted = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True, detokenize=False)
+    core.add_request("aborted", {"prompt_token_ids": prompt}, wanted)
+    for _ in range(steps):
+        said = max([said, *(len(output.outputs[0].token_ids) for output in core.step())])
+    core.abort_request(["aborted"])
+    for _ in range(1000):  # a load ends before its blocks are vLLM's again
+        core.step()
+        if core.reset_prefix_cache():
+            break
+    return {"said": said}
+
+
 def connector_times(engine: Any) -> dict[str, Any]:
     """Seconds of the engine's thread that each step since the last question spent in a `TimedConnector`."""
     from support.e2e import timed
@@ -170,6 +187,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "sleep": sleep,
     "reload": reload,
     "preemptions": preemptions,
+    "abort": abort,
     "beside": beside,
     "connector_times": connector_times,
 }

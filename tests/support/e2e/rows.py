@@ -10,10 +10,12 @@ from support.e2e.expected import Expected, Prompt
 
 __all__ = [
     "Situation",
+    "corrupted_bytes_of",
     "fault",
     "hit_after_the_engine_was_restarted",
     "hit_from_disk_after_engine_and_server_were_restarted",
     "one_rank_ends_in_the_middle_of_a_store",
+    "put_on_disk",
 ]
 
 Situation = Callable[[Bench, str, Expected], None]
@@ -133,16 +135,24 @@ def reset_cache(bench: Bench, kind: str, expected: Expected) -> None:
 
 
 def corrupted_bytes(bench: Bench, kind: str, expected: Expected) -> None:
-    """The check can fail: with every sign in the arena turned, a hit says something else."""
-    engine = bench.engine(kind)
-    check(engine, expected["long 3"])
-    engine.forget()
-    _turn_signs(bench.server)
-    made = engine.generate([expected["long 3"].tokens])
-    assert made.cached == [stored(expected["long 3"])]
-    assert made.ids != [expected["long 3"].ids]
-    engine.forget(connector=True)
-    check(engine, expected["long 3"], cached=0)
+    corrupted_bytes_of("long 3", bench.server)(bench, kind, expected)
+
+
+def corrupted_bytes_of(name: str, server: Server) -> Situation:
+    """The check can fail: with every sign in *server*'s arena turned, a hit says something else."""
+
+    def situation(bench: Bench, kind: str, expected: Expected) -> None:
+        engine = bench.engine(kind)
+        check(engine, expected[name])
+        engine.forget()
+        _turn_signs(server)
+        made = engine.generate([expected[name].tokens])
+        assert made.cached == [stored(expected[name])]
+        assert made.ids != [expected[name].ids]
+        engine.forget(connector=True)
+        check(engine, expected[name], cached=0)
+
+    return situation
 
 
 def hit_from_disk_after_engine_and_server_were_restarted(first: str) -> Situation:
@@ -150,7 +160,7 @@ def hit_from_disk_after_engine_and_server_were_restarted(first: str) -> Situatio
 
     def situation(bench: Bench, kind: str, expected: Expected) -> None:
         server, prompt = bench.servers["disk"], expected["long 0"]
-        _put_on_disk(bench, first, prompt)
+        put_on_disk(bench, first, prompt)
         server.start()
         check(bench.engine(kind, fresh=True), prompt, cached=stored(prompt))
         (tier,) = server.status()["tiers"]
@@ -163,7 +173,7 @@ def hit_from_disk_after_engine_and_server_were_restarted(first: str) -> Situatio
 
 def corrupted_slabs_are_recomputed_and_counted(bench: Bench, kind: str, expected: Expected) -> None:
     server, prompt = bench.servers["disk"], expected["long 1"]
-    _put_on_disk(bench, kind, prompt)
+    put_on_disk(bench, kind, prompt)
     slabs = sorted(bench.tier.glob("lmcache-trio-format-*/lmcache-trio-slab-*"))
     assert slabs, f"no slab in {bench.tier}"
     for slab in slabs:
@@ -181,7 +191,7 @@ def corrupted_slabs_are_recomputed_and_counted(bench: Bench, kind: str, expected
     check(engine, prompt, cached=stored(prompt))  # what was computed instead is a hit again
 
 
-def _put_on_disk(bench: Bench, kind: str, prompt: Prompt) -> None:
+def put_on_disk(bench: Bench, kind: str, prompt: Prompt) -> None:
     """*prompt* is in the disk tier; neither the engine that computed it nor its server lives any more."""
     engine = bench.engine(kind)
     check(engine, prompt)
