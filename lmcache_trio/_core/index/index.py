@@ -371,7 +371,8 @@ class Index:
         former = self._lease_of.get(session)
         if former is not None:
             self.release(former)
-        known, chunks, parts = self._chunks.generations.together(namespaces), 0, list[list[int]]()
+        known, chunks = self._chunks.generations.together(namespaces), 0
+        parts: list[list[int]] = []
         if len(known) == 1 and known[0].chained:
             parts = [self._chunks.offer(known[0], digests, self._lease_limit)]
             chunks = len(parts[0])
