@@ -112,7 +112,7 @@ class Answers:
         prefetch.peer.send(answer_of(session, 0))
 
     def _lease(
-        self, engine: Engine, session: Session, wanted: Sequence[bytes], namespaces: Sequence[bytes]
+        self, engine: Engine, session: Session, wanted: Sequence[bytes], namespaces: tuple[bytes, ...]
     ) -> Lease | None:
         """Lease the longest hit of *wanted* that memory serves, in place of the session's former lease."""
         if not wanted or not namespaces or self._drain.stopping:

@@ -109,7 +109,8 @@ class Generations:
         self.unused: OrderedDict[bytes, Namespace] = OrderedDict()
         """Namespaces that hold chunks and that no engine uses. The one that was left longest ago comes first."""
         self._spare: list[int] = []
-        self._together: dict[tuple[bytes, ...], tuple[Namespace, ...]] = {}  # found since `present` changed
+        self.together: dict[tuple[bytes, ...], tuple[Namespace, ...]] = {}
+        """What `find_together` found since `present` changed."""
 
     def attach(
         self, name: bytes, shard_bytes: Sequence[int], rounded: Callable[[int], int], group: Group, chunk_tokens: int
@@ -140,18 +141,17 @@ class Generations:
         if not lengths or min(lengths) < 1:
             raise Misuse(f"shard_bytes is {lengths}: give one length of 1 or more per shard")
 
-    def together(self, names: Sequence[bytes]) -> tuple[Namespace, ...]:
+    def find_together(self, names: tuple[bytes, ...]) -> tuple[Namespace, ...]:
         """The present generations of *names*, the groups of an engine; none if one is not attached.
 
         The chained ones come last. Leases share the tuple: each of its own would be more for a garbage collection.
         """
-        asked = tuple(names)
-        known = self._together.get(asked, ())
-        if not known and all(name in self.present for name in asked):
-            known = tuple(sorted([self.present[name] for name in asked], key=lambda namespace: namespace.chained))
-            self._together[asked] = known
-            for namespace in known:
-                namespace.chain = known[-1] if known[-1].chained and not namespace.chained else None
+        if not all(name in self.present for name in names):
+            return ()
+        known = tuple(sorted([self.present[name] for name in names], key=lambda namespace: namespace.chained))
+        for namespace in known:
+            namespace.chain = known[-1] if known[-1].chained and not namespace.chained else None
+        self.together[names] = known
         return known
 
     def detach(self, namespace: Namespace) -> None:
@@ -171,7 +171,7 @@ class Generations:
     def retire(self, namespace: Namespace) -> None:
         """*namespace* is outdated from now on, and its name leads nowhere."""
         del self.present[namespace.name]
-        self._together.clear()
+        self.together.clear()
         self.unused.pop(namespace.name, None)
         namespace.replaced = True
         namespace.table_of = []  # no digest is found any more; a sweep takes the tables apart
@@ -183,7 +183,7 @@ class Generations:
             return
         if not namespace.replaced:
             del self.present[namespace.name], self.unused[namespace.name]
-            self._together.clear()
+            self.together.clear()
         del self.numbered[namespace.number]
         self._spare.append(namespace.number)
 
@@ -209,5 +209,5 @@ class Generations:
     def _enter(self, namespace: Namespace, users: int) -> None:
         namespace.users = users
         self.present[namespace.name] = namespace
-        self._together.clear()
+        self.together.clear()
         self.numbered[namespace.number] = namespace

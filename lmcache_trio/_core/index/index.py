@@ -350,9 +350,10 @@ class Index:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def match(self, namespaces: Sequence[bytes], digests: Sequence[bytes]) -> int:
+    def match(self, namespaces: tuple[bytes, ...], digests: Sequence[bytes]) -> int:
         """The chunks of the longest hit that READY parts of all *namespaces* serve. They are not touched."""
-        known = self._chunks.generations.together(namespaces)
+        generations = self._chunks.generations
+        known = generations.together.get(namespaces) or generations.find_together(namespaces)
         return self._chunks.longest_hit(known, digests) if known else 0
 
     @property
@@ -361,7 +362,7 @@ class Index:
         return self._lease_limit - self._chunks.bytes_offered
 
     def lease(
-        self, session: SessionKey, namespaces: Sequence[bytes], digests: Sequence[bytes], now: float
+        self, session: SessionKey, namespaces: tuple[bytes, ...], digests: Sequence[bytes], now: float
     ) -> Lease | None:
         """Lease and touch what the longest hit needs, cut where lease_share is reached; None when that is empty.
 
@@ -371,7 +372,8 @@ class Index:
         former = self._lease_of.get(session)
         if former is not None:
             self.release(former)
-        known, chunks = self._chunks.generations.together(namespaces), 0
+        generations, chunks = self._chunks.generations, 0
+        known = generations.together.get(namespaces) or generations.find_together(namespaces)
         parts: list[list[int]] = []
         if len(known) == 1 and known[0].chained:
             parts = [self._chunks.offer(known[0], digests, self._lease_limit)]
