@@ -57,7 +57,7 @@ MakeEngineMemory = Callable[[Device, int], EngineMemory]
 
 
 @attrs.frozen
-class Layout:
+class PagedLayout:
     """Layers of an export: *kv_first* ones have K and V apart; *gap* bytes lie between two blocks.
 
     *second*: there is a second KV group too, whose one layer has the beginning of each block of the first one's.
@@ -104,11 +104,11 @@ class Layout:
 
 
 LAYOUTS = [
-    Layout(),
-    Layout(kv_first=False),
-    Layout(layers=1, item=DType.uint8, inner=(7,), kv_first=False),
-    Layout(layers=2, item=DType.float32, gap=64),
-    Layout(layers=2, kv_first=False, gap=32),
+    PagedLayout(),
+    PagedLayout(kv_first=False),
+    PagedLayout(layers=1, item=DType.uint8, inner=(7,), kv_first=False),
+    PagedLayout(layers=2, item=DType.float32, gap=64),
+    PagedLayout(layers=2, kv_first=False, gap=32),
 ]
 
 
@@ -118,7 +118,7 @@ class Rig:
 
     device: Device
     memory: Memory
-    layout: Layout
+    layout: PagedLayout
     engine: EngineMemory
     export: Export
     attached: Attached
@@ -185,7 +185,7 @@ class DeviceContract:
         self, make_device: MakeDevice, engine_memory: MakeEngineMemory, make_memory: Callable[[int], Memory]
     ) -> "OpenRig":
         @asynccontextmanager
-        async def opened(layout: Layout) -> AsyncIterator[Rig]:
+        async def opened(layout: PagedLayout) -> AsyncIterator[Rig]:
             device, memory = make_device(), make_memory(ARENA)
             async with memory.open():
                 while await memory.grow() < ARENA:
@@ -201,7 +201,9 @@ class DeviceContract:
         return opened
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    async def test_stored_blocks_stand_in_the_slot_in_the_layout_of_slots(self, rig: "OpenRig", layout: Layout) -> None:
+    async def test_stored_blocks_stand_in_the_slot_in_the_layout_of_slots(
+        self, rig: "OpenRig", layout: PagedLayout
+    ) -> None:
         async with rig(layout) as it:
             blocks = [7, 0, 12, 3, 5, 1, 2, 4]
             slots = [4096, 4096 + 2 * it.slot_bytes]
@@ -210,7 +212,7 @@ class DeviceContract:
             assert bytes(it.memory.view(slots[1], it.slot_bytes)) == it.slot(blocks[4:])
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    async def test_a_load_fills_its_blocks_and_touches_no_other_byte(self, rig: "OpenRig", layout: Layout) -> None:
+    async def test_a_load_fills_its_blocks_and_touches_no_other_byte(self, rig: "OpenRig", layout: PagedLayout) -> None:
         async with rig(layout) as it:
             await it.run(it.copy(Direction.STORE, [4096, 4096 + it.slot_bytes], [7, 0, 12, 3, 5, 1, 2, 4]))
             stored = {block: it.block(block) for block in range(BLOCKS)}
@@ -226,7 +228,7 @@ class DeviceContract:
 
     @pytest.mark.parametrize("gap", [0, 32])
     async def test_groups_in_one_storage_have_slots_of_their_own(self, rig: "OpenRig", gap: int) -> None:
-        async with rig(Layout(layers=2, kv_first=False, gap=gap, second=True)) as it:
+        async with rig(PagedLayout(layers=2, kv_first=False, gap=gap, second=True)) as it:
             lengths = it.export.group_block_bytes
             slots = [4096, 4096 + 2 * it.slot_bytes, 4096 + 3 * it.slot_bytes]
             it.memory.view(4096, 4 * it.slot_bytes)[:] = bytes(4 * it.slot_bytes)
@@ -247,7 +249,7 @@ class DeviceContract:
     async def test_copies_of_one_engine_in_one_direction_run_in_the_order_in_which_they_were_started(
         self, rig: "OpenRig"
     ) -> None:
-        async with rig(Layout()) as it:
+        async with rig(PagedLayout()) as it:
             slots = [4096, 4096 + it.slot_bytes]
             for direction in (Direction.STORE, Direction.LOAD):
                 first = it.copy(direction, slots[:1], [0, 1, 2, 3])
@@ -265,7 +267,7 @@ class DeviceContract:
                     assert it.slot([0, 1, 2, 3]) == bytes(it.memory.view(slots[1], it.slot_bytes))
 
     async def test_a_wait_that_is_cancelled_ends_no_copy_and_may_be_taken_up_again(self, rig: "OpenRig") -> None:
-        async with rig(Layout()) as it:
+        async with rig(PagedLayout()) as it:
             ticket = it.device.start(it.copy(Direction.STORE, [4096], [0, 1, 2, 3]))
             with trio.CancelScope() as scope:
                 scope.cancel()
@@ -280,7 +282,7 @@ class DeviceContract:
             await self._refuse_another(rig, other.fileno())
 
     async def _refuse_another(self, rig: "OpenRig", other: int) -> None:
-        async with rig(Layout()) as it:
+        async with rig(PagedLayout()) as it:
             before = it.device.statistics()["attached"]
             wrong = it.export.memory[0]
             if isinstance(wrong, SharedMemory):
@@ -293,7 +295,7 @@ class DeviceContract:
             assert it.device.statistics()["attached"] == before
 
     async def test_an_attach_that_is_cancelled_leaves_nothing_open(self, rig: "OpenRig") -> None:
-        async with rig(Layout()) as it:
+        async with rig(PagedLayout()) as it:
             before = it.device.statistics()["attached"]
             with trio.CancelScope() as scope:
                 scope.cancel()
@@ -301,13 +303,13 @@ class DeviceContract:
             assert it.device.statistics()["attached"] == before
 
     async def test_detaching_twice_is_the_same_as_once(self, rig: "OpenRig") -> None:
-        async with rig(Layout()) as it:
+        async with rig(PagedLayout()) as it:
             it.device.detach(it.attached)
             it.device.detach(it.attached)
             assert it.device.statistics()["attached"] == 0
 
     async def test_it_counts_what_it_copied(self, rig: "OpenRig") -> None:
-        async with rig(Layout()) as it:
+        async with rig(PagedLayout()) as it:
             await it.run(it.copy(Direction.STORE, [4096], [0, 1, 2, 3]))
             found = it.device.statistics()
             assert (found["copies"], found["bytes_copied"], found["attached"]) == (1, it.slot_bytes, 1)
@@ -316,10 +318,10 @@ class DeviceContract:
         self, make_device: MakeDevice, engine_memory: MakeEngineMemory
     ) -> None:
         device = make_device()
-        layout = Layout()
+        layout = PagedLayout()
         export = layout.export(engine_memory(device, layout.layers * layout.layer_bytes))
         with pytest.raises(Unavailable):
             await device.attach(export)
 
 
-OpenRig = Callable[[Layout], AbstractAsyncContextManager[Rig]]
+OpenRig = Callable[[PagedLayout], AbstractAsyncContextManager[Rig]]

@@ -89,7 +89,7 @@ class _Kept:
 
 
 @attrs.frozen
-class _Group:
+class _Look:
     """The parameters and callables of one look. *values* are those at some places of the parameters."""
 
     parameters: list[_Parameter]
@@ -122,14 +122,14 @@ class WeightsWatch:
             for name, value in vars(module).items()
             if callable(value) and not isinstance(value, nn.Module | type)
         ]
-        groups = max(1, len(tensors) // SOME)
-        self._groups = [
-            _Group(
-                [_Parameter(weakref.ref(each), each.data_ptr(), each._version) for each in tensors[i::groups]],
-                kept[i::groups],
-                self._values(tensors[i::groups]),
+        looks = max(1, len(tensors) // SOME)
+        self._looks = [
+            _Look(
+                [_Parameter(weakref.ref(each), each.data_ptr(), each._version) for each in tensors[i::looks]],
+                kept[i::looks],
+                self._values(tensors[i::looks]),
             )
-            for i in range(groups)
+            for i in range(looks)
         ]
 
     def begin(self) -> None:
@@ -139,8 +139,8 @@ class WeightsWatch:
 
     def changed(self) -> bool:
         """Does this look show other weights than `take` saw?"""
-        self._turn = (self._turn + 1) % len(self._groups)
-        group = self._groups[self._turn]
+        self._turn = (self._turn + 1) % len(self._looks)
+        group = self._looks[self._turn]
         if self._source() != self._loaded_from or any(each.is_another() for each in group.kept):
             return True
         if any(each.is_another() for each in group.parameters):
