@@ -140,13 +140,13 @@ class WeightsWatch:
     def changed(self) -> bool:
         """Does this look show other weights than `take` saw?"""
         self._turn = (self._turn + 1) % len(self._looks)
-        group = self._looks[self._turn]
-        if self._source() != self._loaded_from or any(each.is_another() for each in group.kept):
+        look = self._looks[self._turn]
+        if self._source() != self._loaded_from or any(each.is_another() for each in look.kept):
             return True
-        if any(each.is_another() for each in group.parameters):
+        if any(each.is_another() for each in look.parameters):
             return True
         return (
-            self._values([tensor for each in group.parameters if (tensor := each.tensor()) is not None]) != group.values
+            self._values([tensor for each in look.parameters if (tensor := each.tensor()) is not None]) != look.values
         )
 
     def _values(self, tensors: list[torch.Tensor]) -> list[int]:
