@@ -349,11 +349,14 @@ class Chunks:
         self.bytes_offered -= gone * namespace.extent
 
     def retain(self, rows: Sequence[int], namespace: Namespace) -> None:
-        """One more reader of each of *rows*, which are READY or have readers."""
+        """One more reader of each of *rows*, which are READY or have readers. A client may have named one twice."""
         refs = self._refs
-        fresh = [row for row in rows if not refs[row]]
+        fresh: list[int] = []
         for row in rows:
-            refs[row] += 1
+            count = refs[row]
+            if not count:
+                fresh.append(row)
+            refs[row] = count + 1
         if fresh:
             self._keep(fresh, namespace)
 

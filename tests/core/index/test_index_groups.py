@@ -167,6 +167,19 @@ def test_a_lease_counts_the_parts_of_all_groups_against_its_share(world: Callabl
     assert third.chunks == 6
 
 
+def test_a_lookup_that_names_a_chunk_twice_costs_nobody_room(world: Callable[..., Any]) -> None:
+    of = Parts(world(4, lease_share=1.0), FULL, WINDOW)
+    for group in (0, 1):
+        of.store(group, "a")
+    for _ in range(5):
+        lease = of.index.lease(("e", 7), of.names, of.world.digests("a") * 2, of.world.now)
+        assert lease is not None
+        assert (lease.chunks, of.world.held["bytes_retained"]) == (2, 2 * PAGE)
+        of.index.release(lease.id)
+        assert of.world.held["bytes_retained"] == 0
+    assert len(of.store(0, "wxyz").slots) == 4  # both parts go for them
+
+
 @given(st.data())
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_hit_is_the_longest_that_is_there_and_within_the_share(
