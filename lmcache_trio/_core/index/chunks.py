@@ -312,15 +312,26 @@ class Chunks:
             digest = digests[position]
             return others[number].table_of[digest[0]].get(digest, 0)
 
-        while most := longest_hit(lambda *part: state[row_of(*part)] == READY, groups, chunk_tokens, most):
-            cost = spent[most]
+        most = longest_hit(lambda *part: state[row_of(*part)] == READY, groups, chunk_tokens, most)
+        cost = spent[most]
+        for number, group in enumerate(groups):
+            for position in range(group.first(most, chunk_tokens), most):
+                cost += 0 if offered[row_of(number, position)] else others[number].extent
+        if cost <= room:
+            return most
+        # A shorter hit, and each one needs other parts: sums over all parts tell what it costs.
+        best, begins, sums = 0, [0] * len(groups), [[0] for _ in groups]
+        for boundary in range(1, most):
+            cost, served = spent[boundary], True
             for number, group in enumerate(groups):
-                for position in range(group.first(most, chunk_tokens), most):
-                    cost += 0 if offered[row_of(number, position)] else others[number].extent
-            if cost <= room:
-                break
-            most -= 1
-        return most
+                row, first = row_of(number, boundary - 1), group.first(boundary, chunk_tokens)
+                sums[number].append(sums[number][-1] + (0 if offered[row] else others[number].extent))
+                cost += sums[number][boundary] - sums[number][first]
+                if state[row] != READY:
+                    begins[number] = boundary  # the parts from there on are there
+                served = served and begins[number] <= first
+            best = boundary if served and cost <= room else best
+        return best
 
     def offer_parts(
         self, namespaces: Sequence[Namespace], digests: Sequence[bytes], limit: int

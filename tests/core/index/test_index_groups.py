@@ -1,5 +1,6 @@
 """KV groups: parts are stored, leased and evicted on their own, and a hit has every part that its groups need."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -212,6 +213,20 @@ def test_a_hit_is_the_longest_that_is_there_and_within_the_share(
         assert (lease.chunks if lease else 0) == expected
         offered |= best if expected else set()
         assert of.world.held["bytes_offered"] == len(offered) * PAGE
+
+
+def test_a_hit_that_the_share_cuts_is_found_in_a_time_that_grows_with_its_parts(world: Callable[..., Any]) -> None:
+    chunks = 3000
+    of = Parts(world(chunks), Group(Need.WINDOW, chunks * CHUNK + 1, 16))
+    digests = [number.to_bytes(4, "little") * 8 for number in range(chunks)]
+    for first in range(0, chunks, 250):
+        made = of.index.reserve(("e", 1), 1, 0, of.names[0], b"", join_digests(digests[first : first + 250]), 0.0)
+        of.index.commit(made.id, 1)
+    begun = time.process_time()
+    lease = of.index.lease(("e", 7), of.names, digests, 0.0)
+    assert lease is not None
+    assert lease.chunks == chunks // 2
+    assert time.process_time() - begun < 5  # in the square of its parts: 10 s and more
 
 
 def test_a_reset_of_one_namespace_leaves_no_hit(world: Callable[..., Any]) -> None:
