@@ -34,6 +34,8 @@ log = logging.getLogger("lmcache_trio.server")
 
 NEXT_TIER = 0.25
 """Share of the budget after which the next tier is asked too, even if the one before it has not answered."""
+NAMED_AT_ONCE = 2048
+"""Parts that are named to a tier in one go, which takes about 2 ms."""
 HELD_AT_ONCE = 512
 """Chunks that are looked for in memory in one go, which takes about 1 ms. Then the other tasks of the loop run."""
 _STATES = {
@@ -221,7 +223,7 @@ class Prefetch:
                 return
             now = trio.current_time()
             if asked < len(self._runners) and (not self._questions or now >= ask_next):
-                self._ask(asked, plan, wanted)
+                await self._ask(asked, plan, wanted)
                 asked, ask_next = asked + 1, now + NEXT_TIER * (deadline - now)
                 continue
             with trio.move_on_at(ask_next if asked < len(self._runners) else inf):
@@ -236,9 +238,12 @@ class Prefetch:
             if number % HELD_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
 
-    def _ask(self, tier: int, plan: Plan, wanted: Sequence[bytes]) -> None:
-        parts = plan.ask(tier)
-        keys = [ChunkKey(self.namespaces[group], wanted[position]) for group, position in parts]
+    async def _ask(self, tier: int, plan: Plan, wanted: Sequence[bytes]) -> None:
+        keys: list[ChunkKey] = []
+        for number, (group, position) in enumerate(plan.ask(tier), 1):
+            keys.append(ChunkKey(self.namespaces[group], wanted[position]))
+            if number % NAMED_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
         question = Question(keys, self.wake)
         runner = self._runners[tier]
         self._questions[tier] = question
