@@ -366,6 +366,7 @@ async def test_a_disk_that_the_kernel_makes_read_only_under_a_server_is_fenced_u
         await wait_probed(server)
         assert "ead-only" in server.tier()["reason"]
         assert await server.hits(chain_of("second", 2)) == 2
+        tier.stay_shut()  # else it may be in use again before the mount command has returned
         await trio.to_thread.run_sync(mount_again, there)
         await tier.wait_works_again()
         assert await server.store(chain_of("third", 2)) == 2
