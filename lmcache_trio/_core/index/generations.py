@@ -62,19 +62,8 @@ class Namespace:
     """
 
     __slots__ = (
-        *(
-            "chain",
-            "chained",
-            "extent",
-            "layout",
-            "lengths",
-            "name",
-            "number",
-            "shards",
-            "starts",
-            "table_of",
-            "tables",
-        ),
+        *("chain", "chained", "extent", "layout", "lengths", "name"),
+        *("number", "shards", "starts", "table_of", "tables"),
         *("counts", "replaced", "retained", "users"),
     )
 

@@ -14,11 +14,11 @@ from typing import Any
 import attrs
 
 from lmcache_trio.adapters import Group, Need
+from lmcache_trio.adapters.scheduler.parts import HOLE
 from lmcache_trio.errors import Misuse
 
-__all__ = ["KVGroups", "find_groups"]
+__all__ = ["KVGroups", "find_groups", "specs_of"]
 
-HOLE = -1
 _NULL = 0
 """vLLM's block for tokens of which it keeps nothing: they left the window, or lie before the state."""
 
@@ -114,16 +114,17 @@ def _check_several(vllm_config: Any, found: Sequence[Any], ids: Sequence[int]) -
             " model's own groups: leave out --speculative-config"
         )
     if len(ids) == 1 and len(found) > 1:
-        raise Misuse(f"this model has scratch KV cache groups beside one that can be cached ({_names_of(found)})")
+        names = _names([group.kv_cache_spec for group in found])
+        raise Misuse(f"this model has scratch KV cache groups beside one that can be cached ({names})")
     for i, group in enumerate(found):
         if getattr(group, "host_resident", False):
             raise Misuse(f"KV cache group {i} lies in host memory (HiSparse), which cannot be moved")
-        if any(getattr(spec, "prefix_replay_tokens", 0) for spec in _specs_of(group.kv_cache_spec)):
+        if any(getattr(spec, "prefix_replay_tokens", 0) for spec in specs_of(group.kv_cache_spec)):
             raise Misuse(f"of KV cache group {i} vLLM computes the last window of each hit again, which was not tried")
 
 
 def _group_of(spec: Any) -> Group:
-    specs = _specs_of(spec)
+    specs = specs_of(spec)
     groups = {_group_of_one(one) for one in specs}
     if len(groups) != 1:
         raise Misuse(f"the layers of a KV cache group keep different tokens ({_names(specs)})")
@@ -152,13 +153,9 @@ def _group_of_one(spec: Any) -> Group:
     )
 
 
-def _specs_of(spec: Any) -> list[Any]:
+def specs_of(spec: Any) -> list[Any]:
     """Those of the layers, where vLLM keeps several alike in one group."""
     return [*getattr(spec, "kv_cache_specs", {"": spec}).values()]
-
-
-def _names_of(found: Sequence[Any]) -> str:
-    return _names([group.kv_cache_spec for group in found])
 
 
 def _names(specs: Sequence[Any]) -> str:

@@ -11,6 +11,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from lmcache_trio.adapters.vllm.groups import specs_of
+
 __all__ = ["layout_extras"]
 
 
@@ -34,8 +36,7 @@ def layout_extras(vllm_config: Any, kv_cache_config: Any) -> list[str]:
 
 def _cpu_kernels(vllm_config: Any, kv_cache_config: Any) -> str:
     """The instruction sets that vLLM's CPU attention chose; if it does not tell, all those of the CPU."""
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    each = [one for spec in specs for one in getattr(spec, "kv_cache_specs", {"": spec}).values()]
+    each = [one for group in kv_cache_config.kv_cache_groups for one in specs_of(group.kv_cache_spec)]
     try:
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 

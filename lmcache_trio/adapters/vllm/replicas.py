@@ -10,6 +10,9 @@ layers of its model are made so.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lmcache_trio.adapters.vllm.groups import specs_of
+from lmcache_trio.adapters.vllm.weights import submodule
+
 __all__ = ["are_replicated", "replicas_of"]
 
 
@@ -21,8 +24,7 @@ def replicas_of(vllm_config: Any, kv_cache_config: Any) -> int:
     ranks = int(parallel.tensor_parallel_size)
     if told > 1 or ranks == 1 or getattr(parallel, "decode_context_parallel_size", 1) > 1:
         return told
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    each = [one for spec in specs for one in getattr(spec, "kv_cache_specs", {"": spec}).values()]
+    each = [one for group in kv_cache_config.kv_cache_groups for one in specs_of(group.kv_cache_spec)]
     heads = int(vllm_config.model_config.get_total_num_kv_heads())
     if any(not isinstance(one, AttentionSpec) or one.num_kv_heads != 1 for one in each) or heads < 1 or ranks % heads:
         return 1
@@ -33,17 +35,9 @@ def are_replicated(models: Sequence[Any], layers: Iterable[str], replicas: int) 
     """Whether the projection beside each of *layers*, by name, replicates its KV heads over *replicas* ranks."""
     for layer in layers:
         where = layer.rpartition(".")[0]
-        beside = [model.get_submodule(where) for model in models if _has(model, where)]
+        beside = [module for model in models if (module := submodule(model, where)) is not None]
         found = [getattr(child, "num_kv_head_replicas", 0) for module in beside for child in module.children()]
         projections = [count for count in found if count]
         if not projections or any(count % replicas for count in projections):
             return False
-    return True
-
-
-def _has(model: Any, where: str) -> bool:
-    try:
-        model.get_submodule(where)
-    except AttributeError:
-        return False
     return True
