@@ -61,3 +61,18 @@ def test_an_engine_sleeps_and_resets_right_after_it_has_stored(bench: Bench, tin
         engine.sleep()
         check(engine, prompt, cached=0)  # a sleep resets the connector too
     bench.stop_engine()
+
+
+@pytest.mark.parametrize("kind", ["async", "two processes"])
+def test_an_engine_whose_kv_memory_was_remapped_stores_and_loads_as_before(
+    bench: Bench, tiny: Expected, kind: str
+) -> None:
+    engine = bench.engine(kind, fresh=True)
+    check(engine, tiny["long 0"])
+    engine.remap()
+    for _ in range(2):
+        check(engine, tiny["long 0"], cached=0)  # a sleep resets the connector too
+        engine.forget()
+        check(engine, tiny["long 0"], cached=stored(tiny["long 0"]))
+        engine.remap()
+    bench.stop_engine()

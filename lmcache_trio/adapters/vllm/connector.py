@@ -1,4 +1,4 @@
-"""`LMCacheTrioConnector`: what vLLM 0.32 calls, handed on to the two sides that decide.
+"""`LMCacheTrioConnector`: what vLLM 0.32 and 0.33 call, handed on to the two sides that decide.
 
 vLLM makes one instance in its scheduler and one in each worker, by default in processes of their own. A wrong
 configuration is refused here, at start and by name. Later the connector never ends an engine: without a server every
@@ -294,6 +294,9 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             groups=self._groups.layers if self._groups.named else None,
         )
         self._kv_caches = kv_caches
+        if self._worker is not None:  # behind `restore_kv_caches`: the weights may be unmapped yet
+            self._worker.replace_mover(self._worker_adapter)
+            return
         self._worker = WorkerSide(
             self._worker_adapter,
             asynchronous=self._asynchronous,
@@ -327,7 +330,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         if self._worker_adapter is None and self._kv_caches:
             self.register_kv_caches(self._kv_caches)
 
-    release_kv_caches = unregister_kv_caches  # as vLLM calls it since
+    release_kv_caches = unregister_kv_caches  # its name in vLLM after 0.33
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         self._on_worker().let_go(kv_connector_metadata.plan)

@@ -137,8 +137,8 @@ def _group_of_one(spec: Any) -> Group:
         if spec.mamba_cache_mode != "align" or spec.num_speculative_blocks:
             raise Misuse(
                 f"this model keeps states, with mamba_cache_mode {spec.mamba_cache_mode!r} and"
-                f" {spec.num_speculative_blocks} speculative blocks: states can be cached with --mamba-cache-mode align"
-                " and --enable-prefix-caching, without --speculative-config"
+                f" {spec.num_speculative_blocks} speculative blocks: states can be cached with --enable-prefix-caching"
+                " (and in vLLM 0.32 --mamba-cache-mode align), without --speculative-config"
             )
         return Group(Need.STATE, 0, block_tokens)
     if "SlidingWindowSpec" in kinds:

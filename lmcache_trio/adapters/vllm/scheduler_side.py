@@ -350,14 +350,17 @@ class SchedulerSide:
                 self._end_if_over(tracked)
 
     def finished(self, request: EngineRequest, blocks: BlockLists) -> None:
-        """*blocks* are those of its computed tokens. Its blocks are free when this returns, unless it is loading."""
-        self._local.pop(request.request_id, None)
+        """*blocks* are those of its computed tokens. Its blocks are free when this returns, unless it is loading.
+
+        vLLM counts what was offered as computed already. From 0.33 on `allocated` may come a step later, or never.
+        """
+        allocated = self._local.pop(request.request_id, None) is None
         self._started.pop(request.request_id, None)
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return
         tracked.over = True
-        if not tracked.loading and self._stores:
+        if allocated and not tracked.loading and self._stores:
             # Steps still in flight may have computed more, for tokens that are not wanted any more.
             computed = request.num_computed_tokens - request.num_in_flight_tokens
             self._last.append(_Last(tracked, computed, tuple(map(tuple, blocks))))

@@ -93,6 +93,14 @@ class WorkerSide:
         self._failed_blocks: set[int] = set()
         self._failed_requests: set[str] = set()
 
+    def replace_mover(self, mover: WorkerVerbs) -> None:
+        """Copies go through *mover* from now on. Those of the mover before it have ended, and its loads were reported.
+
+        What the steps have told stays known: requests that are closing are reported by this worker as before.
+        """
+        self._mover = mover
+        self._reading = {}
+
     def let_go(self, plan: StepPlan) -> None:
         """Return when nothing reads the blocks that the step of *plan* will write."""
         if plan.resets != self._resets:

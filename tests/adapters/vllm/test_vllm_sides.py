@@ -71,6 +71,40 @@ def test_a_local_hit_that_ends_inside_a_chunk_loads_the_chunks_remaining_blocks(
     assert spec.block_ids == tuple(BLOCKS[local // BLOCK : 3 * CHUNK // BLOCK])
 
 
+def test_blocks_may_be_named_a_step_after_their_load_was_offered(cache: Cache) -> None:
+    """From vLLM 0.33 on: they are used anew, and steps under way may still read what they held."""
+    scheduler, asked = side(cache), request()
+    assert scheduler.offer(asked, BLOCK) == (3 * CHUNK - BLOCK, True)
+    asked.num_computed_tokens = 3 * CHUNK
+    plan = scheduler.plan({"other": 1}, [], blocks_of)
+    assert (plan.loads, plan.stores, plan.written) == ((), (), ())
+    scheduler.output(StepOutput(step=1))
+    scheduler.allocated(asked, (BLOCKS,), 3 * CHUNK - BLOCK)
+    plan = scheduler.plan({"other": 1}, [], blocks_of)
+    (spec,) = plan.loads
+    assert spec.block_ids == tuple(BLOCKS[1 : 3 * CHUNK // BLOCK])
+    assert plan.written == tuple(BLOCKS[1:])
+    scheduler.output(StepOutput(step=2, loaded=frozenset({"r"})))
+    scheduler.allocated(asked, (BLOCKS,), 0)
+    assert scheduler.plan({"r": 1}, [], blocks_of).stores == (), "the hit was stored again"
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["without a reset", "with a reset"])
+def test_a_request_that_ends_before_its_blocks_were_named_has_nothing_to_store(cache: Cache, reset: bool) -> None:
+    """vLLM counts the tokens of the load as computed, and nobody has written them."""
+    scheduler, asked = side(cache), request()
+    assert scheduler.offer(asked, 0) == (3 * CHUNK, True)
+    asked.num_computed_tokens = 3 * CHUNK
+    scheduler.plan({"other": 1}, [], blocks_of)
+    if reset:
+        scheduler.reset()
+    scheduler.finished(asked, (BLOCKS,))
+    plan = scheduler.plan({"other": 1}, [], blocks_of)
+    assert (plan.loads, plan.last_stores) == ((), ())
+    assert "r" not in cache.answers, "the answer was not given back"
+    assert scheduler.statistics() == {"requests": 0, "loading": 0}
+
+
 def test_a_hit_that_the_engine_has_itself_is_not_loaded(cache: Cache) -> None:
     scheduler, asked = side(cache), request()
     assert scheduler.offer(asked, 3 * CHUNK) == (0, False)
@@ -311,6 +345,17 @@ def test_a_request_that_nobody_can_identify_goes_uncached(cache: Cache) -> None:
 
 def store_of(request_id: str, block_ids: tuple[int, ...] = (0, 1)) -> StoreSpec:
     return StoreSpec(request_id, 1, b"", b"d" * 32, block_ids)
+
+
+def test_a_request_is_closed_by_a_worker_whose_kv_memory_was_taken_away_and_given_back(cache: Cache) -> None:
+    """Or its session would never end. Its copies have ended with the mover that had that memory."""
+    worker = WorkerSide(Mover(cache, Memory(8, sharing=False), lambda: False), asynchronous=True)
+    worker.begin(StepPlan(1, stores=(store_of("s"),), closing=("s",)))
+    worker.store()
+    assert worker.report().closed == set()
+    worker.replace_mover(Mover(cache, Memory(8, sharing=False), lambda: False))
+    worker.begin(StepPlan(2))
+    assert worker.report().closed == {"s"}
 
 
 def test_a_failed_synchronous_load_keeps_every_store_back_until_the_scheduler_knows(cache: Cache) -> None:

@@ -124,6 +124,13 @@ class Engine:
         """Sleep and wake again, right after whatever was asked before."""
         self._ask("sleep")
 
+    def remap(self) -> None:
+        """Sleep and wake again; what the KV memory held is lost meanwhile, and the connector is told before and after.
+
+        vLLM's CPU workers ignore a sleep, so this does what its GPU workers do from 0.33 on.
+        """
+        self._ask("remap")
+
     def reload(self, path: Path, *, reset: bool) -> bool:
         """Compute with the weights at *path* from now on. *reset* vLLM's cache and ours: the result says if it was."""
         return bool(self._ask("reload", path=str(path), reset=reset)["reset"])

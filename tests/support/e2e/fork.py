@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,8 @@ from support.e2e import process
 
 IMPORTED = (
     "vllm.entrypoints.llm",
-    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.launchers.cli_args",  # of 0.32
+    "vllm.entrypoints.common.cli_args",  # of 0.33
     "vllm.distributed.elastic_ep.elastic_execute",
     "vllm.model_executor.layers.quantization.online.base",
     "vllm.model_executor.models.llama",
@@ -30,7 +32,9 @@ IMPORTED = (
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
 )
-"""Whose imports an engine waits for while it starts; all but the first were seen in a profile of that."""
+"""Whose imports an engine waits for while it starts; all but the first were seen in a profile of that. What this vLLM
+does not have is left out.
+"""
 
 FORK = "LMCACHE_TRIO_E2E_FORK"
 """Set: what vLLM would spawn is forked too, as it does by itself where it does not run on the CPU."""
@@ -87,5 +91,6 @@ def bind() -> None:
 
 if __name__ == "__main__":
     for name in IMPORTED:
-        importlib.import_module(name)
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     serve(socket.socket(fileno=int(sys.argv[1])))

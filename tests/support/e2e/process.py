@@ -115,6 +115,25 @@ def sleep(engine: Any) -> dict[str, Any]:
     return {"slept": True}
 
 
+def remap(engine: Any) -> dict[str, Any]:
+    """A sleep as workers on a GPU have it from vLLM 0.33 on: the KV memory goes, and comes back with other bytes."""
+    engine.sleep(1)
+    engine.collective_rpc(lose_kv_memory)
+    engine.wake_up()
+    return {"remapped": True}
+
+
+def lose_kv_memory(worker: Any) -> None:
+    """In a worker."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    connector = get_kv_transfer_group()
+    connector.unregister_kv_caches()
+    for tensor in connector._kv_caches.values():
+        tensor.zero_()
+    connector.restore_kv_caches()
+
+
 def reload(engine: Any, path: str, reset: bool) -> dict[str, Any]:
     """The weights at *path* in place of those that the engine has, as after a training step."""
     engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
@@ -185,6 +204,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "forget": forget,
     "reset_at_once": reset_at_once,
     "sleep": sleep,
+    "remap": remap,
     "reload": reload,
     "preemptions": preemptions,
     "abort": abort,
