@@ -508,6 +508,7 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     block_tokens: int = 0,
     chunk_tokens: int = 0,
     groups: Sequence[Group] = (),
+    token_bytes: int = 0,
     server_uids: Collection[int] | None = None,
 ) -> AsyncIterator[Client]:
     """Connect to the server at *address*. A worker also gets the arena mapped, in `Client.arena`.
@@ -515,7 +516,8 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     *identity* (32 bytes at most) is a scheduler's digest of its model: engines of other models have other namespaces.
     *block_tokens* are those of the engine's blocks, *chunk_tokens* those of its chunks, a multiple of them. With
     neither (0), the engine's chunks have as many as the server's setting says. *groups*: the engine's KV groups, unless
-    it is one of which a hit needs all. All clients of an engine say the same.
+    it is one of which a hit needs all. *token_bytes*: the bytes that one worker keeps per token, from which the server
+    chooses a length; 0: not known. All clients of an engine say the same.
     The server must run as this process' uid, as root, or as one of *server_uids*, by default those that the setting
     `client.server_uids` names.
     `Unavailable`: no server listens there, or one of an uid that is not trusted, or this process may not connect.
@@ -523,7 +525,7 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     and the role is not observer. `ProtocolError`: the server is of another release, or another kind of program.
     """
     who = name or f"pid {os.getpid()}"
-    sizes = (block_tokens, chunk_tokens, groups)
-    hello = message_of(Hello, PROTOCOL_VERSION, who, os.urandom(16), role, engine, shard, shards, identity, *sizes)
+    said = (role, engine, shard, shards, identity, block_tokens, chunk_tokens, groups)
+    hello = message_of(Hello, PROTOCOL_VERSION, who, os.urandom(16), *said, token_bytes=token_bytes)
     async with connect(address, hello, server_uids) as client:
         yield client

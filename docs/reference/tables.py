@@ -9,6 +9,7 @@ A page asks for one of these, and the text from there to `<!-- end -->` is repla
     <!-- table: flags COMMAND -->              as the parser of the command line has them
     <!-- table: rows -->                       the benchmark's
     <!-- table: messages -->                   the protocol's
+    <!-- table: chunks -->                     the length of a chunk of models that many people run
 """
 
 import re
@@ -21,6 +22,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import attrs
 
 from lmcache_trio import cli, statistics
+from lmcache_trio._core.keys import chunk_tokens_for
 from lmcache_trio._wire import messages
 from lmcache_trio._wire.messages import Message, Role
 from lmcache_trio._wire.protocol import PUSHES, REPLIES, speakers
@@ -52,7 +54,7 @@ def _table(kind: str, *args: str) -> str:
     if kind == "rows":
         names = " ".join(f"`{name}`," for name in ROWS).removesuffix(",")
         return textwrap.fill(f"The rows are {names}.", 100) + "\n"
-    rows = _figures(*args) if kind == "figures" else _messages()
+    rows = _figures(*args) if kind == "figures" else _chunks() if kind == "chunks" else _messages()
     head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body))
 
@@ -134,6 +136,34 @@ def figures_of(cls: type[Any]) -> dict[str, tuple[str, str]]:
         else:
             found[key] = getattr(hint, "__metadata__", ("", ""))
     return found
+
+
+_MODELS = (
+    ("Qwen2.5 0.5B", 16, 24 * 2 * 2 * 64 * 2),
+    ("Qwen2.5 7B", 16, 28 * 2 * 4 * 128 * 2),
+    ("Qwen3 8B", 16, 36 * 2 * 8 * 128 * 2),
+    ("Qwen3 30B-A3B", 16, 48 * 2 * 4 * 128 * 2),
+    ("Qwen3 235B-A22B, TP 4", 16, 94 * 2 * 1 * 128 * 2),
+    ("Llama 3.2 1B", 16, 16 * 2 * 8 * 64 * 2),
+    ("Llama 3.1 8B", 16, 32 * 2 * 8 * 128 * 2),
+    ("Llama 3.1 8B, fp8 KV", 16, 32 * 2 * 8 * 128),
+    ("Llama 3.3 70B, TP 8", 16, 80 * 2 * 1 * 128 * 2),
+    ("Llama 3.1 405B, TP 8", 16, 126 * 2 * 1 * 128 * 2),
+    ("gpt-oss 20B (12 of 24 layers with a window)", 16, 24 * 2 * 8 * 64 * 2),
+    ("gpt-oss 120B, TP 8 (18 of 36)", 16, 36 * 2 * 1 * 64 * 2),
+    ("Gemma 3 12B (40 of 48)", 16, 48 * 2 * 8 * 256 * 2),
+    ("DeepSeek V3, R1 and Kimi K2, any TP", 64, 61 * 576 * 2),
+    ("the same, fp8 KV", 64, 61 * 576),
+)
+"""A name, tokens of a block, and bytes that one rank keeps per token: layers · K and V · heads · head size · 2."""
+
+
+def _chunks() -> Iterator[list[str]]:
+    yield ["Model", "Block", "KiB per token, one rank", "Chunk, tokens", "MiB, one rank", "Chunks of a 128k prompt"]
+    for name, block_tokens, token_bytes in _MODELS:
+        tokens = chunk_tokens_for("auto", block_tokens, token_bytes)
+        sizes = f"{token_bytes / 1024:.1f}", str(tokens), f"{tokens * token_bytes / (1 << 20):.2f}"
+        yield [name, str(block_tokens), *sizes, f"{131_072 // tokens:,}"]
 
 
 def _messages() -> Iterator[list[str]]:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import attrs
 
@@ -16,8 +17,10 @@ from lmcache_trio._core.groups import EVERY, Group
 from lmcache_trio.errors import Misuse
 
 __all__ = [
+    "DEFAULT_CHUNK_TOKENS",
     "DIGEST_BYTES",
     "ChunkKey",
+    "ChunkWish",
     "chain_digests",
     "check_chunk_tokens",
     "chunk_tokens_for",
@@ -30,6 +33,15 @@ __all__ = [
 ]
 
 DIGEST_BYTES = 32
+
+DEFAULT_CHUNK_TOKENS = 128
+"""Tokens of a chunk of an engine that does not say how many bytes a token has."""
+
+_LEAST_TOKENS, _MOST_TOKENS, _CHUNK_BYTES = 64, 256, 2 << 20
+"""The bounds of the rule for "auto", from docs/performance.md, "How long a chunk should be"."""
+
+ChunkWish = int | Literal["auto"]
+"""How long a server wants the chunks of engines that state no length."""
 
 
 @attrs.frozen
@@ -108,9 +120,17 @@ def chain_digests(
     return digests
 
 
-def chunk_tokens_for(wish: int, block_tokens: int) -> int:
-    """Tokens of a chunk of an engine whose blocks have *block_tokens*: the fewest whole blocks that reach *wish*."""
-    return -(-wish // block_tokens) * block_tokens
+def chunk_tokens_for(wish: ChunkWish, block_tokens: int, token_bytes: int = 0) -> int:
+    """Tokens of a chunk of an engine whose blocks have *block_tokens*, and of whose tokens a rank keeps *token_bytes*.
+
+    The fewest whole blocks that reach *wish* tokens. "auto": those that reach 2 MiB of one rank and 64 tokens, but no
+    more than fit into 256 tokens, and one at least. If *token_bytes* is 0, which is not known, as a wish of 128.
+    """
+    if wish != "auto" or not token_bytes:
+        tokens = DEFAULT_CHUNK_TOKENS if wish == "auto" else wish
+        return -(-tokens // block_tokens) * block_tokens
+    tokens = max(_LEAST_TOKENS, -(-_CHUNK_BYTES // token_bytes))
+    return max(1, min(-(-tokens // block_tokens), _MOST_TOKENS // block_tokens)) * block_tokens
 
 
 def check_chunk_tokens(chunk_tokens: int, block_tokens: int) -> None:

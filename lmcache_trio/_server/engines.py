@@ -75,7 +75,9 @@ class Engines:
         engine = self.find(hello)
         if engine is not None:
             return engine.chunk_tokens
-        return hello.chunk_tokens or chunk_tokens_for(self._config.chunk_tokens, hello.block_tokens or 1)
+        if hello.chunk_tokens:
+            return hello.chunk_tokens
+        return chunk_tokens_for(self._config.chunk_tokens, hello.block_tokens or 1, hello.token_bytes)
 
     # --- peers --------------------------------------------------------------------------------------------------------
 
@@ -191,10 +193,13 @@ class Engines:
             )
             log.warning(words, engine.name, tokens, format_size(chunk), format_size(size))
             return
-        words = "engine %r joins: model %s, layout %s in %d shard(s), %s a token; the memory holds %d tokens"
+        words = (
+            "engine %r joins: model %s, layout %s in %d shard(s), chunks of %d tokens, %s a token; the memory holds %d"
+            " tokens"
+        )
         model, layout = engine.identity.hex()[:12] or "not named", engine.layout.hex()[:12]
         a_token = format_size(chunk // tokens)
-        log.info(words, engine.name, model, layout, engine.shards, a_token, size // chunk * tokens)
+        log.info(words, engine.name, model, layout, engine.shards, tokens, a_token, size // chunk * tokens)
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 

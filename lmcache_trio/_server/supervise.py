@@ -323,7 +323,7 @@ def _log_start(config: Config, server: Server) -> None:
     statistics = server.statistics()
     tiers = ", ".join(f"{tier['name']} ({tier['state']})" for tier in statistics["tiers"]) or "none"
     size = format_size(statistics["held"]["bytes_size"])
-    words = "lmcache-trio %s serves at %s: memory %s (%s), chunks of %d tokens, tiers: %s, device: %s"
+    words = "lmcache-trio %s serves at %s: memory %s (%s), chunk_tokens %s, tiers: %s, device: %s"
     backends = config.memory["backend"], config.device["backend"]
     log.info(words, __version__, server.address, size, backends[0], config.chunk_tokens, tiers, backends[1])
 

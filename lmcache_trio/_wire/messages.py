@@ -69,7 +69,7 @@ __all__ = [
     "Withdraw",
 ]
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_DIGESTS = 65_536
 """Most chunks that one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
 
@@ -157,6 +157,7 @@ class Hello(Message):
     *block_tokens*: a chunk is a whole number of so many, those of the engine's blocks. *chunk_tokens*: those that
     its chunks must have. 0: not said. *groups*: what its layers keep; empty: one group, of which a hit needs all.
     Each shard has *replicas* workers, which hold the same bytes; a worker is the *replica*-th of them, from 0.
+    *token_bytes*: what one worker keeps per token, by which the server chooses a length that is not said.
     """
 
     opcode: ClassVar[int] = 1
@@ -173,6 +174,7 @@ class Hello(Message):
     groups: tuple[Group, ...] = attrs.field(default=(), validator=_GROUPS)
     replica: int = attrs.field(default=0, validator=ge(0))
     replicas: int = attrs.field(default=1, validator=and_(ge(1), le(MAX_SHARDS)))
+    token_bytes: int = attrs.field(default=0, validator=ge(0))
 
     @property
     def rank(self) -> int:

@@ -16,14 +16,13 @@ from typing import Any
 
 import attrs
 
-from lmcache_trio._core.keys import DIGEST_BYTES, layout_of, namespace_of
+from lmcache_trio._core.keys import DEFAULT_CHUNK_TOKENS, DIGEST_BYTES, layout_of, namespace_of
 from lmcache_trio._server.plugins import make_backend
 from lmcache_trio._wire.messages import Role
 from lmcache_trio.abc import ChunkKey, Record, Tier
 from lmcache_trio.bench.files import forget
 from lmcache_trio.bench.run import look_until, scratch, serving, wait_open
 from lmcache_trio.client import open_client
-from lmcache_trio.config import DEFAULT_CHUNK_TOKENS
 from lmcache_trio.errors import Unavailable
 
 __all__ = ["Start", "measure_records", "typical"]

@@ -7,12 +7,11 @@ backend's own `Config` class once the backend is found.
 
 from lmcache_trio.config.addresses import default_address, default_addresses
 from lmcache_trio.config.client import ClientConfig, check_interval, load_client_config
-from lmcache_trio.config.server import DEFAULT_CHUNK_TOKENS, PRIVATE, Access, Config, Limits, describe, load_config
+from lmcache_trio.config.server import PRIVATE, Access, Config, Limits, describe, load_config
 from lmcache_trio.config.tables import Table, check_ids, structure
 from lmcache_trio.config.values import format_size, parse_path, parse_size
 
 __all__ = [
-    "DEFAULT_CHUNK_TOKENS",
     "PRIVATE",
     "Access",
     "ClientConfig",

@@ -9,14 +9,14 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
 from lmcache_trio.config import sources
 from lmcache_trio.config.addresses import MemoryAddress, UnixAddress, check_address, default_address, parse_rendezvous
 from lmcache_trio.config.client import ClientConfig
-from lmcache_trio.config.tables import between, check_ids, setting
+from lmcache_trio.config.tables import between, check_chunk_tokens, check_ids, setting
 from lmcache_trio.config.values import parse_path
 from lmcache_trio.errors import ConfigError
 
@@ -144,10 +144,6 @@ class Limits:
     )
 
 
-DEFAULT_CHUNK_TOKENS = 128
-"""An engine assumes this, too, until it has met a server."""
-
-
 @attrs.frozen
 class Config:
     """All settings of a server. Each field's `metadata["help"]` is its one line of documentation."""
@@ -158,11 +154,12 @@ class Config:
         check=check_address,
     )
     access: Access = setting(attrs.Factory(Access), "Who may connect, beside the server's own uid and root.")
-    chunk_tokens: int = setting(
-        DEFAULT_CHUNK_TOKENS,
+    chunk_tokens: int | Literal["auto"] = setting(
+        "auto",
         "Tokens per chunk, the unit of caching, of engines that name none; each gets the fewest whole blocks of its own"
-        " that reach this.",
-        check=between(1, 65_536),
+        ' that reach this. `"auto"`: the rule of "How long a chunk should be", by the bytes that the engine keeps per'
+        " token.",
+        check=check_chunk_tokens,
     )
     lease_timeout: float = setting(
         30.0,

@@ -21,7 +21,7 @@ from cattrs.gen import make_dict_structure_fn
 from lmcache_trio.config.values import closest, parse_path, parse_size
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["Table", "between", "check_ids", "setting", "structure"]
+__all__ = ["Table", "between", "check_chunk_tokens", "check_ids", "setting", "structure"]
 
 Table = dict[str, Any]
 """A backend's own settings, not yet structured."""
@@ -49,6 +49,12 @@ def between(low: float, high: float = math.inf, *, above: bool = False) -> Calla
             raise ConfigError(attribute.name, f"{value!r} is out of range; give {least}{most}")
 
     return check
+
+
+def check_chunk_tokens(instance: object, attribute: Any, value: int | str) -> None:
+    """A validator of a field that holds the length of a chunk in tokens, or "auto"."""
+    if isinstance(value, int):
+        between(1, 65_536)(instance, attribute, value)
 
 
 def check_ids(instance: object, attribute: Any, value: Sequence[int]) -> None:
@@ -161,6 +167,7 @@ def _make_converter() -> cattrs.Converter:
         str: _string,
         Path: _strict("a path in quotes", lambda v: type(v) is str, Path),
         int | str: _strict("a string or an integer", lambda v: type(v) in (int, str), lambda v: v),
+        int | Literal["auto"]: _strict('an integer or "auto"', lambda v: type(v) is int or v == "auto", lambda v: v),
     }.items():
         converter.register_structure_hook(kind, hook)
     table = _strict("a table", is_table, lambda v: MappingProxyType(dict(v)))

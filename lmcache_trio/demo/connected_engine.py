@@ -40,6 +40,8 @@ def connect(
     The adapters are shut down at the end, whatever happened in between. Its KV is in shared memory unless *path*, the
     worker's, is "shm".
     """
+    one_token = config.model.kv_shape(num_blocks=1, block_tokens=1)
+    token_bytes = one_token.numel * getattr(torch, one_token.dtype).itemsize
     with ExitStack() as stack:
         scheduler = scheduler_class(
             address,
@@ -47,6 +49,7 @@ def connect(
             identity=config.model.identity,
             block_tokens=config.block_tokens,
             groups=config.groups,
+            token_bytes=token_bytes,
         )
         stack.callback(scheduler.shutdown)
         worker = WorkerAdapter(
@@ -55,6 +58,7 @@ def connect(
             block_tokens=config.block_tokens,
             fingerprint_extra=("lmcache-trio testing engine",),
             groups=config.groups,
+            token_bytes=token_bytes,
             path=path,
         )
         stack.callback(worker.shutdown)

@@ -22,7 +22,14 @@ class Engine:
     number = 0
 
     def __init__(
-        self, address: str, block_tokens: int, chunk_tokens: int | None, *, path: str = "shm", seed: int | None = None
+        self,
+        address: str,
+        block_tokens: int,
+        chunk_tokens: int | None,
+        *,
+        path: str = "shm",
+        seed: int | None = None,
+        **more: Any,
     ) -> None:
         Engine.number += 1
         shape = (2, BLOCKS, block_tokens, 1, HEAD)
@@ -30,7 +37,7 @@ class Engine:
         if seed is not None:
             self.kv.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
         same: dict[str, Any] = {"engine_id": f"chunk lengths {Engine.number}", "block_tokens": block_tokens}
-        same |= {"chunk_tokens": chunk_tokens, "connect_timeout": 30.0}
+        same |= {"chunk_tokens": chunk_tokens, "connect_timeout": 30.0} | more
         self.scheduler = SchedulerAdapter(address, identity=["a model"], **same)
         self.worker = WorkerAdapter(address, path=path, reply_timeout=30.0, **same)  # type: ignore[arg-type]
         self.worker.register_kv_caches({"layer": self.kv}, num_blocks=BLOCKS)
@@ -172,6 +179,51 @@ def test_an_engine_keeps_its_chunks_when_a_server_of_another_setting_takes_over(
         assert later.lookup("q", tokens) == 0
     finally:
         successor.kill()
+
+
+@pytest.mark.parametrize("met_first", [True, False])
+@pytest.mark.parametrize(
+    ("block_tokens", "token_bytes", "chunk"),
+    [(16, 0, 128), (16, 12 << 10, 176), (48, 1 << 10, 240), (528, 8 << 10, 528)],
+)
+def test_an_engine_has_the_same_chunks_without_a_server_and_with_one_of_default_settings(
+    tmp_path: Path, engines: Make, block_tokens: int, token_bytes: int, chunk: int, met_first: bool
+) -> None:
+    tokens = list(range(chunk))
+    server = ServerProcess(f"unix://{tmp_path}/s.sock", "chunk_tokens=auto")
+    if met_first:
+        server.start()
+    try:
+        seconds = 30.0 if met_first else 0.01
+        one = engines(server.address, block_tokens, None, token_bytes=token_bytes, connect_timeout=seconds, seed=1)
+        assert one.chunk == chunk
+        alone = one.scheduler.extend("before", tokens)
+        if not met_first:
+            server.start()
+        wait_until(lambda: one.scheduler.is_healthy() and one.worker.is_healthy())
+        assert one.chunk == chunk
+        assert one.scheduler.extend("behind", tokens) == alone
+        assert one.store("r", tokens) == chunk
+        other = engines(server.address, block_tokens, None, token_bytes=token_bytes)
+        assert other.lookup("q", tokens) == chunk
+        assert other.load("q", chunk)
+        assert torch.equal(other.kv[:, : chunk // block_tokens], one.kv[:, : chunk // block_tokens])
+    finally:
+        server.kill()
+
+
+def test_prompts_are_hashed_anew_when_the_first_server_has_a_number_of_its_own(tmp_path: Path, engines: Make) -> None:
+    tokens = list(range(256))
+    server = ServerProcess(f"unix://{tmp_path}/s.sock", "chunk_tokens=32")
+    one = engines(server.address, 16, None, token_bytes=1 << 10, connect_timeout=0.01, seed=1)
+    assert one.chunk == 256
+    assert len(one.scheduler.extend("r", tokens)) == 1
+    server.start()
+    try:
+        wait_until(lambda: one.scheduler.is_healthy() and one.worker.is_healthy())
+        assert (one.chunk, len(one.scheduler.extend("r", tokens))) == (32, 8)
+    finally:
+        server.kill()
 
 
 def test_a_worker_that_names_no_length_gives_way_to_a_scheduler_that_has_one(

@@ -292,7 +292,7 @@ def test_the_log_says_what_a_server_serves_and_that_it_ended_and_is_quiet_betwee
     told = [line.split(" lmcache_trio.server: ", 1)[1] for line in lines if " lmcache_trio.server: " in line]
     opened, serving, ending, ended = told
     assert opened == "the tier 0:disk is open"
-    for word in (version("lmcache-trio"), server.address, "memory 16 MiB", "chunks of 128 tokens", "0:disk (open)"):
+    for word in (version("lmcache-trio"), server.address, "memory 16 MiB", "chunk_tokens auto", "0:disk (open)"):
         assert word in serving
     assert ending.startswith("SIGTERM: ending")
     assert re.fullmatch(r"ended, after \d+ s", ended)

@@ -54,6 +54,12 @@ def test_two_tiers_of_one_directory_are_refused_whatever_they_call_it(tmp_path: 
         load_config(None, [f"tiers=[{', '.join(tiers)}]"], {})
 
 
+def test_a_chunk_has_a_number_of_tokens_or_follows_the_rule() -> None:
+    assert load_config(None, (), {}).chunk_tokens == "auto"
+    assert load_config(None, ["chunk_tokens=256", "chunk_tokens=auto"], {}).chunk_tokens == "auto"
+    assert load_config(None, (), {"LMCACHE_TRIO_CHUNK_TOKENS": "64"}).chunk_tokens == 64
+
+
 def test_a_value_that_is_no_toml_is_the_string_that_it_is() -> None:
     assert load_config(None, ["address=tcp://127.0.0.1:5555"], {}).address == "tcp://127.0.0.1:5555"
     assert load_config(None, ['device={backend="host"}'], {}).device == {"backend": "host"}
@@ -68,7 +74,9 @@ def test_a_value_that_is_no_toml_is_the_string_that_it_is() -> None:
         ("chunk_tokens=x", "chunk_tokens", "give an integer"),
         ("chunk_tokens=4.0", "chunk_tokens", "give an integer"),
         ("chunk_tokens=true", "chunk_tokens", "give an integer"),
+        ("chunk_tokens=x", "chunk_tokens", 'or "auto"'),
         ("chunk_tokens=0", "chunk_tokens", "out of range"),
+        ("chunk_tokens=65537", "chunk_tokens", "out of range"),
         ("grace=true", "grace", "give a number"),
         ("grace=-1", "grace", "0 or more"),
         ("grace=nan", "grace", "out of range"),

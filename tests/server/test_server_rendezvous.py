@@ -49,6 +49,20 @@ async def test_an_engine_gets_the_chunks_that_it_asks_for_or_the_fewest_whole_bl
     assert welcome.chunk_tokens == granted
 
 
+@pytest.mark.parametrize(
+    ("setting", "token_bytes", "granted"),
+    [("auto", 0, 144), ("auto", 128 << 10, 96), ("auto", 1, 240), (100, 128 << 10, 144), (100, 0, 144)],
+)
+async def test_the_setting_is_the_rule_by_the_bytes_of_a_token_or_a_number_whatever_they_are(
+    rigs: Opener, setting: Any, token_bytes: int, granted: int
+) -> None:
+    async with rigs(chunk_tokens=setting) as rig:
+        scheduler = await _say(rig, role=Role.SCHEDULER, block_tokens=48, token_bytes=token_bytes)
+        worker = await _say(rig, shard=0, block_tokens=48)
+        asked = await _say(rig, engine="another", block_tokens=48, chunk_tokens=96, token_bytes=token_bytes)
+        assert [each.chunk_tokens for each in (scheduler, worker, asked)] == [granted, granted, 96]
+
+
 async def test_all_clients_of_an_engine_have_the_chunks_of_its_first(rig: Rig) -> None:
     first = await _say(rig, role=Role.SCHEDULER, block_tokens=16, chunk_tokens=64)
     assert first.chunk_tokens == 64
@@ -86,7 +100,7 @@ async def test_two_runs_of_a_server_have_two_boot_ids(rigs: Opener) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        ({"version": 7}, ErrorKind.PROTOCOL, f"version {PROTOCOL_VERSION} of the protocol, the client 7"),
+        ({"version": 1}, ErrorKind.PROTOCOL, f"version {PROTOCOL_VERSION} of the protocol, the client 1"),
         ({"token": b"short"}, ErrorKind.PROTOCOL, "16 random ones"),
         ({"engine": ""}, ErrorKind.MISUSE, "engine id is empty"),
         ({"shard": 2, "shards": 2}, ErrorKind.MISUSE, "count from 0"),

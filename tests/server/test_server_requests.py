@@ -8,7 +8,7 @@ import trio
 import trio.testing
 from support.server import SHARD, Opener, Peer, Rig, digests, error_of
 
-from lmcache_trio._core.keys import layout_of
+from lmcache_trio._core.keys import DEFAULT_CHUNK_TOKENS, layout_of
 from lmcache_trio._transport import dial_pair, introduce
 from lmcache_trio._wire.codec import OFFSETS, POSITIONS, decode, encode
 from lmcache_trio._wire.messages import (
@@ -42,7 +42,6 @@ from lmcache_trio._wire.messages import (
     StatisticsReply,
     Welcome,
 )
-from lmcache_trio.config import DEFAULT_CHUNK_TOKENS
 
 
 async def test_a_chunk_that_one_engine_stored_is_a_hit_for_an_equal_engine(rig: Rig) -> None:

@@ -26,6 +26,7 @@ from lmcache_trio.client import serve_connection
 from lmcache_trio.errors import ConfigError, Gone, LMCacheTrioError, Misuse, ProtocolError, Unavailable
 from lmcache_trio.threads import Portal
 
+OTHER = m.PROTOCOL_VERSION + 1
 Kind = type[Message]
 T = TypeVar("T")
 
@@ -112,9 +113,9 @@ def hello(**changes: Any) -> Hello:
 def test_hello_of_another_version_names_both() -> None:
     assert check_hello(encode(hello())) == hello()
     with pytest.raises(
-        ProtocolError, match=rf"server speaks version {m.PROTOCOL_VERSION} .* client 7: install the same release"
+        ProtocolError, match=rf"server speaks version {m.PROTOCOL_VERSION} .* client {OTHER}: install the same release"
     ):
-        check_hello(encode(hello(version=7)))
+        check_hello(encode(hello(version=OTHER)))
 
 
 def test_hello_of_an_impossible_shard_or_a_nameless_engine_is_misuse_unless_it_is_an_observers() -> None:
@@ -145,8 +146,8 @@ def test_welcome_of_another_version_names_both_and_refused_is_taken() -> None:
     assert check_welcome(encode(welcome), said) == welcome
     refused = m.Refused(kind=ErrorKind.UNAVAILABLE, reason="full")
     assert check_welcome(encode(refused), said) == refused
-    with pytest.raises(ProtocolError, match=rf"version 7 .* this client {m.PROTOCOL_VERSION}"):
-        check_welcome(encode(attrs.evolve(welcome, version=7)), said)
+    with pytest.raises(ProtocolError, match=rf"version {OTHER} .* this client {m.PROTOCOL_VERSION}"):
+        check_welcome(encode(attrs.evolve(welcome, version=OTHER)), said)
     with pytest.raises(ProtocolError, match="where Welcome or Refused was expected"):
         check_welcome(encode(m.Ack(id=1)), said)
 

@@ -58,6 +58,9 @@ class SchedulerAdapter:
     workers that hold different bytes; *replicas*: the workers of each shard, which hold the same bytes. *groups*: the
     KV groups of a model whose layers do not all keep the KV of every token; *block_tokens* is a multiple of the tokens
     of all groups' blocks then. Such an engine calls `loads_after_alloc`, `store_specs` and `state_spec`.
+    *chunk_tokens*: the length of its chunks, a multiple of *block_tokens*. If not given, the server chooses it, by
+    *token_bytes*: the bytes of KV that one worker keeps per token, in all layers together (0: not known). Until a
+    server is met, the rule of the setting "auto" chooses.
     *lookup_timeout*: seconds until a lookup without an answer counts as 0 tokens. *poll_interval*: seconds of silence
     between questions for its status. *server_uids*: uids whose server it trusts, beside its own and root. These three
     are taken from `load_client_config` if not given. *lease_timeout*: no answer is offered for longer.
@@ -78,6 +81,7 @@ class SchedulerAdapter:
         replicas: int = 1,
         groups: Sequence[Group] = (),
         chunk_tokens: int | None = None,
+        token_bytes: int = 0,
         lookup_timeout: float | None = None,
         poll_interval: float | None = None,
         lease_timeout: float | None = None,
@@ -96,7 +100,7 @@ class SchedulerAdapter:
         if lease_timeout is not None:
             check_seconds("lease_timeout", lease_timeout)
         self._lock = Lock()
-        self._prompts = Prompts(identity, block_tokens, chunk_tokens, self._lock)
+        self._prompts = Prompts(identity, block_tokens, chunk_tokens, token_bytes, self._lock)
         check_whole("shards", shards, 1)
         check_whole("replicas", replicas, 1)
         self._own = os.urandom(16)
@@ -106,7 +110,8 @@ class SchedulerAdapter:
             self._prompts.rename(named, named)
         name, token, model = f"scheduler {os.getpid()}", os.urandom(16), self._prompts.model
         said = (0, shards, model, block_tokens, chunk_tokens or 0, checked_groups(groups, block_tokens))
-        hello = message_of(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said, replicas=replicas)
+        more = {"replicas": replicas, "token_bytes": token_bytes}
+        hello = message_of(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said, **more)
         self._named = bool(hello.groups)
         """Does the engine name its groups?"""
         self._groups = hello.groups or (attrs.evolve(EVERY, block_tokens=block_tokens),)

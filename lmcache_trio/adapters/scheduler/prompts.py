@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 from lmcache_trio._core.keys import chain_digests, check_chunk_tokens, chunk_tokens_for, identity_of, seed_of
 from lmcache_trio.adapters.specs import check_whole, own_numbers
-from lmcache_trio.config import DEFAULT_CHUNK_TOKENS
 from lmcache_trio.errors import Misuse
 from lmcache_trio.threads import Lock
 
@@ -36,13 +35,14 @@ class Prompts:
     """
 
     def __init__(
-        self, identity: Sequence[str | bytes], block_tokens: int, chunk_tokens: int | None, lock: Lock
+        self, identity: Sequence[str | bytes], block_tokens: int, chunk_tokens: int | None, token_bytes: int, lock: Lock
     ) -> None:
         check_whole("block_tokens", block_tokens, 1)
         if chunk_tokens is not None:
             check_whole("chunk_tokens", chunk_tokens, 1)
+        check_whole("token_bytes", token_bytes)
         self.block_tokens = block_tokens
-        self.chunk_tokens = chunk_tokens or chunk_tokens_for(DEFAULT_CHUNK_TOKENS, block_tokens)
+        self.chunk_tokens = chunk_tokens or chunk_tokens_for("auto", block_tokens, token_bytes)
         check_chunk_tokens(self.chunk_tokens, block_tokens)
         self._identity = _checked_identity(identity)
         self.weights: tuple[str | bytes, ...] = ()

@@ -29,7 +29,7 @@ from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
-from lmcache_trio.adapters.vllm.groups import find_groups
+from lmcache_trio.adapters.vllm.groups import find_groups, token_bytes_of
 from lmcache_trio.adapters.vllm.identity import LoraIdentities, encode_keys, model_identity
 from lmcache_trio.adapters.vllm.layout import layout_extras
 from lmcache_trio.adapters.vllm.metadata import StepPlan
@@ -110,7 +110,8 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         check_load_mode(
             self._settings.load, vllm_config.max_concurrent_batches, self._replicas, whole=self._groups.alone
         )
-        self._chunk_tokens = self._settings.chunk_tokens or self._groups.chunk_tokens
+        self._chunk_tokens = self._groups.chunk_tokens_for(self._settings.chunk_tokens)
+        self._token_bytes = token_bytes_of(vllm_config, kv_cache_config, self._groups)
         self._asynchronous = self._settings.load is LoadMode.ASYNC
         self._loras = LoraIdentities()
         self._warned: set[str] = set()
@@ -136,6 +137,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             replicas=self._replicas,
             groups=self._groups.named,
             chunk_tokens=self._chunk_tokens,
+            token_bytes=self._token_bytes,
             weights_version=self._settings.weights_version,
             lookup_timeout=self._settings.lookup_timeout,
             poll_interval=self._settings.poll_interval,
@@ -284,6 +286,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             block_tokens=self._groups.block_tokens,
             groups=self._groups.named,
             chunk_tokens=self._chunk_tokens,
+            token_bytes=self._token_bytes,
             fingerprint_extra=extras,
             path=self._settings.path,
             server_uids=self._settings.server_uids,

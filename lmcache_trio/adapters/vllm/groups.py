@@ -13,11 +13,12 @@ from typing import Any
 
 import attrs
 
+from lmcache_trio._core.keys import ChunkWish, chunk_tokens_for
 from lmcache_trio.adapters import Group, Need
 from lmcache_trio.adapters.scheduler.parts import HOLE
 from lmcache_trio.errors import Misuse
 
-__all__ = ["KVGroups", "find_groups", "specs_of"]
+__all__ = ["KVGroups", "find_groups", "specs_of", "token_bytes_of"]
 
 _NULL = 0
 """vLLM's block for tokens of which it keeps nothing: they left the window, or lie before the state."""
@@ -45,11 +46,14 @@ class KVGroups:
         """As the adapters take them: empty for one group that keeps the KV of all tokens."""
         return () if self.alone else self.groups
 
-    @property
-    def chunk_tokens(self) -> int | None:
-        """The chunk's length that the groups ask for. vLLM keeps states at a prompt's last block boundary, so only
+    def chunk_tokens_for(self, wish: ChunkWish) -> int | None:
+        """The chunk's length that the engine states, the fewest whole blocks that reach *wish*; None: it states none.
+
+        "auto": one block if there are states, because vLLM keeps them at a prompt's last block boundary, and only
         chunks of one block end there.
         """
+        if wish != "auto":
+            return chunk_tokens_for(wish, self.block_tokens)
         return self.block_tokens if any(group.need is Need.STATE for group in self.groups) else None
 
     def block_lists(self, block_ids: Sequence[Sequence[int]]) -> tuple[Sequence[int], ...]:
@@ -100,6 +104,26 @@ def find_groups(vllm_config: Any, kv_cache_config: Any) -> KVGroups:
     if not made.alone or len(found) > 1:
         _check_several(vllm_config, found, ids)
     return made
+
+
+def token_bytes_of(vllm_config: Any, kv_cache_config: Any, groups: KVGroups) -> int:
+    """Bytes that one rank keeps per token, over all of *groups* but states; 0: they cannot be told.
+
+    vLLM's scheduler knows no layer but those of the first pipeline stage, and one spec of each group. Hence what a
+    block takes of vLLM's pool, which all groups share: the scheduler and each rank have the same number.
+    """
+    tensors, stages = kv_cache_config.kv_cache_tensors, int(vllm_config.parallel_config.pipeline_parallel_size)
+    if not tensors:
+        return 0
+    block = int(tensors[0].size) // int(kv_cache_config.num_blocks)
+    if stages > 1:  # stages differ in their number of layers
+        group = kv_cache_config.kv_cache_groups[groups.ids[0]]
+        pages = {int(spec.page_size_bytes) for spec in specs_of(group.kv_cache_spec)}
+        page = pages.pop()
+        if pages or block != page * len(group.layer_names):
+            return 0  # and in their layers
+        block = page * -(-int(vllm_config.model_config.get_total_num_hidden_layers()) // stages)
+    return sum(block // group.block_tokens for group in groups.groups if group.need is not Need.STATE)
 
 
 def _check_several(vllm_config: Any, found: Sequence[Any], ids: Sequence[int]) -> None:

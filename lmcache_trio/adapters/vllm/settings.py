@@ -5,14 +5,14 @@ An unknown key is refused by name: a misspelt one that is silently ignored costs
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
 from lmcache_trio.adapters.worker.adapter import Path
 from lmcache_trio.config import ClientConfig, default_address, load_client_config
 from lmcache_trio.config.addresses import check_address
-from lmcache_trio.config.tables import between, setting, structure
+from lmcache_trio.config.tables import check_chunk_tokens, setting, structure
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["ConnectorSettings", "LoadMode", "check_failure_policy", "check_load_mode", "parse_settings"]
@@ -55,11 +55,11 @@ class ConnectorSettings(ClientConfig):
         "`false`: the scheduler goes on while a lookup is unanswered, and asks again in its next step. `true`: the"
         " scheduler waits.",
     )
-    chunk_tokens: int | None = setting(
-        None,
-        "Tokens of this engine's chunks, a multiple of vLLM's block size. Without it, the fewest whole blocks that"
-        " reach the server's `chunk_tokens`.",
-        check=attrs.validators.optional(between(1, 65_536)),
+    chunk_tokens: int | Literal["auto"] = setting(
+        "auto",
+        "Tokens of this engine's chunks: the fewest whole blocks that reach this number. `\"auto\"`: as the server's"
+        " `chunk_tokens` says.",
+        check=check_chunk_tokens,
     )
     namespace: str = setting("", "Keeps engines apart that would otherwise share chunks.")
     weights_version: str | None = setting(

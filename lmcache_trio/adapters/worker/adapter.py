@@ -51,7 +51,7 @@ class WorkerAdapter:
     The first of them that asks stores a chunk, and each of them loads it. So no replica may store KV of a step before
     the loads that this step computed from are known to have ended well at all workers.
 
-    *groups*: the engine's KV groups, as its scheduler's side has them.
+    *groups*, *chunk_tokens* and *token_bytes*: as the engine's scheduler's side has them.
     *reply_timeout*: seconds that one reply of the server is waited for. *fingerprint_extra*: what else decides the
     bytes of a block (attention backend, CPU instruction set). *server_uids*: uids whose server it trusts, beside its
     own and root; taken from `load_client_config` if not given. *probe*: for tests, see `Probe`. `Misuse` names a
@@ -70,6 +70,7 @@ class WorkerAdapter:
         replicas: int = 1,
         groups: Sequence[Group] = (),
         chunk_tokens: int | None = None,
+        token_bytes: int = 0,
         fingerprint_extra: Sequence[str | bytes] = (),
         reply_timeout: float = 5.0,
         connect_timeout: float = 5.0,
@@ -105,7 +106,7 @@ class WorkerAdapter:
         self._arena_note = self._room_note = ""
         self._groups = checked_groups(groups, block_tokens)
         said = f"worker {shard} {os.getpid()}", self._token, Role.WORKER, engine_id, shard, shards, b"", block_tokens
-        more = {"groups": self._groups, "replica": replica, "replicas": replicas}
+        more = {"groups": self._groups, "replica": replica, "replicas": replicas, "token_bytes": token_bytes}
         hello = message_of(Hello, PROTOCOL_VERSION, *said, chunk_tokens or 0, **more)
         self._link = Link(address, hello, connected=self._on_connected, lost=lambda: None, server_uids=server_uids)
         self._registered = RegisteredKV(chunk_tokens=chunk_tokens or 0)

@@ -248,8 +248,8 @@ def test_an_identity_that_names_no_model_is_refused(identity: object) -> None:
 
 
 def test_an_identity_that_reads_like_weights_is_another_model() -> None:
-    plain = prompts.Prompts(["a model", "weights version", "1"], 16, 64, Lock())
-    renamed = prompts.Prompts(["a model"], 16, 64, Lock())
+    plain = prompts.Prompts(["a model", "weights version", "1"], 16, 64, 0, Lock())
+    renamed = prompts.Prompts(["a model"], 16, 64, 0, Lock())
     renamed.rename(("weights version", "1"), ("weights version", "1"))
     assert plain.seed != renamed.seed
     assert plain.model != renamed.model

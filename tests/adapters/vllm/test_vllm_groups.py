@@ -10,7 +10,7 @@ from support.vllm_model import BLOCK, CHUNK, Cache, Memory, Mover, Request
 
 from lmcache_trio import ConfigError, Misuse
 from lmcache_trio.adapters import Group, LoadSpec, Need, StoreSpec
-from lmcache_trio.adapters.vllm.groups import find_groups
+from lmcache_trio.adapters.vllm.groups import KVGroups, find_groups, token_bytes_of
 from lmcache_trio.adapters.vllm.metadata import StepPlan
 from lmcache_trio.adapters.vllm.scheduler_side import SchedulerSide, StepOutput
 from lmcache_trio.adapters.vllm.settings import LoadMode, check_load_mode
@@ -94,7 +94,7 @@ def test_one_group_of_full_attention_needs_no_name() -> None:
     for spec in (FullAttentionSpec(), MLAAttentionSpec(), UniformTypeKVCacheSpecs({"a": FullAttentionSpec()})):
         found = find_groups(config(), kv_config(spec, alignment=64))
         assert found.alone
-        assert (found.named, found.block_tokens, found.chunk_tokens) == ((), 16, None)
+        assert (found.named, found.block_tokens, found.chunk_tokens_for("auto")) == ((), 16, None)
 
 
 def test_groups_are_those_of_vllm_in_its_order() -> None:
@@ -103,7 +103,7 @@ def test_groups_are_those_of_vllm_in_its_order() -> None:
     )
     assert found.named == (Group(Need.WINDOW, 128, 16), Group(Need.LOCAL, 1024, 16), Group(Need.EVERY, 0, 32))
     assert found.layers == (("layer 0",), ("layer 1",), ("layer 2",))
-    assert (found.block_tokens, found.chunk_tokens) == (32, None)
+    assert (found.block_tokens, found.chunk_tokens_for("auto")) == (32, None)
 
 
 def test_one_group_of_a_window_has_a_name_too() -> None:
@@ -115,9 +115,74 @@ def test_one_group_of_a_window_has_a_name_too() -> None:
 def test_chunks_of_a_model_with_states_end_where_vllm_keeps_one() -> None:
     found = find_groups(config(), kv_config(MambaSpec(), FullAttentionSpec(400), alignment=400))
     assert found.named == (Group(Need.STATE, 0, 400), Group(Need.EVERY, 0, 400))
-    assert found.block_tokens == found.chunk_tokens == 400
+    assert found.block_tokens == found.chunk_tokens_for("auto") == 400
     found = find_groups(config(), kv_config(MambaSpec(), FullAttentionSpec(16), alignment=48))
-    assert found.chunk_tokens == 48, "the least that is a multiple of blocks and of the alignment"
+    assert found.chunk_tokens_for("auto") == 48, "the least that is a multiple of blocks and of the alignment"
+
+
+@pytest.mark.parametrize("block_tokens", [16, 48, 384, 528, 1152])
+def test_a_number_is_a_wish_that_whole_blocks_reach(block_tokens: int) -> None:
+    for spec in (FullAttentionSpec(block_tokens), MambaSpec(block_tokens)):
+        found = find_groups(config(), kv_config(spec, alignment=block_tokens))
+        tokens = found.chunk_tokens_for(256)
+        assert tokens is not None
+        assert tokens % block_tokens == 0
+        assert tokens - block_tokens < 256 <= tokens
+
+
+# A scheduler sees the first stage's layers, and one spec of a group whose layers have several. A rank sees its own.
+
+PAGE = 4096
+
+
+def paged(spec: Any, layers: int, pages: Sequence[int]) -> Any:
+    """The KV cache of one group and 100 blocks. *pages*: the bytes of a block by layer."""
+    group = SimpleNamespace(kv_cache_spec=spec, layer_names=[f"layer {i}" for i in range(layers)])
+    tensor = SimpleNamespace(size=100 * sum(pages))
+    return SimpleNamespace(kv_cache_groups=[group], kv_cache_tensors=[tensor], num_blocks=100)
+
+
+@attrs.frozen
+class PagedSpec(FullAttentionSpec):
+    page_size_bytes: int = PAGE
+
+
+def bytes_by_vllm(kv: Any, *groups: Group, stages: int = 1, layers: int = 0) -> int:
+    found = KVGroups(tuple(range(len(groups))), groups, (), 16)
+    vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: layers),
+    )
+    return token_bytes_of(vllm_config, kv, found)
+
+
+def test_the_bytes_of_a_token_are_those_of_a_block_in_all_groups_but_states() -> None:
+    kv = paged(PagedSpec(), 4, [PAGE] * 4)
+    every, window, coarse = Group(Need.EVERY, 0, 16), Group(Need.WINDOW, 128, 16), Group(Need.EVERY, 0, 64)
+    assert bytes_by_vllm(kv, every) == 4 * PAGE // 16
+    assert bytes_by_vllm(kv, every, window) == 2 * (4 * PAGE // 16)
+    assert bytes_by_vllm(kv, coarse, window, Group(Need.STATE, 0, 400)) == 4 * PAGE // 16 + 4 * PAGE // 64
+
+
+def test_layers_of_several_sizes_have_one_sum_in_the_scheduler_and_in_a_rank() -> None:
+    pages, every = [PAGE, PAGE // 4] * 3, Group(Need.EVERY, 0, 16)
+    rank = UniformTypeKVCacheSpecs({f"{i}": PagedSpec(page_size_bytes=page) for i, page in enumerate(pages)})
+    sums = {bytes_by_vllm(paged(spec, 6, pages), every) for spec in (rank, PagedSpec())}
+    assert sums == {sum(pages) // 16}
+    of_stages = {bytes_by_vllm(paged(spec, 6, pages), every, stages=2, layers=12) for spec in (rank, PagedSpec())}
+    assert of_stages == {0}, "a stage may have more of the large ones than another"
+
+
+def test_all_pipeline_stages_say_the_bytes_of_the_one_with_the_most_layers() -> None:
+    said = {
+        bytes_by_vllm(paged(PagedSpec(), n, [PAGE] * n), Group(Need.EVERY, 0, 16), stages=4, layers=30) for n in (7, 8)
+    }
+    assert said == {8 * PAGE // 16}
+
+
+def test_a_model_without_tensors_says_nothing() -> None:
+    kv = SimpleNamespace(kv_cache_groups=[], kv_cache_tensors=[], num_blocks=1)
+    assert bytes_by_vllm(kv, Group(Need.EVERY, 0, 16)) == 0
 
 
 def test_scratch_groups_are_left_out() -> None:

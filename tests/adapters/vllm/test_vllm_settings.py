@@ -46,7 +46,12 @@ def test_all_settings_are_taken_over() -> None:
     assert set(extra) == {field.name for field in attrs.fields(ConnectorSettings)}
 
 
-@pytest.mark.parametrize("tokens", [0, -16, 65_537, "64", 1.5, True])
+def test_chunk_tokens_is_the_servers_business_unless_a_number_is_given() -> None:
+    assert parse_settings({}).chunk_tokens == parse_settings({"chunk_tokens": "auto"}).chunk_tokens == "auto"
+    assert parse_settings({"chunk_tokens": 100}).chunk_tokens == 100
+
+
+@pytest.mark.parametrize("tokens", [0, -16, 65_537, "64", 1.5, True, "Auto"])
 def test_chunk_tokens_is_a_number_of_tokens(tokens: object) -> None:
     with pytest.raises(ConfigError, match=r"kv_connector_extra_config\.chunk_tokens"):
         parse_settings({"chunk_tokens": tokens})
