@@ -49,7 +49,8 @@ def answer_of(session: Session, reply_to: int) -> Answer:
     """The Answer that tells a scheduler the state of *session*'s lookup. *reply_to* is 0 in a push."""
     status = session.status(trio.current_time())
     ttl_ms = floor(status.ttl * 1000)
-    return Answer(reply_to, session.number, status.asked, _STATES[status.state], status.chunks, status.lease, ttl_ms)
+    said = status.asked, _STATES[status.state], status.chunks, status.lease
+    return Answer(reply_to, session.number, *said, ttl_ms, status.loaded)
 
 
 class Answers:
@@ -82,7 +83,7 @@ class Answers:
             or self._drain.stopping
             or self._is_cut(engine, wanted, leased)
         ):
-            self._give(engine, session, message.id, wanted, lease)
+            self._give(engine, session, message.id, wanted, lease, 0)
             return
         made = Prefetch(self, peer, engine, session, lease)
         self.prefetches[session] = made
@@ -109,7 +110,7 @@ class Answers:
         lease = self._lease(engine, session, wanted, usable)
         if lease is not None:
             prefetch.lease = b""  # the session's new lease took its place
-        self._give(engine, session, asked, wanted, lease)
+        self._give(engine, session, asked, wanted, lease, prefetch.loaded(lease.chunks) if lease is not None else 0)
         prefetch.close()
         prefetch.peer.send(answer_of(session, 0))
 
@@ -124,12 +125,14 @@ class Answers:
             self._clock.not_later_than(lease.expires)
         return lease
 
-    def _give(self, engine: Engine, session: Session, asked: int, wanted: Sequence[bytes], lease: Lease | None) -> None:
-        """Make *lease* the session's answer to *asked*."""
+    def _give(
+        self, engine: Engine, session: Session, asked: int, wanted: Sequence[bytes], lease: Lease | None, loaded: int
+    ) -> None:
+        """Make *lease*, of which tiers brought *loaded* chunks, the session's answer to *asked*."""
         if lease is None:
             session.answer(asked, 0)
         else:
-            session.answer(asked, lease.chunks, lease.id, lease.expires)
+            session.answer(asked, lease.chunks, lease.id, lease.expires, loaded)
             for writer in self.tiers.writers:
                 if writer.unwritten:  # a part that it has not taken is offered again, since an engine uses it
                     for namespace, group in zip(lease.namespaces, engine.groups, strict=True):
@@ -170,11 +173,23 @@ class Prefetch:
         self._holds: list[Hold] = []
         self._questions: dict[int, Question] = {}
         self._coming: dict[tuple[int, int], tuple[TierRunner, TierLoad]] = {}  # by group and position
+        self._brought: list[tuple[int, int]] = []  # by group and position: what tiers brought
         self._landed: list[tuple[TierRunner, TierLoad]] = []
 
     def wake(self) -> None:
         """A question was answered, or a load is over."""
         self._changed.set()
+
+    def loaded(self, boundary: int) -> int:
+        """Chunks of a hit of *boundary* chunks of which tiers brought parts. A state stands for the whole hit."""
+        chunks = set[int]()
+        for number, position in self._brought:
+            group = self.engine.groups[number]
+            if group.first(boundary, self.engine.chunk_tokens) <= position < boundary:
+                if group.need is Need.STATE:
+                    return boundary
+                chunks.add(position)
+        return len(chunks)
 
     def close(self) -> None:
         """End the task, and all that it holds and waits for. Idempotent."""
@@ -263,6 +278,7 @@ class Prefetch:
                 del self._coming[part]
                 if load.state is LoadState.LANDED:
                     plan.landed(*part)
+                    self._brought.append(part)
                     self._landed.append((runner, load))
                 else:
                     plan.missed(*part)

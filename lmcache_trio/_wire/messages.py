@@ -519,7 +519,7 @@ class Answer(Message):
     """A lookup's state. Reply to Lookup and LookupStatus; pushed with id 0 when a pending lookup became known.
 
     *asked* is the `id` of the Lookup that this speaks of. *chunks* leading chunks may be read under *lease* for
-    *ttl_ms*.
+    *ttl_ms*. Of *loaded* of them a tier has brought parts for this lookup.
     """
 
     opcode: ClassVar[int] = 67
@@ -530,6 +530,7 @@ class Answer(Message):
     chunks: int = attrs.field(default=0, validator=ge(0))
     lease: bytes = attrs.field(default=b"", validator=_ID)
     ttl_ms: int = attrs.field(default=0, validator=ge(0))
+    loaded: int = attrs.field(default=0, validator=ge(0))
 
 
 @attrs.frozen

@@ -45,9 +45,14 @@ def test_what_was_stored_is_a_hit_after_a_restart_byte_for_byte(
         disk_server.wait_tier()
         two = sides(disk_server.address, make_kv())
         assert two.lookup("again", TOKENS) == 4 * CHUNK
+        assert two.scheduler.loaded_tokens("again") == 4 * CHUNK
         assert two.load("again", 4 * CHUNK, OTHERS) == set()
         assert same_blocks(kv, BLOCKS, two.kv, OTHERS)
         two.scheduler.end_session("again")
+        assert two.scheduler.loaded_tokens("again") == 0
+        assert two.lookup("in memory", TOKENS) == 4 * CHUNK
+        assert two.scheduler.loaded_tokens("in memory") == 0
+        two.scheduler.end_session("in memory")
         names = ("leases", "holds", "prefetches", "pins", "sessions", "chunks_writing", "reservations")
         wait_until(lambda: not any(disk_server.held[name] for name in names))
         (tier,) = disk_server.statistics()["tiers"]

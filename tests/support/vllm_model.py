@@ -137,6 +137,7 @@ class Cache:
         self.tokens: dict[bytes, tuple[int, ...]] = {}
         self.digests: dict[str, list[bytes]] = {}
         self.answers: dict[str, int] = {}
+        self.loaded: dict[str, int] = {}
         self.failed: dict[str, int] = {}
         self.attempts: dict[tuple[str, int], int] = {}
         self.leases: dict[bytes, list[bytes]] = {}
@@ -158,6 +159,9 @@ class Cache:
 
     def check_lookup_result(self, request_id: str) -> int | None:
         return None if self.slow() else self.answers.get(request_id, 0)
+
+    def loaded_tokens(self, request_id: str) -> int:
+        return self.loaded.get(request_id, 0)
 
     def loads_after_alloc(
         self, request_id: str, external_tokens: int, *, local_tokens: int = 0, blocks: Sequence[Sequence[int]]

@@ -51,6 +51,7 @@ class Status:
     chunks: int = 0
     lease: bytes = b""
     ttl: float = 0.0
+    loaded: int = 0
 
 
 @attrs.define(eq=False)
@@ -67,6 +68,8 @@ class Session:
     chunks: int = 0
     lease: bytes = b""
     expires: float = -math.inf
+    loaded: int = 0
+    """How many of the answer's chunks a tier brought for it."""
     generation: int = 0
     """How many resets its engine had seen when it was opened."""
     serial: int = attrs.field(init=False, factory=lambda: next(_serials))
@@ -87,15 +90,19 @@ class Session:
         self.chain = self.chain[: start * DIGEST_BYTES] + digests
         self.known = known
         self.state, self.asked = LookupState.PENDING, asked
-        self.chunks, self.lease, self.expires = 0, b"", -math.inf
+        self.chunks, self.lease, self.expires, self.loaded = 0, b"", -math.inf, 0
         chain, width = self.chain, DIGEST_BYTES
         return [chain[i : i + width] for i in range(0, upto * width, width)]
 
-    def answer(self, asked: int, chunks: int, lease: bytes = b"", expires: float = -math.inf) -> bool:
-        """The lookup *asked* found *chunks* leading chunks. False: it is not pending any more, and nothing changes."""
+    def answer(self, asked: int, chunks: int, lease: bytes = b"", expires: float = -math.inf, loaded: int = 0) -> bool:
+        """The lookup *asked* found *chunks* leading chunks, *loaded* of them in a tier.
+
+        False: it is not pending any more, and nothing changes.
+        """
         if self.state is not LookupState.PENDING or self.asked != asked:
             return False
         self.state, self.chunks, self.lease, self.expires = LookupState.ANSWERED, chunks, lease, expires
+        self.loaded = loaded
         return True
 
     def release(self) -> bytes:
@@ -107,14 +114,14 @@ class Session:
 
     def lose_lease(self) -> None:
         """The session has no lease from now on, and the answer that was given under it reads 0 chunks."""
-        self.chunks, self.lease, self.expires = 0, b"", -math.inf
+        self.chunks, self.lease, self.expires, self.loaded = 0, b"", -math.inf, 0
 
     def status(self, now: float) -> Status:
         """The lookup's status at *now*. Idempotent."""
         if self.lease and now >= self.expires:
             self.lose_lease()
         ttl = max(0.0, self.expires - now) if self.lease else 0.0
-        return Status(self.asked, self.state, self.chunks, self.lease, ttl)
+        return Status(self.asked, self.state, self.chunks, self.lease, ttl, self.loaded)
 
 
 class Sessions:

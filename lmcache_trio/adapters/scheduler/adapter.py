@@ -191,6 +191,18 @@ class SchedulerAdapter:
         chunks = 0 if request is None else self._lookups.check(request)
         return None if chunks is None else chunks * self.chunk_tokens
 
+    def loaded_tokens(self, request_id: str) -> int:
+        """How many of the tokens that may be loaded a tier brought for this lookup. 0 for an unknown request.
+
+        They are taken for the last ones: memory gives up the end of a prompt before its beginning. Ask before the
+        answer is used up.
+        """
+        request = self._lookups.requests.get(request_id)
+        if request is None:
+            return 0
+        with self._lock:
+            return max(0, request.lookup.chunks - request.lookup.in_memory) * self.chunk_tokens
+
     def wait_lookups(self, request_ids: Sequence[str], seconds: float) -> None:
         """Block until one of the answers has come or is late, at most *seconds*. For a host with nothing else to do."""
         self._lookups.wait(request_ids, seconds)

@@ -41,7 +41,19 @@ class LookupStage(Enum):
 class LookupMachine:
     """The lookup of one request. *connection*, where an event has it, is the one that the event came from."""
 
-    __slots__ = ("asked", "cap", "chunks", "connection", "deadline", "expires", "lease", "sent", "state", "upto")
+    __slots__ = (
+        "asked",
+        "cap",
+        "chunks",
+        "connection",
+        "deadline",
+        "expires",
+        "in_memory",
+        "lease",
+        "sent",
+        "state",
+        "upto",
+    )
 
     def __init__(self) -> None:
         self.state = LookupStage.IDLE
@@ -53,6 +65,8 @@ class LookupMachine:
         """When it is late."""
         self.chunks = 0
         """Leading chunks that may be offered; 0 unless ANSWERED."""
+        self.in_memory = 0
+        """How many of the answer's chunks no tier had to bring."""
         self.lease = b""
         self.expires = 0.0
         self.cap: int | None = None
@@ -96,13 +110,18 @@ class LookupMachine:
         self._become(LookupStage.PENDING)
         self.asked, self.upto, self.deadline = asked, upto, deadline
 
-    def answer(self, connection: object, asked: int, chunks: int, lease: bytes, expires: float) -> bool:
-        """The server says that *chunks* may be read under *lease* until *expires*. False: not the awaited answer."""
+    def answer(
+        self, connection: object, asked: int, chunks: int, lease: bytes, expires: float, loaded: int = 0
+    ) -> bool:
+        """The server says that *chunks* may be read under *lease* until *expires*; tiers brought *loaded* of them.
+
+        False: not the awaited answer.
+        """
         if self.state is not LookupStage.PENDING or self.asked != asked or self.connection is not connection:
             return False
         self.state = LookupStage.ANSWERED
         self.chunks = chunks if self.cap is None else min(chunks, self.cap)
-        self.lease, self.expires = lease, expires
+        self.lease, self.expires, self.in_memory = lease, expires, chunks - loaded
         return True
 
     def refuse(self, connection: object, asked: int) -> bool:

@@ -283,7 +283,7 @@ class LookupTable:
             else:
                 seconds = min(reply.ttl_ms / 1000, self._lease_timeout) if reply.chunks else self._lease_timeout
                 expires = self.clock() + seconds * (1 - _LEASE_MARGIN)
-                settled = lookup.answer(client, asked, reply.chunks, reply.lease, expires)
+                settled = lookup.answer(client, asked, reply.chunks, reply.lease, expires, reply.loaded)
                 self._warned = self._warned and not settled
             if settled and request.waiter is not None:
                 request.waiter.set(True)

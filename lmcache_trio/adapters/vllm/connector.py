@@ -86,7 +86,6 @@ class WorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
 class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """One engine's KV, stored in and loaded from a lmcache-trio server."""
 
-    _cache_hit_source = CacheHitSource.HOST
     worker_adapter_class: type[WorkerAdapter] = WorkerAdapter
     """The class of the worker's adapter, which moves the bytes. Tests put a subclass here."""
 
@@ -175,6 +174,11 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         block_lists = self._groups.block_lists(blocks.get_block_ids())
         self._on_scheduler().allocated(request, block_lists, num_external_tokens)
+
+    def get_external_cache_hit_sources(self, request: "Request", num_external_tokens: int) -> dict[CacheHitSource, int]:
+        disk = self._on_scheduler().from_tiers(request.request_id, num_external_tokens)
+        sources = {CacheHitSource.HOST: num_external_tokens - disk, CacheHitSource.DISK: disk}
+        return {source: tokens for source, tokens in sources.items() if tokens}
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> Metadata:
         state = scheduler_output.kv_connector_block_state

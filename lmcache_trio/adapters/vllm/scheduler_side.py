@@ -77,6 +77,7 @@ class Cache(Protocol):
         max_tokens: int | None = None,
     ) -> None: ...
     def check_lookup_result(self, request_id: str) -> int | None: ...
+    def loaded_tokens(self, request_id: str) -> int: ...
     def wait_lookups(self, request_ids: Sequence[str], seconds: float) -> None: ...
     def loads_after_alloc(
         self, request_id: str, external_tokens: int, *, local_tokens: int = 0, blocks: BlockLists
@@ -122,6 +123,7 @@ class _Tracked:
     stored: int = 0
     asked: bool = False  # a lookup is open: its answer was not used up yet
     local_tokens: int = 0  # what the engine had itself when the answer was given
+    loaded_tokens: int = 0  # of the answer, what a tier brought
     load_first: int = 0  # token at which load_blocks begin
     load_blocks: tuple[int, ...] = ()
     loading: bool = False  # an asynchronous load is under way
@@ -216,6 +218,7 @@ class SchedulerSide:
             return None, False
         tracked.stored = tokens // self._cache.chunk_tokens
         tracked.local_tokens = local_tokens
+        tracked.loaded_tokens = self._cache.loaded_tokens(request.request_id)
         if tokens <= local_tokens:
             return 0, False
         return tokens - local_tokens, self._asynchronous
@@ -252,6 +255,11 @@ class SchedulerSide:
         self._load_specs += specs
         if not self._asynchronous:
             self._read_in_step.append(request.request_id)
+
+    def from_tiers(self, request_id: str, external_tokens: int) -> int:
+        """How many of the *external_tokens* that were just allocated for came from tiers, and not from memory."""
+        tracked = self._tracked.get(request_id)
+        return 0 if tracked is None else min(tracked.loaded_tokens, external_tokens)
 
     def plan(
         self,

@@ -88,11 +88,12 @@ class LookupModel(RuleBasedStateMachine):
 
     # --- what the server says ---------------------------------------------------------------------------------------
 
-    @rule(server=st.sampled_from(SERVERS), chunks=st.integers(0, 9), until=st.floats(0, 100), back=st.integers(0, 2))
-    def answer(self, server: str, chunks: int, until: float, back: int) -> None:
+    @rule(server=st.sampled_from(SERVERS), chunks=st.integers(0, 9), data=st.data(), back=st.integers(0, 2))
+    def answer(self, server: str, chunks: int, data: st.DataObject, back: int) -> None:
+        until, loaded = data.draw(st.floats(0, 100)), data.draw(st.integers(0, chunks))
         awaited = server == self.server and back == 0
-        if self.said("answer", server, self.ids - back, chunks, b"lease", until, counts=awaited):
-            self.answered, self.until = chunks, until
+        if self.said("answer", server, self.ids - back, chunks, b"lease", until, loaded, counts=awaited):
+            self.answered, self.until, self.in_memory = chunks, until, chunks - loaded
 
     @rule(server=st.sampled_from(SERVERS), back=st.integers(0, 2))
     def refuse(self, server: str, back: int) -> None:
@@ -147,6 +148,8 @@ class LookupModel(RuleBasedStateMachine):
     def it_offers_an_answer_only_and_nothing_from_a_failed_chunk_on(self) -> None:
         assert self.machine.chunks == (self.offered(self.answered) if self.state == "answered" else 0)
         assert (self.machine.lease == b"lease") == (self.state == "answered")
+        if self.state == "answered":
+            assert self.machine.in_memory == self.in_memory
         assert [self.machine.limit(n) for n in range(10)] == [self.offered(n) for n in range(10)]
 
     @invariant()

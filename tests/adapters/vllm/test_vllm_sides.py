@@ -113,6 +113,19 @@ def test_a_hit_that_the_engine_has_itself_is_not_loaded(cache: Cache) -> None:
     assert "r" not in cache.answers, "the answer was not given back"
 
 
+@pytest.mark.parametrize(("local", "loaded", "of_tiers"), [(0, 2, 2), (0, 0, 0), (2, 2, 1), (0, 3, 3)])
+def test_tokens_that_a_tier_brought_are_told_from_those_of_memory(
+    cache: Cache, local: int, loaded: int, of_tiers: int
+) -> None:
+    """They are the last ones of the hit, so the engine's own come off those of memory first."""
+    cache.loaded["r"] = loaded * CHUNK
+    scheduler, asked = side(cache), request()
+    assert scheduler.from_tiers("r", CHUNK) == 0
+    assert scheduler.offer(asked, local * CHUNK) == ((3 - local) * CHUNK, True)
+    scheduler.allocated(asked, (BLOCKS,), (3 - local) * CHUNK)
+    assert scheduler.from_tiers("r", (3 - local) * CHUNK) == of_tiers * CHUNK
+
+
 def test_a_request_that_skips_reading_is_stored_and_not_looked_up(cache: Cache) -> None:
     scheduler, asked = side(cache), request(skip=True)
     assert scheduler.offer(asked, 0) == (0, False)

@@ -65,6 +65,7 @@ class Sessions(RuleBasedStateMachine):
         self.pending = False
         self.released = True
         self.length = 0
+        self.loaded = 0
 
     @rule(start=st.integers(0, 4), extra=st.integers(0, 3), upto=st.integers(0, 6))
     def lookup(self, start: int, extra: int, upto: int) -> None:
@@ -78,12 +79,13 @@ class Sessions(RuleBasedStateMachine):
         assert len(self.session.lookup(start, A * extra, upto, self.asked)) == upto
         self.length, self.pending, self.released, self.known = start + extra, True, False, None
 
-    @rule(back=st.integers(0, 2), chunks=st.integers(1, 4), ttl=st.floats(0.1, 5.0))
-    def answer(self, back: int, chunks: int, ttl: float) -> None:
-        took = self.session.answer(self.asked - back, chunks, b"lease", self.now + ttl)
+    @rule(back=st.integers(0, 2), chunks=st.integers(1, 4), ttl=st.floats(0.1, 5.0), loaded=st.integers(0, 4))
+    def answer(self, back: int, chunks: int, ttl: float, loaded: int) -> None:
+        took = self.session.answer(self.asked - back, chunks, b"lease", self.now + ttl, loaded)
         assert took == (self.pending and back == 0)
         if took:
             self.pending, self.known = False, (chunks, b"lease", self.now + ttl)
+            self.loaded = loaded
 
     @rule()
     def release(self) -> None:
@@ -112,6 +114,7 @@ class Sessions(RuleBasedStateMachine):
             alive = self.now < self.known[2]
             assert status.state is LookupState.ANSWERED
             assert (status.chunks, status.lease) == ((self.known[0], b"lease") if alive else (0, b""))
+            assert status.loaded == (self.loaded if self.known[1] and alive else 0)
             assert status.ttl == pytest.approx(self.known[2] - self.now if alive else 0.0)
 
 

@@ -152,6 +152,11 @@ class Engine:
     def preemptions(self) -> int:
         return int(self._ask("preemptions")["preemptions"])
 
+    def metrics(self) -> dict[str, float]:
+        """vLLM's own counters; those with labels also as NAME VALUE, of the last label."""
+        found: dict[str, float] = self._ask("metrics")["metrics"]
+        return found
+
     def stop(self) -> None:
         if self.alive():
             with suppress(AssertionError, OSError):

@@ -199,6 +199,16 @@ def preemptions(engine: Any) -> dict[str, Any]:
     return {"preemptions": sum(found)}
 
 
+def metrics(engine: Any) -> dict[str, Any]:
+    """The counters of vLLM's own metrics, by name; those of several with one name by its last label, too."""
+    found: dict[str, float] = {}
+    for metric in engine.get_metrics():
+        if hasattr(metric, "value"):
+            for name in (metric.name, f"{metric.name} {[*metric.labels.values()][-1]}"):
+                found[name] = found.get(name, 0) + metric.value
+    return {"metrics": found}
+
+
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "generate": generate,
     "forget": forget,
@@ -207,6 +217,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "remap": remap,
     "reload": reload,
     "preemptions": preemptions,
+    "metrics": metrics,
     "abort": abort,
     "beside": beside,
     "connector_times": connector_times,

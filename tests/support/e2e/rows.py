@@ -162,9 +162,15 @@ def hit_from_disk_after_engine_and_server_were_restarted(first: str) -> Situatio
         server, prompt = bench.servers["disk"], expected["long 0"]
         put_on_disk(bench, first, prompt)
         server.start()
-        check(bench.engine(kind, fresh=True), prompt, cached=stored(prompt))
+        engine = bench.engine(kind, fresh=True)
+        check(engine, prompt, cached=stored(prompt))
         (tier,) = server.status()["tiers"]
         assert tier["loads"] == stored(prompt) // CHUNK
+        engine.forget()
+        check(engine, prompt, cached=stored(prompt))
+        counted = engine.metrics()
+        by_source = [counted[f"vllm:prompt_tokens_cached_by_source {source}"] for source in ("device", "host", "disk")]
+        assert by_source == [0, stored(prompt), stored(prompt)]  # in memory by the second time
         assert tier["backend"]["corrupt"] == 0
 
     situation.__name__ = f"hit from disk after engine and server were restarted, before they were {first}"
