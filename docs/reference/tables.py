@@ -10,11 +10,12 @@ A page asks for one of these, and the text from there to `<!-- end -->` is repla
     <!-- table: rows -->                       the benchmark's
     <!-- table: messages -->                   the protocol's
     <!-- table: chunks -->                     the length of a chunk of models that many people run
+    <!-- table: metrics -->                    the connector's, in vLLM's own /metrics
 """
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -26,6 +27,7 @@ from lmcache_trio._core.keys import chunk_tokens_for
 from lmcache_trio._wire import messages
 from lmcache_trio._wire.messages import Message, Role
 from lmcache_trio._wire.protocol import PUSHES, REPLIES, speakers
+from lmcache_trio.adapters.vllm.figures import DROPPED, METRICS
 from lmcache_trio.bench.settings import ROWS
 
 HERE = Path(__file__).parent
@@ -54,7 +56,13 @@ def _table(kind: str, *args: str) -> str:
     if kind == "rows":
         names = " ".join(f"`{name}`," for name in ROWS).removesuffix(",")
         return textwrap.fill(f"The rows are {names}.", 100) + "\n"
-    rows = _figures(*args) if kind == "figures" else _chunks() if kind == "chunks" else _messages()
+    rows_of: dict[str, Callable[..., Iterator[list[str]]]] = {
+        "figures": _figures,
+        "chunks": _chunks,
+        "metrics": _metrics,
+        "messages": _messages,
+    }
+    rows = rows_of[kind](*args)
     head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body))
 
@@ -164,6 +172,13 @@ def _chunks() -> Iterator[list[str]]:
         tokens = chunk_tokens_for("auto", block_tokens, token_bytes)
         sizes = f"{token_bytes / 1024:.1f}", str(tokens), f"{tokens * token_bytes / (1 << 20):.2f}"
         yield [name, str(block_tokens), *sizes, f"{131_072 // tokens:,}"]
+
+
+def _metrics() -> Iterator[list[str]]:
+    yield ["Metric", "Kind", "Meaning"]
+    for figure, metric in METRICS.items():
+        labels = "{reason}" if figure == DROPPED else ""
+        yield [f"`{metric.name}{labels}`", "histogram" if metric.buckets else "counter", metric.documentation]
 
 
 def _messages() -> Iterator[list[str]]:

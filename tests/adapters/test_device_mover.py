@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class Fence:
         return b"e" * 64
 
 
-KV: Any = object()
+KV: Any = SimpleNamespace(groups=[SimpleNamespace(block_bytes=8)])
 
 
 class World:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +30,7 @@ class Meanwhile(Handoff[bool]):
 
 
 def load(jobs: Jobs, request_id: str) -> LoadJob:
-    kv: Any = None
+    kv: Any = SimpleNamespace(groups=[SimpleNamespace(block_bytes=8)])
     job = LoadJob(LoadSpec(request_id, 1, b"a lease", 0, 1, 0, (0, 1)), np.arange(2), kv=kv, fence=None, reported=True)
     jobs.begin(job)
     return job

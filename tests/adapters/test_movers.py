@@ -42,11 +42,14 @@ def test_what_one_engine_stored_another_loads_byte_for_byte(
 ) -> None:
     one, other = sides(live_server.address, kv(1)), sides(live_server.address, kv())
     assert one.worker.path == other.worker.path == ("shm" if kv is make_kv else "device")
+    stored = sum(tensor[:, FROM].nbytes for tensor in one.kv.values())
     one.store("r", TOKENS, FROM)
     assert one.worker.statistics() == {"running": 0, "stored_chunks": 3}
+    assert (one.worker.bytes_stored, one.worker.bytes_loaded) == (stored, 0)
     other.worker.retrieve_now([retrieve(other, "q", 3 * CHUNK, INTO)])
     assert other.worker.take_failed_blocks() == set()
     assert other.worker.statistics() == {"running": 0, "retrieved_chunks": 3}
+    assert (other.worker.bytes_stored, other.worker.bytes_loaded) == (0, stored)
     assert same_blocks(one.kv, FROM, other.kv, INTO)
     untouched = [b for b in range(BLOCKS) if b not in INTO]
     assert same_blocks(other.kv, untouched, make_kv(), untouched)

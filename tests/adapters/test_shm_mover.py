@@ -1,5 +1,6 @@
 """How long the mover of the path `shm` waits for a server, and for the stores before a store."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lmcache_trio.adapters.specs import StoreSpec
 from lmcache_trio.adapters.worker.jobs import Jobs, RegisteredKV, StoreJob
 from lmcache_trio.adapters.worker.shm_mover import ShmMover
 
-KV: Any = object()
+KV: Any = SimpleNamespace(groups=[SimpleNamespace(block_bytes=8)])
 TIMEOUT = 5.0
 
 

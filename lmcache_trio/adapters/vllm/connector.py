@@ -29,6 +29,7 @@ from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, WorkerAdapter
+from lmcache_trio.adapters.vllm.figures import WorkerFigures
 from lmcache_trio.adapters.vllm.groups import find_groups, token_bytes_of
 from lmcache_trio.adapters.vllm.identity import LoraIdentities, encode_keys, model_identity
 from lmcache_trio.adapters.vllm.layout import layout_extras
@@ -36,6 +37,7 @@ from lmcache_trio.adapters.vllm.metadata import StepPlan
 from lmcache_trio.adapters.vllm.replicas import are_replicated, replicas_of
 from lmcache_trio.adapters.vllm.scheduler_side import BlockLists, Extras, SchedulerSide, StepOutput
 from lmcache_trio.adapters.vllm.settings import LoadMode, check_failure_policy, check_load_mode, parse_settings
+from lmcache_trio.adapters.vllm.stats import Metrics, Stats
 from lmcache_trio.adapters.vllm.weights import WeightsWatch, find_models
 from lmcache_trio.adapters.vllm.worker_side import WorkerSide
 from lmcache_trio.errors import Misuse, Unavailable
@@ -119,6 +121,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         self._scheduler_adapter: SchedulerAdapter | None = None
         self._worker: WorkerSide | None = None
         self._worker_adapter: WorkerAdapter | None = None
+        self._worker_figures: WorkerFigures | None = None
         self._closed: set[str] = set()
         if role is KVConnectorRole.SCHEDULER:
             self._start_scheduler(vllm_config)
@@ -301,6 +304,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             groups=self._groups.layers if self._groups.named else None,
         )
         self._kv_caches = kv_caches
+        self._worker_figures = WorkerFigures(self._worker_adapter)
         if self._worker is not None:  # behind `restore_kv_caches`: the weights may be unmapped yet
             self._worker.replace_mover(self._worker_adapter)
             return
@@ -379,6 +383,19 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         return self._worker
 
     # --- both -------------------------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        counting = self._scheduler.lookup_times if self._scheduler is not None else self._worker_figures
+        found = counting.take() if counting is not None else {}
+        return Stats(found) if found else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        return Stats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *given: Any) -> Metrics:
+        return Metrics(*given)
 
     def shutdown(self) -> None:
         for adapter in (self._worker_adapter, self._scheduler_adapter):

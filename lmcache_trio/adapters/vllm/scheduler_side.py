@@ -32,6 +32,7 @@ from typing import Protocol
 import attrs
 
 from lmcache_trio.adapters import Group, LoadSpec, Need, StoreSpec
+from lmcache_trio.adapters.vllm.figures import LookupTimes
 from lmcache_trio.adapters.vllm.metadata import IDLE_SECONDS, StepPlan
 from lmcache_trio.errors import Misuse, Unavailable
 
@@ -193,6 +194,7 @@ class SchedulerSide:
         self._strange = False  # the weights have changed, and nobody has reset the cache
         self._unanswered: list[str] = []  # offered in this step, and the answer is not there yet
         self._chunk_tokens = cache.chunk_tokens
+        self.lookup_times = LookupTimes()
 
     def offer(self, request: EngineRequest, local_tokens: int) -> tuple[int | None, bool]:
         """(tokens beyond *local_tokens* that can be loaded, whether between steps). None: ask again."""
@@ -202,6 +204,8 @@ class SchedulerSide:
         tracked = self._track(request)
         if tracked is None:
             return 0, False
+        if not tracked.asked:
+            self.lookup_times.ask(request.request_id)
         # One token has to be computed, or there is nothing to sample from.
         self._cache.maybe_submit_lookup_request(
             request.request_id, request.all_token_ids, extras=tracked.extras, max_tokens=request.num_tokens - 1
@@ -216,6 +220,7 @@ class SchedulerSide:
         if tokens is None:
             self._unanswered.append(request.request_id)
             return None, False
+        self.lookup_times.answer(request.request_id)
         tracked.stored = tokens // self._cache.chunk_tokens
         tracked.local_tokens = local_tokens
         tracked.loaded_tokens = self._cache.loaded_tokens(request.request_id)
@@ -364,6 +369,7 @@ class SchedulerSide:
         """
         allocated = self._local.pop(request.request_id, None) is None
         self._started.pop(request.request_id, None)
+        self.lookup_times.forget(request.request_id)
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return

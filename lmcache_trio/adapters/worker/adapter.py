@@ -273,6 +273,16 @@ class WorkerAdapter:
         """Why `path` is what it is."""
         return self._path_reason
 
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of the chunks that `statistics` counts as stored."""
+        return self._jobs.bytes_stored
+
+    @property
+    def bytes_loaded(self) -> int:
+        """Bytes of the blocks that were filled."""
+        return self._jobs.bytes_loaded
+
     def statistics(self) -> dict[str, int]:
         """`running` jobs; chunks: `stored_chunks`, `retrieved_chunks`, `dropped_REASON`, `failed_chunks`.
 

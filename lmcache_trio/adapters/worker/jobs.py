@@ -145,6 +145,9 @@ class Jobs:
         self._failed_blocks: set[int] = set()
         self._failed_requests: dict[str, None] = {}
         self._counted: Counter[str] = Counter()
+        self.bytes_stored = 0
+        """Of the chunks that were stored and are kept."""
+        self.bytes_loaded = 0
         self._any_ended: Handoff[bool] = Handoff()
         """Renewed by each wait."""
 
@@ -190,6 +193,7 @@ class Jobs:
                     self._last_store = None
                 came = moved or Moved(0, {job.reason: job.spec.chunks})
                 self._counted["stored_chunks"] += came.chunks
+                self.bytes_stored += came.chunks * job.blocks[0].size * job.kv.groups[job.spec.group].block_bytes
                 for reason, number in came.dropped.items():
                     self._counted[f"dropped_{reason}"] += number
             elif job not in self._loads:
@@ -204,6 +208,7 @@ class Jobs:
                         del self._failed_requests[next(iter(self._failed_requests))]
                 else:
                     self._counted["retrieved_chunks"] += moved.chunks
+                    self.bytes_loaded += job.blocks.size * job.kv.groups[job.spec.group].block_bytes
             if job.reported:
                 (self._stored if isinstance(job, StoreJob) else self._loaded).add(job.spec.request_id)
             job.copied.set(True)

@@ -171,6 +171,9 @@ def hit_from_disk_after_engine_and_server_were_restarted(first: str) -> Situatio
         counted = engine.metrics()
         by_source = [counted[f"vllm:prompt_tokens_cached_by_source {source}"] for source in ("device", "host", "disk")]
         assert by_source == [0, stored(prompt), stored(prompt)]  # in memory by the second time
+        ours = {name: counted[f"vllm:lmcache_trio_{name}"] for name in ("loaded_chunks", "failed_chunks", "copy_bugs")}
+        assert ours == {"loaded_chunks": 2 * stored(prompt) // CHUNK, "failed_chunks": 0, "copy_bugs": 0}
+        assert counted["vllm:lmcache_trio_loaded_bytes"] == 2 * stored(prompt) * 4096
         assert tier["backend"]["corrupt"] == 0
 
     situation.__name__ = f"hit from disk after engine and server were restarted, before they were {first}"
