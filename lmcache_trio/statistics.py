@@ -6,7 +6,7 @@ test refuses a figure without them. `table` makes the plain table that goes over
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import attrs
 
@@ -23,6 +23,7 @@ __all__ = [
     "ServerStatistics",
     "TierStatistics",
     "TransfersHeld",
+    "figures_of",
     "table",
 ]
 
@@ -153,6 +154,8 @@ class Events:
     device_bugs: Annotated[int, "failures", "Failures of the device by a bug. The log has it."]
     attaches_refused: Annotated[int, "requests", "Requests to open a worker's KV that the device refused."]
     layouts_too_large: Annotated[int, "layouts", "Layouts whose chunk is longer than the memory."]
+    readers_turned_away: Annotated[int, "readers", "Readers by HTTP that came when `http.connections` were there."]
+    readers_refused: Annotated[int, "requests", "Requests by HTTP without a key, where one is wanted."]
 
 
 @attrs.frozen
@@ -215,4 +218,16 @@ def table(figures: Any) -> dict[str, Any]:
             found |= table(value)
         elif value is not None:
             found[field.name] = value
+    return found
+
+
+def figures_of(cls: type[Any]) -> dict[str, tuple[str, str]]:
+    """Unit and meaning of each figure of *cls* and of its parts, by key."""
+    found: dict[str, tuple[str, str]] = {}
+    for key, hint in get_type_hints(cls, include_extras=True).items():
+        parts = [part for part in (hint, *get_args(hint)) if isinstance(part, type) and attrs.has(part)]
+        if parts:
+            found |= figures_of(parts[0])
+        else:
+            found[key] = getattr(hint, "__metadata__", ("", ""))
     return found

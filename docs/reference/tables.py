@@ -6,6 +6,7 @@ A page asks for one of these, and the text from there to `<!-- end -->` is repla
 
     <!-- table: settings MODULE:CLASS -->      a list: a line of a page has at most 100 columns, a cell can't be broken
     <!-- table: figures CLASS -->              what a server tells, of `lmcache_trio.statistics`
+    <!-- table: server_metrics -->             the same, as Prometheus reads it
     <!-- table: flags COMMAND -->              as the parser of the command line has them
     <!-- table: rows -->                       the benchmark's
     <!-- table: messages -->                   the protocol's
@@ -17,13 +18,15 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import attrs
 
 from lmcache_trio import cli, statistics
 from lmcache_trio._core.keys import chunk_tokens_for
+from lmcache_trio._server import metrics as server_metrics
 from lmcache_trio._wire import messages
 from lmcache_trio._wire.messages import Message, Role
 from lmcache_trio._wire.protocol import PUSHES, REPLIES, speakers
@@ -36,6 +39,7 @@ PAGES = (
     HERE / "configuration.md",
     HERE / "protocol.md",
     HERE / "statistics.md",
+    HERE.parent / "howto" / "operate.md",
     HERE.parent / "howto" / "vllm.md",
 )
 _CODE = re.compile(r"(?<!\S)(--[\w-]+(?: [\w.]+=[^\s;]*?)?|\$\w+|~|[\w.-]*\w[=_][^\s;]*?)(?=[.,;:)]*(?:\s|$))")
@@ -56,6 +60,8 @@ def _table(kind: str, *args: str) -> str:
     if kind == "rows":
         names = " ".join(f"`{name}`," for name in ROWS).removesuffix(",")
         return textwrap.fill(f"The rows are {names}.", 100) + "\n"
+    if kind == "server_metrics":
+        return "\n".join(_server_metrics())
     rows_of: dict[str, Callable[..., Iterator[list[str]]]] = {
         "figures": _figures,
         "chunks": _chunks,
@@ -130,40 +136,8 @@ def _plain(value: Any) -> str:
 
 def _figures(name: str) -> Iterator[list[str]]:
     yield ["Key", "Unit", "Meaning"]
-    for key, (unit, meaning) in figures_of(getattr(statistics, name)).items():
+    for key, (unit, meaning) in statistics.figures_of(getattr(statistics, name)).items():
         yield [f"`{key}`", unit, meaning]
-
-
-def figures_of(cls: type[Any]) -> dict[str, tuple[str, str]]:
-    """Unit and meaning of each figure of *cls* and of its parts, by key."""
-    found: dict[str, tuple[str, str]] = {}
-    for key, hint in get_type_hints(cls, include_extras=True).items():
-        parts = [part for part in (hint, *get_args(hint)) if isinstance(part, type) and attrs.has(part)]
-        if parts:
-            found |= figures_of(parts[0])
-        else:
-            found[key] = getattr(hint, "__metadata__", ("", ""))
-    return found
-
-
-_MODELS = (
-    ("Qwen2.5 0.5B", 16, 24 * 2 * 2 * 64 * 2),
-    ("Qwen2.5 7B", 16, 28 * 2 * 4 * 128 * 2),
-    ("Qwen3 8B", 16, 36 * 2 * 8 * 128 * 2),
-    ("Qwen3 30B-A3B", 16, 48 * 2 * 4 * 128 * 2),
-    ("Qwen3 235B-A22B, TP 4", 16, 94 * 2 * 1 * 128 * 2),
-    ("Llama 3.2 1B", 16, 16 * 2 * 8 * 64 * 2),
-    ("Llama 3.1 8B", 16, 32 * 2 * 8 * 128 * 2),
-    ("Llama 3.1 8B, fp8 KV", 16, 32 * 2 * 8 * 128),
-    ("Llama 3.3 70B, TP 8", 16, 80 * 2 * 1 * 128 * 2),
-    ("Llama 3.1 405B, TP 8", 16, 126 * 2 * 1 * 128 * 2),
-    ("gpt-oss 20B (12 of 24 layers with a window)", 16, 24 * 2 * 8 * 64 * 2),
-    ("gpt-oss 120B, TP 8 (18 of 36)", 16, 36 * 2 * 1 * 64 * 2),
-    ("Gemma 3 12B (40 of 48)", 16, 48 * 2 * 8 * 256 * 2),
-    ("DeepSeek V3, R1 and Kimi K2, any TP", 64, 61 * 576 * 2),
-    ("the same, fp8 KV", 64, 61 * 576),
-)
-"""A name, tokens of a block, and bytes that one rank keeps per token: layers · K and V · heads · head size · 2."""
 
 
 def _chunks() -> Iterator[list[str]]:
@@ -179,6 +153,16 @@ def _metrics() -> Iterator[list[str]]:
     for figure, metric in METRICS.items():
         labels = "{reason}" if figure == DROPPED else ""
         yield [f"`{metric.name}{labels}`", "histogram" if metric.buckets else "counter", metric.documentation]
+
+
+def _server_metrics() -> Iterator[str]:
+    of_tiers = server_metrics.OF_TIERS
+    told = (*server_metrics.HELD, *server_metrics.COUNTED, *of_tiers)
+    for name, found in groupby(told, key=lambda figure: figure.name):
+        figure = next(found)
+        labels = (["tier"] if figure in of_tiers else []) + ([figure.label] if figure.label else [])
+        by = f" (by {', '.join(f'`{label}`' for label in labels)})" if labels else ""
+        yield _item(f"`{name}{'_total' if figure.counted else ''}`{by}", figure.meaning)
 
 
 def _messages() -> Iterator[list[str]]:

@@ -142,9 +142,9 @@ class Engines:
     def namespace_known(self, engine: Engine, reply_to: int = 0) -> NamespaceKnown:
         """The engine's namespace, as its peers are told; *reply_to* is 0 in a push."""
         arena = self._index.arena.capacity
-        return NamespaceKnown(reply_to, engine.namespace, self._chunk_bytes(engine), arena, engine.layout)
+        return NamespaceKnown(reply_to, engine.namespace, self.chunk_bytes(engine), arena, engine.layout)
 
-    def _chunk_bytes(self, engine: Engine) -> int:
+    def chunk_bytes(self, engine: Engine) -> int:
         """What a chunk of *engine* takes in the arena, over all groups and shards; 0 while a layout is missing."""
         return sum(self._index.chunk_bytes(of_group) for of_group in engine.namespaces)
 
@@ -184,7 +184,7 @@ class Engines:
                 log.info("engine %r has no cache until the replicas of each shard have one layout", engine.name)
             return
         tokens, size = engine.chunk_tokens, self._index.arena.capacity
-        chunk = self._chunk_bytes(engine)
+        chunk = self.chunk_bytes(engine)
         if chunk > size:
             self._counts.events["layouts_too_large"] += 1
             words = (

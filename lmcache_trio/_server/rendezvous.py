@@ -20,6 +20,7 @@ from lmcache_trio._server.peer import Peer
 from lmcache_trio._transport import Introduction
 from lmcache_trio._wire.messages import PROTOCOL_VERSION, Hello, Refused, Role, Welcome
 from lmcache_trio._wire.protocol import check_hello, kind_of
+from lmcache_trio.config import Config
 from lmcache_trio.errors import Misuse, ProtocolError, Unavailable
 
 __all__ = ["new_boot", "receive_hello", "welcome"]
@@ -118,16 +119,25 @@ def _check(parts: Parts, hello: Hello) -> None:
 
 def _check_room(parts: Parts, replaced: int) -> None:
     """Unavailable: without the *replaced* clients, there are still as many as may be."""
-    config = parts.config
-    most, way = config.limits.clients, "the server's configuration can raise it"
-    if not most and not config.address.startswith("memory://"):
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft >= 0:  # RLIM_INFINITY is -1
-            most = max(LEAST_CLIENTS, (soft - OTHER_DESCRIPTORS) // CLIENT_DESCRIPTORS)
-            way = f"not set, it follows from the server's {soft} file descriptors (ulimit -n, LimitNOFILE=)"
+    most = most_clients(parts.config)
     if most and len(parts.peers) - replaced >= most:
+        way = "the server's configuration can raise it"
+        if not parts.config.limits.clients:
+            soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            way = f"not set, it follows from the server's {soft} file descriptors (ulimit -n, LimitNOFILE=)"
         parts.counts.limits["clients"] += 1
         raise Unavailable(f"{most} clients are connected, and no more are let in: that is limits.clients; {way}")
+
+
+def most_clients(config: Config) -> int:
+    """Clients that may be connected; 0: any number."""
+    if config.limits.clients or config.address.startswith("memory://"):
+        return config.limits.clients
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 0:  # RLIM_INFINITY is -1
+        return 0
+    readers = config.http.connections if config.http.address else 0
+    return max(LEAST_CLIENTS, (soft - OTHER_DESCRIPTORS - readers) // CLIENT_DESCRIPTORS)
 
 
 def _difference(engine: Engine, hello: Hello) -> tuple[str, str]:

@@ -6,7 +6,7 @@
     |- clock         sleeps until something in the index falls due; sweeps after a reset
     |- tiers         one task per tier: its questions, its loads (a task each), its writes
     |- transfer      the device transfer worker, and one task per copy, which waits for its end
-    `- connections   the rendezvous, and one nursery per client: reader, writer, prefetches; dies first
+    `- connections   the rendezvous, HTTP, and one nursery per client: reader, writer, prefetches; dies first
 
 Parts are made in order of need, each whole, so that no part is completed from outside. Shutdown order is nesting order.
 Leaving `open_server` drains: the server grants nothing more, and copies under way have `grace` seconds to end. Then the
@@ -31,7 +31,7 @@ import trio
 from lmcache_trio import __version__
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.index import Index
-from lmcache_trio._server import rendezvous
+from lmcache_trio._server import http, rendezvous
 from lmcache_trio._server.answers import Answers
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.connection import serve_peer
@@ -79,6 +79,8 @@ class Server:
     address: str
     boot: bytes
     _parts: Parts
+    http_address: str = ""
+    """Where HTTP is answered; empty: nowhere."""
 
     @property
     def grace(self) -> float:
@@ -124,6 +126,10 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
     fronts = ExitStack()
     front = fronts.enter_context(closing(listen(config.address, config.access)))
     try:
+        web = http.listen(config.http, config.access.socket_mode)
+        if web is not None:
+            fronts.callback(web.close)
+            sockets |= {web.path} if web.path else set()
         async with memory.open(), trio.open_nursery() as upkeep:
             start_upkeep = tasks.starter(upkeep)
             async with tasks.branch() as start_tier:
@@ -151,10 +157,12 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
                     await upkeep.start(_grow, parts, name="memory")
                     start_upkeep(clock.run, peers.tell_overdue, name="clock")
                     async with trio.open_nursery() as connections:
-                        await all_tiers.wait_opened()
                         start_connection = tasks.starter(connections)
+                        if web is not None:
+                            start_connection(http.serve_http, parts, web, __version__, name="http")
+                        await all_tiers.wait_opened()
                         start_connection(_be_found, parts, front, fronts, start_connection, name="rendezvous")
-                        yield Server(front.address, parts.boot, parts)
+                        yield Server(front.address, parts.boot, parts, "" if web is None else web.address)
                         drain.stopping = True
                         end = trio.current_time() + config.grace
                         with _grace_until(end, lambda: "copies of clients were cut off"):

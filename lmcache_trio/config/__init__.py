@@ -7,7 +7,15 @@ backend's own `Config` class once the backend is found.
 
 from lmcache_trio.config.addresses import default_address, default_addresses
 from lmcache_trio.config.client import ClientConfig, check_interval, load_client_config
-from lmcache_trio.config.server import PRIVATE, Access, Config, Limits, describe, load_config
+from lmcache_trio.config.server import (
+    PRIVATE,
+    Access,
+    Config,
+    Http,
+    Limits,
+    describe,
+    load_config,
+)
 from lmcache_trio.config.tables import Table, check_ids, structure
 from lmcache_trio.config.values import format_size, parse_path, parse_size
 
@@ -16,6 +24,7 @@ __all__ = [
     "Access",
     "ClientConfig",
     "Config",
+    "Http",
     "Limits",
     "Table",
     "check_ids",

@@ -20,11 +20,13 @@ __all__ = [
     "MemoryAddress",
     "TcpAddress",
     "UnixAddress",
+    "WebAddress",
     "check_address",
     "default_address",
     "default_addresses",
     "parse_address",
     "parse_rendezvous",
+    "parse_web_address",
     "socket_path",
 ]
 
@@ -66,6 +68,23 @@ class MemoryAddress:
         return f"memory://{self.name}"
 
 
+@attrs.frozen
+class WebAddress:
+    """Where HTTP is answered. With port 0 a server chooses a free one. *encrypted*: by TLS."""
+
+    host: str
+    port: int
+    encrypted: bool
+
+    @property
+    def loopback(self) -> bool:
+        return ipaddress.ip_address(self.host).is_loopback
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.encrypted else 'http'}://{host}:{self.port}"
+
+
 Address = UnixAddress | TcpAddress | MemoryAddress
 
 
@@ -100,6 +119,22 @@ def parse_rendezvous(address: str) -> Address:
     return _parse(address, _SUN_PATH - _SUFFIX)
 
 
+def parse_web_address(address: str) -> WebAddress | UnixAddress:
+    """The parts of an address for HTTP; `ConfigError` names the setting `address` and the fix."""
+    scheme, separator, _ = address.partition("://")
+    if separator and scheme == "unix":
+        return UnixAddress(_checked_path(address, _SUN_PATH))
+    use = "use http://127.0.0.1:PORT, https://IP:PORT or unix:///absolute/path"
+    if not separator or scheme not in ("http", "https"):
+        raise ConfigError("address", f"{address!r} is not an address for HTTP; {use}")
+    host, port = _host_and_port(address, use)
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise ConfigError("address", f"{host!r} is not an IP address of this machine; {use}") from None
+    return WebAddress(host, port, scheme == "https")
+
+
 def socket_path(address: str) -> Path | None:
     """The file of a `unix://` address; None for others."""
     parsed = parse_address(address)
@@ -129,16 +164,20 @@ def _checked_path(address: str, limit: int) -> str:
     return path
 
 
-def _parse_tcp(address: str) -> TcpAddress:
+def _host_and_port(address: str, use: str) -> tuple[str, int]:
+    """Those of the URL *address*, which is nothing but a scheme beside; `ConfigError` says *use*."""
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
     except ValueError as exc:
-        raise ConfigError("address", f"{address!r} names no host and port: {exc}; use tcp://127.0.0.1:PORT") from exc
+        raise ConfigError("address", f"{address!r} names no host and port: {exc}; {use}") from exc
     if not host or port is None or parts.path or parts.query or parts.fragment or parts.username is not None:
-        raise ConfigError("address", f"{address!r} names no host and port; use tcp://127.0.0.1:PORT")
-    if host == "localhost":
-        host = "127.0.0.1"
+        raise ConfigError("address", f"{address!r} names no host and port; {use}")
+    return ("127.0.0.1" if host == "localhost" else host), port
+
+
+def _parse_tcp(address: str) -> TcpAddress:
+    host, port = _host_and_port(address, "use tcp://127.0.0.1:PORT")
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -14,13 +14,21 @@ from typing import Any, Literal
 import attrs
 
 from lmcache_trio.config import sources
-from lmcache_trio.config.addresses import MemoryAddress, UnixAddress, check_address, default_address, parse_rendezvous
+from lmcache_trio.config.addresses import (
+    MemoryAddress,
+    UnixAddress,
+    WebAddress,
+    check_address,
+    default_address,
+    parse_rendezvous,
+    parse_web_address,
+)
 from lmcache_trio.config.client import ClientConfig
 from lmcache_trio.config.tables import between, check_chunk_tokens, check_ids, setting
 from lmcache_trio.config.values import parse_path
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["PRIVATE", "Access", "Config", "Limits", "describe", "load_config"]
+__all__ = ["PRIVATE", "Access", "Config", "Http", "Limits", "describe", "load_config"]
 
 _DAY = 86_400.0
 
@@ -145,6 +153,47 @@ class Limits:
 
 
 @attrs.frozen
+class Http:
+    """Where operators read a server by HTTP: health, metrics, status. Off unless `address` is set.
+
+    Anything but loopback and a socket file needs TLS and a key.
+    """
+
+    address: str = setting(
+        "",
+        "Where the server answers HTTP: http://127.0.0.1:PORT, https://HOST:PORT or unix://PATH; empty: nowhere.",
+    )
+    certificate: str = setting("", "The file of the certificate chain for https://, in PEM.", unit="path")
+    private_key: str = setting("", "The file of the certificate's private key, in PEM.", unit="path")
+    key_file: str = setting(
+        "",
+        "A file of mode 0600 with one key a line, two at most; a reader sends one as `Authorization: Bearer KEY`.",
+        unit="path",
+    )
+    connections: int = setting(
+        64, "Readers that may be connected; one more is turned away and counted.", check=between(1, 65_536)
+    )
+
+    def __attrs_post_init__(self) -> None:
+        where = self.where
+        if not isinstance(where, WebAddress):
+            return
+        if where.encrypted and not (self.certificate and self.private_key):
+            raise ConfigError("address", "is https://: give http.certificate and http.private_key too")
+        if not where.loopback and not (where.encrypted and self.key_file):
+            raise ConfigError(
+                "address",
+                f"{where.host} is not loopback: give https:// with http.certificate, http.private_key and"
+                " http.key_file, or an address that only this machine reaches",
+            )
+
+    @property
+    def where(self) -> WebAddress | UnixAddress | None:
+        """The parts of `address`; None if it is empty."""
+        return parse_web_address(self.address) if self.address else None
+
+
+@attrs.frozen
 class Config:
     """All settings of a server. Each field's `metadata["help"]` is its one line of documentation."""
 
@@ -229,6 +278,9 @@ class Config:
     )
     limits: Limits = setting(
         attrs.Factory(Limits), "What a client may have at one time: a table of its own, `[limits]`."
+    )
+    http: Http = setting(
+        attrs.Factory(Http), "Health, metrics and status by HTTP, for operators: a table of its own, `[http]`."
     )
 
     def __attrs_post_init__(self) -> None:

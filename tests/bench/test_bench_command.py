@@ -126,7 +126,7 @@ def test_a_server_that_is_not_there_is_told_in_one_line(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_bench_that_is_told_to_end_takes_its_processes_with_it(folder: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "lmcache_trio", "bench", "--kv", "layers=1", "--rounds", "100000"]
+    command = [sys.executable, "-m", "lmcache_trio", "bench", "--kv", "layers=1,kv_heads=1", "--rounds", "100000"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(folder)}
     ) as process:
