@@ -17,7 +17,7 @@ from support.programs import DOCS, load_program
 from lmcache_trio import open_server
 from lmcache_trio.adapters.vllm.settings import ConnectorSettings
 from lmcache_trio.config import Access, ClientConfig, Config, Limits
-from lmcache_trio.statistics import ServerCounted, ServerHeld, TierStatistics
+from lmcache_trio.statistics import ServerCounted, ServerHeld, TierStatistics, figures_of
 
 PAGES = sorted(DOCS.rglob("*.md"))
 
@@ -59,7 +59,7 @@ async def test_every_figure_that_a_server_tells_has_a_unit_and_a_meaning_in_the_
     told_by = {ServerHeld: found["held"], ServerCounted: found["counted"], TierStatistics: found["tiers"][0]}
     for cls, told in told_by.items():
         assert f"<!-- table: figures {cls.__name__} -->" in text
-        figures = tables.figures_of(cls)
+        figures = figures_of(cls)
         assert set(told) == set(figures)
         assert [key for key, (_, meaning) in figures.items() if not meaning] == []
         assert [key for key, (unit, _) in figures.items() if not unit and type(told[key]) is int] == []
