@@ -14,7 +14,7 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -41,10 +41,6 @@ LEAST_KEY = 16
 """Characters of the shortest key that is accepted."""
 MOST_KEYS = 2
 """Keys at a time: the one in use, and the next one while readers change over."""
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Mapping[str, Any]]]
-Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
 @attrs.frozen
@@ -309,7 +305,7 @@ def _json(table: object) -> bytes:
     return json.dumps(table).encode() + b"\n"
 
 
-async def _answer(pages: Pages, scope: Scope, receive: Receive, send: Send) -> None:
+async def _answer(pages: Pages, scope: Any, receive: Any, send: Any) -> None:
     """The ASGI application. A body that comes with the request is not read."""
     if scope["type"] != "http":
         await send({"type": "websocket.close", "code": 1008, "reason": "there are no web sockets here"})
