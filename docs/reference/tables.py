@@ -140,6 +140,26 @@ def _figures(name: str) -> Iterator[list[str]]:
         yield [f"`{key}`", unit, meaning]
 
 
+_MODELS = (
+    ("Qwen2.5 0.5B", 16, 24 * 2 * 2 * 64 * 2),
+    ("Qwen2.5 7B", 16, 28 * 2 * 4 * 128 * 2),
+    ("Qwen3 8B", 16, 36 * 2 * 8 * 128 * 2),
+    ("Qwen3 30B-A3B", 16, 48 * 2 * 4 * 128 * 2),
+    ("Qwen3 235B-A22B, TP 4", 16, 94 * 2 * 1 * 128 * 2),
+    ("Llama 3.2 1B", 16, 16 * 2 * 8 * 64 * 2),
+    ("Llama 3.1 8B", 16, 32 * 2 * 8 * 128 * 2),
+    ("Llama 3.1 8B, fp8 KV", 16, 32 * 2 * 8 * 128),
+    ("Llama 3.3 70B, TP 8", 16, 80 * 2 * 1 * 128 * 2),
+    ("Llama 3.1 405B, TP 8", 16, 126 * 2 * 1 * 128 * 2),
+    ("gpt-oss 20B (12 of 24 layers with a window)", 16, 24 * 2 * 8 * 64 * 2),
+    ("gpt-oss 120B, TP 8 (18 of 36)", 16, 36 * 2 * 1 * 64 * 2),
+    ("Gemma 3 12B (40 of 48)", 16, 48 * 2 * 8 * 256 * 2),
+    ("DeepSeek V3, R1 and Kimi K2, any TP", 64, 61 * 576 * 2),
+    ("the same, fp8 KV", 64, 61 * 576),
+)
+"""A name, tokens of a block, and bytes that one rank keeps per token: layers · K and V · heads · head size · 2."""
+
+
 def _chunks() -> Iterator[list[str]]:
     yield ["Model", "Block", "KiB per token, one rank", "Chunk, tokens", "MiB, one rank", "Chunks of a 128k prompt"]
     for name, block_tokens, token_bytes in _MODELS:
