@@ -272,8 +272,9 @@ class Mover:
     def take_finished(self) -> tuple[set[str], set[str]]:
         busy = {(type(job), job.request_id) for job in self.jobs}
         stored = {each for each in self.stored if (StoreSpec, each) not in busy}
-        retrieved, self.retrieved = self.retrieved, set()
+        retrieved = {each for each in self.retrieved if (LoadSpec, each) not in busy}
         self.stored -= stored
+        self.retrieved -= retrieved
         return stored, retrieved
 
     def take_failed_blocks(self) -> set[int]:
