@@ -9,11 +9,18 @@ import pytest
 collect_ignore: list[str] = []
 if find_spec("vllm") is None:
     collect_ignore += ["test_vllm_connector.py", "test_vllm_data_parallel.py", "test_vllm_table.py"]
-    collect_ignore += ["test_vllm_times.py", "test_vllm_trust.py", "test_vllm_hybrid.py", "test_vllm_replicas.py"]
-    collect_ignore += ["test_vllm_longest_hit.py"]
+    collect_ignore += [
+        "test_vllm_longest_hit.py",
+        "test_vllm_times.py",
+        "test_vllm_trust.py",
+        "test_vllm_hybrid.py",
+        "test_vllm_latent.py",
+        "test_vllm_lengths.py",
+        "test_vllm_replicas.py",
+    ]
 else:
     from support.e2e.bench import Bench
-    from support.e2e.expected import Expected, ask_hybrid, ask_mid, ask_tiny, ask_two_ranks
+    from support.e2e.expected import Expected, ask_hybrid, ask_latent, ask_mid, ask_tiny, ask_two_ranks
 
     @pytest.fixture(scope="session")
     def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
@@ -36,6 +43,14 @@ else:
             engine = bench.engine(f"{name}, no connector")
             # In bfloat16 sums differ more with the number of rows that are computed together.
             return ask_hybrid(engine, clear=0.05 if name == "qwen3next" else 0.005, short=name == "gemma3")
+
+        return ask
+
+    @pytest.fixture(scope="session")
+    def latent(bench: Bench) -> Callable[[str], Expected]:
+        @cache
+        def ask(name: str) -> Expected:
+            return ask_latent(bench.engine(f"{name}, own cache"))
 
         return ask
 

@@ -38,6 +38,7 @@ ARGUMENTS: Mapping[str, Any] = {
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
 DEFAULT_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
 MODULES = {"FaultyConnector": "support.e2e.faulty", "TimedConnector": "support.e2e.timed"}
+OWN_CACHE = {"LMCACHE_TRIO_E2E_PREFIX_CACHE": "1"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "LMCACHE_TRIO_E2E_FORK": "1"}
 HASH_SEEDS = ("0", "1")
 """Of the interpreters that engines are forked off; the first where a kind does not say. What vLLM spawns has none."""
@@ -63,7 +64,7 @@ class Kind:
 def hybrid(name: str) -> dict[str, Any]:
     """Arguments for *name* of `support.e2e.hybrid`: a prompt is computed in steps that leave a window behind."""
     own = {"disable_hybrid_kv_cache_manager": False, "max_num_batched_tokens": 768}
-    return {**own, "block_size": None} if name == "qwen3next" else own  # vLLM chooses what fits the states
+    return {**own, "block_size": None} if name.startswith("qwen3next") else own  # vLLM chooses what fits the states
 
 
 KINDS: Mapping[str, Kind] = {
@@ -88,6 +89,10 @@ KINDS: Mapping[str, Kind] = {
     "two ranks, sync": Kind({"load": "sync"}, TWO_RANKS, {"tensor_parallel_size": 2}, connector="FaultyConnector"),
     "replicas, no connector": Kind(None, TWO_RANKS, {"tensor_parallel_size": 2}, model="narrow"),
     "replicas": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, model="narrow"),
+    "dsv2, own cache": Kind(None, {**ONE_PROCESS, **OWN_CACHE}, model="dsv2"),
+    "dsv2, two ranks, own cache": Kind(None, {**TWO_RANKS, **OWN_CACHE}, {"tensor_parallel_size": 2}, model="dsv2"),
+    "dsv2, two ranks": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, model="dsv2"),
+    "dsv2, two ranks, disk": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, model="dsv2", server="disk"),
     "two processes": Kind({}, {**DEFAULT_PROCESSES, "LMCACHE_TRIO_E2E_FORK": "1"}),
     "behind a failing connector": Kind({}, before="FailingConnector"),
     "mid, no connector": Kind(None, model="mid"),

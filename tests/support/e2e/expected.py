@@ -12,7 +12,7 @@ import attrs
 
 from support.e2e.engine import Engine
 
-__all__ = ["Expected", "Prompt", "ask_hybrid", "ask_mid", "ask_tiny", "ask_two_ranks"]
+__all__ = ["Expected", "Prompt", "ask_hybrid", "ask_latent", "ask_mid", "ask_one", "ask_tiny", "ask_two_ranks"]
 
 CANDIDATES = 24
 CLEAR = 0.005
@@ -69,6 +69,24 @@ def ask_two_ranks(engine: Engine) -> Expected:
 def ask_mid(engine: Engine) -> Expected:
     (found,) = _stable(engine, lambda seed: tokens_of(seed, 4100), 1)
     return {"4,100 tokens": found}
+
+
+def ask_one(engine: Engine, *, clear: float = CLEAR) -> Prompt:
+    """One prompt of 1,200 tokens, of which chunks of 256 and of 384 tokens cover unlike many."""
+    (found,) = _stable(engine, lambda seed: tokens_of(seed, 1200), 1, clear=clear)
+    return found
+
+
+def ask_latent(engine: Engine) -> Expected:
+    """A prompt, *cold* and behind a *hit* in the engine's own cache, as long as one in chunks of 256 tokens."""
+    for seed in range(CANDIDATES):
+        tokens = tokens_of(seed, 780)
+        engine.forget()
+        cold, hit = (engine.generate([tokens], margins=True) for _ in range(2))
+        assert (cold.cached, hit.cached) == ([0], [768])
+        if min(cold.margins + hit.margins) >= CLEAR:
+            return {"cold": Prompt(tokens, cold.ids[0]), "hit": Prompt(tokens, hit.ids[0])}
+    raise AssertionError(f"none of {CANDIDATES} prompts has clear answers")
 
 
 def ask_hybrid(engine: Engine, *, clear: float = CLEAR, short: bool = False) -> Expected:

@@ -50,6 +50,25 @@ STATES = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
+LATENT = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,
+    "v_head_dim": 32,
+}
+SHARED_EXPERTS = {
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
 GEMMA = {"sliding_window": 512, "query_pre_attn_scalar": 32}
 LOUD = 19.0
 """Of the norms behind a Gemma's layers: otherwise its embeddings, which are its head too, say each token again."""
@@ -85,9 +104,17 @@ HYBRIDS: Mapping[str, Hybrid] = {
         {**EXPERTS, **STATES, "head_dim": 64},
         dtype="bfloat16",  # vLLM's CPU kernels for its states take no other
     ),
+    "qwen3next, wide": Hybrid(
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {**EXPERTS, **STATES, "head_dim": 64, "linear_num_value_heads": 8},
+        dtype="bfloat16",
+    ),
+    "dsv2": Hybrid("DeepseekV2Config", "DeepseekV2ForCausalLM", {**LATENT, **SHARED_EXPERTS}),
 }
 """Groups, as vLLM orders them: gemma2, gptoss: a window and full attention; gemma3: two windows and full; llama4: three
-of chunked local attention and full; mistral: one window; qwen3next: three of states, and full.
+of chunked local attention and full; mistral: one window; qwen3next: three of states, and full, in blocks of 256 tokens
+(wide: 384); dsv2: latent KV alone.
 """
 
 

@@ -5,6 +5,7 @@ vLLM's HTTP server}. `support.e2e.engine.Engine` runs it; vLLM's own output goes
 """
 
 import json
+import os
 import socket
 import sys
 import time
@@ -22,6 +23,8 @@ def main(told: int) -> None:
         return
     from vllm import LLM
 
+    if "LMCACHE_TRIO_E2E_PREFIX_CACHE" in os.environ:
+        keep_prefix_cache()
     engine = LLM(**started)
     reply(channel, ready=time.monotonic() - begun)
     for line in channel:
@@ -34,6 +37,19 @@ def main(told: int) -> None:
     if shutdown is not None:
         shutdown()
     reply(channel, stopped=True)
+
+
+def keep_prefix_cache() -> None:
+    """Let vLLM's own prefix cache be on for latent KV too. Its CPU platform switches it off, other platforms do not."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def checked(vllm_config: Any) -> None:
+        check(vllm_config)
+        vllm_config.cache_config.enable_prefix_caching = True
+
+    CpuPlatform.check_and_update_config = staticmethod(checked)
 
 
 def reply(channel: Any, **values: Any) -> None:
