@@ -165,6 +165,12 @@ class ServerCounted:
     index: IndexCounted
     limits: Annotated[Mapping[str, int], "requests", "Requests that a limit refused, by its name in `[limits]`."]
     events: Events
+    requested_tokens: Annotated[int, "tokens", "Tokens of all chunks that lookups asked for."]
+    hit_tokens: Annotated[
+        Mapping[str, int],
+        "tokens",
+        "Tokens that lookups were offered, by source: `memory`, or `tier` if one brought them.",
+    ]
     drops: Annotated[Mapping[str, int], "chunks", "Chunks of stores that were dropped, by reason."]
 
 

@@ -66,6 +66,7 @@ class Answers:
         """The prefetches that run, by the session of their lookup."""
         self._clock = clock
         self._drain = drain
+        self._counts = counts
         self._events = counts.events
         self._budget = budget
 
@@ -141,6 +142,9 @@ class Answers:
         self._events["lookups"] += bool(wanted)
         self._events["hits"] += session.chunks
         self._events["misses"] += len(wanted) - session.chunks
+        self._counts.requested_tokens += len(wanted) * engine.chunk_tokens
+        self._counts.hit_tokens["memory"] += (session.chunks - session.loaded) * engine.chunk_tokens
+        self._counts.hit_tokens["tier"] += session.loaded * engine.chunk_tokens
 
     async def _run(self, prefetch: "Prefetch", asked: int, wanted: list[bytes], deadline: float) -> None:
         try:

@@ -20,6 +20,9 @@ class Counts:
     """Monotonic since the start. The index counts its own events."""
 
     events: Counter[str] = attrs.field(factory=lambda: Counter({f.name: 0 for f in attrs.fields(Events)}))
+    requested_tokens: int = 0
+    hit_tokens: Counter[str] = attrs.field(factory=lambda: Counter(memory=0, tier=0))
+    """Tokens that lookups were offered, by where their chunks were."""
     dropped: Counter[str] = attrs.field(factory=Counter)
     """Chunks of stores that got no slots, by the server's reason."""
     limits: Counter[str] = attrs.field(factory=lambda: Counter({f.name: 0 for f in attrs.fields(Limits)}))

@@ -41,7 +41,7 @@ _BY_STATE = {
     "slots": ("slots", "Slots of the chunks in memory, by state."),
     "bytes": ("chunk_bytes", "Bytes of the chunks in memory, by state."),
 }
-_LABELS = {"limits": "limit", "drops": "reason"}
+_LABELS = {"hit_tokens": "source", "limits": "limit", "drops": "reason"}
 
 
 @attrs.frozen

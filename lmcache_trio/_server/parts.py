@@ -84,6 +84,8 @@ class Parts:
                 index=index.counted,
                 limits={**self.counts.limits, **refused},
                 events=Events(**self.counts.events),
+                requested_tokens=self.counts.requested_tokens,
+                hit_tokens=dict(self.counts.hit_tokens),
                 drops=Counter(index.dropped) + self.counts.dropped,
             ),
             tiers=self.tiers.statistics(),

@@ -222,8 +222,13 @@ async def test_the_leading_run_may_mix_memory_and_tiers(worlds: Worlds, autojump
         chain = digests(8)
         near.fill(world.namespace, [chain[1], chain[3], chain[4]])
         far.fill(world.namespace, [chain[1], chain[2], chain[5], chain[7]])
+        former = world.rig.counted()
         answer = await world.lookup(1, chain)
         assert (answer.chunks, answer.loaded) == (6, 5)
+        after = world.rig.counted()
+        of_each = (after["requested_tokens"] - former["requested_tokens"]) // len(chain)
+        gained = {source: count - former["hit_tokens"][source] for source, count in after["hit_tokens"].items()}
+        assert gained == {"memory": of_each, "tier": 5 * of_each}
         assert await world.read(answer, chain)
         assert {key.digest for key in near.keys("load")} == {chain[1], chain[3], chain[4]}
         assert {key.digest for key in far.keys("load")} == {chain[2], chain[5]}
