@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import trio
 
+from lmcache_trio.client import open_client
 from support.e2e.start import Forker, fresh_process, with_offline
 
 __all__ = ["Engine", "Gate", "Generated", "Server"]
@@ -157,6 +159,10 @@ class Engine:
         found: dict[str, float] = self._ask("metrics")["metrics"]
         return found
 
+    def blocks(self) -> int:
+        """Blocks of KV that vLLM found room for."""
+        return int(self._ask("blocks")["blocks"])
+
     def stop(self) -> None:
         if self.alive():
             with suppress(AssertionError, OSError):
@@ -211,10 +217,10 @@ class Server:
         self._settings = [f"address={self.address}", f"chunk_tokens={chunk_tokens}", f"memory.size={size}", *settings]
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Returns when it takes connections."""
+    def start(self, *more: str) -> None:
+        """Returns when it takes connections. *more*: settings of this time alone."""
         log = (self.where / "server.log").open("ab")
-        sets = [part for setting in self._settings for part in ("--set", setting)]
+        sets = [part for setting in (*self._settings, *more) for part in ("--set", setting)]
         with log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lmcache_trio", "serve", *sets],
@@ -261,6 +267,16 @@ class Server:
         )
         found: dict[str, Any] = json.loads(done.stdout)
         return found
+
+    def statistics(self) -> dict[str, Any]:
+        """The same, without another process to wait for."""
+
+        async def ask() -> dict[str, Any]:
+            with trio.fail_after(60):
+                async with open_client(self.address) as client:
+                    return await client.statistics()
+
+        return trio.run(ask)
 
     @property
     def pid(self) -> int:

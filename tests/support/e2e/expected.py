@@ -89,17 +89,15 @@ def ask_latent(engine: Engine) -> Expected:
     raise AssertionError(f"none of {CANDIDATES} prompts has clear answers")
 
 
-def ask_hybrid(engine: Engine, *, clear: float = CLEAR, short: bool = False) -> Expected:
+def ask_hybrid(engine: Engine, *, clear: float = CLEAR) -> Expected:
     """The prompts of a model with several KV groups, whose windows have left most of the long ones."""
     long = _stable(engine, lambda seed: tokens_of(seed, 2600), 2, clear=clear)
     (branch,) = _stable(engine, lambda seed: long[0].tokens[:1400] + tokens_of(3000 + seed, 200), 1, clear=clear)
     (one,) = _stable(engine, lambda seed: tokens_of(4000 + seed, 450), 1, wanted=TURN, clear=clear / 10)
     (two,) = _stable(engine, lambda seed: one.tokens + one.ids + tokens_of(5000 + seed, 50), 1, clear=clear)
+    short = _stable(engine, lambda seed: tokens_of(1000 + seed, 505), 4, clear=clear)
     found = {"long 0": long[0], "long 1": long[1], "branch": branch, "turn one": one, "turn two": two}
-    if short:
-        pair = _stable(engine, lambda seed: tokens_of(1000 + seed, 505), 2, clear=clear)
-        found |= {f"short {i}": prompt for i, prompt in enumerate(pair)}
-    return found
+    return found | {f"short {i}": prompt for i, prompt in enumerate(short)}
 
 
 def _stable(

@@ -225,6 +225,11 @@ def metrics(engine: Any) -> dict[str, Any]:
     return {"metrics": found}
 
 
+def blocks(engine: Any) -> dict[str, Any]:
+    """Blocks of KV that vLLM's pool has."""
+    return {"blocks": engine.llm_engine.vllm_config.cache_config.num_gpu_blocks}
+
+
 COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "generate": generate,
     "forget": forget,
@@ -234,6 +239,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "reload": reload,
     "preemptions": preemptions,
     "metrics": metrics,
+    "blocks": blocks,
     "abort": abort,
     "beside": beside,
     "connector_times": connector_times,
