@@ -69,7 +69,7 @@ def test_the_demo_serves_warm_what_another_engine_computed_also_from_disk_and_le
     rows = [line.split() for line in out.splitlines() if "equal" in line]
     assert len(rows) == 2
     assert rows[0].count("256") == 2  # of 350 tokens, from memory and from the disk
-    assert rows[1].count("640") == 2  # of 700
+    assert rows[1].count("512") == 2  # of 700: its KV is small, so a chunk has 256 tokens
     assert nothing_is_left(directory, pids)
 
 
