@@ -30,6 +30,7 @@ __all__ = [
     "namespace_of",
     "namespaces_of",
     "seed_of",
+    "split_digests",
 ]
 
 DIGEST_BYTES = 32
@@ -146,6 +147,11 @@ def check_chunk_tokens(chunk_tokens: int, block_tokens: int) -> None:
 def _packer(count: int) -> Callable[..., bytes]:
     """Making a Struct costs as much as a fifth of packing with it."""
     return struct.Struct(f"<{count}i").pack
+
+
+def split_digests(packed: bytes) -> list[bytes]:
+    """The digests that `join_digests` has packed."""
+    return [packed[i : i + DIGEST_BYTES] for i in range(0, len(packed), DIGEST_BYTES)]
 
 
 def join_digests(digests: Iterable[bytes]) -> bytes:

@@ -135,6 +135,8 @@ def _have_turn(parts: Parts, peer: Peer, transport: Connection, frame: bytes) ->
     began = trio.current_time()
     while True:
         _carry_out(parts, peer, frame)
+        if parts.index.changes.pending:
+            parts.watches.tell()
         took = trio.current_time() - began
         if peer.outbox or took > TURN:
             return took

@@ -28,6 +28,7 @@ from lmcache_trio._wire.messages import (
     Release,
     Reset,
     Taken,
+    Watch,
 )
 from lmcache_trio.errors import Misuse
 
@@ -135,6 +136,10 @@ async def _acknowledge_reset(parts: Parts, peer: Peer, message: Reset, deletions
     peer.send(ErrorReply(message.id, ErrorKind.UNAVAILABLE, failure))
 
 
+def _watch(parts: Parts, peer: Peer, message: Watch) -> None:
+    parts.watches.add(peer)
+
+
 HANDLERS: dict[type[Message], Callable[[Parts, Peer, Any], Message | None]] = {
     Lookup: _lookup,
     LookupStatus: _lookup_status,
@@ -143,4 +148,5 @@ HANDLERS: dict[type[Message], Callable[[Parts, Peer, Any], Message | None]] = {
     Ended: _ended,
     Identify: _identify,
     Reset: _reset,
+    Watch: _watch,
 }

@@ -19,6 +19,7 @@ from lmcache_trio._server.peers import Peers
 from lmcache_trio._server.tasks import Tasks
 from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._server.transfer.worker import TransferWorker
+from lmcache_trio._server.watches import Watches
 from lmcache_trio._transport import Unfinished
 from lmcache_trio.abc import Memory
 from lmcache_trio.config import Config
@@ -61,6 +62,7 @@ class Parts:
     transfer: TransferWorker | None
     engines: Engines
     peers: Peers
+    watches: Watches
 
     def statistics(self) -> ServerStatistics:
         """The figures of all parts. The cost does not depend on how much is held."""

@@ -45,6 +45,7 @@ from lmcache_trio._server.socket_directory import prepare_directory
 from lmcache_trio._server.tasks import Starter, Tasks
 from lmcache_trio._server.tiers.tiers import Tiers, make_tiers
 from lmcache_trio._server.transfer.worker import TransferWorker
+from lmcache_trio._server.watches import Watches
 from lmcache_trio._transport import Rendezvous, Unfinished, listen, listen_pair
 from lmcache_trio._wire.codec import encode
 from lmcache_trio._wire.messages import ArenaGrown, ErrorKind, Refused, Role
@@ -153,6 +154,7 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
                         transfer=transfer,
                         engines=engines,
                         peers=peers,
+                        watches=Watches(index, engines),
                     )
                     await upkeep.start(_grow, parts, name="memory")
                     start_upkeep(clock.run, peers.tell_overdue, name="clock")

@@ -32,6 +32,7 @@ __all__ = [
     "AnswerState",
     "ArenaGrown",
     "Attach",
+    "Changed",
     "Commit",
     "Committed",
     "CopiesEnded",
@@ -65,6 +66,7 @@ __all__ = [
     "StoreBlocks",
     "Stored",
     "Taken",
+    "Watch",
     "Welcome",
     "Withdraw",
 ]
@@ -478,6 +480,13 @@ class Withdraw(Message):
     request: RequestId
 
 
+@attrs.frozen
+class Watch(Message):
+    """From now on the scheduler is told what comes into memory, and what leaves it, by Changed."""
+
+    opcode: ClassVar[int] = 44
+
+
 # --- replies and pushes, from the server ----------------------------------------------------------------------------
 
 
@@ -629,3 +638,18 @@ class Retrieved(Message):
     opcode: ClassVar[int] = 76
     id: Number
     valid: bool
+
+
+@attrs.frozen
+class Changed(Message):
+    """Push: parts of the engine's *group* that *came* into memory, and parts that *left* it, by their digests.
+
+    *cleared* comes before the two: nothing that was told earlier holds any more, in any group. So does a change of the
+    namespace, which NamespaceKnown tells.
+    """
+
+    opcode: ClassVar[int] = 77
+    group: int = attrs.field(validator=_GROUP)
+    came: bytes = attrs.field(validator=_DIGESTS)
+    left: bytes = attrs.field(validator=_DIGESTS)
+    cleared: bool = False

@@ -53,13 +53,13 @@ REPLIES: Mapping[type[Message], type[Message]] = {
 }
 """Each request, and the one kind of reply that answers it. An ErrorReply answers any request."""
 
-PUSHES = frozenset({m.NamespaceKnown, m.Answer, m.ArenaGrown, m.ErrorReply})
+PUSHES = frozenset({m.NamespaceKnown, m.Answer, m.ArenaGrown, m.Changed, m.ErrorReply})
 """The messages that the server sends unasked, with id 0. Such an ErrorReply is its last word on the connection."""
 
 _ANYONE = frozenset({m.Ping, m.Statistics, m.CopiesEnded})
 FROM_CLIENT: Mapping[Role, frozenset[type[Message]]] = {
     Role.OBSERVER: _ANYONE | {m.LetGo},
-    Role.SCHEDULER: _ANYONE | {m.Lookup, m.LookupStatus, m.Reset, m.Identify, m.Taken, m.Release, m.Ended},
+    Role.SCHEDULER: _ANYONE | {m.Lookup, m.LookupStatus, m.Reset, m.Identify, m.Taken, m.Release, m.Ended, m.Watch},
     Role.WORKER: _ANYONE
     | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort}
     | {m.Attach, m.StoreBlocks, m.RetrieveBlocks, m.Withdraw},

@@ -4,11 +4,12 @@ Engine-neutral and synchronous. Importing this imports no torch: only a worker t
 """
 
 from lmcache_trio._core.groups import Group, Need
-from lmcache_trio.adapters.scheduler import PollingSchedulerAdapter, SchedulerAdapter
+from lmcache_trio.adapters.scheduler import CacheChange, PollingSchedulerAdapter, SchedulerAdapter
 from lmcache_trio.adapters.specs import LoadSpec, StoreSpec
 from lmcache_trio.adapters.worker import WorkerAdapter
 
 __all__ = [
+    "CacheChange",
     "Group",
     "LoadSpec",
     "Need",

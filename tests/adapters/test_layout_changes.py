@@ -173,6 +173,7 @@ class Request:
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
     skip_reading_prefix_cache: bool = True
+    block_hashes: Sequence[bytes] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -10,6 +10,7 @@ collect_ignore: list[str] = []
 if find_spec("vllm") is None:
     collect_ignore += ["test_vllm_connector.py", "test_vllm_data_parallel.py", "test_vllm_table.py"]
     collect_ignore += [
+        "test_vllm_events.py",
         "test_vllm_longest_hit.py",
         "test_vllm_times.py",
         "test_vllm_trust.py",

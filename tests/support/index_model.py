@@ -69,6 +69,8 @@ class IndexModel(RuleBasedStateMachine):
             reservation_timeout=WRITE,
         )
         self.index.grow((PAGES + 1) * 4096)
+        self.index.changes.watched = True
+        self.told: set[ChunkKey] = set()
         self.pages = {A: [1] * shards, B: [big] + [1] * (shards - 1), C: [1] * shards}
         self.groups = {A: EVERY, B: EVERY, C: group}
         for namespace, pages in self.pages.items():
@@ -195,6 +197,15 @@ class IndexModel(RuleBasedStateMachine):
             for chain in {path[: i + 1] for path in PATHS for i in range(len(path))}:
                 chunk = self.seen.get(ChunkKey(namespace, name(chain)))
                 assert self.index.match((namespace,), [name(chain)]) == (chunk is not None and chunk.state == "ready")
+
+    @invariant()
+    def a_watcher_is_told_where_each_chunk_is(self) -> None:
+        for namespace, change in self.index.changes.take().items():
+            if change.cleared:
+                self.told = {key for key in self.told if key.namespace != namespace}
+            self.told |= {ChunkKey(namespace, digest) for digest in change.came}
+            self.told -= {ChunkKey(namespace, digest) for digest in change.left}
+        assert self.told == {key for key, chunk in self.seen.items() if chunk.state == "ready"}
 
     @invariant()
     def no_two_extents_overlap_and_every_other_byte_is_free(self) -> None:

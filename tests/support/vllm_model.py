@@ -69,6 +69,7 @@ class Request:
     loaded: bool = False
     load_failed: bool = False
     blocks: list[int] = attrs.Factory(list)
+    block_hashes: list[bytes] = attrs.Factory(list)
     real_tokens: list[int] = attrs.Factory(list)  # what the worker knows, ahead of the scheduler
 
     @property

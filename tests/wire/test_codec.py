@@ -31,7 +31,16 @@ SENTENCES: list[type[Message]] = [
     for c in (getattr(messages, name) for name in messages.__all__)
     if isinstance(c, type) and issubclass(c, Message) and c is not Message
 ]
-PACKED = {"digests": 32, "offsets": 8, "positions": 4, "blocks": 4, "requests": 8, "layouts": 32}
+PACKED = {
+    "digests": 32,
+    "offsets": 8,
+    "positions": 4,
+    "blocks": 4,
+    "requests": 8,
+    "layouts": 32,
+    "came": 32,
+    "left": 32,
+}
 
 
 def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:

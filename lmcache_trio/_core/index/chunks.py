@@ -45,6 +45,7 @@ import attrs
 
 from lmcache_trio._core.groups import longest_hit
 from lmcache_trio._core.index.arena import Arena
+from lmcache_trio._core.index.changes import Changes
 from lmcache_trio._core.index.generations import DOOMED, READY, WRITING, Generations, Namespace
 from lmcache_trio._core.index.grants import SessionKey
 
@@ -112,6 +113,7 @@ class Chunks:
         self._bytes_idle = 0  # of READY and stale chunks that have no reader: they can be evicted
         self.evictions = 0
         self.aborted = 0
+        self.changes = Changes()
 
     def namespace_of(self, row: int) -> Namespace:
         return self.generations.numbered[self._namespace[row]]
@@ -186,6 +188,8 @@ class Chunks:
             del namespace.table_of[digest[0]][digest]
             self._unhang(row)
             self.evictions += 1
+            if self.changes.watched:
+                self.changes.note(namespace.name, digest, is_there=False)
             if namespace.extent == extent:  # as nearly always: the new chunk takes this place
                 namespace.counts[READY] -= 1
                 self._bytes_idle -= extent

@@ -117,6 +117,8 @@ class Index:
         self._most_unused = most_unused
         self._lease_limit = int(lease_share * arena.taken)
         self._chunks = Chunks(arena)
+        self.changes = self._chunks.changes
+        """What has become READY and what has left, for those who watch."""
         # Time runs one way and each timeout is a constant, so the overdue ones come first.
         self._live: OrderedDict[bytes, _ReservationRecord] = OrderedDict()
         self._ending: dict[bytes, _ReservationRecord] = {}
@@ -308,7 +310,11 @@ class Index:
         _discard(self._reservations_of, worker, reservation_id)
         published = self._chunks.publish(reserved.rows, reserved.namespace, reserved.shards)
         self._counted["loaded_chunks" if worker == SERVER else "stored_chunks"] += len(published)
-        return [ChunkKey(reserved.namespace.name, self._chunks.digest(row)) for row in published]
+        keys = [ChunkKey(reserved.namespace.name, self._chunks.digest(row)) for row in published]
+        if self.changes.watched:
+            for key in keys:
+                self.changes.note(key.namespace, key.digest, is_there=True)
+        return keys
 
     def abort(self, reservation_id: bytes, worker: int) -> None:
         """The copy ended and is to be forgotten, with all shards of its chunks. Idempotent."""
@@ -514,6 +520,8 @@ class Index:
         self._stop_writing(known)
         if known.counts[READY]:
             self._counted["reset_chunks"] += known.counts[READY]
+            if self.changes.watched:
+                self.changes.clear(namespace)
             self._chunks.generations.replace(known)
 
     def sweep(self, limit: int) -> bool:

@@ -23,14 +23,17 @@ from lmcache_trio._wire.messages import (
     MAX_LAYOUTS,
     PROTOCOL_VERSION,
     Ack,
+    Changed,
     Hello,
     Identify,
     Message,
     NamespaceKnown,
     Reset,
     Role,
+    Watch,
 )
 from lmcache_trio.adapters.link import Link, logger
+from lmcache_trio.adapters.scheduler.changes import CacheChange, CacheChanges
 from lmcache_trio.adapters.scheduler.lookup_table import LookupTable, Request
 from lmcache_trio.adapters.scheduler.parts import PartRun, loaded_runs, stored_runs
 from lmcache_trio.adapters.scheduler.prompts import Extras, Prompt, Prompts
@@ -64,7 +67,8 @@ class SchedulerAdapter:
     *lookup_timeout*: seconds until a lookup without an answer counts as 0 tokens. *poll_interval*: seconds of silence
     between questions for its status. *server_uids*: uids whose server it trusts, beside its own and root. These three
     are taken from `load_client_config` if not given. *lease_timeout*: no answer is offered for longer.
-    *weights_version*: as `set_weights_version` says, from the start.
+    *weights_version*: as `set_weights_version` says, from the start. *watch*: `take_changes` tells what comes into the
+    server's memory, and what leaves it.
     `Misuse` names a setting that is wrong, or that the server refuses.
 
     A subclass may use what is public.
@@ -88,6 +92,7 @@ class SchedulerAdapter:
         connect_timeout: float = 5.0,
         weights_version: str | None = None,
         server_uids: Collection[int] | None = None,
+        watch: bool = False,
     ) -> None:
         if lookup_timeout is None or poll_interval is None:
             configured = load_client_config()
@@ -123,6 +128,7 @@ class SchedulerAdapter:
         """The layouts that the engine has had, as servers named them, the latest last; `MAX_LAYOUTS` at most."""
         self._resets_owed: dict[bytes, _OwedReset] = {}
         """The latest reset of each identity, until a server has confirmed it. The next server is told of them first."""
+        self._changes = CacheChanges() if watch else None
         self._link = Link(address, hello, connected=self._on_connected, lost=self._on_lost, server_uids=server_uids)
         self._lookups = LookupTable(
             self._link,
@@ -455,6 +461,14 @@ class SchedulerAdapter:
         if not client.lost and not confirmed.wait(self.lookup_timeout):
             logger.warning("the server did not confirm the weights' version in %g s", self.lookup_timeout)
 
+    def take_changes(self) -> Sequence[CacheChange]:
+        """What has come into the server's memory and left it since the last call, in order. Does not wait.
+
+        Each engine of the same namespace is told the same, whichever of them stored a chunk. A part that came may have
+        left by now, until that is told. Always empty without *watch*.
+        """
+        return () if self._changes is None else self._changes.take()
+
     def shutdown(self) -> None:
         """Leave the server, which forgets every session of this engine. Idempotent."""
         self._link.stop(5.0)
@@ -497,6 +511,9 @@ class SchedulerAdapter:
         with self._lock:  # before anything is asked: what the server has of before a reset is not offered
             self._adopt_chunk_tokens(client.chunk_tokens)
             client.on_push = self._on_push
+            if self._changes is not None:
+                self._changes.clear()
+                client.notice_nowait(Watch())
             self._see_layout(client.layout)
             for owed in self._resets_owed.values():
                 self._send_reset(client, owed)
@@ -514,12 +531,18 @@ class SchedulerAdapter:
     def _on_lost(self) -> None:
         with self._lock:
             self._told = None
+        if self._changes is not None:
+            self._changes.clear()
         self._lookups.lose()
 
     def _on_push(self, message: Message) -> None:
         if isinstance(message, NamespaceKnown):
             with self._lock:
                 self._see_layout(message.layout)
+        if self._changes is not None and isinstance(message, Changed):
+            self._changes.add(message)
+        elif self._changes is not None and isinstance(message, NamespaceKnown):
+            self._changes.clear()
         self._lookups.on_push(message)
 
     def _see_layout(self, layout: bytes) -> None:

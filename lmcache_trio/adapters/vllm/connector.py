@@ -11,6 +11,7 @@ Refused: a `kv_load_failure_policy` other than recompute, a `load` mode that the
 # vLLM is not installed where this is type-checked: pyright: reportMissingImports=false
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -32,6 +33,7 @@ from lmcache_trio.adapters import PollingSchedulerAdapter, SchedulerAdapter, Wor
 from lmcache_trio.adapters.vllm.figures import WorkerFigures
 from lmcache_trio.adapters.vllm.groups import find_groups, token_bytes_of
 from lmcache_trio.adapters.vllm.identity import LoraIdentities, encode_keys, model_identity
+from lmcache_trio.adapters.vllm.kv_events import KVEvents, are_on
 from lmcache_trio.adapters.vllm.layout import layout_extras
 from lmcache_trio.adapters.vllm.metadata import StepPlan
 from lmcache_trio.adapters.vllm.replicas import are_replicated, replicas_of
@@ -44,6 +46,7 @@ from lmcache_trio.errors import Misuse, Unavailable
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -119,6 +122,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
         self._kv_caches: dict[str, torch.Tensor] = {}
         self._scheduler: SchedulerSide | None = None
         self._scheduler_adapter: SchedulerAdapter | None = None
+        self._kv_events: KVEvents | None = None
         self._worker: WorkerSide | None = None
         self._worker_adapter: WorkerAdapter | None = None
         self._worker_figures: WorkerFigures | None = None
@@ -144,7 +148,10 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             lookup_timeout=self._settings.lookup_timeout,
             poll_interval=self._settings.poll_interval,
             server_uids=self._settings.server_uids,
+            watch=are_on(vllm_config),
         )
+        if are_on(vllm_config):
+            self._kv_events = KVEvents(self._scheduler_adapter, self._groups, self._kv_cache_config)
         self._scheduler = SchedulerSide(
             self._scheduler_adapter,
             groups=self._groups.groups,
@@ -153,6 +160,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             loads=transfer.is_kv_consumer,
             stores=transfer.is_kv_producer,
             workers=ranks,
+            events=None if self._kv_events is None else self._kv_events.blocks,
         )
 
     @property
@@ -225,6 +233,9 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
     ) -> tuple[bool, dict[str, Any] | None]:
         self._on_scheduler().finished(request, self._groups.block_lists(block_ids))
         return False, None  # its blocks are free: their next owner waits for our copies (`WorkerSide.let_go`)
+
+    def take_events(self) -> Iterable["KVCacheEvent"]:
+        return () if self._kv_events is None else self._kv_events.take()
 
     def reset_cache(self) -> bool | None:
         """Forget every chunk of this engine's namespace. True only when the server confirmed it."""

@@ -60,11 +60,12 @@ class LookupTimes:
         """The request is looked up from now on."""
         self._asked[request_id] = self._clock()
 
-    def answer(self, request_id: str) -> None:
-        """Its lookup is answered. It counts once, however often vLLM is given the answer."""
+    def answer(self, request_id: str) -> bool:
+        """Its lookup is answered. True: for the first time. It counts once, however often vLLM is given the answer."""
         asked = self._asked.pop(request_id, None)
         if asked is not None:
             self._seconds.append(self._clock() - asked)
+        return asked is not None
 
     def forget(self, request_id: str) -> None:
         """The request is over. A lookup without an answer is not counted."""

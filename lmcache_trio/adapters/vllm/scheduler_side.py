@@ -32,6 +32,7 @@ from typing import Protocol
 import attrs
 
 from lmcache_trio.adapters import Group, LoadSpec, Need, StoreSpec
+from lmcache_trio.adapters.vllm.events import BlockEvents
 from lmcache_trio.adapters.vllm.figures import LookupTimes
 from lmcache_trio.adapters.vllm.metadata import IDLE_SECONDS, StepPlan
 from lmcache_trio.errors import Misuse, Unavailable
@@ -62,6 +63,8 @@ class EngineRequest(Protocol):
     def num_in_flight_tokens(self) -> int: ...
     @property
     def skip_reading_prefix_cache(self) -> bool: ...
+    @property
+    def block_hashes(self) -> Sequence[bytes]: ...
 
 
 class Cache(Protocol):
@@ -154,7 +157,7 @@ class _Last:
 class SchedulerSide:
     """State of one engine's scheduler, which has *workers* ranks and the KV groups *groups*.
 
-    *loads* and *stores* say which way vLLM's `kv_role` lets it move KV.
+    *loads* and *stores* say which way vLLM's `kv_role` lets it move KV. *events* is told what is stored and found.
     """
 
     def __init__(  # noqa: PLR0913
@@ -167,8 +170,10 @@ class SchedulerSide:
         loads: bool = True,
         stores: bool = True,
         workers: int = 1,
+        events: BlockEvents | None = None,
     ) -> None:
         self._cache = cache
+        self._events = events
         self._workers = workers
         self._groups = groups
         self._whole = len(groups) == 1 and groups[0].need is Need.EVERY  # what fails is computed from there on
@@ -220,7 +225,10 @@ class SchedulerSide:
         if tokens is None:
             self._unanswered.append(request.request_id)
             return None, False
-        self.lookup_times.answer(request.request_id)
+        if self.lookup_times.answer(request.request_id) and tokens and self._events is not None:
+            chunk_tokens, found = self._cache.chunk_tokens, request.all_token_ids[:tokens]
+            digests = self._cache.extend(request.request_id, found, extras=tracked.extras)
+            self._events.found(request, digests, chunk_tokens)
         tracked.stored = tokens // self._cache.chunk_tokens
         tracked.local_tokens = local_tokens
         tracked.loaded_tokens = self._cache.loaded_tokens(request.request_id)
@@ -386,6 +394,8 @@ class SchedulerSide:
         self._reset_at = self._step
         self._strange = False
         self._last = []
+        if self._events is not None:
+            self._events.clear()
         for tracked in list(self._tracked.values()):
             tracked.stored = 0
             self._end_if_over(tracked)
@@ -420,7 +430,8 @@ class SchedulerSide:
             return ()
         request_id, found = tracked.request.request_id, blocks() if callable(blocks) else blocks
         try:
-            self._cache.extend(request_id, tracked.request.all_token_ids[: ready * chunk], extras=tracked.extras)
+            known = tracked.request.all_token_ids[: ready * chunk]
+            digests = self._cache.extend(request_id, known, extras=tracked.extras)
             specs = self._cache.store_specs(request_id, tracked.stored, ready, found)
         except Misuse:
             if self._cache.chunk_tokens == chunk:
@@ -428,6 +439,8 @@ class SchedulerSide:
             return ()  # the first server appeared just now, with chunks of its own length: next step
         if any(spec.chunk_tokens not in (0, chunk) for spec in specs):
             return ()  # likewise: these are not the chunks that are ready
+        if self._events is not None:
+            self._events.expect(tracked.request, digests, tracked.stored, chunk)
         tracked.stored = ready
         if specs:
             tracked.storing = self._workers

@@ -1,5 +1,6 @@
 """What the rows of the table share: models, a server, one engine at a time, and what an engine without us would say."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from support.e2e.hybrid import HYBRIDS, write_hybrid
 from support.e2e.model import MID, NARROW, TINY, Shape, write_llama
 from support.e2e.start import Forker
 
-__all__ = ["BROUGHT", "CHUNK", "KINDS", "Bench", "Kind"]
+__all__ = ["BROUGHT", "CHUNK", "KINDS", "KV_EVENTS", "Bench", "Kind"]
 
 CHUNK = 256
 """Tokens of a chunk on the servers of the table: two blocks of 128, eight of 32."""
 
 BROUGHT = 512
 """Tokens that a connector of `support.e2e.foreign` offers."""
+
+KV_EVENTS = f"ipc://@lmcache-trio-e2e-kv-events-{os.getpid()}"
+"""Where an engine of the kind "kv events" publishes them: a name in no directory, of this process alone."""
 
 SHAPES: Mapping[str, Shape] = {"tiny": TINY, "other": TINY, "narrow": NARROW, "mid": MID}
 KV_BYTES = {"tiny": 1 << 28, "narrow": 1 << 28, "mid": 1 << 30}
@@ -107,6 +111,9 @@ KINDS: Mapping[str, Kind] = {
     "dsv2, two ranks, disk": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, model="dsv2", server="disk"),
     "two processes": Kind({}, {**DEFAULT_PROCESSES, "LMCACHE_TRIO_E2E_FORK": "1"}),
     "behind a failing connector": Kind({}, before="FailingConnector"),
+    "kv events": Kind(
+        {}, arguments={"kv_events_config": {"enable_kv_cache_events": True, "endpoint": KV_EVENTS}, "block_size": 32}
+    ),
     "mid, no connector": Kind(None, model="mid"),
     "mid": Kind({}, model="mid"),
     "mid, timed": Kind({}, model="mid", connector="TimedConnector"),
