@@ -20,7 +20,7 @@ TOKEN_BYTES = 4 * (512 + 64) * 4
 """Of one rank: of each of 4 layers the latent values and the rotary ones, in float32."""
 
 
-@pytest.mark.parametrize("ranks", ["dsv2, two ranks"])
+@pytest.mark.parametrize("ranks", ["dsv2, two ranks", "dsv2"])
 def test_a_hit_of_latent_kv_says_what_one_in_vllms_own_cache_says(
     ranks: str, bench: Bench, latent: Callable[[str], Expected]
 ) -> None:
