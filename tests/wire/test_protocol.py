@@ -43,6 +43,7 @@ SAID_BY: dict[Role, dict[Kind, Kind | None]] = {
         m.Taken: None,
         m.Release: None,
         m.Ended: None,
+        m.Watch: None,
     },
     Role.WORKER: ANYONE
     | {m.Register: m.NamespaceKnown, m.Retrieve: m.Pinned, m.Done: m.Finished, m.Reserve: m.Reserved}
@@ -57,7 +58,7 @@ ERRORS = {
 }
 FROM_CLIENTS = SAID_BY[Role.OBSERVER] | SAID_BY[Role.SCHEDULER] | SAID_BY[Role.WORKER]
 REPLY_TO = {said: reply for said, reply in FROM_CLIENTS.items() if reply is not None}
-PUSHED = (m.NamespaceKnown, m.Answer, m.ArenaGrown)
+PUSHED = (m.NamespaceKnown, m.Answer, m.ArenaGrown, m.Changed)
 SENTENCES = [c for c in vars(m).values() if isinstance(c, type) and issubclass(c, Message) and c is not Message]
 
 
