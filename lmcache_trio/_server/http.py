@@ -27,7 +27,7 @@ from lmcache_trio._server.metrics import Metrics
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.readiness import find_faults
 from lmcache_trio.config import Http
-from lmcache_trio.config.addresses import UnixAddress, WebAddress
+from lmcache_trio.config.addresses import UnixAddress, WebAddress, parse_web_address
 from lmcache_trio.errors import ConfigError
 
 __all__ = ["PATIENCE", "listen", "serve_http"]
@@ -63,9 +63,9 @@ class Listening:
 
 def listen(http: Http, mode: int) -> Listening | None:
     """Listen as *http* says; None if it names no address. *mode* is of a socket file. `ConfigError` names the key."""
-    where = http.where
-    if where is None:
+    if not http.address:
         return None
+    where = parse_web_address(http.address)
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ConfigError("http.address", f"needs {' and '.join(missing)}: pip install 'lmcache-trio[http]'")
     keys = _read_keys(http.key_file) if http.key_file else ()

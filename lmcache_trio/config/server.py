@@ -175,7 +175,7 @@ class Http:
     )
 
     def __attrs_post_init__(self) -> None:
-        where = self.where
+        where = parse_web_address(self.address) if self.address else None
         if not isinstance(where, WebAddress):
             return
         if where.encrypted and not (self.certificate and self.private_key):
@@ -186,11 +186,6 @@ class Http:
                 f"{where.host} is not loopback: give https:// with http.certificate, http.private_key and"
                 " http.key_file, or an address that only this machine reaches",
             )
-
-    @property
-    def where(self) -> WebAddress | UnixAddress | None:
-        """The parts of `address`; None if it is empty."""
-        return parse_web_address(self.address) if self.address else None
 
 
 @attrs.frozen
