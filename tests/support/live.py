@@ -45,6 +45,15 @@ class WatchedTier(FaultyTier):
             await self.answered.wait()
 
 
+async def wait_in_use(tier: WatchedTier, is_fenced: Callable[[], bool]) -> None:
+    """Until *tier* is in use, again or still. It may have been opened, and have answered, before this is called."""
+    with trio.fail_after(100):  # a busy machine's probes fail more often, and then come up to a minute later
+        while is_fenced():
+            tier.answered = trio.Event()
+            with trio.move_on_after(0.2):
+                await tier.answered.wait()
+
+
 class Live:
     """A server with tiers, and an engine of one worker. Chunks hold their digest, over and over."""
 

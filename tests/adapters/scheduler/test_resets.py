@@ -249,7 +249,7 @@ def test_a_reset_without_a_server_is_true_at_once_and_the_next_server_is_told_fi
     wait_until(one.scheduler.is_healthy)
     assert one.lookup("q", TOKENS) == 0
     wait_until(lambda: chunks_on_disk(disk_server) == 0)
-    assert not one.scheduler._resets_owed
+    wait_until(lambda: not one.scheduler._resets_owed)
     one.store("s", TOKENS, AT)
     assert fresh(sides, disk_server, weights_version="7").lookup("q", TOKENS) == 4 * CHUNK  # told once, and no more
 

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 from lmcache_trio_backends.disk import DiskConfig, DiskTier
-from support.live import OpenLive, WatchedTier, chain_of
+from support.live import OpenLive, WatchedTier, chain_of, wait_in_use
 
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.testing.tier_contract import is_right, key_of, load_of, record_of
@@ -366,9 +366,8 @@ async def test_a_disk_that_the_kernel_makes_read_only_under_a_server_is_fenced_u
         await wait_probed(server)
         assert "ead-only" in server.tier()["reason"]
         assert await server.hits(chain_of("second", 2)) == 2
-        tier.stay_shut()  # else it may be in use again before the mount command has returned
         await trio.to_thread.run_sync(mount_again, there)
-        await tier.wait_works_again()
+        await wait_in_use(tier, lambda: bool(server.tier()["fenced"]))
         assert await server.store(chain_of("third", 2)) == 2
         await server.written_back()
         assert (server.tier()["fenced"], server.tier()["bugs"]) == (False, 0)
