@@ -12,11 +12,13 @@ Refused: a `kv_load_failure_policy` other than recompute, a `load` mode that the
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -93,6 +95,10 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
 
     worker_adapter_class: type[WorkerAdapter] = WorkerAdapter
     """The class of the worker's adapter, which moves the bytes. Tests put a subclass here."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        _register(cls)
 
     def __new__(
         cls, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
@@ -413,6 +419,18 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             if adapter is not None:
                 adapter.shutdown()
         self._worker_adapter = self._scheduler_adapter = None
+
+
+def _register(cls: type[LMCacheTrioConnector]) -> None:
+    """Let vLLM find *cls* by its name alone, as a MultiConnector looks for the class of figures that came to it.
+
+    Without that an engine ends at the first figures. Each process of vLLM imports this module for its configuration.
+    """
+    with suppress(ValueError):  # there is one of that name
+        KVConnectorFactory.register_connector(cls.__name__, cls.__module__, cls.__name__)
+
+
+_register(LMCacheTrioConnector)
 
 
 class NothingToCache(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
