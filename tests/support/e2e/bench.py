@@ -138,6 +138,7 @@ class Bench:
         self.where = where
         tier = {"backend": "disk", "path": str(where / "tier"), "size": "256MiB"}
         sets = [f"tiers.0.{key}={value}" for key, value in tier.items()]
+        sets += ["tier_timeout=60", "prefetch_budget=4.5"]  # a busy machine's disk may stand still for seconds
         self.server = Server(where / "server", chunk_tokens=CHUNK, size="1GiB")
         self.servers = {
             "memory": self.server,
