@@ -98,7 +98,7 @@ def test_a_retrieve_whose_connection_is_lost_gives_failed_blocks_and_its_pin_end
         held_up.let_go.set(True)
         wait_until(lambda: one.worker.take_finished()[1] == {"q"})
         assert one.worker.take_failed_blocks() == set(INTO)
-        wait_until(one.scheduler.is_healthy)
+        wait_until(lambda: one.scheduler.is_healthy() and one.worker.is_healthy())
         one.scheduler.mark_failed("q", 0)
         assert one.lookup("again", TOKENS) == 3 * CHUNK
         assert one.load("again", 3 * CHUNK, INTO) == set()
