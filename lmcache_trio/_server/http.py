@@ -15,7 +15,7 @@ import socket
 import ssl
 import stat
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
@@ -23,9 +23,10 @@ from typing import Any, cast
 import attrs
 import trio
 
-from lmcache_trio._server.metrics import Metrics
+from lmcache_trio._server.metrics import ServerMetrics
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.readiness import find_faults
+from lmcache_trio._transport.socket_files import is_listening, withdraw
 from lmcache_trio.config import Http
 from lmcache_trio.config.addresses import UnixAddress, WebAddress, parse_web_address
 from lmcache_trio.errors import ConfigError
@@ -57,8 +58,7 @@ class Listening:
     def close(self) -> None:
         self.sock.close()
         if self.path:
-            with suppress(FileNotFoundError):
-                os.unlink(self.path)
+            withdraw(self.path)
 
 
 def listen(http: Http, mode: int) -> Listening | None:
@@ -72,7 +72,7 @@ def listen(http: Http, mode: int) -> Listening | None:
     tls = _tls(http) if isinstance(where, WebAddress) and where.encrypted else None
     path = where.path if isinstance(where, UnixAddress) else ""
     try:
-        sock = _bind_file(path, mode) if path else _bind_port(where)
+        sock = _bind(where, mode)
     except OSError as exc:
         raise ConfigError("http.address", f"cannot listen at {http.address}: {exc.strerror}; give another") from exc
     if isinstance(where, WebAddress):
@@ -107,52 +107,32 @@ def _tls(http: Http) -> ssl.SSLContext:
     return context
 
 
-def _bind_port(where: Any) -> socket.socket:
-    sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
+def _bind(where: WebAddress | UnixAddress, mode: int) -> socket.socket:
+    place: str | tuple[str, int]
+    if isinstance(where, UnixAddress):
+        family, place = socket.AF_UNIX, where.path
+        _remove_dead(where.path)
+    else:
+        family, place = (socket.AF_INET6 if ":" in where.host else socket.AF_INET), (where.host, where.port)
+    with ExitStack() as undo:
+        sock = undo.enter_context(closing(socket.socket(family, socket.SOCK_STREAM)))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((where.host, where.port))
-        sock.listen(128)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _bind_file(path: str, mode: int) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if _is_dead_socket(path):
-            os.unlink(path)
-        before = os.umask(0o777 & ~mode)  # the file is never there with more rights than it shall have
+        before = os.umask(0o777 & ~mode)  # a file is never there with more rights than it shall have
         try:
-            sock.bind(path)
+            sock.bind(place)
         finally:
             os.umask(before)
         sock.listen(128)
         sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
+        undo.pop_all()
     return sock
 
 
-def _is_dead_socket(path: str) -> bool:
-    """Whether a server that has ended left the socket file *path* behind."""
-    with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            probe.setblocking(False)
-            return isinstance(_refusal(probe, path), ConnectionRefusedError)
-    return False
-
-
-def _refusal(probe: socket.socket, path: str) -> OSError | None:
-    try:
-        probe.connect(path)
-    except OSError as exc:
-        return exc
-    return None
+def _remove_dead(path: str) -> None:
+    """Remove the socket file *path* if a server that has ended left it behind."""
+    with suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.lstat(path).st_mode) and not is_listening(path):
+            withdraw(path)
 
 
 class BoundedStream(trio.abc.HalfCloseableStream):
@@ -249,7 +229,7 @@ class Pages:
         self._parts = parts
         self._keys = keys
         self._version = version
-        self._metrics = Metrics(parts, version)
+        self._metrics = ServerMetrics(parts, version)
         self._pages: Mapping[str, Callable[[bytes], Response]] = {
             "/": self._index,
             "/healthz": self._healthz,

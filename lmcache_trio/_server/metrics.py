@@ -17,7 +17,7 @@ from lmcache_trio.statistics import ServerCounted, ServerHeld, TierStatistics, f
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-__all__ = ["COUNTED_BY_TIERS", "Figure", "Metrics", "figures"]
+__all__ = ["COUNTED_BY_TIERS", "Figure", "ServerMetrics", "figures"]
 
 PREFIX = "lmcache_trio_"
 STATES = ("ready", "writing", "quarantined", "stale")
@@ -83,7 +83,7 @@ OF_TIERS = [
 ]
 
 
-class Metrics:
+class ServerMetrics:
     """The figures of the server of *parts*, in either format that Prometheus asks for."""
 
     def __init__(self, parts: Parts, version: str) -> None:

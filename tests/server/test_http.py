@@ -169,10 +169,10 @@ async def test_prometheus_may_ask_for_openmetrics(rigs: Opener) -> None:
 async def test_ten_thousand_metrics_pages_hold_nothing(rigs: Opener) -> None:
     import gc
 
-    from lmcache_trio._server.metrics import Metrics
+    from lmcache_trio._server.metrics import ServerMetrics
 
     async with rigs(tiers=[LoopTier()]) as rig:
-        metrics = Metrics(rig.server._parts, "1.0")
+        metrics = ServerMetrics(rig.server._parts, "1.0")
         sizes = []
         for _ in range(3):
             for _ in range(300):
