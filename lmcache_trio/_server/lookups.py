@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from lmcache_trio._core.index.session import LookupState, Session
-from lmcache_trio._core.keys import DIGEST_BYTES
+from lmcache_trio._core.keys import DIGEST_BYTES, split_digests
 from lmcache_trio._server.answers import answer_of
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
@@ -99,7 +99,7 @@ def _reset(parts: Parts, peer: Peer, message: Reset) -> Message | None:
     engine = parts.engines.of(peer)
     engine.sessions.bar()
     identity, named, layout = message.identity, message.layouts, engine.layout
-    layouts = {named[i : i + DIGEST_BYTES] for i in range(0, len(named), DIGEST_BYTES)}
+    layouts = set(split_digests(named))
     if layout:
         layouts.add(layout)
     if layouts and peer.resets >= parts.config.limits.resets:
