@@ -1,6 +1,6 @@
 """One bench for all rows. Where vLLM is not installed nothing here is collected: `nox -s e2e` installs it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from importlib.util import find_spec
 
@@ -22,6 +22,15 @@ if find_spec("vllm") is None:
 else:
     from support.e2e.bench import Bench
     from support.e2e.expected import Expected, ask_hybrid, ask_latent, ask_mid, ask_tiny, ask_two_ranks
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """What the engines and servers of a failed row said last comes with its failure."""
+        report = yield
+        made = getattr(item, "funcargs", {}).get("bench")
+        if report.failed and isinstance(made, Bench):
+            report.sections += [(f"the end of {name}", said) for name, said in made.logs()]
+        return report
 
     @pytest.fixture(scope="session")
     def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:

@@ -1,13 +1,13 @@
 """What the rows of the table share: models, a server, one engine at a time, and what an engine without us would say."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from support.e2e.engine import Engine, Gate, Server
+from support.e2e.engine import Engine, Gate, Server, tail
 from support.e2e.hybrid import HYBRIDS, write_hybrid
 from support.e2e.model import MID, NARROW, TINY, Shape, write_llama
 from support.e2e.start import Forker
@@ -44,6 +44,8 @@ DEFAULT_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
 MODULES = {"FaultyConnector": "support.e2e.faulty", "TimedConnector": "support.e2e.timed"}
 OWN_CACHE = {"LMCACHE_TRIO_E2E_PREFIX_CACHE": "1"}
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "LMCACHE_TRIO_E2E_FORK": "1"}
+PATIENCE: Mapping[str, Mapping[str, Any]] = {"memory": {}, "hybrid": {}, "disk": {"lookup_timeout": 60.0}}
+"""Settings of an engine, by its server: what is on disk is waited for, as `Bench` lets the server wait."""
 HASH_SEEDS = ("0", "1")
 """Of the interpreters that engines are forked off; the first where a kind does not say. What vLLM spawns has none."""
 
@@ -138,7 +140,7 @@ class Bench:
         self.where = where
         tier = {"backend": "disk", "path": str(where / "tier"), "size": "256MiB"}
         sets = [f"tiers.0.{key}={value}" for key, value in tier.items()]
-        sets += ["tier_timeout=60", "prefetch_budget=4.5"]  # a busy machine's disk may stand still for seconds
+        sets += ["tier_timeout=60", "prefetch_budget=60", "grace=60"]  # a machine's disk may stand still for seconds
         self.server = Server(where / "server", chunk_tokens=CHUNK, size="1GiB")
         self.servers = {
             "memory": self.server,
@@ -206,7 +208,7 @@ class Bench:
                 "kv_connector": kind.connector,
                 "kv_connector_module_path": MODULES.get(kind.connector, "lmcache_trio.adapters.vllm"),
                 "kv_role": "kv_both",
-                "kv_connector_extra_config": {"address": server.address, **kind.extra},
+                "kv_connector_extra_config": {"address": server.address, **PATIENCE[kind.server], **kind.extra},
             }
             recompute = {"kv_load_failure_policy": "recompute"}
             arguments["kv_transfer_config"] = (
@@ -216,6 +218,12 @@ class Bench:
         gate = self.gate if kind.connector == "FaultyConnector" else None
         forker = self.forkers[kind.environment.get("PYTHONHASHSEED", HASH_SEEDS[0])]
         return Engine(log, arguments, environment=kind.environment, gate=gate, forker=forker)
+
+    def logs(self) -> Iterator[tuple[str, str]]:
+        """The ends of the four logs of engines and servers that were written to last, by name, the latest first."""
+        logs = [*self.where.glob("*.log"), *self.where.glob("*/server.log")]
+        for log in sorted(logs, key=lambda log: log.stat().st_mtime, reverse=True)[:4]:
+            yield str(log.relative_to(self.where)), tail(log)
 
     def close(self) -> None:
         self.stop_engine()

@@ -22,7 +22,7 @@ import trio
 from lmcache_trio.client import open_client
 from support.e2e.start import Forker, fresh_process, with_offline
 
-__all__ = ["Engine", "Gate", "Generated", "Server"]
+__all__ = ["Engine", "Gate", "Generated", "Server", "tail"]
 
 ENGINE_SECONDS = 400.0
 """Within the faulthandler's 600 s. An engine in spawned processes took 180 s to start where two cores ran fifteen."""
@@ -198,7 +198,7 @@ class Engine:
                 assert ready, f"the engine said nothing for {ENGINE_SECONDS:g} s: see {self.log}"
                 if any(key.fileobj is self._channel for key, _ in ready):
                     line = self._lines.readline()
-                    assert line, f"the engine ended: see {self.log}\n{_tail(self.log)}"
+                    assert line, f"the engine ended: see {self.log}\n{tail(self.log)}"
                     said: dict[str, Any] = json.loads(line)
                     return said
                 if self._gate is not None:
@@ -232,7 +232,7 @@ class Server:
         line = self.process.stdout.readline()
         if not line:
             self.kill()
-        assert line, f"the server ended: see {self.where}/server.log\n{_tail(self.where / 'server.log')}"
+        assert line, f"the server ended: see {self.where}/server.log\n{tail(self.where / 'server.log')}"
 
     def kill(self) -> None:
         """SIGKILL, and gone when this returns."""
@@ -246,7 +246,7 @@ class Server:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(15)
+                self.process.wait(70)  # longer than any server's grace here
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -284,5 +284,6 @@ class Server:
         return self.process.pid
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """The last 40 lines of *log*."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
