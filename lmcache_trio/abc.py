@@ -37,11 +37,13 @@ __all__ = [
     "Load",
     "LocalTier",
     "Memory",
+    "ObservedTier",
     "Piece",
     "Record",
     "SharedMemory",
     "Ticket",
     "Tier",
+    "TierObserver",
 ]
 
 
@@ -160,6 +162,30 @@ class LocalTier(Tier):
     A server is not ready before it was opened once, or could not be, however long that takes: so a `ConfigError` of
     its `open` always ends the start.
     """
+
+
+class TierObserver(Protocol):
+    """Whom an `ObservedTier` tells which chunks it has. Both calls return at once, and never raise."""
+
+    def came(self, keys: Sequence[ChunkKey]) -> None:
+        """A load of *keys* would find them from now on: they were stored, or `contains` found them."""
+        ...
+
+    def left(self, keys: Sequence[ChunkKey]) -> None:
+        """A load of *keys* would miss from now on: they were evicted, or failed verification."""
+        ...
+
+
+class ObservedTier(Tier):
+    """A tier that knows at any time which chunks it has, and says what came and what left while it has an `observer`.
+
+    It says so in the loop's thread, when it happens and in that order. It says nothing of the chunks of a namespace
+    that `delete` forgets, and nothing at the end of `open`: the observer knows of both. It need not tell that a chunk
+    came, but a chunk of which it told so never leaves in silence.
+    """
+
+    observer: TierObserver | None = None
+    """Set and taken away by the server, at any time: schedulers watch, or none does any more."""
 
 
 class Attached:

@@ -154,10 +154,11 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
                         transfer=transfer,
                         engines=engines,
                         peers=peers,
-                        watches=Watches(index, engines),
+                        watches=Watches(index, all_tiers, engines),
                     )
                     await upkeep.start(_grow, parts, name="memory")
                     start_upkeep(clock.run, peers.tell_overdue, name="clock")
+                    start_upkeep(parts.watches.run, name="watches")
                     async with trio.open_nursery() as connections:
                         start_connection = tasks.starter(connections)
                         if web is not None:

@@ -71,7 +71,7 @@ __all__ = [
     "Withdraw",
 ]
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MAX_DIGESTS = 65_536
 """Most chunks that one message may name: 16 M tokens in 256-token chunks, 2 MiB of digests."""
 
@@ -83,6 +83,9 @@ MAX_SHARDS = 4096
 
 MAX_LAYOUTS = 16
 """Most layouts that one Reset may name. An engine has one, and more only if its KV is laid out anew while it runs."""
+
+MOST_TIERS = 16
+"""Tiers whose chunks watchers are told of: the nearest ones."""
 
 MAX_NUMBER = 2**63 - 1
 """The largest request id and session number: that of a signed 64-bit integer."""
@@ -482,7 +485,10 @@ class Withdraw(Message):
 
 @attrs.frozen
 class Watch(Message):
-    """From now on the scheduler is told what comes into memory, and what leaves it, by Changed."""
+    """From now on the scheduler is told by Changed what comes into memory and to tiers, and what leaves them.
+
+    A tier that cannot say what it evicts is not told of.
+    """
 
     opcode: ClassVar[int] = 44
 
@@ -642,10 +648,11 @@ class Retrieved(Message):
 
 @attrs.frozen
 class Changed(Message):
-    """Push: parts of the engine's *group* that *came* into memory, and parts that *left* it, by their digests.
+    """Push: parts of the engine's *group* that *came* to a place, and parts that *left* it, by their digests.
 
-    *cleared* comes before the two: nothing that was told earlier holds any more, in any group. So does a change of the
-    namespace, which NamespaceKnown tells.
+    The place is memory if *tier* is 0, else the tier of that number, the nearest being 1. *cleared* comes before the
+    two: nothing that was told earlier of the tier holds any more, in any group; or of memory and all tiers, if *tier*
+    is 0. So does a change of the namespace, which NamespaceKnown tells.
     """
 
     opcode: ClassVar[int] = 77
@@ -653,3 +660,4 @@ class Changed(Message):
     came: bytes = attrs.field(validator=_DIGESTS)
     left: bytes = attrs.field(validator=_DIGESTS)
     cleared: bool = False
+    tier: int = attrs.field(default=0, validator=and_(ge(0), le(MOST_TIERS)))

@@ -15,7 +15,7 @@ from random import Random
 import pytest
 import trio
 
-from lmcache_trio.abc import ChunkKey, Record, Tier
+from lmcache_trio.abc import ChunkKey, ObservedTier, Record, Tier
 from lmcache_trio.errors import Unavailable
 from lmcache_trio.testing.tier_cancellations import TierCancellations
 from lmcache_trio.testing.tier_chunks import content, held, is_right, is_scribbled, key_of, load_of, record_of, scribble
@@ -224,6 +224,27 @@ class TierContract(TierCancellations):
             await tier.delete(key_of(0).namespace)
             assert held(tier) == (0, 0)
 
+    async def test_a_chunk_that_an_observed_tier_told_of_never_leaves_in_silence(self, tier: Tier) -> None:
+        """Passes for a tier that is no `ObservedTier`."""
+        if not isinstance(tier, ObservedTier):
+            return
+        lengths, keys = (600_000, 40_000), [key_of(i) for i in range(2 * SIZE // 640_000)]
+        believed = _Believed()
+        async with tier.open():
+            await tier.store([record_of(keys[0], lengths)])
+            tier.observer = believed
+            assert await tier.contains(keys[:1])
+            for i, key in enumerate(keys, 1):
+                await tier.store([record_of(key, lengths)])
+                has = dict(zip(keys[:i], await tier.contains(keys[:i]), strict=True))
+                assert believed.keys <= {key for key in has if has[key]}
+            assert believed.keys
+            tier.observer = None
+            before = set(believed.keys)
+            await tier.store([record_of(key_of(len(keys)), lengths)])
+            await tier.contains(keys)
+            assert believed.keys == before
+
     async def test_outside_of_open_it_is_unavailable(self, tier: Tier) -> None:
         with pytest.raises(Unavailable):
             await tier.contains([key_of(1)])
@@ -231,3 +252,16 @@ class TierContract(TierCancellations):
             pass
         with pytest.raises(Unavailable):
             await tier.load([load_of(key_of(1))])
+
+
+class _Believed:
+    """What an observer takes for present."""
+
+    def __init__(self) -> None:
+        self.keys: set[ChunkKey] = set()
+
+    def came(self, keys: Sequence[ChunkKey]) -> None:
+        self.keys.update(keys)
+
+    def left(self, keys: Sequence[ChunkKey]) -> None:
+        self.keys.difference_update(keys)

@@ -86,3 +86,35 @@ def test_a_router_hears_which_of_vllms_blocks_the_server_has(bench: Bench, tiny:
         heard.listen_until(lambda: len(heard.hashes(BlockRemoved, "CPU")) >= len(blocks), step)
         assert heard.hashes(BlockRemoved, "CPU") == blocks == heard.hashes(BlockStored, "CPU")
         assert any(isinstance(each, AllBlocksCleared) for each in heard.heard)  # vLLM's own
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_router_hears_what_the_disk_has(bench: Bench, tiny: Expected, cached: bool) -> None:
+    """*cached*: once more after engine and server were restarted, when a lookup finds it there."""
+    prompt, other, server = tiny["long 0"], tiny["long 1"], bench.servers["disk"]
+    tokens = rows.stored(prompt)
+    bench.stop_engine()
+    with router() as heard:
+        engine = bench.engine("kv events, disk", fresh=True)
+
+        def step() -> None:
+            engine.generate([other.tokens[len(heard.heard) : len(heard.heard) + 200]], tokens=1)  # less than a chunk
+
+        heard.listen_until(lambda: heard.stored("GPU"), step)
+        rows.check(engine, prompt, cached=tokens if cached else 0)
+        heard.listen_until(lambda: sum(len(each.token_ids) for each in heard.stored("STORAGE")) >= tokens, step)
+        after = {each.parent_block_hash: each for each in heard.stored("STORAGE")}
+        chain, parent = list[Any](), None
+        while parent in after:
+            chain.append(after[parent])
+            parent = chain[-1].block_hashes[-1]
+        assert [token for each in chain for token in each.token_ids] == prompt.tokens[:tokens]
+        blocks = sorted(heard.hashes(BlockStored, "STORAGE"))
+        assert blocks == sorted(heard.hashes(BlockStored, "CPU"))
+        if cached:
+            engine.forget(connector=True)
+            heard.listen_until(lambda: len(heard.hashes(BlockRemoved, "STORAGE")) >= len(blocks), step)
+            assert sorted(heard.hashes(BlockRemoved, "STORAGE")) == blocks
+        else:
+            bench.stop_engine()
+            server.stop()  # by SIGTERM: what is queued for the disk is written within the grace

@@ -49,7 +49,7 @@ def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:
         return st.integers(least, MAX_NUMBER)
     if name in ("block_tokens", "chunk_tokens"):
         return st.integers(1, 1 << 16)
-    bounded = {"shards": 4096, "replicas": 4096, "group": 15}
+    bounded = {"shards": 4096, "replicas": 4096, "group": 15, "tier": 16}
     if name in bounded:
         return st.integers(1, bounded[name])
     if name == "groups":

@@ -23,7 +23,7 @@ file keeps the generation up to which it was forgotten: rows that a kill leaves 
 
 import heapq
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 
 from lmcache_trio.abc import Arena, ChunkKey
@@ -100,10 +100,20 @@ class _Shape:
 
 
 class ChunkTable:
-    """All chunks of one disk. *capacity* is in bytes of slabs, *index_room* of the index file, see `index_cost`."""
+    """All chunks of one disk. *capacity* is in bytes of slabs, *index_room* of the index file, see `index_cost`.
 
-    def __init__(self, arena: Arena, *, capacity: int, index_room: int) -> None:
-        self._arena = arena
+    *left* is called with each PUBLISHED chunk that becomes DOOMED, unless its whole namespace is forgotten.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        *,
+        capacity: int,
+        index_room: int,
+        left: Callable[[ChunkKey], None] = lambda key: None,
+    ) -> None:
+        self._arena, self._left = arena, left
         self._capacity = capacity
         self._index_room = index_room
         self._index_used = 0
@@ -391,6 +401,7 @@ class ChunkTable:
             self._doomed.append(row)
         if not was_published or namespace.gone:
             return  # a namespace goes with its whole tree, and its chunks were subtracted at once
+        self._left(ChunkKey(namespace.name, self._digest_of(row)))
         self._chunks -= 1
         namespace.chunks -= 1
         if self._children[row]:

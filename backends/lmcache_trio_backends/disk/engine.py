@@ -21,7 +21,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from lmcache_trio.abc import Arena, ByteIO, ChunkKey, Load, LocalTier, Record
+from lmcache_trio.abc import Arena, ByteIO, ChunkKey, Load, LocalTier, ObservedTier, Record
 from lmcache_trio.errors import ConfigError, Unavailable
 from lmcache_trio.threads import offload
 from lmcache_trio_backends.disk.admission import make_admission
@@ -31,7 +31,7 @@ from lmcache_trio_backends.disk.files import Files
 from lmcache_trio_backends.disk.home import Home
 from lmcache_trio_backends.disk.index_file import Full
 from lmcache_trio_backends.disk.io_threads import DIRECT_PIECES, IOThreads, SlabTransfer
-from lmcache_trio_backends.disk.records import Read, Write, extent_of, name_of
+from lmcache_trio_backends.disk.records import Read, Write, extent_of, key_of, name_of
 from lmcache_trio_backends.disk.recovery import Recovery
 from lmcache_trio_backends.disk.slabs import NO_SPACE
 
@@ -55,7 +55,7 @@ COUNTS = (
 )
 
 
-class DiskTier(LocalTier):
+class DiskTier(LocalTier, ObservedTier):
     """Chunks on one disk. Every call but `statistics` is made inside `open()`, and ends there."""
 
     Config = DiskConfig
@@ -74,7 +74,7 @@ class DiskTier(LocalTier):
     def _begin(self, config: DiskConfig) -> None:
         """Forget the last opening and make all parts again; nothing is open yet."""
         budget = Budget.of(config.size)
-        self._table = ChunkTable(Arena(), capacity=budget.slabs, index_room=budget.index)
+        self._table = ChunkTable(Arena(), capacity=budget.slabs, index_room=budget.index, left=self._tell_left)
         self._files = Files(config, budget, self._home)
         self._index, self._slabs = self._files.index, self._files.slabs
         self._threads = IOThreads(Path(config.path), config.threads, self._home.check)
@@ -131,7 +131,9 @@ class DiskTier(LocalTier):
         for i in range(0, len(keys), CONTAINS_KEYS):
             some = keys[i : i + CONTAINS_KEYS]
             found = await self._recovery.query(some)
-            there += [self._table.contains(key) or name_of(key) in found for key in some]
+            in_table = [self._table.contains(key) for key in some]
+            self._tell_came([key for key, is_there in zip(some, in_table, strict=True) if is_there])
+            there += [is_there or name_of(key) in found for key, is_there in zip(some, in_table, strict=True)]
         return there
 
     async def load(self, loads: Sequence[Load]) -> list[bool]:
@@ -215,6 +217,14 @@ class DiskTier(LocalTier):
         if self._threads.failed is not None:
             raise Unavailable(str(self._threads.failed))
 
+    def _tell_came(self, keys: Sequence[ChunkKey]) -> None:
+        if keys and self.observer is not None:
+            self.observer.came(keys)
+
+    def _tell_left(self, key: ChunkKey) -> None:
+        if self.observer is not None:
+            self.observer.left([key])
+
     # ---- loading
 
     async def _begin_reads(self, loads: Sequence[Load]) -> list[Read | None]:
@@ -258,6 +268,7 @@ class DiskTier(LocalTier):
                     writes[i] = found
                 elif found is Refusal.PUBLISHED:
                     taken[i] = True
+                    self._tell_came([record.key])
                 else:
                     self._counts[f"dropped_{found.value}"] += 1
             if not writes:
@@ -297,6 +308,7 @@ class DiskTier(LocalTier):
         for i, write, found in whole:
             taken[i] = self._table.publish(write, found)
             self._counts["stored"] += taken[i]
+        self._tell_came([key_of(write.row.name) for i, write, _ in whole if taken[i]])
         self._unflushed = True
         self._expect_flush()
 

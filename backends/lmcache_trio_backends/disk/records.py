@@ -18,6 +18,7 @@ __all__ = [
     "Write",
     "extent_of",
     "index_cost",
+    "key_of",
     "name_of",
 ]
 
@@ -43,6 +44,11 @@ class Row(NamedTuple):
 def name_of(key: ChunkKey) -> bytes:
     """*key* as the index file has it."""
     return key.namespace + key.digest
+
+
+def key_of(name: bytes) -> ChunkKey:
+    """The key that the index file has as *name*."""
+    return ChunkKey(name[:NAME], name[NAME:])
 
 
 def extent_of(lengths: Iterable[int]) -> int:

@@ -1,4 +1,4 @@
-"""What came into memory and what left it since somebody looked last, by namespace.
+"""What came into memory or to a tier, and what left it, since somebody looked last, by namespace.
 
 Nothing is noted while nobody watches. A watcher is told where a chunk is now, and not each of its moves. A namespace
 with more changes than `MOST` is *cleared*: whoever watched it takes nothing of it for present any more, and learns of
@@ -7,7 +7,10 @@ later changes only. So a watcher may believe too little, and never too much. No 
 
 import attrs
 
-__all__ = ["MOST", "Change", "Changes"]
+__all__ = ["EVERY", "MOST", "Change", "Changes"]
+
+EVERY = b""
+"""Stands for all namespaces at once, those too of which nothing else was noted."""
 
 MOST = 8192
 """Changes of one namespace that are kept: 256 KiB of digests in one message."""
@@ -23,18 +26,18 @@ class Change:
 
 
 class Changes:
-    """The changes that nobody has taken yet."""
+    """The changes of one place, memory or a tier, that nobody has taken yet."""
 
     def __init__(self) -> None:
         self.watched = False
-        """Does anybody watch? The index notes nothing otherwise."""
+        """Does anybody watch? Nothing is noted otherwise."""
         self.pending = False
         """Is there anything to take?"""
         self._is_there: dict[bytes, dict[bytes, bool]] = {}  # by namespace and digest
         self._cleared: set[bytes] = set()
 
     def note(self, namespace: bytes, digest: bytes, *, is_there: bool) -> None:
-        """A chunk came into memory, or left it."""
+        """A chunk came, or left."""
         changed = self._is_there.setdefault(namespace, {})
         if len(changed) >= MOST and digest not in changed:
             self.clear(namespace)
@@ -44,7 +47,9 @@ class Changes:
         self.pending = True
 
     def clear(self, namespace: bytes) -> None:
-        """All chunks of *namespace* left at once."""
+        """All chunks of *namespace*, or of `EVERY` one, left at once."""
+        if namespace == EVERY:
+            self._is_there.clear()
         self._is_there.pop(namespace, None)
         self._cleared.add(namespace)
         self.pending = True

@@ -19,6 +19,7 @@ from lmcache_trio._server.tasks import Branch
 from lmcache_trio._server.tiers.calls import GuardedCalls
 from lmcache_trio._server.tiers.contains import ContainsBatcher
 from lmcache_trio._server.tiers.loader import TierLoader
+from lmcache_trio._server.tiers.presence import TierPresence
 from lmcache_trio._server.tiers.writer import Deletion, TierWriter
 from lmcache_trio.abc import Tier
 from lmcache_trio.errors import ConfigError, Unavailable
@@ -40,6 +41,7 @@ class TierRunner:
         self.contains = ContainsBatcher(calls, tier)
         self.loader = loader
         self.writer = writer
+        self.presence = TierPresence(calls, tier, writer)
         self.opened = trio.Event()
         self.settled = trio.Event()
         self.refusal: ConfigError | None = None
@@ -89,6 +91,7 @@ class TierRunner:
         deletion = self.writer.forget(namespace)
         self.contains.give_up(namespace)
         self.loader.give_up(namespace)
+        self.presence.forget(namespace)
         return deletion
 
     def statistics(self) -> TierStatistics:

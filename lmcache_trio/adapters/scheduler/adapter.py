@@ -68,7 +68,7 @@ class SchedulerAdapter:
     between questions for its status. *server_uids*: uids whose server it trusts, beside its own and root. These three
     are taken from `load_client_config` if not given. *lease_timeout*: no answer is offered for longer.
     *weights_version*: as `set_weights_version` says, from the start. *watch*: `take_changes` tells what comes into the
-    server's memory, and what leaves it.
+    server's memory and to its tiers, and what leaves them.
     `Misuse` names a setting that is wrong, or that the server refuses.
 
     A subclass may use what is public.
@@ -462,10 +462,10 @@ class SchedulerAdapter:
             logger.warning("the server did not confirm the weights' version in %g s", self.lookup_timeout)
 
     def take_changes(self) -> Sequence[CacheChange]:
-        """What has come into the server's memory and left it since the last call, in order. Does not wait.
+        """What has come into the server's memory and to its tiers, and left them, since the last call, in order.
 
         Each engine of the same namespace is told the same, whichever of them stored a chunk. A part that came may have
-        left by now, until that is told. Always empty without *watch*.
+        left by now, until that is told. Does not wait, and is always empty without *watch*.
         """
         return () if self._changes is None else self._changes.take()
 

@@ -1,4 +1,4 @@
-"""What the server says of the chunks in its memory, until the host takes it.
+"""What the server says of the chunks in its memory and on its tiers, until the host takes it.
 
 It is bounded: a host that takes nothing for long is told that everything may have left.
 """
@@ -19,15 +19,17 @@ MOST = 65_536
 
 @attrs.frozen
 class CacheChange:
-    """Parts of *group* that *came* into the server's memory, or *left* it.
+    """Parts of *group* that *came* into the server's memory, or *left* it; or to and from its tier of number *tier*.
 
-    *cleared* comes before the two: nothing that was told earlier holds any more, in any group.
+    The nearest tier is 1. *cleared* comes before the two: nothing that was told earlier of the tier holds any more, in
+    any group; or of memory and all tiers, if *tier* is 0.
     """
 
     group: int = 0
     came: Sequence[bytes] = ()
     left: Sequence[bytes] = ()
     cleared: bool = False
+    tier: int = 0
 
 
 class CacheChanges:
@@ -40,15 +42,16 @@ class CacheChanges:
 
     def add(self, message: Changed) -> None:
         """The server says so."""
-        if message.cleared:
+        tier_cleared = message.cleared and message.tier > 0
+        if message.cleared and not tier_cleared:
             self.clear()
         came, left = split_digests(message.came), split_digests(message.left)
         with self._lock:
             self._digests += len(came) + len(left)
             if self._digests > MOST:
                 self._waiting, self._digests = [CacheChange(cleared=True)], 0
-            elif came or left:
-                self._waiting.append(CacheChange(message.group, came, left))
+            elif came or left or tier_cleared:
+                self._waiting.append(CacheChange(message.group, came, left, tier_cleared, message.tier))
 
     def clear(self) -> None:
         """What was told before holds no more: the server is another one, or the engine has another namespace."""

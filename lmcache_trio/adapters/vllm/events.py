@@ -1,8 +1,11 @@
-"""Which of vLLM's blocks are in the server's memory, as far as routers are told: events to publish.
+"""Which of vLLM's blocks are in the server's memory and on its tiers, as far as routers are told: events to publish.
 
 The server names chunks by digests, and vLLM names blocks by hashes of its own. A chunk's blocks are known when the
 request is at hand that stores it or hits it: then they are noted, and told once the server says that the chunk is in
-memory. A chunk that left is told by the same blocks. What an engine never had at hand it never tells.
+memory, or on a tier. A chunk that left is told by the same blocks. What an engine never had at hand it never tells.
+A tier may name a chunk before the engine does: a lookup finds it there before it is a hit.
+
+To routers all tiers are one medium: a block came when the first tier has it, and left with the last one.
 
     expect()   a request stores these chunks       SchedulerSide._store
     found()    a lookup found these chunks         SchedulerSide.offer
@@ -12,8 +15,9 @@ memory. A chunk that left is told by the same blocks. What an engine never had a
 It decides and never waits. vLLM is not imported here: `kv_events` makes vLLM's events of these.
 """
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import attrs
@@ -22,8 +26,14 @@ from lmcache_trio.adapters import CacheChange, Group
 
 __all__ = ["BlockEvents", "BlocksRemoved", "BlocksStored", "HashedRequest"]
 
+EVERYWHERE = -1
+"""All places, as bits."""
+MOST_TIERS = 16
+"""As many tiers as a server tells of."""
 MOST_EXPECTED = 4096
-"""Chunks that a request has stored, and that the server has not named: some 4 KiB each with 256 tokens."""
+"""Chunks whose blocks are at hand, to be told when the server names them: some 3 KiB each with 256 tokens."""
+MOST_UNNAMED = 16_384
+"""Chunks that a tier has, and that no request of this engine has named yet: some 200 bytes each."""
 MOST_TOLD = 1 << 21
 """Hashes of blocks that were told and not taken back, some 100 bytes each. Beyond, the oldest chunk is taken back."""
 
@@ -39,7 +49,7 @@ class HashedRequest(Protocol):
 
 @attrs.frozen
 class BlocksStored:
-    """Blocks of *group* that are in memory: their hashes, the hash before them, and their tokens in order.
+    """Blocks of *group* that are in memory, or *on_tier*: their hashes, the hash before them, their tokens in order.
 
     *about* is what `describe` said of the request.
     """
@@ -50,14 +60,16 @@ class BlocksStored:
     token_ids: Sequence[int]
     block_tokens: int
     about: Any
+    on_tier: bool = False
 
 
 @attrs.frozen
 class BlocksRemoved:
-    """Blocks of *group* that are not in memory any more."""
+    """Blocks of *group* that are not in memory any more, or not *on_tier*."""
 
     group: int
     hashes: Sequence[bytes]
+    on_tier: bool = False
 
 
 Event: TypeAlias = BlocksStored | BlocksRemoved
@@ -69,7 +81,7 @@ class _Blocks:
 
     hashes: Sequence[bytes]
     before: bytes | None
-    token_ids: Sequence[int]
+    token_ids: "array[int]"
     about: Any
 
 
@@ -97,8 +109,12 @@ class BlockEvents:
         self._hash_tokens = hash_tokens
         self._describe = describe
         self._expected: OrderedDict[bytes, _Blocks] = OrderedDict()  # by digest
-        self._told: OrderedDict[bytes, tuple[Sequence[bytes], int]] = OrderedDict()  # hashes, and a bit per group
+        self._unnamed: OrderedDict[bytes, int] = OrderedDict()  # by digest: the places that have it
+        # By digest, hashes and places. A place is a bit: of group g in memory bit g, on tier n bit n * groups + g.
+        self._told: OrderedDict[bytes, tuple[Sequence[bytes], int]] = OrderedDict()
         self._told_hashes = 0
+        self._memory = (1 << len(groups)) - 1
+        self._on_tiers = [sum(1 << n * len(groups) + g for n in range(1, MOST_TIERS + 1)) for g in range(len(groups))]
         self._events: list[Event] = []
 
     def expect(self, request: HashedRequest, digests: Sequence[bytes], first: int, chunk_tokens: int) -> None:
@@ -112,24 +128,14 @@ class BlockEvents:
         for number, group in enumerate(self._groups):
             for chunk in range(group.first(len(digests), chunk_tokens), len(digests)):
                 digest = digests[chunk]
-                if not self._told.get(digest, ((), 0))[1] >> number & 1:
+                if not self._told.get(digest, ((), 0))[1] >> number & 1 or digest in self._unnamed:
                     self._note(request, digest, chunk, chunk_tokens)
-                    self._came(number, digest)
+                    self._came(0, number, digest)
 
     def clear(self) -> None:
-        """Nothing that was told is in memory any more."""
-        for number in range(len(self._groups)):
-            hashes = [
-                each
-                for of_chunk, groups in self._told.values()
-                if groups >> number & 1
-                for each in self._part(number, of_chunk)[0]
-            ]
-            if hashes:
-                self._events.append(BlocksRemoved(number, hashes))
-        self._told.clear()
+        """Nothing that was told is there any more."""
+        self._take_back(EVERYWHERE)
         self._expected.clear()
-        self._told_hashes = 0
 
     def take(self) -> Sequence[Event]:
         """The events since the last call, in order."""
@@ -141,14 +147,12 @@ class BlockEvents:
 
     def _see_changes(self) -> None:
         for change in self._cache.take_changes():
-            if change.cleared:
-                expected = OrderedDict(self._expected)  # what is being stored may still come
-                self.clear()
-                self._expected = expected
+            if change.cleared:  # what is being stored may still come
+                self._take_back(self._memory << change.tier * len(self._groups) if change.tier else EVERYWHERE)
             for digest in change.came:
-                self._came(change.group, digest)
+                self._came(change.tier, change.group, digest)
             for digest in change.left:
-                self._left(change.group, digest)
+                self._left(digest, 1 << change.tier * len(self._groups) + change.group)
 
     def _note(self, request: HashedRequest, digest: bytes, chunk: int, chunk_tokens: int) -> None:
         """What vLLM calls the chunk's blocks, while its request is at hand."""
@@ -160,40 +164,76 @@ class BlockEvents:
         self._expected[digest] = _Blocks(
             tuple(request.block_hashes[begin:end]),
             request.block_hashes[begin - 1] if begin else None,
-            tuple(request.all_token_ids[first:last]),
+            array("q", request.all_token_ids[first:last]),
             self._describe(request, first, last),
         )
         self._expected.move_to_end(digest)
         if len(self._expected) > MOST_EXPECTED:
             self._expected.popitem(last=False)
+        places = self._unnamed.pop(digest, 0)
+        for place in range(places.bit_length()):
+            if places >> place & 1:
+                self._came(*divmod(place, len(self._groups)), digest)
 
-    def _came(self, group: int, digest: bytes) -> None:
-        blocks, (hashes, groups) = self._expected.get(digest), self._told.get(digest, ((), 0))
-        if blocks is None or groups >> group & 1:
+    def _came(self, tier: int, group: int, digest: bytes) -> None:
+        place = 1 << tier * len(self._groups) + group
+        blocks, (hashes, places) = self._expected.get(digest), self._told.get(digest, ((), 0))
+        if places & place:
             return
-        part, skipped, block_tokens = self._part(group, blocks.hashes)
-        before = blocks.hashes[skipped - 1] if skipped else blocks.before
-        tokens = blocks.token_ids[skipped * self._hash_tokens :]
-        self._events.append(BlocksStored(group, part, before, tokens, block_tokens, blocks.about))
-        groups |= 1 << group
-        self._told_hashes += 0 if hashes else len(blocks.hashes)
-        self._told[digest] = (blocks.hashes, groups)
-        if groups == (1 << len(self._groups)) - 1:
-            del self._expected[digest]
+        if not (tier and places & self._on_tiers[group]):  # else another tier has it already
+            if blocks is None:
+                if tier:  # of memory a lookup says it again
+                    self._await_name(digest, place)
+                return
+            part, skipped, block_tokens = self._part(group, blocks.hashes)
+            before = blocks.hashes[skipped - 1] if skipped else blocks.before
+            tokens = tuple(blocks.token_ids[skipped * self._hash_tokens :])
+            self._events.append(BlocksStored(group, part, before, tokens, block_tokens, blocks.about, tier > 0))
+            self._told_hashes += 0 if hashes else len(blocks.hashes)
+            hashes = blocks.hashes
+        self._told[digest] = (hashes, places | place)
         while self._told_hashes > MOST_TOLD:
-            oldest, (_, told) = next(iter(self._told.items()))
-            for number in range(len(self._groups)):
-                if told >> number & 1:
-                    self._left(number, oldest)
+            self._left(next(iter(self._told)), EVERYWHERE)
 
-    def _left(self, group: int, digest: bytes) -> None:
-        hashes, groups = self._told.get(digest, ((), 0))
-        if not groups >> group & 1:
+    def _await_name(self, digest: bytes, place: int) -> None:
+        """A tier has the chunk in *place*, and the chunk's blocks are not at hand."""
+        self._unnamed[digest] = self._unnamed.get(digest, 0) | place
+        if len(self._unnamed) > MOST_UNNAMED:
+            self._unnamed.popitem(last=False)
+
+    def _left(self, digest: bytes, gone: int) -> None:
+        """The chunk is at none of the places *gone*."""
+        if places := self._unnamed.pop(digest, 0) & ~gone:
+            self._unnamed[digest] = places
+        hashes, places = self._told.get(digest, ((), 0))
+        if not places & gone:
             return
-        self._events.append(BlocksRemoved(group, self._part(group, hashes)[0]))
-        groups &= ~(1 << group)
-        if groups:
-            self._told[digest] = (hashes, groups)
+        for number, on_tier in self._removed(places, gone):
+            self._events.append(BlocksRemoved(number, self._part(number, hashes)[0], on_tier))
+        self._keep(digest, hashes, places & ~gone)
+
+    def _take_back(self, gone: int) -> None:
+        """All chunks have left the places *gone*."""
+        self._unnamed = OrderedDict((digest, left) for digest, has in self._unnamed.items() if (left := has & ~gone))
+        removed: dict[tuple[int, bool], list[bytes]] = {}
+        for digest, (hashes, places) in list(self._told.items()):
+            for number, on_tier in self._removed(places, gone):
+                removed.setdefault((number, on_tier), []).extend(self._part(number, hashes)[0])
+            self._keep(digest, hashes, places & ~gone)
+        self._events += [BlocksRemoved(number, each, on_tier) for (number, on_tier), each in sorted(removed.items())]
+
+    def _removed(self, places: int, gone: int) -> Iterator[tuple[int, bool]]:
+        """The groups and media of which a chunk in *places* has nothing left without those *gone*. A medium is memory,
+        or all tiers.
+        """
+        for number, on_tiers in enumerate(self._on_tiers):
+            for on_tier, medium in ((False, 1 << number), (True, on_tiers)):
+                if places & medium and not places & medium & ~gone:
+                    yield number, on_tier
+
+    def _keep(self, digest: bytes, hashes: Sequence[bytes], places: int) -> None:
+        if places:
+            self._told[digest] = (hashes, places)
         else:
             del self._told[digest]
             self._told_hashes -= len(hashes)

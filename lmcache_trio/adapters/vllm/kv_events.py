@@ -1,4 +1,7 @@
-"""vLLM's KV events of what is in the server's memory, of the medium CPU. `events` decides what is told."""
+"""vLLM's KV events of what the server has in memory, of the medium CPU, and on tiers, of the medium STORAGE.
+
+`events` decides what is told.
+"""
 
 # vLLM is not installed where this is type-checked: pyright: reportMissingImports=false
 
@@ -6,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import attrs
-from vllm.distributed.kv_events import MEDIUM_CPU, BlockRemoved, BlockStored, KVCacheEvent
+from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved, BlockStored, KVCacheEvent
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, maybe_convert_block_hash, to_event_extra_keys
 from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind, get_kv_cache_spec_sliding_window
 
@@ -46,9 +49,10 @@ class KVEvents:
     def take(self) -> Iterator[KVCacheEvent]:
         """The events since the last call, in order."""
         for event in self.blocks.take():
+            medium = MEDIUM_STORAGE if event.on_tier else MEDIUM_CPU
             hashes = [maybe_convert_block_hash(each) for each in event.hashes]
             if not isinstance(event, BlocksStored):
-                yield BlockRemoved(block_hashes=hashes, medium=MEDIUM_CPU, group_idx=self._ids[event.group])
+                yield BlockRemoved(block_hashes=hashes, medium=medium, group_idx=self._ids[event.group])
                 continue
             about: About = event.about
             keys = about.extra_keys
@@ -62,7 +66,7 @@ class KVEvents:
                 token_ids=list(event.token_ids),
                 block_size=event.block_tokens,
                 lora_id=about.lora_id,
-                medium=MEDIUM_CPU,
+                medium=medium,
                 lora_name=about.lora_name,
                 extra_keys=to_event_extra_keys(keys),
                 group_idx=self._ids[event.group],

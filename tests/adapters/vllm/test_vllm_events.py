@@ -54,7 +54,7 @@ def events(told: Told, *groups: Group) -> BlockEvents:
     return BlockEvents(told, groups or (FULL,), HASH, lambda request, first, end: (first, end))
 
 
-def stored(chunk: int) -> BlocksStored:
+def stored(chunk: int, *, on_tier: bool = False) -> BlocksStored:
     first = 2 * chunk
     tokens = tuple(range(chunk * CHUNK, (chunk + 1) * CHUNK))
     return BlocksStored(
@@ -64,6 +64,7 @@ def stored(chunk: int) -> BlocksStored:
         tokens,
         HASH,
         (tokens[0], tokens[-1] + 1),
+        on_tier,
     )
 
 
@@ -154,3 +155,81 @@ def test_tokens_that_vllm_has_no_hash_for_are_not_told(told: Told) -> None:
     short: Any = Request(TOKENS[: CHUNK + 1])
     made.found(short, names(2), CHUNK)
     assert made.take() == [stored(0)]
+
+
+# --- tiers ----------------------------------------------------------------------------------------------------------
+
+
+def on_tier(came: Sequence[bytes] = (), left: Sequence[bytes] = (), tier: int = 1) -> CacheChange:
+    return CacheChange(0, came, left, tier=tier)
+
+
+def test_a_chunk_that_was_told_of_memory_is_told_of_a_tier_when_it_is_written_there_later(told: Told) -> None:
+    made = events(told)
+    made.expect(Request(), names(1), 0, CHUNK)
+    told.changes = [CacheChange(0, names(1))]
+    assert made.take() == [stored(0)]
+    told.changes = [on_tier(names(1)), CacheChange(0, (), names(1))]
+    assert made.take() == [stored(0, on_tier=True), BlocksRemoved(0, tuple(hashes(0, 2)))]
+    told.changes = [on_tier((), names(1))]
+    assert made.take() == [BlocksRemoved(0, tuple(hashes(0, 2)), on_tier=True)]
+
+
+@pytest.mark.parametrize("in_memory_first", [False, True])
+def test_a_tier_may_name_a_chunk_before_the_engine_does(told: Told, in_memory_first: bool) -> None:
+    made = events(told)
+    if in_memory_first:
+        made.found(Request(), names(1), CHUNK)
+        made.expect(Request(), [b"other"] * 2, 1, CHUNK)
+        assert made.take() == [stored(0)]
+        made._expected.clear()  # so many others were stored since
+    told.changes = [on_tier([*names(2), b"of another engine"]), on_tier((), names(2)[1:])]
+    assert made.take() == ()
+    made.found(Request(), names(2), CHUNK)
+    memory = [stored(1)] if in_memory_first else [stored(0), stored(1)]
+    assert made.take() == [stored(0, on_tier=True), *memory], "chunk 1 left the tier meanwhile"
+
+
+def test_two_tiers_are_one_medium_and_a_block_leaves_with_the_last(told: Told) -> None:
+    made = events(told)
+    made.expect(Request(), names(1), 0, CHUNK)
+    told.changes = [on_tier(names(1)), on_tier(names(1), tier=2), on_tier((), names(1))]
+    assert made.take() == [stored(0, on_tier=True)]
+    told.changes = [CacheChange(cleared=True, tier=1)]
+    assert made.take() == ()
+    told.changes = [on_tier((), names(1), tier=2)]
+    assert made.take() == [BlocksRemoved(0, tuple(hashes(0, 2)), on_tier=True)]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_tier_that_is_cleared_takes_nothing_of_memory_back(told: Told, everywhere: bool) -> None:
+    made = events(told)
+    made.found(Request(), names(2), CHUNK)
+    told.changes = [on_tier([*names(2), b"unnamed"])]
+    assert len(made.take()) == 4
+    told.changes = [CacheChange(cleared=True, tier=0 if everywhere else 1)]
+    of_memory = [BlocksRemoved(0, hashes(0, 4))] if everywhere else []
+    assert made.take() == [*of_memory, BlocksRemoved(0, hashes(0, 4), on_tier=True)]
+    made.found(Request(), names(2), CHUNK)
+    assert made.take() == ([stored(0), stored(1)] if everywhere else ())
+
+
+def test_chunks_that_no_request_names_are_forgotten_beyond_a_bound(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_UNNAMED", 2)
+    made = events(told)
+    told.changes = [on_tier([b"x", *names(2)[1:], b"y"])]
+    made.found(Request(), names(2), CHUNK)
+    assert made.take() == [stored(0), stored(1, on_tier=True), stored(1)]
+
+
+def test_of_several_groups_each_is_told_where_its_part_is(told: Told) -> None:
+    window = Group(Need.WINDOW, 4, HASH)
+    made = events(told, FULL, window)
+    made.expect(Request(), names(1), 0, CHUNK)
+    told.changes = [CacheChange(1, names(1), tier=1), CacheChange(0, names(1))]
+    part = BlocksStored(1, tuple(hashes(1, 2)), b"h0", tuple(range(4, 8)), HASH, (0, 8), on_tier=True)
+    assert made.take() == [part, stored(0)]
+    told.changes = [CacheChange(0, names(1), tier=1), CacheChange(1, (), names(1), tier=1)]
+    assert made.take() == [stored(0, on_tier=True), BlocksRemoved(1, tuple(hashes(1, 2)), on_tier=True)]
+    made.clear()
+    assert made.take() == [BlocksRemoved(0, hashes(0, 2)), BlocksRemoved(0, hashes(0, 2), on_tier=True)]

@@ -85,6 +85,8 @@ def few_blocks(name: str) -> dict[str, Any]:
     return {**hybrid(name), **few, **({"max_num_batched_tokens": 384} if name == "gptoss" else {})}
 
 
+TOLD = {"kv_events_config": {"enable_kv_cache_events": True, "endpoint": KV_EVENTS}, "block_size": 32}
+
 KINDS: Mapping[str, Kind] = {
     "no connector": Kind(None),
     "async": Kind({}, {**ONE_PROCESS, "PYTHONHASHSEED": "0"}),
@@ -113,9 +115,8 @@ KINDS: Mapping[str, Kind] = {
     "dsv2, two ranks, disk": Kind({}, TWO_RANKS, {"tensor_parallel_size": 2}, model="dsv2", server="disk"),
     "two processes": Kind({}, {**DEFAULT_PROCESSES, "LMCACHE_TRIO_E2E_FORK": "1"}),
     "behind a failing connector": Kind({}, before="FailingConnector"),
-    "kv events": Kind(
-        {}, arguments={"kv_events_config": {"enable_kv_cache_events": True, "endpoint": KV_EVENTS}, "block_size": 32}
-    ),
+    "kv events": Kind({}, arguments=TOLD),
+    "kv events, disk": Kind({}, arguments=TOLD, server="disk"),
     "mid, no connector": Kind(None, model="mid"),
     "mid": Kind({}, model="mid"),
     "mid, timed": Kind({}, model="mid", connector="TimedConnector"),
