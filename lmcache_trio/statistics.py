@@ -63,6 +63,9 @@ class IndexHeld:
     bytes_taken: Annotated[int, "bytes", "Bytes of the arena that the system has given so far."]
     bytes_free: Annotated[int, "bytes", "Bytes of `bytes_taken` that no chunk takes."]
     largest_hole: Annotated[int, "bytes", "Bytes of the longest free range."]
+    evicted_idle: Annotated[
+        float, "seconds", "How long the chunk that was evicted last had not been used, at the least: memory's reach."
+    ]
 
 
 @attrs.frozen
@@ -170,6 +173,9 @@ class ServerCounted:
         Mapping[str, int],
         "tokens",
         "Tokens that lookups were offered, by source: `memory`, or `tier` if one brought them.",
+    ]
+    missed_tokens: Annotated[
+        Mapping[str, int], "tokens", "Tokens that lookups asked for and that were not offered, by reason."
     ]
     drops: Annotated[Mapping[str, int], "chunks", "Chunks of stores that were dropped, by reason."]
 

@@ -16,12 +16,14 @@ from lmcache_trio._core.groups import EVERY, Need
 from lmcache_trio._core.index.index import Hold, Index, Lease
 from lmcache_trio._core.index.session import LookupState, Session
 from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._core.misses import InTiers
 from lmcache_trio._core.tiers.loads import LoadState, TierLoad
 from lmcache_trio._core.tiers.plan import Plan
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
 from lmcache_trio._server.engine import Engine
+from lmcache_trio._server.misses import Misses, Search
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.tiers.contains import Question
 from lmcache_trio._server.tiers.runner import TierRunner
@@ -59,12 +61,22 @@ class Answers:
     *budget* is the seconds that a prefetch may take. A lookup may give it less.
     """
 
-    def __init__(self, index: Index, clock: Clock, tiers: Tiers, drain: Drain, counts: Counts, budget: float) -> None:
+    def __init__(  # noqa: PLR0913 each is a part that it works with
+        self,
+        index: Index,
+        clock: Clock,
+        tiers: Tiers,
+        misses: Misses,
+        drain: Drain,
+        counts: Counts,
+        budget: float,
+    ) -> None:
         self.index = index
         self.tiers = tiers
         self.prefetches: dict[Session, Prefetch] = {}
         """The prefetches that run, by the session of their lookup."""
         self._clock = clock
+        self._misses = misses
         self._drain = drain
         self._counts = counts
         self._events = counts.events
@@ -84,7 +96,7 @@ class Answers:
             or self._drain.stopping
             or self._is_cut(engine, wanted, leased)
         ):
-            self._give(engine, session, message.id, wanted, lease, 0)
+            self._give(engine, session, message.id, wanted, lease, None)
             return
         made = Prefetch(self, peer, engine, session, lease)
         self.prefetches[session] = made
@@ -111,7 +123,7 @@ class Answers:
         lease = self._lease(engine, session, wanted, usable)
         if lease is not None:
             prefetch.lease = b""  # the session's new lease took its place
-        self._give(engine, session, asked, wanted, lease, prefetch.loaded(lease.chunks) if lease is not None else 0)
+        self._give(engine, session, asked, wanted, lease, prefetch)
         prefetch.close()
         prefetch.peer.send(answer_of(session, 0))
 
@@ -127,12 +139,19 @@ class Answers:
         return lease
 
     def _give(
-        self, engine: Engine, session: Session, asked: int, wanted: Sequence[bytes], lease: Lease | None, loaded: int
+        self,
+        engine: Engine,
+        session: Session,
+        asked: int,
+        wanted: Sequence[bytes],
+        lease: Lease | None,
+        prefetch: "Prefetch | None",
     ) -> None:
-        """Make *lease*, of which tiers brought *loaded* chunks, the session's answer to *asked*."""
+        """Make *lease*, for which *prefetch* brought chunks, the session's answer to *asked*."""
         if lease is None:
             session.answer(asked, 0)
         else:
+            loaded = 0 if prefetch is None else prefetch.loaded(lease.chunks)
             session.answer(asked, lease.chunks, lease.id, lease.expires, loaded)
             for writer in self.tiers.writers:
                 if writer.unwritten:  # a part that it has not taken is offered again, since an engine uses it
@@ -145,6 +164,8 @@ class Answers:
         self._counts.requested_tokens += len(wanted) * engine.chunk_tokens
         self._counts.hit_tokens["memory"] += (session.chunks - session.loaded) * engine.chunk_tokens
         self._counts.hit_tokens["tier"] += session.loaded * engine.chunk_tokens
+        if session.chunks < len(wanted):
+            self._misses.note(engine, wanted, session.chunks, None if prefetch is None else prefetch.search)
 
     async def _run(self, prefetch: "Prefetch", asked: int, wanted: list[bytes], deadline: float) -> None:
         try:
@@ -169,6 +190,7 @@ class Prefetch:
         self.session = session
         self.namespaces = engine.namespaces
         self.closed = False
+        self.search = Search()
         self._index = answers.index
         self._runners = answers.tiers.runners
         self._scope = trio.CancelScope()
@@ -217,12 +239,15 @@ class Prefetch:
         """Gather until the leading run can't grow any more, or *deadline* has come."""
         if self.closed:
             return  # before the task's first step: the session may have another lookup by now
-        with self._scope, trio.move_on_at(deadline):
-            await self._gather(wanted, deadline)
+        plan = Plan(len(wanted), len(self._runners), self.engine.groups, self.engine.chunk_tokens)
+        self.search.plan = plan
+        with self._scope, trio.move_on_at(deadline) as budget:
+            await self._gather(plan, wanted, deadline)
+        if budget.cancelled_caught:
+            self.search.reach = plan.boundary
 
-    async def _gather(self, wanted: Sequence[bytes], deadline: float) -> None:
+    async def _gather(self, plan: Plan, wanted: Sequence[bytes], deadline: float) -> None:
         groups, chunk_tokens = self.engine.groups, self.engine.chunk_tokens
-        plan = Plan(len(wanted), len(self._runners), groups, chunk_tokens)
         for number, of_group in enumerate(groups):
             for position in range(of_group.first(self._leased, chunk_tokens), self._leased):
                 plan.here(number, position)
@@ -286,6 +311,8 @@ class Prefetch:
                     self._landed.append((runner, load))
                 else:
                     plan.missed(*part)
+                    if load.refused is not InTiers.NONE:
+                        self.search.refused[load.key] = load.refused
                     runner.loader.unwant(load, self.wake)
         for part in [part for part in self._coming if not plan.needs(*part)]:
             runner, load = self._coming.pop(part)

@@ -5,6 +5,7 @@ from collections import Counter
 
 import attrs
 
+from lmcache_trio._core.misses import Reason
 from lmcache_trio._server.peer import Peer
 from lmcache_trio.config import Limits
 from lmcache_trio.errors import Misuse
@@ -23,6 +24,8 @@ class Counts:
     requested_tokens: int = 0
     hit_tokens: Counter[str] = attrs.field(factory=lambda: Counter(memory=0, tier=0))
     """Tokens that lookups were offered, by where their chunks were."""
+    missed_tokens: Counter[str] = attrs.field(factory=lambda: Counter({reason.value: 0 for reason in Reason}))
+    """Tokens that lookups asked for and were not offered, by reason."""
     dropped: Counter[str] = attrs.field(factory=Counter)
     """Chunks of stores that got no slots, by the server's reason."""
     limits: Counter[str] = attrs.field(factory=lambda: Counter({f.name: 0 for f in attrs.fields(Limits)}))

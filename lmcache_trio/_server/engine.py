@@ -44,6 +44,8 @@ class Engine:
     """Whether the log says already that a shard's layout is missing."""
     sessions: Sessions = attrs.field(factory=Sessions)
     digests: int = 0  # of all sessions
+    refilled_at: int = 0
+    """When `Index.filled` has come to this, the chunks that its latest reset dropped have been made up for."""
     resets_due: set[bytes] = attrs.field(factory=set)
     """Identities whose chunks are to be dropped as soon as the layout is known."""
     resets_of_any: dict[bytes, set[bytes]] = attrs.field(factory=dict)

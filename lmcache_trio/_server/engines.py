@@ -232,14 +232,16 @@ class Engines:
         """
         dropped = {namespace_of(layout, identity) for layout in layouts}
         namespaces = [of_group for each in dropped for of_group in namespaces_of(each, len(engine.groups))]
-        for of_group in namespaces:
-            self._index.reset(of_group)
+        lost = sum(self._index.reset(of_group) for of_group in namespaces)
+        refilled_at = self._index.filled + lost
+        engine.refilled_at = refilled_at if lost else engine.refilled_at
         self._counts.events["resets"] += 1
         self._clock.not_later_than(trio.current_time())  # it sweeps, piece by piece
         for other in self:
             if other.namespace in dropped:
                 other.sessions.bar()
                 self._end_answers(other)
+                other.refilled_at = refilled_at if lost else other.refilled_at
         return [deletion for of_group in namespaces for deletion in self._tiers.forget(of_group)]
 
     def _end_answers(self, engine: Engine) -> None:

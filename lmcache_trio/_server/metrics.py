@@ -41,7 +41,7 @@ _BY_STATE = {
     "slots": ("slots", "Slots of the chunks in memory, by state."),
     "bytes": ("chunk_bytes", "Bytes of the chunks in memory, by state."),
 }
-_LABELS = {"hit_tokens": "source", "limits": "limit", "drops": "reason"}
+_LABELS = {"hit_tokens": "source", "missed_tokens": "reason", "limits": "limit", "drops": "reason"}
 
 
 @attrs.frozen
@@ -70,6 +70,8 @@ def figures(cls: type[Any], *, part: str = "", counted: bool | frozenset[str] = 
         name = _NAMES.get(key, f"{key.removeprefix('bytes_')}_bytes" if key.startswith("bytes_") else key)
         if unit == "bytes" and not name.endswith("_bytes"):
             name = f"{name}_bytes"
+        elif unit == "seconds" and not name.endswith("_seconds"):
+            name = f"{name}_seconds"
         found.append(Figure(key, f"{PREFIX}{part}{name}", meaning.replace("`", ""), counts, _LABELS.get(key, "")))
     return found
 

@@ -88,6 +88,7 @@ class Parts:
                 events=Events(**self.counts.events),
                 requested_tokens=self.counts.requested_tokens,
                 hit_tokens=dict(self.counts.hit_tokens),
+                missed_tokens=dict(self.counts.missed_tokens),
                 drops=Counter(index.dropped) + self.counts.dropped,
             ),
             tiers=self.tiers.statistics(),

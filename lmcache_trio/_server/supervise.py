@@ -38,6 +38,7 @@ from lmcache_trio._server.connection import serve_peer
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
 from lmcache_trio._server.engines import Engines
+from lmcache_trio._server.misses import Misses
 from lmcache_trio._server.parts import Parts, Turns
 from lmcache_trio._server.peers import Peers
 from lmcache_trio._server.plugins import make_device, make_memory
@@ -119,7 +120,8 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
     index = _make_index(config)
     clock = Clock(index.expire, index.sweep)
     all_tiers = Tiers(tiers, index, memory, clock, config)
-    answers = Answers(index, clock, all_tiers, drain, counts, config.prefetch_budget)
+    misses = Misses(index, all_tiers, drain, counts)
+    answers = Answers(index, clock, all_tiers, misses, drain, counts, config.prefetch_budget)
     numbers = itertools.count(1)  # the names of peers, readers and writers in the index
     prepare_directory(config.address, config.access)
     path = socket_path(config.address)

@@ -33,16 +33,20 @@ ends where prompts branched needs it. `publish` says which ones are cold.
 A reset replaces a namespace's whole generation at once. A READY chunk of a replaced generation is *stale*: it is in no
 directory, its links are followed no more, and it is given back, piece by piece, before any other chunk is evicted. A
 stale chunk that has readers becomes DOOMED when the sweep meets it, or goes with its last reader if that is sooner.
+
+*Marks* tell how long a victim was idle: rows without a chunk, which stand in both rings where the recent end was at a
+certain time. So the use of a chunk need not note the time.
 """
 
 import math
 from array import array
 from bisect import bisect_right
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
+from lmcache_trio._core.departures import Cause, Departures
 from lmcache_trio._core.groups import longest_hit
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.changes import Changes
@@ -61,6 +65,10 @@ until there are holes of their length. The room that a failed store has made sta
 
 DIGEST_ROOM = 32
 _COLD = 1
+_MARKS = 64
+"""Marks in each ring, about. If there are more, every second one goes, and new ones are made half as often."""
+_FIRST_ROW = 2 + 2 * _MARKS
+"""The rows below it are those of the rings and of the marks."""
 _BLOCK = 1024
 """Rows made at a time: a dozen appends per chunk would be a tenth of the cost of a store."""
 
@@ -112,8 +120,16 @@ class Chunks:
         self.bytes_offered = 0
         self._bytes_idle = 0  # of READY and stale chunks that have no reader: they can be evicted
         self.evictions = 0
+        self.evicted_idle = 0.0
+        """Seconds for which the chunk that was evicted last had been idle, at the least."""
         self.aborted = 0
         self.changes = Changes()
+        self.departures = Departures()
+        self._grow()
+        self._spare_marks = [self._spare.pop() for _ in range(2, _FIRST_ROW)]
+        self._marks = deque[int](), deque[int]()  # by ring, the oldest one first
+        self._marked = array("d", bytes(8 * _FIRST_ROW))  # when each mark was made
+        self._mark_every, self._next_mark = 1.0, -math.inf
 
     def namespace_of(self, row: int) -> Namespace:
         return self.generations.numbered[self._namespace[row]]
@@ -123,7 +139,7 @@ class Chunks:
 
     # --- ABSENT to WRITING, and room for it ---------------------------------------------------------------------------
 
-    def begin(self, namespace: Namespace, digest: bytes, parent: int, writing: Writing) -> int:
+    def begin(self, namespace: Namespace, digest: bytes, parent: int, writing: Writing, now: float) -> int:
         """A WRITING row for *digest*, for which others are evicted; 0 when there is no room.
 
         The row is made, and hung under *parent*, before any other is evicted, so the chunks that it extends stay.
@@ -144,7 +160,7 @@ class Chunks:
             self._first_child[parent] = row
         offset = self._arena.allocate(extent)
         if offset is None:
-            offset = self._make_room(extent, wanting=row)
+            offset = self._make_room(extent, row, now)
             if offset is None:
                 self._unhang(row)
                 self._free(row)
@@ -169,7 +185,7 @@ class Chunks:
         self._newer.extend(array("i", [-1]) * _BLOCK)
         self._spare.extend(range(made + _BLOCK - 1, made - 1, -1))
 
-    def _make_room(self, extent: int, wanting: int) -> int | None:
+    def _make_room(self, extent: int, wanting: int, now: float) -> int | None:
         """The offset of *extent* bytes for the row *wanting*, whose ancestors stay."""
         arena, generations = self._arena, self.generations
         if self._bytes_idle + arena.free_bytes < extent:
@@ -188,6 +204,9 @@ class Chunks:
             del namespace.table_of[digest[0]][digest]
             self._unhang(row)
             self.evictions += 1
+            marks = self._marks[self._cold[row]]
+            self.evicted_idle = now - self._marked[marks[0]] if marks else 0.0
+            self.departures.note(namespace.name, digest, Cause.EVICTED, now, self.evicted_idle)
             if self.changes.watched:
                 self.changes.note(namespace.name, digest, is_there=False)
             if namespace.extent == extent:  # as nearly always: the new chunk takes this place
@@ -576,15 +595,37 @@ class Chunks:
             at = child
         return False
 
+    def mark(self, now: float) -> None:
+        """Remember where the recent ends are at *now*. To be called before stores, as often as one likes."""
+        if now < self._next_mark:
+            return
+        if len(self._spare_marks) < len(self._marks):
+            self._mark_every *= 2
+            for marks in self._marks:
+                rows = [marks.popleft() for _ in range(len(marks))]
+                marks.extend(rows[1::2])
+                self._take_out(rows[::2])
+                self._spare_marks += rows[::2]
+        self._next_mark = now + self._mark_every
+        for ring, marks in enumerate(self._marks):
+            row, before = self._spare_marks.pop(), self._older[ring]
+            self._newer[row], self._older[row] = ring, before
+            self._newer[before] = self._older[ring] = row
+            self._marked[row] = now
+            marks.append(row)
+
     def _victims(self) -> Iterator[int]:
         """The chunks to evict, one after the other, each out of the order. Evict one before you ask for the next."""
         while True:
-            row = self._newer[_COLD]
+            row, ring = self._newer[_COLD], _COLD
             if row == _COLD:
-                row = self._newer[0]
+                row, ring = self._newer[0], 0
             if not row:
                 return
             self._take_out((row,))
+            if row < _FIRST_ROW:
+                self._spare_marks.append(self._marks[ring].popleft())
+                continue
             if self._cold[row] and self._is_before_a_branch(row):
                 self._cold[row] = 0
                 self._touch((row,))

@@ -22,16 +22,19 @@ changed nothing, except a late commit, which raises `Gone` and ends its copy.
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from math import inf
 
 import attrs
 
+from lmcache_trio._core.departures import Cause
 from lmcache_trio._core.groups import EVERY, Group
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.chunks import Chunks, Writing
 from lmcache_trio._core.index.generations import READY, WRITING, Namespace
 from lmcache_trio._core.index.grants import SERVER, Hold, HoldNumber, Lease, Pin, Reservation, SessionKey, Slot
 from lmcache_trio._core.keys import DIGEST_BYTES, ChunkKey
+from lmcache_trio._core.misses import InMemory, known_run
 from lmcache_trio.errors import Gone, Misuse
 from lmcache_trio.statistics import IndexCounted, IndexHeld, IndexStatistics
 
@@ -42,6 +45,9 @@ EXPIRED_AT_ONCE = 4096
 
 _REASONS = ("present", "writing", "no_space", "orphan", "too_large", "share")
 """Why a chunk gets no slot; the numbered cases of `Index.reserve` say when."""
+
+_PLACES = {READY: InMemory.READY, WRITING: InMemory.WRITING}
+"""A chunk without a row is ABSENT."""
 
 _LOADS: SessionKey = ("", 0)
 """The session of the server's own loads. It belongs to no engine and never ends."""
@@ -119,6 +125,8 @@ class Index:
         self._chunks = Chunks(arena)
         self.changes = self._chunks.changes
         """What has become READY and what has left, for those who watch."""
+        self.departures = self._chunks.departures
+        """What has left, and what got no slot, for lookups that miss it."""
         # Time runs one way and each timeout is a constant, so the overdue ones come first.
         self._live: OrderedDict[bytes, _ReservationRecord] = OrderedDict()
         self._ending: dict[bytes, _ReservationRecord] = {}
@@ -212,6 +220,7 @@ class Index:
         slots: list[Slot] = []
         dropped: dict[str, int] = {}
         above = 0  # the row of the chunk before
+        chunks.mark(now)
         stopped = ""  # why a chunk could not be stored: no chunk behind it gets a slot
         if parent and known.chained:
             above = table_of[parent[0]].get(parent, 0)
@@ -260,13 +269,16 @@ class Index:
             # 10. It is absent, and its engine is writing as much as one engine may.
             elif not self._may_write(engine, known.extent):
                 reason = stopped = "share"
+                self.departures.note(namespace, digest, Cause.SHARE, now)
             # 11. It is absent, and begins to be written; idle chunks are evicted for it.
             else:
                 above = above if known.chained else 0
-                above = row = chunks.begin(known, digest, above, Writing(session, known.shards, deadline))
+                above = row = chunks.begin(known, digest, above, Writing(session, known.shards, deadline), now)
                 # 12. No more can be evicted, or too much would be.
                 if not row:
                     reason = stopped = "no_space"
+                    if engine:  # else a tier has it
+                        self.departures.note(namespace, digest, Cause.NO_SPACE, now)
             if reason:
                 dropped[reason] = dropped.get(reason, 0) + 1
                 continue
@@ -361,6 +373,40 @@ class Index:
         generations = self._chunks.generations
         known = generations.together.get(namespaces) or generations.find_together(namespaces)
         return self._chunks.longest_hit(known, digests) if known else 0
+
+    def missed_part(self, namespaces: tuple[bytes, ...], digests: Sequence[bytes], hit: int) -> ChunkKey:
+        """The part for which a lookup of *digests* is no longer than *hit*, which is less than all.
+
+        Of several groups: the first part that is missing from the longest hit that the chained ones would serve. That
+        takes O(log n) steps. With all parts READY, the lease was cut.
+        """
+        generations, state = self._chunks.generations, self._chunks.state
+        known = generations.together.get(namespaces) or generations.find_together(namespaces)
+        chained = [namespace for namespace in known if namespace.chained]
+        others = [namespace for namespace in known if not namespace.chained]
+
+        def is_ready(namespace: Namespace, position: int) -> bool:
+            digest = digests[position]
+            return state[namespace.table_of[digest[0]].get(digest, 0)] == READY
+
+        for namespace in chained:
+            if not is_ready(namespace, hit):
+                return ChunkKey(namespace.name, digests[hit])
+        end = len(digests)
+        for namespace in chained if others else ():
+            end = known_run(partial(is_ready, namespace), hit, end)
+        for namespace in others:
+            layout = namespace.layout
+            for position in range(layout.group.first(end, layout.chunk_tokens), end):
+                if not is_ready(namespace, position):
+                    return ChunkKey(namespace.name, digests[position])
+        return ChunkKey(namespaces[0], digests[hit])
+
+    def place_of(self, key: ChunkKey) -> InMemory:
+        """Where memory has the chunk."""
+        known = self._chunks.generations.present.get(key.namespace)
+        row = 0 if known is None else known.table_of[key.digest[0]].get(key.digest, 0)
+        return _PLACES.get(self._chunks.state[row], InMemory.ABSENT)
 
     @property
     def room_to_offer(self) -> int:
@@ -509,20 +555,29 @@ class Index:
         for reservation_id in list(self._reservations_of.get(worker, ())):
             self.abort(reservation_id, worker)
 
-    def reset(self, namespace: bytes) -> None:
+    def reset(self, namespace: bytes) -> int:
         """Drop every chunk of *namespace*; no reservation from before commits anything. Idempotent.
+
+        Returns how many chunks were dropped that could be read.
 
         The cost depends on the copies in progress and not on the chunks, which `sweep` gives back.
         """
         known = self._chunks.generations.present.get(namespace)
         if known is None:
-            return
+            return 0
         self._stop_writing(known)
-        if known.counts[READY]:
-            self._counted["reset_chunks"] += known.counts[READY]
+        dropped = known.counts[READY]
+        if dropped:
+            self._counted["reset_chunks"] += dropped
             if self.changes.watched:
                 self.changes.clear(namespace)
             self._chunks.generations.replace(known)
+        return dropped
+
+    @property
+    def filled(self) -> int:
+        """Chunks that came into memory ever."""
+        return self._counted["stored_chunks"] + self._counted["loaded_chunks"]
 
     def sweep(self, limit: int) -> bool:
         """Give back up to *limit* chunks that a `reset` dropped. True: there are more, so call again.
@@ -608,6 +663,7 @@ class Index:
             bytes_taken=self.arena.taken,
             bytes_free=self.arena.free_bytes,
             largest_hole=self.arena.largest_hole,
+            evicted_idle=round(self._chunks.evicted_idle, 3),
         )
         return IndexStatistics(
             held,

@@ -24,6 +24,7 @@ from heapq import heappop, heappush
 import attrs
 
 from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._core.misses import InTiers
 from lmcache_trio.errors import Misuse
 
 __all__ = ["LoadState", "Loads", "TierLoad"]
@@ -54,6 +55,8 @@ class TierLoad:
     state: LoadState = LoadState.WANTED
     deadline: float = 0.0
     wishers: dict[Wisher, float] = attrs.field(factory=dict)
+    refused: InTiers = InTiers.NONE
+    """Why memory did not take the chunk: NO_SHARE or NO_ROOM."""
 
     @property
     def settled(self) -> bool:

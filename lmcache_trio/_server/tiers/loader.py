@@ -11,6 +11,7 @@ import trio
 
 from lmcache_trio._core.index.index import SERVER, Hold, Index, Reservation
 from lmcache_trio._core.keys import ChunkKey
+from lmcache_trio._core.misses import InTiers
 from lmcache_trio._core.tiers.loads import Loads, LoadState, TierLoad, Wisher
 from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.tasks import Starter
@@ -114,11 +115,13 @@ class TierLoader:
         coming = sum(loads.bytes_landed + loads.bytes_in_flight for loads in self._every)
         if coming > self._index.room_to_offer:  # beyond lease_share no lookup could offer it
             self.no_room += 1
+            load.refused = InTiers.NO_SHARE
             return None
         now = trio.current_time()
         reservation = self._index.reserve_load(load.key.namespace, load.parent, load.key.digest, now)
         if reservation is None:
             self.no_room += 1
+            load.refused = InTiers.NO_ROOM
         else:
             self._clock.not_later_than(now + self._timeout)
         return reservation
