@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import pytest
 
-from lmcache_trio import cli
+from lmcache_trio.cli.demo import demo as demo_command
 from lmcache_trio.demo import command as demo
 from lmcache_trio.demo.command import DemoSettings, PromptComparison, Served, verdict
 from lmcache_trio.errors import ConfigError
@@ -145,7 +145,7 @@ def test_the_command_ends_with_status_1_if_an_id_differs_or_nothing_was_reused(
 
     monkeypatch.setattr(demo, "demo", run)
     try:
-        cli.demo(prompts=1)
+        demo_command(prompts=1)
         ended: object = 0
     except SystemExit as exc:
         ended = exc.code
