@@ -11,7 +11,7 @@ its buffer to a thread keeps it until the thread is done (see `lmcache_trio.thre
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar, Protocol
 
@@ -112,6 +112,12 @@ class Tier(ABC):
     """
 
     Config: ClassVar[type[Any]]
+    figures: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "chunks": ("chunks", "Chunks that it holds."),
+        "bytes_used": ("bytes", "Bytes that they take."),
+        "bytes_capacity": ("bytes", "Bytes that its chunks may take."),
+    }
+    """Unit and meaning of each figure that `statistics` tells, for `lmcache-trio status --all`."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

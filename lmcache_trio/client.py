@@ -42,6 +42,8 @@ from lmcache_trio._wire.messages import (
     Finished,
     Hello,
     Identify,
+    Inventory,
+    InventoryReply,
     Lookup,
     LookupStatus,
     Message,
@@ -96,6 +98,13 @@ def _packed(digests: Sequence[bytes]) -> bytes:
     return join_digests(digests)
 
 
+def _object(text: bytes) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ProtocolError("the server's answer is no object")
+    return found
+
+
 @attrs.frozen
 class Storing:
     """A store in progress. Its body fills *slots*, each writable bytes, by the position of its chunk in *digests*.
@@ -140,19 +149,24 @@ class Client(Conversation):
         return (await self.request(Ping(self.new_id()), Pong)).boot
 
     async def statistics(self) -> dict[str, Any]:
-        """The server's figures: a table with the keys `held`, `counted` and `tiers`, as `status --json` prints it.
+        """The server's figures: a table with the keys `server`, `faults`, `held`, `counted` and `tiers`, as
+        `status --json` prints it.
 
         A server of another release may have more keys or fewer.
         """
-        reply = await self.request(Statistics(self.new_id()), StatisticsReply)
-        found = json.loads(reply.json)
-        if not isinstance(found, dict):
-            raise ProtocolError("the server's statistics are no object")
-        return found
+        return _object((await self.request(Statistics(self.new_id()), StatisticsReply)).json)
 
     async def wait_closed(self) -> None:
         """Return when the connection is lost: by notification."""
         await self._connection.wait_closed()
+
+    # --- an observer ------------------------------------------------------------------------------------------------
+
+    async def inventory(self) -> dict[str, Any]:
+        """The server's engines, and what memory holds of each layout: a table with the keys `engines`, `layouts` and
+        `left_out`, as `ls --json` prints it.
+        """
+        return _object((await self.request(Inventory(self.new_id()), InventoryReply)).json)
 
     # --- a scheduler ------------------------------------------------------------------------------------------------
 
@@ -509,6 +523,7 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     chunk_tokens: int = 0,
     groups: Sequence[Group] = (),
     token_bytes: int = 0,
+    model: str = "",
     server_uids: Collection[int] | None = None,
 ) -> AsyncIterator[Client]:
     """Connect to the server at *address*. A worker also gets the arena mapped, in `Client.arena`.
@@ -517,7 +532,7 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     *block_tokens* are those of the engine's blocks, *chunk_tokens* those of its chunks, a multiple of them. With
     neither (0), the engine's chunks have as many as the server's setting says. *groups*: the engine's KV groups, unless
     it is one of which a hit needs all. *token_bytes*: the bytes that one worker keeps per token, from which the server
-    chooses a length; 0: not known. All clients of an engine say the same.
+    chooses a length; 0: not known. All clients of an engine say the same. *model*: the name of a scheduler's model.
     The server must run as this process' uid, as root, or as one of *server_uids*, by default those that the setting
     `client.server_uids` names.
     `Unavailable`: no server listens there, or one of an uid that is not trusted, or this process may not connect.
@@ -526,6 +541,6 @@ async def open_client(  # noqa: PLR0913  (keywords, each a word of the HELLO)
     """
     who = name or f"pid {os.getpid()}"
     said = (role, engine, shard, shards, identity, block_tokens, chunk_tokens, groups)
-    hello = message_of(Hello, PROTOCOL_VERSION, who, os.urandom(16), *said, token_bytes=token_bytes)
+    hello = message_of(Hello, PROTOCOL_VERSION, who, os.urandom(16), *said, token_bytes=token_bytes, model=model)
     async with connect(address, hello, server_uids) as client:
         yield client

@@ -11,14 +11,19 @@ from typing import Annotated, Any, get_args, get_type_hints
 import attrs
 
 __all__ = [
+    "FIGURES",
     "ChunksHeld",
+    "EngineHeld",
     "Events",
+    "Fault",
     "IndexCounted",
     "IndexHeld",
     "IndexStatistics",
+    "LayoutHeld",
     "MemoryHeld",
     "QueueHeld",
     "ServerCounted",
+    "ServerFacts",
     "ServerHeld",
     "ServerStatistics",
     "TierStatistics",
@@ -66,6 +71,36 @@ class IndexHeld:
     evicted_idle: Annotated[
         float, "seconds", "How long the chunk that was evicted last had not been used, at the least: memory's reach."
     ]
+
+
+@attrs.frozen
+class LayoutHeld:
+    """What memory holds of one layout of a model."""
+
+    namespace: Annotated[str, "name", "Name of all that is cached of it. Its first characters name it, too."]
+    model: Annotated[str, "name", "Name of the model, as the engine that came first said it; may be empty."]
+    engines: Annotated[int, "engines", "Engines that use it now."]
+    chunk_tokens: Annotated[int, "tokens", "Tokens of a chunk."]
+    chunk_bytes: Annotated[int, "bytes", "Bytes of a chunk, with all its KV groups and shards."]
+    chunks: Annotated[int, "chunks", "Chunks that can be read; of several KV groups, those of the group with most."]
+    tokens: Annotated[int, "tokens", "Tokens of these chunks."]
+    bytes: Annotated[int, "bytes", "Bytes of all its chunks, in all groups."]
+    bytes_retained: Annotated[int, "bytes", "Those of them that a lease, a pin or a hold keeps from eviction."]
+
+
+@attrs.frozen
+class EngineHeld:
+    """An engine, and what it needs of the memory."""
+
+    name: Annotated[str, "name", "The engine's id."]
+    model: Annotated[str, "name", "Name of its model, as its scheduler said it; may be empty."]
+    namespace: Annotated[str, "name", "The layout that it uses; empty while it has no cache."]
+    no_cache: Annotated[str, "text", "Why it has no cache; empty if it has one."]
+    workers: Annotated[int, "workers", "Workers that are connected."]
+    sessions: Annotated[int, "requests", "Open requests."]
+    chunk_tokens: Annotated[int, "tokens", "Tokens of a chunk."]
+    chunk_bytes: Annotated[int, "bytes", "Bytes of a chunk; 0 while it has no cache."]
+    tokens_in_memory: Annotated[int, "tokens", "Tokens that the memory can hold if it holds nothing else."]
 
 
 @attrs.frozen
@@ -133,6 +168,8 @@ class ServerHeld:
     lost_writers: Annotated[int, "workers", "Workers that were lost in a store, and whose copies may still run."]
     prefetches: Annotated[int, "lookups", "Lookups that wait for tiers."]
     queued_messages: Annotated[int, "messages", "Messages that wait for clients that do not read."]
+    recent_requested_tokens: Annotated[int, "tokens", "Tokens of all chunks that lookups asked for in the last minute."]
+    recent_hit_tokens: Annotated[int, "tokens", "Those of them that lookups were offered."]
     transfers: TransfersHeld | None
     index: IndexHeld
     memory: MemoryHeld
@@ -184,10 +221,10 @@ class ServerCounted:
 class TierStatistics:
     """One tier. `loads`, `stores`, `failures`, `bugs`, `dropped` and bytes loaded and stored are counted."""
 
-    name: Annotated[str, "", "Name of the tier, as in the log."]
-    state: Annotated[str, "", "`open`, `fenced` (out of use), or `probing` (opening, or about to be used again)."]
-    fenced: Annotated[bool, "", "Whether the tier is out of use."]
-    reason: Annotated[str, "", "Why the tier is fenced, or was last."]
+    name: Annotated[str, "name", "Name of the tier, as in the log."]
+    state: Annotated[str, "word", "`open`, `fenced` (out of use), or `probing` (opening, or about to be used again)."]
+    fenced: Annotated[bool, "yes or no", "Whether the tier is out of use."]
+    reason: Annotated[str, "text", "Why the tier is fenced, or was last."]
     failures: Annotated[int, "calls", "Calls into the tier that failed or were overdue."]
     bugs: Annotated[int, "calls", "Calls into the tier that failed by a bug of it."]
     calls: Annotated[int, "calls", "Calls into the tier that are under way."]
@@ -205,7 +242,34 @@ class TierStatistics:
     bytes_queued: Annotated[int, "bytes", "Bytes that wait to be written, or are being written."]
     dropped: Annotated[int, "chunks", "Chunks that were not written, because the tier was too slow or fenced."]
     deletions_owed: Annotated[int, "namespaces", "Namespaces that were reset, and that the tier has not deleted yet."]
-    backend: Annotated[Mapping[str, int | str], "", "The backend's own figures."]
+    backend: Annotated[Mapping[str, int | str], "of the backend", "The backend's own figures."]
+
+
+@attrs.frozen
+class ServerFacts:
+    """Which server it is."""
+
+    version: Annotated[str, "version", "Release of lmcache-trio."]
+    address: Annotated[str, "address", "Where clients find it."]
+    uptime: Annotated[float, "seconds", "Since its start."]
+
+
+@attrs.frozen
+class Fault:
+    """What keeps engines from being cached now. A server without faults serves as it was set up."""
+
+    reason: Annotated[str, "word", "One of a fixed list; [Watch a server](../howto/operate.md) has it."]
+    detail: Annotated[str, "text", "Which tier or engine, and what to do."]
+
+
+FIGURES: Mapping[str, type[Any]] = {
+    "server": ServerFacts,
+    "faults": Fault,
+    "held": ServerHeld,
+    "counted": ServerCounted,
+    "tiers": TierStatistics,
+}
+"""The parts of what `status --json` prints. `faults` and `tiers` are lists."""
 
 
 @attrs.frozen
@@ -217,7 +281,7 @@ class ServerStatistics:
     tiers: tuple[TierStatistics, ...]
 
     def table(self) -> dict[str, Any]:
-        """As `status --json` prints them."""
+        """By part, as `status --json` prints them."""
         return {"held": table(self.held), "counted": table(self.counted), "tiers": [table(tier) for tier in self.tiers]}
 
 

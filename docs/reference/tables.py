@@ -6,6 +6,7 @@ A page asks for one of these, and the text from there to `<!-- end -->` is repla
 
     <!-- table: settings MODULE:CLASS -->      a list: a line of a page has at most 100 columns, a cell can't be broken
     <!-- table: figures CLASS -->              what a server tells, of `lmcache_trio.statistics`
+    <!-- table: backend MODULE:CLASS -->       what a tier's backend tells
     <!-- table: server_metrics -->             the same, as Prometheus reads it
     <!-- table: flags COMMAND -->              as the parser of the command line has them
     <!-- table: rows -->                       the benchmark's
@@ -37,6 +38,7 @@ HERE = Path(__file__).parent
 PAGES = (
     HERE / "command_line.md",
     HERE / "configuration.md",
+    HERE / "disk-tier.md",
     HERE / "protocol.md",
     HERE / "statistics.md",
     HERE.parent / "howto" / "operate.md",
@@ -64,6 +66,7 @@ def _table(kind: str, *args: str) -> str:
         return "\n".join(_server_metrics())
     rows_of: dict[str, Callable[..., Iterator[list[str]]]] = {
         "figures": _figures,
+        "backend": _backend,
         "chunks": _chunks,
         "metrics": _metrics,
         "messages": _messages,
@@ -96,7 +99,8 @@ def _flags(*command: str) -> Iterator[str]:
 
 def _value(hint: Any) -> str:
     """What stands behind a flag of the type *hint*."""
-    kinds = {bool: "", int: " N", float: " NUMBER", str: " TEXT", Path: " PATH", tuple[str, ...]: " TEXT …"}
+    kinds = {bool: "", int: " N", float: " NUMBER", str: " TEXT", Path: " PATH"}
+    kinds |= {tuple[str, ...]: " TEXT …", tuple[float, ...]: " [NUMBER]"}
     if get_origin(hint) is Literal:
         return f" {'|'.join(get_args(hint))}"
     plain = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
@@ -137,6 +141,13 @@ def _plain(value: Any) -> str:
 def _figures(name: str) -> Iterator[list[str]]:
     yield ["Key", "Unit", "Meaning"]
     for key, (unit, meaning) in statistics.figures_of(getattr(statistics, name)).items():
+        yield [f"`{key}`", unit, meaning]
+
+
+def _backend(where: str) -> Iterator[list[str]]:
+    yield ["Key", "Unit", "Meaning"]
+    module, _, name = where.partition(":")
+    for key, (unit, meaning) in getattr(import_module(module), name).figures.items():
         yield [f"`{key}`", unit, meaning]
 
 

@@ -166,6 +166,8 @@ class Answers:
         self._counts.hit_tokens["tier"] += session.loaded * engine.chunk_tokens
         if session.chunks < len(wanted):
             self._misses.note(engine, wanted, session.chunks, None if prefetch is None else prefetch.search)
+        tokens = engine.chunk_tokens
+        self._counts.last_minute.add(len(wanted) * tokens, session.chunks * tokens, trio.current_time())
 
     async def _run(self, prefetch: "Prefetch", asked: int, wanted: list[bytes], deadline: float) -> None:
         try:

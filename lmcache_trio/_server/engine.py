@@ -27,6 +27,8 @@ class Engine:
     groups: tuple[Group, ...]
     """Its KV groups, of which its first client said what a hit needs."""
     scheduler: Peer | None = None
+    model: str = ""
+    """The name of its model, as its scheduler said it: for people."""
     workers: dict[int, Peer] = attrs.field(factory=dict)
     """By rank; so are the layouts."""
     layouts: dict[int, Register] = attrs.field(factory=dict)
@@ -83,6 +85,13 @@ class Engine:
         if self.groups == (EVERY,):
             return (self.chunk_tokens // layout.block_tokens,)
         return tuple(group.part_blocks(self.chunk_tokens) for group in self.groups)
+
+    @property
+    def lacks(self) -> str:
+        """What must happen before it has a cache, while it has none."""
+        ranks = set(range(self.shards * self.replicas)) - set(self.layouts)
+        missing = sorted({rank // self.replicas for rank in ranks})
+        return f"its shards {missing} are registered" if missing else "the replicas of each shard have one layout"
 
     @property
     def replicas_agree(self) -> bool:

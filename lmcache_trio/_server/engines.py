@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 import trio
 
 from lmcache_trio._core.groups import named_groups
+from lmcache_trio._core.index.generations import Whole
 from lmcache_trio._core.index.index import Index, Reservation
 from lmcache_trio._core.keys import DIGEST_BYTES, chunk_tokens_for, namespace_of, namespaces_of
 from lmcache_trio._server.answers import Answers
@@ -23,6 +24,7 @@ from lmcache_trio._server.transfer.worker import TransferWorker
 from lmcache_trio._wire.messages import MAX_LAYOUTS, Hello, NamespaceKnown, Reserve, Role, StoreBlocks
 from lmcache_trio.config import Config, format_size
 from lmcache_trio.errors import Gone, Misuse
+from lmcache_trio.statistics import EngineHeld
 
 __all__ = ["Engines"]
 
@@ -91,7 +93,7 @@ class Engines:
             hello.engine, Engine(hello.engine, hello.shards, hello.replicas, tokens, groups)
         )
         if hello.role is Role.SCHEDULER:
-            engine.scheduler = peer
+            engine.scheduler, engine.model = peer, hello.model
             self.identify(engine, hello.identity)
         else:
             engine.workers[hello.rank] = peer
@@ -128,7 +130,7 @@ class Engines:
         if namespace:
             self.check_identity(engine, engine.identity)  # so that all groups are attached, or none
             for of_group, lengths, group in zip(namespaces, engine.part_bytes(), engine.groups, strict=True):
-                self._index.attach(of_group, lengths, group, engine.chunk_tokens)
+                self._index.attach(of_group, lengths, group, engine.chunk_tokens, Whole(namespace, engine.model))
             self._see_layout(engine)
         engine.namespace, engine.namespaces = namespace, namespaces
         for of_group in former:
@@ -147,6 +149,24 @@ class Engines:
     def chunk_bytes(self, engine: Engine) -> int:
         """What a chunk of *engine* takes in the arena, over all groups and shards; 0 while a layout is missing."""
         return sum(self._index.chunk_bytes(of_group) for of_group in engine.namespaces)
+
+    def held(self) -> Iterator[EngineHeld]:
+        """Each engine, and what it needs of the memory."""
+        size = self._index.arena.capacity
+        for engine in self:
+            chunk = self.chunk_bytes(engine)
+            no_cache = "a chunk is larger than the memory" if chunk > size else ""
+            yield EngineHeld(
+                name=engine.name,
+                model=engine.model,
+                namespace=engine.namespace.hex(),
+                no_cache=no_cache if engine.namespace else f"not until {engine.lacks}",
+                workers=len(engine.workers),
+                sessions=len(engine.sessions.live),
+                chunk_tokens=engine.chunk_tokens,
+                chunk_bytes=chunk,
+                tokens_in_memory=size // chunk * engine.chunk_tokens if chunk else 0,
+            )
 
     def attached(self, peer: Peer) -> None:
         """The memory of *peer* is open: its layout, which waited for that, counts from now on. `Misuse`: it cannot."""
@@ -175,13 +195,7 @@ class Engines:
         """Log how much can be cached for *engine*, or the reason why nothing can."""
         engine.is_told_of = not engine.namespace
         if not engine.namespace:
-            missing = sorted(
-                {rank // engine.replicas for rank in set(range(engine.shards * engine.replicas)) - set(engine.layouts)}
-            )
-            if missing:
-                log.info("engine %r has no cache until its shards %s are registered", engine.name, missing)
-            else:
-                log.info("engine %r has no cache until the replicas of each shard have one layout", engine.name)
+            log.info("engine %r has no cache until %s", engine.name, engine.lacks)
             return
         tokens, size = engine.chunk_tokens, self._index.arena.capacity
         chunk = self.chunk_bytes(engine)

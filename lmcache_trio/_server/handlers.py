@@ -13,6 +13,7 @@ from lmcache_trio._core.keys import check_chunk_tokens
 from lmcache_trio._server.lookups import HANDLERS as SCHEDULER_HANDLERS
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
+from lmcache_trio._server.report import inventory, report
 from lmcache_trio._server.transfer_requests import HANDLERS as TRANSFER_HANDLERS
 from lmcache_trio._wire.codec import OFFSETS, POSITIONS
 from lmcache_trio._wire.messages import (
@@ -23,6 +24,8 @@ from lmcache_trio._wire.messages import (
     CopiesEnded,
     Done,
     Finished,
+    Inventory,
+    InventoryReply,
     Message,
     Ping,
     Pinned,
@@ -46,7 +49,11 @@ def _ping(parts: Parts, peer: Peer, message: Ping) -> Message:
 
 
 def _statistics(parts: Parts, peer: Peer, message: Statistics) -> Message:
-    return StatisticsReply(message.id, json.dumps(parts.statistics().table()).encode())
+    return StatisticsReply(message.id, json.dumps(report(parts)).encode())
+
+
+def _inventory(parts: Parts, peer: Peer, message: Inventory) -> Message:
+    return InventoryReply(message.id, json.dumps(inventory(parts)).encode())
 
 
 # --- a worker's -------------------------------------------------------------------------------------------------------
@@ -155,6 +162,7 @@ def _copies_ended(parts: Parts, peer: Peer, message: CopiesEnded) -> Message:
 HANDLERS: dict[type[Message], Callable[[Parts, Peer, Any], Message | None]] = {
     Ping: _ping,
     Statistics: _statistics,
+    Inventory: _inventory,
     Register: _register,
     Retrieve: _retrieve,
     Done: _done,

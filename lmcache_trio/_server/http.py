@@ -26,6 +26,7 @@ import trio
 from lmcache_trio._server.metrics import ServerMetrics
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.readiness import find_faults
+from lmcache_trio._server.report import inventory, report
 from lmcache_trio._transport.socket_files import is_listening, withdraw
 from lmcache_trio.config import Http
 from lmcache_trio.config.addresses import UnixAddress, WebAddress, parse_web_address
@@ -169,8 +170,8 @@ class BoundedStream(trio.abc.HalfCloseableStream):
         self.socket.close()
 
 
-async def serve_http(parts: Parts, listening: Listening, version: str) -> None:
-    """Answer at *listening* until cancelled. It stays the caller's to close. *version* is lmcache-trio's."""
+async def serve_http(parts: Parts, listening: Listening) -> None:
+    """Answer at *listening* until cancelled. It stays the caller's to close."""
     from hypercorn.config import Config as Settings
     from hypercorn.trio.tcp_server import TCPServer
     from hypercorn.trio.worker_context import WorkerContext
@@ -181,7 +182,7 @@ async def serve_http(parts: Parts, listening: Listening, version: str) -> None:
     settings.errorlog, settings.accesslog = log, None
     settings.include_server_header = False
     settings.keep_alive_timeout = settings.ssl_handshake_timeout = PATIENCE
-    app = wrap_app(partial(_answer, Pages(parts, listening.keys, version)), settings.wsgi_max_body_size, "asgi")
+    app = wrap_app(partial(_answer, Pages(parts, listening.keys)), settings.wsgi_max_body_size, "asgi")
     context = WorkerContext(None)
     open_streams: set[BoundedStream] = set()
 
@@ -225,17 +226,17 @@ class Response:
 class Pages:
     """The pages, by path. Each is made at once, from *parts*."""
 
-    def __init__(self, parts: Parts, keys: tuple[bytes, ...], version: str) -> None:
+    def __init__(self, parts: Parts, keys: tuple[bytes, ...]) -> None:
         self._parts = parts
         self._keys = keys
-        self._version = version
-        self._metrics = ServerMetrics(parts, version)
+        self._metrics = ServerMetrics(parts)
         self._pages: Mapping[str, Callable[[bytes], Response]] = {
             "/": self._index,
             "/healthz": self._healthz,
             "/readyz": self._readyz,
             "/metrics": self._exposition,
             "/api/status": self._status,
+            "/api/inventory": self._inventory,
         }
 
     def answer(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> Response:
@@ -263,7 +264,7 @@ class Pages:
 
     def _index(self, accept: bytes) -> Response:
         paths = "".join(f"{path}\n" for path in self._pages if path != "/")
-        return Response(200, f"lmcache-trio {self._version} at {self._parts.config.address}\n{paths}".encode())
+        return Response(200, f"lmcache-trio {self._parts.version} at {self._parts.config.address}\n{paths}".encode())
 
     def _healthz(self, accept: bytes) -> Response:
         return Response(200, b"alive\n")
@@ -278,7 +279,10 @@ class Pages:
         return Response(200, body, kind)
 
     def _status(self, accept: bytes) -> Response:
-        return Response(200, _json(self._parts.statistics().table()), "application/json")
+        return Response(200, _json(report(self._parts)), "application/json")
+
+    def _inventory(self, accept: bytes) -> Response:
+        return Response(200, _json(inventory(self._parts)), "application/json")
 
 
 def _json(table: object) -> bytes:

@@ -88,11 +88,10 @@ OF_TIERS = [
 class ServerMetrics:
     """The figures of the server of *parts*, in either format that Prometheus asks for."""
 
-    def __init__(self, parts: Parts, version: str) -> None:
+    def __init__(self, parts: Parts) -> None:
         from prometheus_client import CollectorRegistry, ProcessCollector
 
         self._parts = parts
-        self._version = version
         self._began = time.time()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -110,7 +109,7 @@ class ServerMetrics:
         from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
         info = InfoMetricFamily(f"{PREFIX}build", "The version of lmcache-trio.")
-        info.add_metric([], {"version": self._version})
+        info.add_metric([], {"version": self._parts.version})
         yield info
         began = "When the server started, in seconds since 1970."
         yield GaugeMetricFamily(f"{PREFIX}start_time_seconds", began, self._began)

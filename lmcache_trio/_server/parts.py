@@ -49,6 +49,10 @@ class Parts:
 
     config: Config
     boot: bytes
+    version: str
+    """Of lmcache-trio."""
+    began: float
+    """On Trio's clock."""
     memory: Memory
     tasks: Tasks
     counts: Counts
@@ -67,6 +71,7 @@ class Parts:
     def statistics(self) -> ServerStatistics:
         """The figures of all parts. The cost does not depend on how much is held."""
         index, memory = self.index.statistics(), self.memory.statistics()
+        requested, hit = self.counts.last_minute.sums(trio.current_time())
         refused = {"namespaces": index.namespaces_dropped, "unfinished_bytes": self.turns.unfinished.given_up}
         return ServerStatistics(
             held=ServerHeld(
@@ -78,6 +83,8 @@ class Parts:
                 lost_writers=len(self.peers.lost_writers),
                 prefetches=len(self.answers.prefetches),
                 queued_messages=sum(len(peer.outbox) for peer in self.peers),
+                recent_requested_tokens=requested,
+                recent_hit_tokens=hit,
                 transfers=self.transfer.statistics() if self.transfer is not None else None,
                 index=index.held,
                 memory=MemoryHeld(int(memory["bytes_taken"]), int(memory["bytes_size"])),

@@ -42,6 +42,7 @@ from lmcache_trio._server.misses import Misses
 from lmcache_trio._server.parts import Parts, Turns
 from lmcache_trio._server.peers import Peers
 from lmcache_trio._server.plugins import make_device, make_memory
+from lmcache_trio._server.report import report
 from lmcache_trio._server.socket_directory import prepare_directory
 from lmcache_trio._server.tasks import Starter, Tasks
 from lmcache_trio._server.tiers.tiers import Tiers, make_tiers
@@ -90,8 +91,8 @@ class Server:
         return self._parts.config.grace
 
     def statistics(self) -> dict[str, Any]:
-        """`held`, `counted` and `tiers`, as `lmcache-trio status --json` prints them."""
-        return self._parts.statistics().table()
+        """`server`, `faults`, `held`, `counted` and `tiers`, as `lmcache-trio status --json` prints them."""
+        return report(self._parts)
 
     def remove_files(self) -> None:
         """Unlink the files by which other processes find this server. For an end in a hurry. Idempotent."""
@@ -143,6 +144,8 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
                     parts = Parts(
                         config=config,
                         boot=rendezvous.new_boot(),
+                        version=__version__,
+                        began=trio.current_time(),
                         memory=memory,
                         tasks=tasks,
                         counts=counts,
@@ -164,7 +167,7 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
                     async with trio.open_nursery() as connections:
                         start_connection = tasks.starter(connections)
                         if web is not None:
-                            start_connection(http.serve_http, parts, web, __version__, name="http")
+                            start_connection(http.serve_http, parts, web, name="http")
                         await all_tiers.wait_opened()
                         start_connection(_be_found, parts, front, fronts, start_connection, name="rendezvous")
                         yield Server(front.address, parts.boot, parts, "" if web is None else web.address)

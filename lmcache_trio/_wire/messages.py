@@ -43,6 +43,8 @@ __all__ = [
     "Finished",
     "Hello",
     "Identify",
+    "Inventory",
+    "InventoryReply",
     "LetGo",
     "Lookup",
     "LookupStatus",
@@ -163,6 +165,7 @@ class Hello(Message):
     its chunks must have. 0: not said. *groups*: what its layers keep; empty: one group, of which a hit needs all.
     Each shard has *replicas* workers, which hold the same bytes; a worker is the *replica*-th of them, from 0.
     *token_bytes*: what one worker keeps per token, by which the server chooses a length that is not said.
+    *model* is a scheduler's: the name of its model, for people alone.
     """
 
     opcode: ClassVar[int] = 1
@@ -180,6 +183,7 @@ class Hello(Message):
     replica: int = attrs.field(default=0, validator=ge(0))
     replicas: int = attrs.field(default=1, validator=and_(ge(1), le(MAX_SHARDS)))
     token_bytes: int = attrs.field(default=0, validator=ge(0))
+    model: str = attrs.field(default="", validator=_NAME)
 
     @property
     def rank(self) -> int:
@@ -379,6 +383,17 @@ class Identify(Message):
     identity: bytes = attrs.field(validator=_ID)
 
 
+# --- requests of an observer ------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Inventory(Message):
+    """Which engines are there, and what does memory hold of which layout? Answered by InventoryReply."""
+
+    opcode: ClassVar[int] = 33
+    id: RequestId
+
+
 # --- requests of a worker whose KV the server moves itself ------------------------------------------------------------
 
 
@@ -505,7 +520,7 @@ class Pong(Message):
 
 @attrs.frozen
 class StatisticsReply(Message):
-    """*json* is one object with the keys `held`, `counted` and `tiers`."""
+    """*json* is one object with the keys `server`, `faults`, `held`, `counted` and `tiers`."""
 
     opcode: ClassVar[int] = 65
     id: Number
@@ -661,3 +676,12 @@ class Changed(Message):
     left: bytes = attrs.field(validator=_DIGESTS)
     cleared: bool = False
     tier: int = attrs.field(default=0, validator=and_(ge(0), le(MOST_TIERS)))
+
+
+@attrs.frozen
+class InventoryReply(Message):
+    """*json* is one object with the lists `engines` and `layouts`, and in `left_out` how many of each had no room."""
+
+    opcode: ClassVar[int] = 78
+    id: Number
+    json: bytes = attrs.field(validator=max_len(1 << 20))

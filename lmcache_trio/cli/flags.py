@@ -12,9 +12,10 @@ from lmcache_trio.errors import ConfigError
 if TYPE_CHECKING:
     from lmcache_trio.config import Config
 
-__all__ = ["ConfigFile", "Sets", "load_settings"]
+__all__ = ["ConfigFile", "Sets", "Switch", "load_settings"]
 
 Sets = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative=())]
+Switch = Annotated[bool, Parameter(negative=())]
 ConfigFile = Annotated[Path | None, Parameter(name="--config")]
 
 

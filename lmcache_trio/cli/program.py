@@ -1,4 +1,4 @@
-"""The command line: `lmcache-trio serve | status | demo | bench`.
+"""The command line: `lmcache-trio serve | status | ls | ping | demo | bench`.
 
 It reads flags, calls what does the work, and turns what that raises into one line on standard error and an exit status:
 0; 1, it did not work out; 2, the flags or the settings are wrong; 128 + n, ended by signal n. Each command imports
@@ -14,6 +14,8 @@ from cyclopts import App, CycloptsError
 from lmcache_trio.cli.bench import bench
 from lmcache_trio.cli.demo import demo
 from lmcache_trio.cli.ending import NAME, NO_OUTPUT, discard_output, fail
+from lmcache_trio.cli.ls import ls
+from lmcache_trio.cli.ping import ping
 from lmcache_trio.cli.serve import serve
 from lmcache_trio.cli.status import status
 from lmcache_trio.errors import LMCacheTrioError, Misuse
@@ -30,6 +32,8 @@ def _version() -> str:
 app = App(name=NAME, help="A KV-cache server for LLM engines.", version=_version)
 app.command(serve)
 app.command(status)
+app.command(ls)
+app.command(ping)
 app.command(demo)
 app.command(bench)
 

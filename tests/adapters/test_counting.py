@@ -303,5 +303,5 @@ def test_what_is_said_is_as_short_as_it_can_be() -> None:
     assert len(encode(Lookup(1 << 40, 1 << 60, 0, digests, 32))) - len(digests) < 100
     assert len(encode(Reserve(1 << 40, 1 << 60, digests[:32], digests))) - len(digests) < 120
     assert len(encode(Answer(1 << 40, 1 << 60, 1 << 40, AnswerState.ANSWERED, 32, bytes(16), 30_000))) < 120
-    assert len(encode(Hello(PROTOCOL_VERSION, "worker", bytes(16), Role.WORKER, "engine"))) < 170  # once per connection
+    assert len(encode(Hello(PROTOCOL_VERSION, "worker", bytes(16), Role.WORKER, "engine"))) < 180  # once per connection
     assert len(encode(Register(1, bytes(32), 1 << 25, 16))) < 120

@@ -93,14 +93,14 @@ def test_status_as_json_has_what_is_held_what_was_counted_and_each_tier(server: 
     done = status(server.address, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     statistics = json.loads(done.stdout)
-    assert set(statistics) == {"held", "counted", "tiers"}
+    assert set(statistics) == {"server", "faults", "held", "counted", "tiers"}
     assert statistics["held"]["connections"] == 1  # the question's own
     assert statistics["held"]["bytes_size"] == 16 << 20
 
 
-def test_status_as_a_table_names_the_same_things(server: Server) -> None:
+def test_status_with_all_figures_names_the_same_things(server: Server) -> None:
     held = json.loads(status(server.address, "--json").stdout)["held"]
-    done = status(server.address)
+    done = status(server.address, "--all")
     assert (done.returncode, done.stderr) == (0, "")
     for name, value in held.items():
         if not isinstance(value, dict):

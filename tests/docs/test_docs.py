@@ -12,12 +12,13 @@ from typing import Any
 
 import attrs
 import pytest
+from lmcache_trio_backends.disk import DiskTier
 from support.programs import DOCS, load_program
 
 from lmcache_trio import open_server
 from lmcache_trio.adapters.vllm.settings import ConnectorSettings
 from lmcache_trio.config import Access, ClientConfig, Config, Limits
-from lmcache_trio.statistics import ServerCounted, ServerHeld, TierStatistics, figures_of
+from lmcache_trio.statistics import FIGURES, EngineHeld, LayoutHeld, figures_of
 
 PAGES = sorted(DOCS.rglob("*.md"))
 
@@ -56,13 +57,15 @@ async def test_every_figure_that_a_server_tells_has_a_unit_and_a_meaning_in_the_
     async with open_server(config) as server:
         found = server.statistics()
     text = (DOCS / "reference" / "statistics.md").read_text()
-    told_by = {ServerHeld: found["held"], ServerCounted: found["counted"], TierStatistics: found["tiers"][0]}
-    for cls, told in told_by.items():
+    assert set(found) == set(FIGURES)
+    told_by = {FIGURES[part]: found[part] for part in ("server", "held", "counted")}
+    told_by[FIGURES["tiers"]] = found["tiers"][0]
+    assert set(found["tiers"][0]["backend"]) == set(DiskTier.figures)
+    for cls in (*FIGURES.values(), EngineHeld, LayoutHeld):
         assert f"<!-- table: figures {cls.__name__} -->" in text
         figures = figures_of(cls)
-        assert set(told) == set(figures)
-        assert [key for key, (_, meaning) in figures.items() if not meaning] == []
-        assert [key for key, (unit, _) in figures.items() if not unit and type(told[key]) is int] == []
+        assert [key for key, (unit, meaning) in figures.items() if not unit or not meaning] == []
+        assert cls not in told_by or set(told_by[cls]) == set(figures)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))

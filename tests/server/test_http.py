@@ -172,7 +172,7 @@ async def test_ten_thousand_metrics_pages_hold_nothing(rigs: Opener) -> None:
     from lmcache_trio._server.metrics import ServerMetrics
 
     async with rigs(tiers=[LoopTier()]) as rig:
-        metrics = ServerMetrics(rig.server._parts, "1.0")
+        metrics = ServerMetrics(rig.server._parts)
         sizes = []
         for _ in range(3):
             for _ in range(300):

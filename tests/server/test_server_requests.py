@@ -469,7 +469,7 @@ async def test_statistics_over_the_wire_are_one_json_object_of_three_parts(rig: 
 
     observer = await rig.observer()
     found = json.loads((await observer.get(StatisticsReply, Statistics)).json)
-    assert set(found) == {"held", "counted", "tiers"}
+    assert set(found) == {"server", "faults", "held", "counted", "tiers"}
     assert found == json.loads(json.dumps(rig.server.statistics()))
     assert found["held"]["connections"] == 1
     assert found["held"]["tasks"] == 5  # the clock, the device's, the front door, a connection's reader and its writer

@@ -14,9 +14,10 @@ import logging
 import math
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import attrs
 import trio
@@ -48,17 +49,36 @@ DELETE_BATCHES = 40
 GROUP_BYTES = 64 << 20
 """Bytes written before their rows are published: what a cancelled or killed store loses at most."""
 CLOSE_SECONDS = 5.0
-COUNTS = (
-    *("hits", "misses", "stored", "evicted", "disk_full"),
-    *("corrupt", "lost_slabs", "lost_index", "lost_changes"),
-    *("dropped_admission", "dropped_no_space", "dropped_not_ready", "dropped_size", "dropped_writing"),
-)
+COUNTED = {
+    "hits": ("chunks", "Chunks that were asked for and found."),
+    "misses": ("chunks", "Chunks that were asked for and not found."),
+    "stored": ("chunks", "Chunks that were written."),
+    "evicted": ("chunks", "Chunks that were evicted."),
+    "disk_full": ("times", "Times that the disk had no space for more."),
+    "corrupt": ("chunks", "Chunks whose checksum was wrong. They were dropped."),
+    "lost_slabs": ("chunks", "Chunks of slabs that were missing or too short."),
+    "lost_index": ("times", "Times that the index was missing or damaged, and was begun anew."),
+    "lost_changes": ("changes", "Changes of the index that were missing at a start."),
+    "dropped_admission": ("chunks", "Chunks that were not taken, because `admission` asks for a second store."),
+    "dropped_no_space": ("chunks", "Chunks without room: each chunk that could be evicted is being read or written."),
+    "dropped_not_ready": ("chunks", "Chunks that came while the index was being read."),
+    "dropped_size": ("chunks", "Chunks that are empty, larger than the tier, or of more than 256 shards."),
+    "dropped_writing": ("chunks", "Chunks that another call was writing."),
+}
+COUNTS = tuple(COUNTED)
 
 
 class DiskTier(LocalTier, ObservedTier):
     """Chunks on one disk. Every call but `statistics` is made inside `open()`, and ends there."""
 
     Config = DiskConfig
+    figures: ClassVar[Mapping[str, tuple[str, str]]] = {
+        **LocalTier.figures,
+        "bytes_index_planned": ("bytes", "Bytes of the index that its records take."),
+        "bytes_taken": ("bytes", "Bytes of the slabs that were made."),
+        "ready": ("state", "1 once the index has been read, 0 before."),
+        **COUNTED,
+    }
 
     def __init__(self, config: DiskConfig) -> None:
         super().__init__(config)

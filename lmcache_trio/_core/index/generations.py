@@ -15,9 +15,9 @@ import attrs
 from lmcache_trio._core.groups import EVERY, Group, Need
 from lmcache_trio._core.index.spread import spread
 from lmcache_trio.errors import Misuse
-from lmcache_trio.statistics import ChunksHeld
+from lmcache_trio.statistics import ChunksHeld, LayoutHeld
 
-__all__ = ["DOOMED", "READY", "WRITING", "Generations", "Layout", "Namespace", "State"]
+__all__ = ["ALONE", "DOOMED", "READY", "WRITING", "Generations", "Layout", "Namespace", "State", "Whole"]
 
 _TABLE_OF = spread(256, 48)
 _TABLES = _TABLE_OF[-1] + 1
@@ -40,6 +40,18 @@ _STATES = {"ready": READY, "writing": WRITING, "quarantined": DOOMED, "stale": R
 
 
 @attrs.frozen
+class Whole:
+    """What a namespace is a part of: the layout of an engine, with all KV groups, by its *name*; and its *model*."""
+
+    name: bytes = b""
+    model: str = ""
+
+
+ALONE = Whole()
+"""Of a namespace that stands for itself."""
+
+
+@attrs.frozen
 class Layout:
     """What all generations of a namespace have alike. Its chunks are the parts of *group* in an engine's chunks.
 
@@ -51,6 +63,7 @@ class Layout:
     extent: int
     group: Group = EVERY
     chunk_tokens: int = 0
+    whole: Whole = ALONE
 
 
 class Namespace:
@@ -102,7 +115,13 @@ class Generations:
         """What `find_together` found since `present` changed."""
 
     def attach(
-        self, name: bytes, shard_bytes: Sequence[int], rounded: Callable[[int], int], group: Group, chunk_tokens: int
+        self,
+        name: bytes,
+        shard_bytes: Sequence[int],
+        rounded: Callable[[int], int],
+        group: Group,
+        chunk_tokens: int,
+        whole: Whole,
     ) -> None:
         """One engine more uses *name*; each shard's slot has a *rounded* length. Misuse: another engine's lengths."""
         self.check_lengths(name, shard_bytes)
@@ -116,7 +135,7 @@ class Generations:
         for length in lengths:
             starts.append(extent)
             extent += rounded(length)
-        layout = Layout(lengths, tuple(starts), extent, group, chunk_tokens)
+        layout = Layout(lengths, tuple(starts), extent, group, chunk_tokens, whole)
         self._enter(Namespace(self._number(), name, layout), users=1)
 
     def check_lengths(self, name: bytes, shard_bytes: Sequence[int]) -> None:
@@ -176,6 +195,13 @@ class Generations:
         del self.numbered[namespace.number]
         self._spare.append(namespace.number)
 
+    def layouts(self) -> list[LayoutHeld]:
+        """What is held of each layout."""
+        parts: dict[bytes, list[Namespace]] = {}
+        for namespace in self.present.values():
+            parts.setdefault(namespace.layout.whole.name or namespace.name, []).append(namespace)
+        return [_held(name, groups) for name, groups in parts.items()]
+
     def held(self) -> ChunksHeld:
         """Chunks, slots and bytes by state, and the bytes that readers retain."""
         held = {f"{what}_{state}": 0 for state in _STATES for what in ("chunks", "slots", "bytes")}
@@ -200,3 +226,19 @@ class Generations:
         self.present[namespace.name] = namespace
         self.together.clear()
         self.numbered[namespace.number] = namespace
+
+
+def _held(name: bytes, groups: Sequence[Namespace]) -> LayoutHeld:
+    """What is held of the layout *name*, whose parts are those of *groups*."""
+    chunks, layout = max(namespace.counts[READY] for namespace in groups), groups[0].layout
+    return LayoutHeld(
+        namespace=name.hex(),
+        model=layout.whole.model,
+        engines=groups[0].users,
+        chunk_tokens=layout.chunk_tokens,
+        chunk_bytes=sum(namespace.extent for namespace in groups),
+        chunks=chunks,
+        tokens=chunks * layout.chunk_tokens,
+        bytes=sum(sum(namespace.counts) * namespace.extent for namespace in groups),
+        bytes_retained=sum(namespace.retained * namespace.extent for namespace in groups),
+    )

@@ -31,12 +31,12 @@ from lmcache_trio._core.departures import Cause
 from lmcache_trio._core.groups import EVERY, Group
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.chunks import Chunks, Writing
-from lmcache_trio._core.index.generations import READY, WRITING, Namespace
+from lmcache_trio._core.index.generations import ALONE, READY, WRITING, Namespace, Whole
 from lmcache_trio._core.index.grants import SERVER, Hold, HoldNumber, Lease, Pin, Reservation, SessionKey, Slot
 from lmcache_trio._core.keys import DIGEST_BYTES, ChunkKey
 from lmcache_trio._core.misses import InMemory, known_run
 from lmcache_trio.errors import Gone, Misuse
-from lmcache_trio.statistics import IndexCounted, IndexHeld, IndexStatistics
+from lmcache_trio.statistics import IndexCounted, IndexHeld, IndexStatistics, LayoutHeld
 
 __all__ = ["SERVER", "Hold", "Index", "Lease", "Pin", "Reservation", "SessionKey", "Slot"]
 
@@ -149,13 +149,21 @@ class Index:
 
     # --- namespaces -------------------------------------------------------------------------------------------------
 
-    def attach(self, namespace: bytes, shard_bytes: Sequence[int], group: Group = EVERY, chunk_tokens: int = 0) -> None:
-        """An engine uses *namespace*, with the bytes of each shard's slot; Misuse if they differ from another's.
+    def attach(
+        self,
+        namespace: bytes,
+        shard_bytes: Sequence[int],
+        group: Group = EVERY,
+        chunk_tokens: int = 0,
+        whole: Whole = ALONE,
+    ) -> None:
+        """An engine uses *namespace*, a part of *whole*, with the bytes of each shard's slot. Misuse if they differ
+        from another's.
 
         Its chunks are the parts of *group* in the engine's chunks of *chunk_tokens*. If a hit does not need EVERY
         part, the parts are not *chained*: each may be stored, and stay, without the one before it.
         """
-        self._chunks.generations.attach(namespace, shard_bytes, self.arena.rounded, group, chunk_tokens)
+        self._chunks.generations.attach(namespace, shard_bytes, self.arena.rounded, group, chunk_tokens, whole)
 
     def check_lengths(self, namespace: bytes, shard_bytes: Sequence[int]) -> None:
         """Misuse, exactly if `attach` would refuse the same."""
@@ -175,6 +183,10 @@ class Index:
             self._stop_writing(oldest)
             if generations.present.get(oldest.name) is oldest:  # its last rows were not being written
                 generations.retire(oldest)
+
+    def layouts(self) -> list[LayoutHeld]:
+        """What is held of each layout, of those that an engine uses and of those that hold chunks."""
+        return self._chunks.generations.layouts()
 
     def shard_bytes(self, namespace: bytes) -> Sequence[int]:
         """The bytes of each shard's slot, as attached; empty for a namespace that is not attached."""

@@ -68,7 +68,8 @@ class SchedulerAdapter:
     between questions for its status. *server_uids*: uids whose server it trusts, beside its own and root. These three
     are taken from `load_client_config` if not given. *lease_timeout*: no answer is offered for longer.
     *weights_version*: as `set_weights_version` says, from the start. *watch*: `take_changes` tells what comes into the
-    server's memory and to its tiers, and what leaves them.
+    server's memory and to its tiers, and what leaves them. *model*: the model's name, for people: `lmcache-trio ls`
+    prints it.
     `Misuse` names a setting that is wrong, or that the server refuses.
 
     A subclass may use what is public.
@@ -93,6 +94,7 @@ class SchedulerAdapter:
         weights_version: str | None = None,
         server_uids: Collection[int] | None = None,
         watch: bool = False,
+        model: str = "",
     ) -> None:
         if lookup_timeout is None or poll_interval is None:
             configured = load_client_config()
@@ -113,9 +115,9 @@ class SchedulerAdapter:
         if weights_version is not None:
             named = _version(weights_version)
             self._prompts.rename(named, named)
-        name, token, model = f"scheduler {os.getpid()}", os.urandom(16), self._prompts.model
-        said = (0, shards, model, block_tokens, chunk_tokens or 0, checked_groups(groups, block_tokens))
-        more = {"replicas": replicas, "token_bytes": token_bytes}
+        name, token = f"scheduler {os.getpid()}", os.urandom(16)
+        said = (0, shards, self._prompts.model, block_tokens, chunk_tokens or 0, checked_groups(groups, block_tokens))
+        more = {"replicas": replicas, "token_bytes": token_bytes, "model": model}
         hello = message_of(Hello, PROTOCOL_VERSION, name, token, Role.SCHEDULER, engine_id, *said, **more)
         self._named = bool(hello.groups)
         """Does the engine name its groups?"""

@@ -155,6 +155,7 @@ class LMCacheTrioConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mis
             poll_interval=self._settings.poll_interval,
             server_uids=self._settings.server_uids,
             watch=are_on(vllm_config),
+            model=vllm_config.model_config.model[-512:],  # a name on the wire has no more
         )
         if are_on(vllm_config):
             self._kv_events = KVEvents(self._scheduler_adapter, self._groups, self._kv_cache_config)
