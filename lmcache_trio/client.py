@@ -34,6 +34,8 @@ from lmcache_trio._wire.messages import (
     Answer,
     AnswerState,
     ArenaGrown,
+    Clear,
+    Cleared,
     Commit,
     Committed,
     CopiesEnded,
@@ -44,6 +46,7 @@ from lmcache_trio._wire.messages import (
     Identify,
     Inventory,
     InventoryReply,
+    LogLevel,
     Lookup,
     LookupStatus,
     Message,
@@ -167,6 +170,19 @@ class Client(Conversation):
         `left_out`, as `ls --json` prints it.
         """
         return _object((await self.request(Inventory(self.new_id()), InventoryReply)).json)
+
+    async def clear(self, *, namespace: str = "", model: str = "") -> Cleared:
+        """Evict the chunks that nobody uses, and delete them from all tiers: of the layouts whose name in hexadecimal
+        begins with *namespace*, and whose model is *model*; empty: any.
+
+        `Misuse`: this process runs neither as the server's user nor as root. `Unavailable`: a tier could not delete
+        them yet; it will before it is used again.
+        """
+        return await self.request(message_of(Clear, self.new_id(), namespace, model), Cleared)
+
+    async def set_log_level(self, level: str) -> None:
+        """The server logs from *level* on: debug, info, warning or error. `Misuse` as of `clear`."""
+        await self.request(message_of(LogLevel, self.new_id(), level), Ack)
 
     # --- a scheduler ------------------------------------------------------------------------------------------------
 

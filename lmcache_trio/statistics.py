@@ -110,6 +110,7 @@ class IndexCounted:
     stored_chunks: Annotated[int, "chunks", "Chunks that engines stored, with all their shards."]
     loaded_chunks: Annotated[int, "chunks", "Chunks that were loaded from tiers into memory."]
     reset_chunks: Annotated[int, "chunks", "Chunks that resets dropped."]
+    cleared_chunks: Annotated[int, "chunks", "Chunks that `lmcache-trio clear` dropped from memory."]
     leases_expired: Annotated[int, "leases", "Leases that `lease_timeout` ended."]
     reservations_expired: Annotated[int, "stores", "Stores that `reservation_timeout` aborted."]
     aborted_chunks: Annotated[int, "chunks", "Chunks that were begun, and given up before all shards were committed."]

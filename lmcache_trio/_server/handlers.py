@@ -11,6 +11,7 @@ from typing import Any
 from lmcache_trio._core.groups import EVERY, check_groups
 from lmcache_trio._core.keys import check_chunk_tokens
 from lmcache_trio._server.lookups import HANDLERS as SCHEDULER_HANDLERS
+from lmcache_trio._server.operator_requests import HANDLERS as OPERATOR_HANDLERS
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.report import inventory, report
@@ -172,5 +173,6 @@ HANDLERS: dict[type[Message], Callable[[Parts, Peer, Any], Message | None]] = {
     CopiesEnded: _copies_ended,
     **SCHEDULER_HANDLERS,
     **TRANSFER_HANDLERS,
+    **OPERATOR_HANDLERS,
 }
 """One handler for each message of `protocol.FROM_CLIENT`, and for no other."""

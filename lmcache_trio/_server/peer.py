@@ -29,6 +29,7 @@ class Peer:
     hello: Hello
     peer_pid: int | None
     pidfd: int | None  # owned; None: the client's process cannot be watched, so it gets no arena
+    is_owner: bool  # a process of the server's uid, or of root: it may steer the server
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     transport: Connection | None = None  # None until the client has taken up its address
     copies: set[bytes] = attrs.field(factory=set)  # reservations whose copy has not ended, to the server's knowledge
@@ -39,6 +40,7 @@ class Peer:
     most_unread: int = 1
     deaf: bool = False  # its connection is ended because it did not read
     resets: int = 0  # resets that have no reply yet
+    is_clearing: bool = False  # its Clear has no reply yet
     limits_met: set[str] = attrs.field(factory=set)
     lost: bool = False
     start: Starter = _not_connected  # starts a task that ends with the connection

@@ -65,9 +65,10 @@ class Peers:
         moving = self._transfer is not None and self._transfer.busy
         return not moving and not any(peer.copies or peer.pins for peer in self)
 
-    def admit(self, hello: Hello, peer_pid: int | None, pidfd: int | None) -> Peer:
+    def admit(self, hello: Hello, peer_pid: int | None, pidfd: int | None, *, is_owner: bool) -> Peer:
         """A peer for the client that said *hello*, which `rendezvous` has checked. The peer owns *pidfd*."""
-        peer = Peer(next(self._numbers), hello, peer_pid, pidfd, most_unread=self._config.limits.pushes)
+        unread = self._config.limits.pushes
+        peer = Peer(next(self._numbers), hello, peer_pid, pidfd, is_owner, most_unread=unread)
         self._peers[peer.number] = peer
         self._engines.join(peer)
         return peer

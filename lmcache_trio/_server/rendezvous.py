@@ -65,7 +65,7 @@ def receive_hello(parts: Parts, introduction: Introduction) -> Peer | Refused:
         return Refused(kind_of(exc), str(exc)[:4000])
     for former in replaced:
         parts.peers.dismiss(former)
-    return parts.peers.admit(hello, peer_pid, pidfd)
+    return parts.peers.admit(hello, peer_pid, pidfd, is_owner=introduction.is_owner)
 
 
 def welcome(parts: Parts, peer: Peer, address: str) -> Welcome:

@@ -137,6 +137,8 @@ class Introduction(ABC):
     peer_pid: int | None
     carries_descriptors: bool
     """Can a message bring descriptors here?"""
+    is_owner: bool
+    """Is it a process of this one's uid, or of root? Not if the kernel does not tell."""
     refusal: str = ""
     """Why this process may not connect, if so: then nothing in its hello is to be believed."""
 

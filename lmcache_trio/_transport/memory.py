@@ -163,6 +163,7 @@ def _world() -> _World:
 
 class _Introduction(Introduction):
     carries_descriptors = True
+    is_owner = True
 
     def __init__(self, hello: bytes) -> None:
         self.hello = hello

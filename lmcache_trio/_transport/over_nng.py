@@ -290,6 +290,7 @@ class _PairListener(PairListener):
 
 class _Introduction(Introduction):
     carries_descriptors = False
+    is_owner = False
     peer_pid = None
 
     def __init__(self, rendezvous: "_Rendezvous", hello: bytes) -> None:

@@ -78,6 +78,7 @@ class _Introduction(Introduction):
     def __init__(self, link: UnixLink, hello: bytes, access: Access) -> None:
         self.hello = hello
         self.peer_pid = link.peer_pid
+        self.is_owner = link.peer_uid in (0, os.geteuid())
         self._link: UnixLink | None = link
         if not _admitted(link, access):
             self.refusal = (

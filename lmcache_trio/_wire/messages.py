@@ -33,6 +33,8 @@ __all__ = [
     "ArenaGrown",
     "Attach",
     "Changed",
+    "Clear",
+    "Cleared",
     "Commit",
     "Committed",
     "CopiesEnded",
@@ -46,6 +48,7 @@ __all__ = [
     "Inventory",
     "InventoryReply",
     "LetGo",
+    "LogLevel",
     "Lookup",
     "LookupStatus",
     "Message",
@@ -394,6 +397,32 @@ class Inventory(Message):
     id: RequestId
 
 
+@attrs.frozen
+class Clear(Message):
+    """Evict the chunks that nobody uses, and delete them from all tiers; answered by Cleared.
+
+    Of which layouts: those whose name in hexadecimal begins with *namespace*, and whose model is *model*. Empty: any.
+    It is a misuse by a client whose uid is neither the server's nor root's.
+    """
+
+    opcode: ClassVar[int] = 34
+    id: RequestId
+    namespace: str = attrs.field(default="", validator=max_len(64))
+    model: str = attrs.field(default="", validator=_NAME)
+
+
+@attrs.frozen
+class LogLevel(Message):
+    """The server's log has this *level* from now on: debug, info, warning or error. Answered by Ack.
+
+    It is a misuse by a client whose uid is neither the server's nor root's.
+    """
+
+    opcode: ClassVar[int] = 35
+    id: RequestId
+    level: str = attrs.field(validator=max_len(16))
+
+
 # --- requests of a worker whose KV the server moves itself ------------------------------------------------------------
 
 
@@ -685,3 +714,15 @@ class InventoryReply(Message):
     opcode: ClassVar[int] = 78
     id: Number
     json: bytes = attrs.field(validator=max_len(1 << 20))
+
+
+@attrs.frozen
+class Cleared(Message):
+    """*chunks* of *layouts* are gone from memory, and the tiers have deleted those layouts. *used* chunks stayed."""
+
+    opcode: ClassVar[int] = 79
+    id: Number
+    layouts: int = attrs.field(validator=ge(0))
+    chunks: int = attrs.field(validator=ge(0))
+    bytes: int = attrs.field(validator=ge(0))
+    used: int = attrs.field(validator=ge(0))

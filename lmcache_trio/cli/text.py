@@ -56,7 +56,8 @@ def percent(part: float, whole: float) -> str:
 
 def duration(seconds: float) -> str:
     """`3 d 4 h`, `12 min 5 s`: the two largest units."""
-    left, parts = round(seconds), []
+    left = round(seconds)
+    parts: list[str] = []
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
         number, left = divmod(left, size)
         if number or parts:

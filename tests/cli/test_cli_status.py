@@ -1,4 +1,4 @@
-"""`status`, `ls` and `ping` of a real server: what a user reads, in a terminal and in a pipe."""
+"""Commands that ask a running server: what a user reads, in a terminal and in a pipe."""
 
 import json
 import os
@@ -201,6 +201,36 @@ def test_ping_says_that_it_is_alive_and_how_long_the_answers_took(address: str, 
     )
     done = run("ping", "--address", f"unix://{tmp_path}/nobody.sock")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+async def test_clear_asks_first_and_drops_what_is_named(address: str) -> None:
+    said: dict[str, Any] = {"role": Role.SCHEDULER, "engine": "cleared", "identity": b"cleared", "model": "to/clear"}
+    async with (
+        open_client(address, **said) as scheduler,
+        open_client(address, role=Role.WORKER, engine="cleared") as worker,
+    ):
+        await worker.register(b"f" * 32, CHUNK, 16)
+        await store(scheduler, worker, chain_of("cleared", 10))
+        asked = await trio.to_thread.run_sync(run, "clear", "--model", "to/clear", "--address", address)
+        assert (asked.returncode, "--yes" in asked.stderr) == (2, True)
+        assert "to/clear  1,280 tokens, 640 KiB in memory" in asked.stdout
+        named = ("clear", "--model", "to/clear", "--yes", "--address", address)
+        done = await trio.to_thread.run_sync(run, *named)
+    assert (done.returncode, done.stdout) == (0, "cleared 10 chunks (640 KiB) of 1 layout\n"), done.stderr
+
+
+def test_clear_wants_to_know_what_and_loglevel_which_level(address: str) -> None:
+    for arguments, words in (
+        (["clear"], "--all"),
+        (["clear", "--all", "--model", "m"], "--all"),
+        (["loglevel", "x"], "x"),
+    ):
+        done = run(*arguments, "--address", address)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert words in done.stderr
+    done = run("clear", "--namespace", "none", "--address", address)
+    assert (done.returncode, "lmcache-trio ls" in done.stderr) == (1, True)
+    assert run("loglevel", "warning", "--address", address).stdout == "the log's level is warning\n"
 
 
 def test_the_last_minute_forgets_what_is_older() -> None:

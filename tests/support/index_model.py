@@ -131,6 +131,14 @@ class IndexModel(RuleBasedStateMachine):
                 other.parent = None
         self.settle(chunk)
 
+    def cleared(self, chunk: Chunk) -> None:
+        del self.seen[chunk.key]
+        chunk.state = "evicted"
+        self.alive.discard(chunk)
+        for other in self.alive:
+            if other.parent is chunk:
+                other.parent = None
+
     def leave(self, chunk: Chunk, user: object) -> None:
         chunk.users.discard(user)
         self.settle(chunk)

@@ -477,6 +477,27 @@ class Chunks:
             self.generations.outdated.popleft()
             self.generations.leave(namespace)
 
+    def clear(self, namespace: Namespace, at_once: int) -> Iterator[int]:
+        """Drop each chunk of *namespace* that is READY and has no reader: yields how many went of each *at_once*."""
+        for names in list(namespace.tables):
+            digests = list(names)
+            for start in range(0, len(digests), at_once):
+                gone = 0
+                for digest in digests[start : start + at_once]:
+                    row = names.get(digest, 0)
+                    if not row or self.state[row] != READY or self._refs[row]:
+                        continue
+                    self._take_out((row,))
+                    del names[digest]
+                    self._unhang(row)
+                    if self.changes.watched:
+                        self.changes.note(namespace.name, digest, is_there=False)
+                    self._drop(row, namespace)
+                    gone += 1
+                yield gone
+                if namespace.replaced:
+                    return
+
     def _drop(self, row: int, namespace: Namespace) -> None:
         """Give back a READY or stale chunk that has no reader and is out of the tree and the order."""
         namespace.counts[READY] -= 1

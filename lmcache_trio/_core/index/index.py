@@ -21,7 +21,7 @@ changed nothing, except a late commit, which raises `Gone` and ends its copy.
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from math import inf
 
@@ -42,6 +42,8 @@ __all__ = ["SERVER", "Hold", "Index", "Lease", "Pin", "Reservation", "SessionKey
 
 EXPIRED_AT_ONCE = 4096
 """Chunks, about, whose leases are ended in one go when their time is up together. That takes about 1 ms."""
+CLEARED_AT_ONCE = 256
+"""Chunks that `clear` looks at in one go. That takes about 1 ms."""
 
 _REASONS = ("present", "writing", "no_space", "orphan", "too_large", "share")
 """Why a chunk gets no slot; the numbered cases of `Index.reserve` say when."""
@@ -591,6 +593,33 @@ class Index:
         """Chunks that came into memory ever."""
         return self._counted["stored_chunks"] + self._counted["loaded_chunks"]
 
+    def find_layouts(self, namespace: str, model: str) -> dict[bytes, list[bytes]]:
+        """The namespaces of the layouts whose name in hexadecimal begins with *namespace*, and whose model is *model*.
+
+        Empty: any.
+        """
+        found: dict[bytes, list[bytes]] = {}
+        for known in self._chunks.generations.present.values():
+            whole = known.layout.whole.name or known.name
+            if whole.hex().startswith(namespace) and model in ("", known.layout.whole.model):
+                found.setdefault(whole, []).append(known.name)
+        return found
+
+    def clear(self, namespace: bytes) -> Iterator[int]:
+        """Drop each chunk of *namespace* that nobody uses. Yields how many went, after each `CLEARED_AT_ONCE` that it
+        has looked at: other work may go on between.
+        """
+        known = self._chunks.generations.present.get(namespace)
+        if known is not None:
+            for dropped in self._chunks.clear(known, CLEARED_AT_ONCE):
+                self._counted["cleared_chunks"] += dropped
+                yield dropped
+
+    def chunks_of(self, namespace: bytes) -> int:
+        """Chunks of *namespace* that are in memory, or are being written."""
+        known = self._chunks.generations.present.get(namespace)
+        return 0 if known is None else sum(known.counts)
+
     def sweep(self, limit: int) -> bool:
         """Give back up to *limit* chunks that a `reset` dropped. True: there are more, so call again.
 
@@ -683,6 +712,7 @@ class Index:
                 stored_chunks=counted["stored_chunks"],
                 loaded_chunks=counted["loaded_chunks"],
                 reset_chunks=counted["reset_chunks"],
+                cleared_chunks=counted["cleared_chunks"],
                 leases_expired=counted["leases_expired"],
                 reservations_expired=counted["reservations_expired"],
                 aborted_chunks=self._chunks.aborted,

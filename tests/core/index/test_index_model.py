@@ -345,6 +345,14 @@ class IndexMachine(IndexModel):
         for pin in self.pins.values():
             pin["stale"] = pin["stale"] or pin["namespace"] == namespace
 
+    @rule(namespace=namespace)
+    def clear(self, namespace: bytes) -> None:
+        ready = [chunk for key, chunk in self.seen.items() if key.namespace == namespace and chunk.state == "ready"]
+        idle = [chunk for chunk in ready if not chunk.users]
+        assert sum(self.index.clear(namespace)) == len(idle)
+        for chunk in idle:
+            self.cleared(chunk)
+
     @rule(limit=st.sampled_from([1, 10, 70, 1000]))
     def sweep(self, limit: int) -> None:
         more = self.index.sweep(limit)
