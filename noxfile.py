@@ -56,7 +56,7 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests on the installed wheel; warnings are errors and a hang is a failure."""
     _install_wheel(session, *_group("test"), *_group("manifests"))
-    elsewhere = ("--ignore=tests/e2e", "--ignore=tests/crash", "--ignore=tests/soak")
+    elsewhere = [f"--ignore=tests/{name}" for name in ("e2e", "crash", "soak", "operate")]
     _pytest(session, *SIDE_BY_SIDE, *elsewhere, *session.posargs)
 
 
@@ -72,7 +72,7 @@ def minimums(session: nox.Session) -> None:
     oldest.write_text("".join(f"{line}\n" for line in _oldest()))
     _install_wheel(session, "-c", str(oldest), *_group("test"))
     session.run("python", "-m", "pip", "freeze")
-    left_out = ("e2e", "crash", "soak", "docs", "containers", "bench", "faults", "backends/cuda")
+    left_out = ("e2e", "crash", "soak", "operate", "docs", "containers", "bench", "faults", "backends/cuda")
     damage = ("damage", "flushes", "index_room", "lost", "many", "sweep")
     ignored = [f"--ignore=tests/{name}" for name in left_out]
     ignored += [f"--ignore=tests/backends/disk/test_{name}.py" for name in damage]
@@ -143,6 +143,17 @@ def crash(session: nox.Session) -> None:
 
 
 @nox.session
+def operate(session: nox.Session) -> None:
+    """What operators look at, with what they look at it: the page, in Debian's Chromium.
+
+    `-- --shots docs/images` makes the documentation's pictures of it.
+    """
+    _install_wheel(session, *_group("test"), *_group("operate"))
+    _need_program(session, "chromium")
+    _pytest(session, "tests/operate", *session.posargs)
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """Engines and servers under all that happens to them, ten minutes long: `-- --seconds N --seed N --out FOLDER`.
 
@@ -175,6 +186,19 @@ def gpu(session: nox.Session) -> None:
 
 def _group(name: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(PROJECT, name)
+
+
+def _need_program(session: nox.Session, name: str) -> None:
+    """Debian's package *name*, which holds the program *name*: CI installs it where it is missing."""
+    if shutil.which(name):
+        return
+    if not os.environ.get("CI"):
+        session.error(f"{name} is not installed: apt-get install {name}")
+    session.run("apt-get", "update", "-qq", external=True, silent=True)
+    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+    session.run(
+        "apt-get", "install", "-qq", "-y", "--no-install-recommends", name, external=True, silent=True, env=quiet
+    )
 
 
 def _python(session: nox.Session) -> str:

@@ -19,7 +19,6 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -189,8 +188,10 @@ def _metrics() -> Iterator[list[str]]:
 def _server_metrics() -> Iterator[str]:
     of_tiers = server_metrics.OF_TIERS
     told = (*server_metrics.HELD, *server_metrics.COUNTED, *of_tiers)
-    for name, found in groupby(told, key=lambda figure: figure.name):
-        figure = next(found)
+    by_name: dict[str, server_metrics.Figure] = {}
+    for figure in told:
+        by_name.setdefault(figure.name, figure)
+    for name, figure in by_name.items():
         labels = (["tier"] if figure in of_tiers else []) + ([figure.label] if figure.label else [])
         by = f" (by {', '.join(f'`{label}`' for label in labels)})" if labels else ""
         yield _item(f"`{name}{'_total' if figure.counted else ''}`{by}", figure.meaning)

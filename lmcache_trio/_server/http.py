@@ -24,6 +24,7 @@ import attrs
 import trio
 
 from lmcache_trio._server.metrics import ServerMetrics
+from lmcache_trio._server.page import LivePage, page_and_policy
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.readiness import find_faults
 from lmcache_trio._server.report import inventory, report
@@ -41,6 +42,9 @@ PATIENCE = 5.0
 """Seconds that a reader has for each of these: a TLS handshake, a request's headers, and taking a response."""
 LEAST_KEY = 16
 """Characters of the shortest key that is accepted."""
+EVENTS = "/events"
+OPEN = ("/healthz", "/")
+"""What is read without a key. The page has no figures: its script asks for a key, and for them."""
 MOST_KEYS = 2
 """Keys at a time: the one in use, and the next one while readers change over."""
 
@@ -182,7 +186,8 @@ async def serve_http(parts: Parts, listening: Listening) -> None:
     settings.errorlog, settings.accesslog = log, None
     settings.include_server_header = False
     settings.keep_alive_timeout = settings.ssl_handshake_timeout = PATIENCE
-    app = wrap_app(partial(_answer, Pages(parts, listening.keys)), settings.wsgi_max_body_size, "asgi")
+    pages = Pages(parts, listening.keys)
+    app = wrap_app(partial(_answer, pages), settings.wsgi_max_body_size, "asgi")
     context = WorkerContext(None)
     open_streams: set[BoundedStream] = set()
 
@@ -206,6 +211,7 @@ async def serve_http(parts: Parts, listening: Listening) -> None:
 
     log.info("HTTP is answered at %s", listening.address)
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(pages.live.run, name="page")
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening.sock))
         nursery.start_soon(trio.serve_listeners, serve_reader, [listener], name="readers")
         try:
@@ -230,18 +236,22 @@ class Pages:
         self._parts = parts
         self._keys = keys
         self._metrics = ServerMetrics(parts)
+        self._page, self._policy = page_and_policy()
+        self.live = LivePage(parts)
         self._pages: Mapping[str, Callable[[bytes], Response]] = {
-            "/": self._index,
+            "/": self._html,
             "/healthz": self._healthz,
             "/readyz": self._readyz,
             "/metrics": self._exposition,
             "/api/status": self._status,
-            "/api/inventory": self._inventory,
+            "/api/inventory": lambda accept: _json(inventory(self._parts)),
+            "/api/history": lambda accept: _json(self.live.history()),
+            EVENTS: lambda accept: Response(200, b"", "text/event-stream"),
         }
 
     def answer(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> Response:
         page = self._pages.get(path)
-        if path != "/healthz" and not self._may_read(headers.get(b"authorization", b"")):
+        if path not in OPEN and not self._may_read(headers.get(b"authorization", b"")):
             self._parts.counts.events["readers_refused"] += 1
             why = b"this server wants a key of its http.key_file, as in `Authorization: Bearer KEY`\n"
             return Response(401, why, more=((b"www-authenticate", b"Bearer"),))
@@ -262,9 +272,8 @@ class Pages:
         fits = [hmac.compare_digest(key.strip(), each) for each in self._keys]
         return not self._keys or (scheme.lower() == b"bearer" and any(fits))
 
-    def _index(self, accept: bytes) -> Response:
-        paths = "".join(f"{path}\n" for path in self._pages if path != "/")
-        return Response(200, f"lmcache-trio {self._parts.version} at {self._parts.config.address}\n{paths}".encode())
+    def _html(self, accept: bytes) -> Response:
+        return Response(200, self._page, "text/html; charset=utf-8", ((b"content-security-policy", self._policy),))
 
     def _healthz(self, accept: bytes) -> Response:
         return Response(200, b"alive\n")
@@ -272,21 +281,18 @@ class Pages:
     def _readyz(self, accept: bytes) -> Response:
         faults = find_faults(self._parts)
         table = {"ready": not faults, "reasons": [attrs.asdict(fault) for fault in faults]}
-        return Response(503 if faults else 200, _json(table), "application/json")
+        return _json(table, 503 if faults else 200)
 
     def _exposition(self, accept: bytes) -> Response:
         body, kind = self._metrics.exposition(accept.decode("latin-1"))
         return Response(200, body, kind)
 
     def _status(self, accept: bytes) -> Response:
-        return Response(200, _json(report(self._parts)), "application/json")
-
-    def _inventory(self, accept: bytes) -> Response:
-        return Response(200, _json(inventory(self._parts)), "application/json")
+        return _json(report(self._parts))
 
 
-def _json(table: object) -> bytes:
-    return json.dumps(table).encode() + b"\n"
+def _json(table: object, status: int = 200) -> Response:
+    return Response(status, json.dumps(table).encode() + b"\n", "application/json")
 
 
 async def _answer(pages: Pages, scope: Any, receive: Any, send: Any) -> None:
@@ -295,8 +301,31 @@ async def _answer(pages: Pages, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "websocket.close", "code": 1008, "reason": "there are no web sockets here"})
         return
     response = pages.answer(scope["method"], scope["path"], dict(scope["headers"]))
-    headers = [(b"content-type", response.kind.encode()), (b"content-length", b"%d" % len(response.body))]
-    headers += [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"), *response.more]
+    streams = response.kind == "text/event-stream" and scope["method"] != "HEAD"
+    headers = [(b"content-type", response.kind.encode()), (b"cache-control", b"no-store")]
+    headers += [(b"x-content-type-options", b"nosniff"), *response.more]
+    if not streams:
+        headers.append((b"content-length", b"%d" % len(response.body)))
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    if streams:
+        await _send_events(pages.live, receive, send)
+        return
     body = b"" if scope["method"] == "HEAD" else response.body
     await send({"type": "http.response.body", "body": body})
+
+
+async def _send_events(live: LivePage, receive: Any, send: Any) -> None:
+    """Send events until the reader is gone."""
+
+    async def wait_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass  # a body, which nobody asked for
+        nursery.cancel_scope.cancel()
+
+    with live.reading():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_gone, name="reader of events")
+            event = live.event()
+            while True:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                event = await live.next_event()

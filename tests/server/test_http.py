@@ -21,6 +21,9 @@ from support.tiers import LoopTier
 
 from lmcache_trio import ConfigError
 from lmcache_trio._server import http as http_module
+from lmcache_trio._server import page as page_module
+from lmcache_trio._server.page import LivePage, page_and_policy
+from lmcache_trio._server.report import report
 from lmcache_trio.config import Http, load_config
 from lmcache_trio.statistics import ServerCounted, ServerHeld, TierStatistics, figures_of
 
@@ -65,11 +68,13 @@ async def test_it_is_off_unless_an_address_is_set(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("path", "status", "words"),
     [
-        ("/", 200, "/metrics"),
+        ("/", 200, "<title>lmcache-trio</title>"),
         ("/healthz", 200, "alive"),
         ("/readyz", 200, '"ready": true'),
         ("/metrics", 200, "lmcache_trio_connections 0.0"),
         ("/api/status", 200, '"held"'),
+        ("/api/history", 200, '"seconds": 10.0'),
+        ("/api/inventory", 200, '"engines": []'),
         ("/nothing", 404, "there is no /nothing; there are /, /healthz"),
         ("/metrics/", 404, "there is no"),
         ("/%2e%2e/etc/passwd", 404, "there is no"),
@@ -247,14 +252,17 @@ async def test_with_a_key_file_a_reader_sends_one_of_its_keys(
 ) -> None:
     headers = {} if given_key is None else {"authorization": given_key}
     async with rigs(http=Http(HERE, key_file=str(key_file))) as rig, reader(rig) as client:
-        for path in ("/", "/readyz", "/metrics", "/api/status"):
+        for path in ("/events", "/readyz", "/metrics", "/api/status", "/api/inventory"):
+            if path == "/events" and status == 200:
+                continue  # it does not end
             found = await client.get(path, headers=headers)
             assert found.status_code == status
             assert KEY not in found.text
         unknown = await client.get("/nothing", headers=headers)
         assert unknown.status_code == (404 if status == 200 else 401)  # which pages there are is told to nobody else
         assert (await client.get("/healthz")).text == "alive\n"  # a probe of the node needs none
-        assert rig.counted()["readers_refused"] == (0 if status == 200 else 5)
+        assert "<title>" in (await client.get("/")).text  # and the page asks for one, since it has no figures itself
+        assert rig.counted()["readers_refused"] == (0 if status == 200 else 6)
 
 
 async def test_over_tls_it_is_read_by_who_trusts_the_certificate(rigs: Opener, tmp_path: Path) -> None:
@@ -367,6 +375,112 @@ def test_without_the_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(http_module, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs hypercorn and prometheus_client: pip install 'lmcache-trio\[http\]'"):
         http_module.listen(Http(HERE), 0o600)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+async def read_events(stream: trio.SocketStream, count: int) -> list[dict[str, Any]]:
+    """Ask for the events, and read the first *count*. Their bytes come in HTTP's chunks, one each."""
+    await stream.send_all(b"GET /events HTTP/1.1\r\nhost: x\r\n\r\n")
+    said, found = b"", list[dict[str, Any]]()
+    with trio.fail_after(60):
+        async for piece in stream:
+            said += piece
+            *whole, said = said.split(b"\n\n")
+            found += [json.loads(event.partition(b"data: ")[2]) for event in whole]
+            if len(found) >= count:
+                break
+    return found[:count]
+
+
+async def test_events_tell_what_changes(rigs: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "TELL", 0.01)
+    async with rigs(http=Http(HERE)) as rig:
+        async with await connect(rig) as stream:
+            (first,) = await read_events(stream, 1)
+        scheduler, worker = await rig.engine()
+        await rig.stored(scheduler, worker, 1, digests(3))
+        assert (await scheduler.lookup(2, digests(3))).chunks == 3
+        async with await connect(rig) as stream:
+            *_, last = await read_events(stream, 3)
+        engines = (await get(rig, "/api/inventory")).json()["engines"]
+        history = (await get(rig, "/api/history")).json()
+    assert (first["held"]["chunks_ready"], last["held"]["chunks_ready"]) == (0, 3)
+    assert first["boot"] == last["boot"] == rig.server.boot.hex()
+    length = engines[0]["chunk_tokens"]
+    assert (last["point"]["requested"], last["point"]["hit"]) == (6 * length, {"memory": 3 * length, "tier": 0})
+    assert history["points"][-1]["hit"] == last["point"]["hit"]
+    assert [(engine["name"], engine["sessions"], engine["no_cache"]) for engine in engines] == [("engine", 1, "")]
+
+
+async def test_nothing_is_made_while_nobody_reads(rigs: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = 0, LivePage.event
+
+    def count(page: LivePage) -> bytes:
+        nonlocal made
+        made += 1
+        return make(page)
+
+    monkeypatch.setattr(page_module, "TELL", 0.001)
+    monkeypatch.setattr(LivePage, "event", count)
+    async with rigs(http=Http(HERE)) as rig:
+        async with await connect(rig) as stream:
+            await read_events(stream, 3)
+        before = -1
+        with trio.fail_after(60):
+            while made != before:  # until the server has seen that the reader left
+                before = made
+                await trio.sleep(0.05)
+        await get(rig, "/healthz")
+        await trio.sleep(0.05)
+    assert made == before >= 3
+
+
+async def test_a_reader_of_events_that_does_not_read_is_cut_off(rigs: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(page_module, "TELL", 0.0001)
+    async with rigs(http=Http(HERE)) as rig, await connect(rig) as stream:
+        await stream.send_all(b"GET /events HTTP/1.1\r\nhost: x\r\n\r\n")
+        await looked_up(rig)
+        with trio.fail_after(60), pytest.raises(trio.BrokenResourceError):
+            while True:  # what it sends is not read any more once it is cut off
+                await stream.send_all(b"x")
+                await trio.sleep(0.01)
+
+
+async def test_a_bug_in_the_figures_costs_the_readers_alone(
+    rigs: Opener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(page_module, "TELL", 0.001)
+    broken = False
+
+    def fail(parts: Any) -> dict[str, Any]:
+        assert not broken, "a bug"
+        return report(parts)
+
+    monkeypatch.setattr("lmcache_trio._server.page.report", fail)
+    async with rigs(http=Http(HERE)) as rig, await connect(rig) as stream:
+        await read_events(stream, 1)
+        broken = True
+        with trio.fail_after(60):
+            while not rig.counted()["handler_bugs"]:
+                await trio.lowlevel.checkpoint()
+        await looked_up(rig)
+        broken = False
+        with trio.fail_after(60):
+            while b"data: " not in await stream.receive_some():
+                pass
+    assert "bug in the figures of the page" in caplog.text
+
+
+def test_the_browser_is_told_to_run_this_script_and_load_nothing() -> None:
+    page, policy = page_and_policy()
+    assert policy.startswith(b"default-src 'none'; connect-src 'self'")
+    assert policy.count(b"'sha256-") == 2
+    assert b"http://" not in page.replace(b"http://127", b"")
+    assert b"https://" not in page
+    assert b'style="' not in page  # which the policy forbids
 
 
 # --- readers that behave badly ----------------------------------------------------------------------------------------
