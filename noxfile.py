@@ -144,12 +144,13 @@ def crash(session: nox.Session) -> None:
 
 @nox.session
 def operate(session: nox.Session) -> None:
-    """What operators look at, with what they look at it: the page, in Debian's Chromium.
+    """What operators look at, with what they look at it: the page in Debian's Chromium, figures in its Prometheus.
 
     `-- --shots docs/images` makes the documentation's pictures of it.
     """
     _install_wheel(session, *_group("test"), *_group("operate"))
     _need_program(session, "chromium")
+    _need_program(session, "prometheus")
     _pytest(session, "tests/operate", *session.posargs)
 
 

@@ -1,4 +1,4 @@
-"""A real server with HTTP, and a real browser. Where there is none, nothing here is collected: `nox -s operate`."""
+"""A real server with HTTP, a real browser, a real Prometheus. Without them nothing is collected: `nox -s operate`."""
 
 import shutil
 from collections.abc import Iterator
@@ -24,6 +24,10 @@ else:
             browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
             yield browser
             browser.close()
+
+
+if shutil.which("prometheus") is None or shutil.which("promtool") is None:
+    collect_ignore += ["test_prometheus.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,7 +5,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,33 +13,14 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
+from support.watched import Watched
 
 from lmcache_trio.testing import sides
-from lmcache_trio.testing.sides import CHUNK, ServerProcess, Side, make_kv
+from lmcache_trio.testing.sides import CHUNK, Side, make_kv
 
 expect.set_options(timeout=60_000)  # ms; what is waited for comes by itself
 KEY = "a key that nobody guesses"
 Show = Callable[..., Page]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-class Watched:
-    """A server with a disk tier and HTTP, which may be killed and started again at the same addresses."""
-
-    def __init__(self, where: Path, *sets: str) -> None:
-        self.tier = where / "tier"
-        self.url = f"http://127.0.0.1:{free_port()}"
-        tier = {"backend": "disk", "path": str(self.tier), "size": "64MiB"}
-        named = [f"tiers.0.{key}={value}" for key, value in tier.items()]
-        self.server = ServerProcess(f"unix://{where}/server.sock", *named, f"http.address={self.url}", *sets)
-        self.server.start()
-        self.server.wait_tier()
 
 
 @pytest.fixture
