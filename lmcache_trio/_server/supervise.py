@@ -44,6 +44,7 @@ from lmcache_trio._server.peers import Peers
 from lmcache_trio._server.plugins import make_device, make_memory
 from lmcache_trio._server.report import report
 from lmcache_trio._server.socket_directory import prepare_directory
+from lmcache_trio._server.systemd import feed_watchdog, tell_systemd
 from lmcache_trio._server.tasks import Starter, Tasks
 from lmcache_trio._server.tiers.tiers import Tiers, make_tiers
 from lmcache_trio._server.transfer.worker import TransferWorker
@@ -328,7 +329,10 @@ async def _serve(config: Config | None, on_ready: Callable[[Server], None] | Non
                     on_ready(server)
                 began = trio.current_time()
                 _log_start(config, server)
+                tell_systemd("READY=1")
+                watch.start_soon(feed_watchdog, name="watchdog")
                 first = await signals.receive()
+                tell_systemd("STOPPING=1")
                 log.info("%s: ending; a second signal ends it at once", first.name)
                 watch.start_soon(_end_in_a_hurry, server, signals, grace, name="second signal")
             watch.cancel_scope.cancel()
