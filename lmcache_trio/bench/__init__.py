@@ -2,7 +2,8 @@
 
 - `settings`, `rows`, `report`: what to measure, what came of it, how it is told. They import no torch.
 - `run`: the processes and the rounds. `machine`: whose CPU time it was.
-- `host`: an engine's process. `site`: one engine at one server. `phases`, `lookups`, `tiers`: what it does, row by row.
+- `host`: an engine's process. `site`: one engine at one server. `phases`, `lookup_phases`, `lookups`, `tiers`: what it
+  does, row by row. `lookup_host`: an engine without KV, where there is no torch.
 - `files`: the disk tier's files, dropped from the page cache and read directly.
 - `grow`, `light`, `watched`, `plots`: the same by prompt length, index size and clients.
 - `parked`: what others notice of lookups that wait for a disk that hangs. `records`: how a server with many starts.

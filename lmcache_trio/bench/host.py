@@ -4,10 +4,9 @@
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
-import attrs
 import numpy as np
 import torch
 
@@ -15,16 +14,7 @@ from lmcache_trio.bench.settings import DEVICE, ROTATION, BenchSettings
 from lmcache_trio.bench.site import Site, private_kv, shared_kv
 from lmcache_trio.errors import Unavailable
 
-__all__ = ["Host", "Timed"]
-
-
-@attrs.frozen
-class Timed:
-    """What is timed. *run* gives seconds an operation; *finish* checks what came of it, and is not timed."""
-
-    run: Callable[[], list[float]]
-    moved: int = 0
-    finish: Callable[[], None] = lambda: None
+__all__ = ["Host"]
 
 
 class Host:

@@ -20,7 +20,7 @@ from lmcache_trio.client import Client, open_client
 from lmcache_trio.errors import LMCacheTrioError, Unavailable
 from lmcache_trio.threads import Handoff
 
-__all__ = ["CHUNK_TOKENS", "DOCUMENT_CHUNKS", "Light", "main"]
+__all__ = ["CHUNK_TOKENS", "DOCUMENT_CHUNKS", "Light", "keep_worker", "main"]
 
 CHUNK_TOKENS = 256
 DOCUMENT_CHUNKS = 512
@@ -43,7 +43,7 @@ class Light:
             lookup_timeout=30.0,
         )
         registered: Handoff[Client] = Handoff()
-        self.scheduler._link.spawn(_keep_worker, address, engine, registered)
+        self.scheduler._link.spawn(keep_worker, address, engine, 16, registered)
         worker = registered.wait(30.0)
         if worker is None or self.scheduler._link.client is None:
             raise Unavailable(f"no server answers at {address}")
@@ -110,10 +110,12 @@ class Light:
         return [hashlib.sha256(seed + i.to_bytes(2, "little")).digest() for i in range(DOCUMENT_CHUNKS)]
 
 
-async def _keep_worker(client: Client | None, address: str, engine: str, registered: Handoff[Client]) -> None:
+async def keep_worker(
+    client: Client | None, address: str, engine: str, block_tokens: int, registered: Handoff[Client]
+) -> None:
     """The engine's worker, for as long as its scheduler's connection."""
     async with open_client(address, role=Role.WORKER, engine=engine) as worker:
-        await worker.register(b"light".ljust(32), 1, 16)
+        await worker.register(b"light".ljust(32), 1, block_tokens)
         registered.set(worker)
         await trio.sleep_forever()
 

@@ -3,7 +3,8 @@
 import os
 import platform
 import time
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import attrs
@@ -80,5 +81,7 @@ def describe() -> str:
         model = platform.machine()
     parts = [f"{len(os.sched_getaffinity(0))} x {model}", f"Linux {platform.release()}"]
     parts += [f"Python {platform.python_version()}"]
-    parts += [f"{name} {version(name)}" for name in ("trio", "pynng", "torch", "numpy")]
+    for name in ("trio", "pynng", "torch", "numpy"):
+        with suppress(PackageNotFoundError):  # torch need not be there
+            parts.append(f"{name} {version(name)}")
     return ", ".join(parts)

@@ -1,13 +1,14 @@
-"""Row by row: what a client prepares, what is timed, and what is checked afterwards. Disk rows are `tiers`'."""
+"""Row by row: what a client prepares, what is timed, and what is checked afterwards. Rows of lookups are
+`lookup_phases`', those of a disk `tiers`'."""
 
 import time
 from collections.abc import Callable
 
 import torch
 
-from lmcache_trio._core.keys import chain_digests
-from lmcache_trio.bench import lookups, tiers
-from lmcache_trio.bench.host import Host, Timed
+from lmcache_trio.bench import tiers
+from lmcache_trio.bench.host import Host
+from lmcache_trio.bench.lookup_phases import LOOKUP_PHASES, Timed
 from lmcache_trio.bench.settings import ROTATION
 from lmcache_trio.bench.site import Site
 from lmcache_trio.errors import Unavailable
@@ -123,57 +124,6 @@ def _retrieve(host: Host, site: Site, n: int) -> Timed:
     return Timed(run, n * host.settings.operation_bytes, finish)
 
 
-# --- lookups ----------------------------------------------------------------------------------------------------------
-
-
-def bare_round_trip(host: Host, n: int) -> Timed:
-    return Timed(lambda: lookups.bare_round_trips(host.site.client, n))
-
-
-def ping(host: Host, n: int) -> Timed:
-    return Timed(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.pings(client, n)))
-
-
-def lookup_hit(host: Host, n: int) -> Timed:
-    digests = hot_digests(host)
-    return Timed(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.lookups(client, digests, n)))
-
-
-def lookup_miss(host: Host, n: int) -> Timed:
-    chunks = host.settings.prompt_chunks
-    prompts = lookups.unknown_prompts(chunks, n)
-    return Timed(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.misses(client, prompts)))
-
-
-def sync_lookup(host: Host, n: int) -> Timed:
-    names = [host.name() for _ in range(n)]
-    return Timed(lambda: lookups.sync_lookups(host.site.scheduler, names, host.hot))
-
-
-def lookup_extend(host: Host, n: int) -> Timed:
-    digests = hot_digests(host)
-    sessions = _opened(host, digests[:-1], n)
-    return Timed(
-        lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.extensions(client, digests, sessions))
-    )
-
-
-def end_session(host: Host, n: int) -> Timed:
-    sessions = _opened(host, hot_digests(host), n)
-    return Timed(lambda: lookups.in_loop(host.site.scheduler, lambda client: lookups.ends(client, sessions)))
-
-
-def hot_digests(host: Host) -> list[bytes]:
-    """Of the hot prompt, as the adapter hashes it."""
-    scheduler = host.site.scheduler
-    return chain_digests(scheduler._prompts.seed, host.hot, scheduler.chunk_tokens)
-
-
-def _opened(host: Host, digests: list[bytes], n: int) -> list[int]:
-    client = host.site.client
-    return host.site.scheduler._link.call(lookups.opened, client, digests, n, timeout=_SECONDS)
-
-
 def _timed(do: Callable[..., object], *args: object) -> float:
     began = time.perf_counter()
     do(*args)
@@ -183,13 +133,7 @@ def _timed(do: Callable[..., object], *args: object) -> float:
 PHASES: dict[str, Callable[[Host, int], Timed]] = {
     "memcpy": memcpy,
     "memcpy_shm": memcpy_shm,
-    "bare_round_trip": bare_round_trip,
-    "ping": ping,
-    "lookup_8k_hit": lookup_hit,
-    "lookup_8k_miss": lookup_miss,
-    "sync_lookup_8k_hit": sync_lookup,
-    "lookup_8k_extend": lookup_extend,
-    "end_session_8k": end_session,
+    **LOOKUP_PHASES,
     "store": store,
     "retrieve": retrieve,
     "store_device": store_device,

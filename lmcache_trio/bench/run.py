@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import trio
 from lmcache_trio.bench.files import why_no_direct
 from lmcache_trio.bench.machine import Meter, cpu_seconds
 from lmcache_trio.bench.rows import HostPart, Round
-from lmcache_trio.bench.settings import COPIES, DISK, BenchSettings
+from lmcache_trio.bench.settings import COPIES, DISK, LOOKUPS, BenchSettings
 from lmcache_trio.client import Client, open_client
 from lmcache_trio.errors import Unavailable
 
@@ -39,6 +40,8 @@ __all__ = [
     "serving",
     "wait_open",
 ]
+
+NO_TORCH = "it copies an engine's KV, which needs torch: pip install 'lmcache-trio[demo]'"
 
 _READY_SECONDS = 60.0
 _PHASE_SECONDS = 300.0
@@ -167,6 +170,9 @@ async def measure(
     """
     wanted = settings.wanted if address is None else tuple(row for row in settings.wanted if row not in DISK)
     left_out = {row: "it needs a server of the benchmark's own" for row in settings.wanted if row not in wanted}
+    if find_spec("torch") is None:
+        left_out |= dict.fromkeys((row for row in wanted if row not in LOOKUPS), NO_TORCH)
+        wanted = tuple(row for row in wanted if row in LOOKUPS)
     if address is not None:
         async with open_client(address, name="lmcache-trio bench"):
             pass  # `Unavailable` at once if nobody is there: an adapter would wait for somebody

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lmcache_trio.bench import files
-from lmcache_trio.bench.host import Host, Timed
+from lmcache_trio.bench.host import Host
+from lmcache_trio.bench.lookup_phases import Timed
 from lmcache_trio.bench.settings import ROTATION
 from lmcache_trio.bench.site import Site
 from lmcache_trio.errors import Unavailable

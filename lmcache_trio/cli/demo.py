@@ -1,8 +1,10 @@
 """`lmcache-trio demo`: the main job, on a small model."""
 
+from importlib.util import find_spec
 from typing import Literal
 
 from lmcache_trio.cli.ending import end_with, interrupt_by_exception
+from lmcache_trio.errors import ConfigError
 
 __all__ = ["demo"]
 
@@ -39,6 +41,8 @@ def demo(  # noqa: PLR0913  (flags)
     deadline
         Seconds after which the demo gives up, with exit status 1; by default never.
     """
+    if find_spec("torch") is None:
+        raise ConfigError("demo", "runs a small model, which needs torch: pip install 'lmcache-trio[demo]'")
     from lmcache_trio.demo import command as job
 
     interrupt_by_exception()

@@ -1,5 +1,6 @@
 """The package as a user gets it: what the wheel holds, what its entry points name, and what importing it costs."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -23,6 +24,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", dist], cwd=ROOT, check=True)
     (path,) = dist.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+def test_a_plain_install_asks_for_no_torch_and_the_demos_does(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    asked = [line for line in wheel.read(name).decode().splitlines() if line.startswith("Requires-Dist: torch")]
+    assert [re.search(r"extra == '(\w+)'", line.replace('"', "'")) is not None for line in asked] == [True]
+    assert "demo" in asked[0]
 
 
 def declared_entry_points() -> dict[str, dict[str, str]]:
