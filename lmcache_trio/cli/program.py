@@ -1,4 +1,4 @@
-"""The command line: `lmcache-trio serve | status | ls | ping | clear | loglevel | demo | bench`.
+"""The command line: `lmcache-trio serve | status | ls | ping | clear | loglevel | doctor | size | demo | bench`.
 
 It reads flags, calls what does the work, and turns what that raises into one line on standard error and an exit status:
 0; 1, it did not work out; 2, the flags or the settings are wrong; 128 + n, ended by signal n. Each command imports
@@ -14,11 +14,13 @@ from cyclopts import App, CycloptsError
 from lmcache_trio.cli.bench import bench
 from lmcache_trio.cli.clear import clear
 from lmcache_trio.cli.demo import demo
+from lmcache_trio.cli.doctor import doctor
 from lmcache_trio.cli.ending import NAME, NO_OUTPUT, discard_output, fail
 from lmcache_trio.cli.loglevel import loglevel
 from lmcache_trio.cli.ls import ls
 from lmcache_trio.cli.ping import ping
 from lmcache_trio.cli.serve import serve
+from lmcache_trio.cli.size import size
 from lmcache_trio.cli.status import status
 from lmcache_trio.errors import LMCacheTrioError, Misuse
 
@@ -38,6 +40,8 @@ app.command(ls)
 app.command(ping)
 app.command(clear)
 app.command(loglevel)
+app.command(doctor)
+app.command(size)
 app.command(demo)
 app.command(bench)
 
