@@ -15,12 +15,12 @@ __all__ = [
     "ChunksHeld",
     "EngineHeld",
     "Events",
-    "Fault",
     "IndexCounted",
     "IndexHeld",
     "IndexStatistics",
     "LayoutHeld",
     "MemoryHeld",
+    "NotReady",
     "QueueHeld",
     "ServerCounted",
     "ServerFacts",
@@ -256,7 +256,7 @@ class ServerFacts:
 
 
 @attrs.frozen
-class Fault:
+class NotReady:
     """What keeps engines from being cached now. A server without faults serves as it was set up."""
 
     reason: Annotated[str, "word", "One of a fixed list; [Watch a server](../howto/operate.md) has it."]
@@ -265,7 +265,7 @@ class Fault:
 
 FIGURES: Mapping[str, type[Any]] = {
     "server": ServerFacts,
-    "faults": Fault,
+    "faults": NotReady,
     "held": ServerHeld,
     "counted": ServerCounted,
     "tiers": TierStatistics,

@@ -7,9 +7,11 @@ answer, and when the lookup is released, replaced or ended, or its connection is
 """
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from math import floor, inf
 
+import attrs
 import trio
 
 from lmcache_trio._core.groups import EVERY, Need
@@ -30,7 +32,7 @@ from lmcache_trio._server.tiers.runner import TierRunner
 from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._wire.messages import Answer, AnswerState, Lookup
 
-__all__ = ["Answers", "answer_of"]
+__all__ = ["Answers", "LastMinute", "answer_of"]
 
 log = logging.getLogger("lmcache_trio.server")
 
@@ -55,6 +57,32 @@ def answer_of(session: Session, reply_to: int) -> Answer:
     return Answer(reply_to, session.number, *said, ttl_ms, status.loaded)
 
 
+PIECE, PIECES = 5.0, 12
+"""Seconds of a piece of the last minute, and how many there are."""
+
+
+@attrs.define(eq=False)
+class LastMinute:
+    """Tokens that lookups asked for and were offered, in pieces of `PIECE` seconds."""
+
+    _pieces: deque[list[int]] = attrs.field(factory=lambda: deque(maxlen=PIECES))
+    """Each with its number, counted from the clock's zero, and both sums."""
+
+    def add(self, requested: int, hit: int, now: float) -> None:
+        number = int(now / PIECE)
+        if not self._pieces or self._pieces[-1][0] != number:
+            self._pieces.append([number, 0, 0])
+        piece = self._pieces[-1]
+        piece[1] += requested
+        piece[2] += hit
+
+    def sums(self, now: float) -> tuple[int, int]:
+        """Requested and hit tokens, of the last 55 to 60 s."""
+        oldest = int(now / PIECE) - PIECES + 1
+        recent = [piece for piece in self._pieces if piece[0] >= oldest]
+        return sum(piece[1] for piece in recent), sum(piece[2] for piece in recent)
+
+
 class Answers:
     """Answers lookups, runs their prefetches, and counts hits and misses. Without tiers no prefetch ever begins.
 
@@ -75,6 +103,7 @@ class Answers:
         self.tiers = tiers
         self.prefetches: dict[Session, Prefetch] = {}
         """The prefetches that run, by the session of their lookup."""
+        self.last_minute = LastMinute()
         self._clock = clock
         self._misses = misses
         self._drain = drain
@@ -167,7 +196,7 @@ class Answers:
         if session.chunks < len(wanted):
             self._misses.note(engine, wanted, session.chunks, None if prefetch is None else prefetch.search)
         tokens = engine.chunk_tokens
-        self._counts.last_minute.add(len(wanted) * tokens, session.chunks * tokens, trio.current_time())
+        self.last_minute.add(len(wanted) * tokens, session.chunks * tokens, trio.current_time())
 
     async def _run(self, prefetch: "Prefetch", asked: int, wanted: list[bytes], deadline: float) -> None:
         try:

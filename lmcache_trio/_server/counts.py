@@ -1,7 +1,7 @@
 """The server's counters beside the index's: events by name, dropped chunks by reason, and limits that were met."""
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 
 import attrs
 
@@ -16,32 +16,6 @@ __all__ = ["Counts"]
 log = logging.getLogger("lmcache_trio.server")
 
 
-PIECE, PIECES = 5.0, 12
-"""Seconds of a piece of the last minute, and how many there are."""
-
-
-@attrs.define(eq=False)
-class LastMinute:
-    """Tokens that lookups asked for and were offered, in pieces of `PIECE` seconds."""
-
-    _pieces: deque[list[int]] = attrs.field(factory=lambda: deque(maxlen=PIECES))
-    """Each with its number, counted from the clock's zero, and both sums."""
-
-    def add(self, requested: int, hit: int, now: float) -> None:
-        number = int(now / PIECE)
-        if not self._pieces or self._pieces[-1][0] != number:
-            self._pieces.append([number, 0, 0])
-        piece = self._pieces[-1]
-        piece[1] += requested
-        piece[2] += hit
-
-    def sums(self, now: float) -> tuple[int, int]:
-        """Requested and hit tokens, of the last 55 to 60 s."""
-        oldest = int(now / PIECE) - PIECES + 1
-        recent = [piece for piece in self._pieces if piece[0] >= oldest]
-        return sum(piece[1] for piece in recent), sum(piece[2] for piece in recent)
-
-
 @attrs.define(eq=False)
 class Counts:
     """Monotonic since the start. The index counts its own events."""
@@ -52,7 +26,6 @@ class Counts:
     """Tokens that lookups were offered, by where their chunks were."""
     missed_tokens: Counter[str] = attrs.field(factory=lambda: Counter({reason.value: 0 for reason in Reason}))
     """Tokens that lookups asked for and were not offered, by reason."""
-    last_minute: LastMinute = attrs.field(factory=LastMinute)
     dropped: Counter[str] = attrs.field(factory=Counter)
     """Chunks of stores that got no slots, by the server's reason."""
     limits: Counter[str] = attrs.field(factory=lambda: Counter({f.name: 0 for f in attrs.fields(Limits)}))

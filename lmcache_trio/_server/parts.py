@@ -71,7 +71,7 @@ class Parts:
     def statistics(self) -> ServerStatistics:
         """The figures of all parts. The cost does not depend on how much is held."""
         index, memory = self.index.statistics(), self.memory.statistics()
-        requested, hit = self.counts.last_minute.sums(trio.current_time())
+        requested, hit = self.answers.last_minute.sums(trio.current_time())
         refused = {"namespaces": index.namespaces_dropped, "unfinished_bytes": self.turns.unfinished.given_up}
         return ServerStatistics(
             held=ServerHeld(

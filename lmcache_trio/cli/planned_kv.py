@@ -13,7 +13,7 @@ import attrs
 from lmcache_trio._core.groups import Group, Need
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["Layers", "ModelKV", "read_model"]
+__all__ = ["Layers", "PlannedKV", "read_model"]
 
 DENSE = frozenset(
     f"{name}ForCausalLM"
@@ -39,7 +39,7 @@ class Layers:
 
 
 @attrs.frozen
-class ModelKV:
+class PlannedKV:
     """The KV of a model. *layer_bytes* are those that one rank keeps per token in one layer."""
 
     architecture: str
@@ -63,7 +63,7 @@ class ModelKV:
         ]
 
 
-def read_model(where: Path, *, ranks: int, dtype: str, block_tokens: int) -> ModelKV:
+def read_model(where: Path, *, ranks: int, dtype: str, block_tokens: int) -> PlannedKV:
     """The KV of the model in the folder *where*, or of the file `config.json`, split over *ranks*.
 
     `ConfigError`: it cannot be read, or its architecture is not known here.
@@ -90,19 +90,19 @@ def read_model(where: Path, *, ranks: int, dtype: str, block_tokens: int) -> Mod
         raise ConfigError("MODEL", f"{path} does not say what {architecture} keeps: {exc} is missing or wrong") from exc
 
 
-def _kv_of(architecture: str, config: Mapping[str, Any], ranks: int, dtype: str, block_tokens: int) -> ModelKV:
+def _kv_of(architecture: str, config: Mapping[str, Any], ranks: int, dtype: str, block_tokens: int) -> PlannedKV:
     named = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16") if dtype == "auto" else dtype
     width, count = _DTYPES[named], int(config["num_hidden_layers"])
     if architecture in LATENT:
         latent = int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
         blocks = Group(Need.EVERY, 0, block_tokens or 64)
-        return ModelKV(architecture, (Layers(count, blocks),), latent * width, 1, f"{latent} latent values, {named}")
+        return PlannedKV(architecture, (Layers(count, blocks),), latent * width, 1, f"{latent} latent values, {named}")
     heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
     size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     of_rank = max(1, heads // ranks)
     words = f"{heads} KV heads of {size}, {named}"
     layers = _layers(architecture, config, block_tokens or 16)
-    return ModelKV(architecture, layers, 2 * of_rank * size * width, min(ranks, heads), words)
+    return PlannedKV(architecture, layers, 2 * of_rank * size * width, min(ranks, heads), words)
 
 
 def _layers(architecture: str, config: Mapping[str, Any], block_tokens: int) -> tuple[Layers, ...]:

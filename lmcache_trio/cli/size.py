@@ -7,7 +7,7 @@ from typing import Literal
 from lmcache_trio._core.groups import Need
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.keys import chunk_tokens_for
-from lmcache_trio.cli.model_kv import ModelKV, read_model
+from lmcache_trio.cli.planned_kv import PlannedKV, read_model
 from lmcache_trio.cli.text import count, rows
 from lmcache_trio.config import format_size, parse_size
 from lmcache_trio.errors import ConfigError
@@ -59,7 +59,7 @@ def size(
     print(rows(_told(kv, room, chunk_tokens or chunk_tokens_for("auto", blocks, kv.token_bytes))), end="")
 
 
-def _told(kv: ModelKV, room: int, tokens: int) -> Iterator[tuple[str, str]]:
+def _told(kv: PlannedKV, room: int, tokens: int) -> Iterator[tuple[str, str]]:
     rounded = Arena().rounded
     chunk = sum(kv.shards * rounded(part) for part in kv.part_bytes(tokens))
     held = room // chunk * tokens
@@ -74,7 +74,7 @@ def _told(kv: ModelKV, room: int, tokens: int) -> Iterator[tuple[str, str]]:
     yield "A tier", f"needs {format_size(MILLION / tokens * chunk)} for a million tokens"
 
 
-def _layers(kv: ModelKV) -> Iterator[str]:
+def _layers(kv: PlannedKV) -> Iterator[str]:
     for layers in kv.layers:
         need, tokens = layers.group.need, layers.group.tokens
         what = {Need.WINDOW: f" with a window of {tokens:,}", Need.LOCAL: f" in chunks of {tokens:,}"}.get(need, "")

@@ -34,7 +34,7 @@ Watch = Annotated[tuple[float, ...] | None, Parameter(consume_multiple=True, neg
 
 
 @attrs.frozen
-class Look:
+class Glance:
     """What a server said at one time: its `statistics`, and its `inventory`."""
 
     figures: Table
@@ -83,7 +83,7 @@ def status(  # noqa: PLR0913  (flags)
     if check:
         end_with(_check(where, timeout))
     elif period is None:
-        print(_told(trio.run(ask, where, timeout, _look), all, json), end="")
+        print(_told(trio.run(ask, where, timeout, _glance), all, json), end="")
     else:
         trio.run(_watch, where, timeout, period, all, json)
 
@@ -95,15 +95,15 @@ def _period(watch: tuple[float, ...]) -> float:
     return period
 
 
-async def _look(client: "Client") -> Look:
-    return Look(await client.statistics(), await client.inventory())
+async def _glance(client: "Client") -> Glance:
+    return Glance(await client.statistics(), await client.inventory())
 
 
 def _check(address: str, timeout: float) -> int:
     import trio
 
     try:
-        faults = trio.run(ask, address, timeout, _look).figures["faults"]
+        faults = trio.run(ask, address, timeout, _glance).figures["faults"]
     except Unavailable as exc:
         return fail(str(exc), 2)
     print("; ".join(map(_fault, faults)) or "ready")
@@ -117,7 +117,7 @@ async def _watch(address: str, seconds: float, period: float, every: bool, json:
     due = trio.current_time()
     while True:
         try:
-            told = _told(await ask(address, seconds, _look), every, json)
+            told = _told(await ask(address, seconds, _glance), every, json)
         except Unavailable as exc:
             told = f"{exc}\n"
         print(f"{NEW_SCREEN if sys.stdout.isatty() else ''}{told}", flush=True)
@@ -125,27 +125,27 @@ async def _watch(address: str, seconds: float, period: float, every: bool, json:
         await trio.sleep_until(due)
 
 
-def _told(look: Look, every: bool, json: bool) -> str:
+def _told(glance: Glance, every: bool, json: bool) -> str:
     if json:
         from json import dumps
 
-        return dumps(look.figures, indent=2) + "\n"
-    return rows(_figures(look.figures)) if every else _overview(look)
+        return dumps(glance.figures, indent=2) + "\n"
+    return rows(_figures(glance.figures)) if every else _overview(glance)
 
 
 # --- the overview -----------------------------------------------------------------------------------------------------
 
 
-def _overview(look: Look) -> str:
-    server, held = look.figures["server"], look.figures["held"]
+def _overview(glance: Glance) -> str:
+    server, held = glance.figures["server"], glance.figures["held"]
     first = f"lmcache-trio {server['version']} at {server['address']}, up {duration(server['uptime'])}"
     table = [
-        ("Memory", _memory(held, look.listed)),
+        ("Memory", _memory(held, glance.listed)),
         ("Hits", f"{_hits(held['recent_requested_tokens'], held['recent_hit_tokens'])} in the last minute"),
-        ("", f"{_all_hits(look.figures['counted'])} since the start"),
-        *_labelled("Engines", _engines(held, look.listed)),
-        *_labelled("Tiers", [_tier(tier) for tier in look.figures["tiers"]]),
-        *_labelled("Faults", [_fault(fault) for fault in look.figures["faults"]]),
+        ("", f"{_all_hits(glance.figures['counted'])} since the start"),
+        *_labelled("Engines", _engines(held, glance.listed)),
+        *_labelled("Tiers", [_tier(tier) for tier in glance.figures["tiers"]]),
+        *_labelled("Faults", [_fault(fault) for fault in glance.figures["faults"]]),
     ]
     return rows([("", first)])[2:] + rows(table)
 

@@ -16,7 +16,7 @@ import trio
 from support.live import chain_of
 
 from lmcache_trio import Role, open_client
-from lmcache_trio._server.counts import PIECE, PIECES, LastMinute
+from lmcache_trio._server.answers import PIECE, PIECES, LastMinute
 from lmcache_trio.cli.status import UNKNOWN
 from lmcache_trio.client import Client
 from lmcache_trio.statistics import FIGURES, EngineHeld, LayoutHeld, figures_of
