@@ -41,6 +41,8 @@ from lmcache_trio._wire.messages import (
     CopiesEnded,
     Done,
     Ended,
+    Explain,
+    Explained,
     Finished,
     Hello,
     Identify,
@@ -159,6 +161,16 @@ class Client(Conversation):
         """
         return _object((await self.request(Statistics(self.new_id()), StatisticsReply)).json)
 
+    async def explain(self, request: str = "") -> list[dict[str, Any]]:
+        """The latest lookups of *request* that missed, the latest first, as `explain --json` prints them; empty: of any
+        request. For an observer.
+        """
+        reply = await self.request(message_of(Explain, self.new_id(), request), Explained)
+        found = json.loads(reply.json)
+        if not isinstance(found, dict) or not isinstance(found.get("requests"), list):
+            raise ProtocolError("the server's answer has no list of requests")
+        return list(found["requests"])
+
     async def wait_closed(self) -> None:
         """Return when the connection is lost: by notification."""
         await self._connection.wait_closed()
@@ -194,11 +206,12 @@ class Client(Conversation):
         start: int = 0,
         upto: int | None = None,
         budget: float | None = None,
+        request: str = "",
     ) -> Answer:
         """How many of the session's first *upto* chunks (default: all) may be read under a lease, definitively.
 
         *digests* are those from *start* on. Tiers may take *budget* seconds, but not longer than the server's own
-        setting allows. A cancelled lookup is released.
+        setting allows. *request*: the engine's name of a new session, for people. A cancelled lookup is released.
         """
         asked = self.new_id()
         known = trio.Event()
@@ -215,7 +228,7 @@ class Client(Conversation):
         budget_ms = -1 if budget is None else round(budget * 1000)
         packed = _packed(digests)
         end = start + len(digests) if upto is None else upto
-        ask = message_of(Lookup, asked, session, start, packed, end, budget_ms)
+        ask = message_of(Lookup, asked, session, start, packed, end, budget_ms, request)
         self._answers[asked] = answered
         try:
             answer = await self.request(ask, Answer)

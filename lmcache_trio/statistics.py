@@ -196,6 +196,8 @@ class Events:
     attaches_refused: Annotated[int, "requests", "Requests to open a worker's KV that the device refused."]
     layouts_too_large: Annotated[int, "layouts", "Layouts whose chunk is longer than the memory."]
     readers_turned_away: Annotated[int, "readers", "Readers by HTTP that came when `http.connections` were there."]
+    records_written: Annotated[int, "lookups", "Lookups whose record was written to `records.path`."]
+    records_dropped: Annotated[int, "lookups", "Lookups whose record was not written: the disk is slow or full."]
     readers_refused: Annotated[int, "requests", "Requests by HTTP without a key, where one is wanted."]
 
 

@@ -25,8 +25,9 @@ from lmcache_trio._server.clock import Clock
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
 from lmcache_trio._server.engine import Engine
-from lmcache_trio._server.misses import Misses, Search
+from lmcache_trio._server.misses import Search
 from lmcache_trio._server.peer import Peer
+from lmcache_trio._server.requests import Requests
 from lmcache_trio._server.tiers.contains import Question
 from lmcache_trio._server.tiers.runner import TierRunner
 from lmcache_trio._server.tiers.tiers import Tiers
@@ -94,7 +95,7 @@ class Answers:
         index: Index,
         clock: Clock,
         tiers: Tiers,
-        misses: Misses,
+        requests: Requests,
         drain: Drain,
         counts: Counts,
         budget: float,
@@ -105,7 +106,7 @@ class Answers:
         """The prefetches that run, by the session of their lookup."""
         self.last_minute = LastMinute()
         self._clock = clock
-        self._misses = misses
+        self._requests = requests
         self._drain = drain
         self._counts = counts
         self._events = counts.events
@@ -193,8 +194,8 @@ class Answers:
         self._counts.requested_tokens += len(wanted) * engine.chunk_tokens
         self._counts.hit_tokens["memory"] += (session.chunks - session.loaded) * engine.chunk_tokens
         self._counts.hit_tokens["tier"] += session.loaded * engine.chunk_tokens
-        if session.chunks < len(wanted):
-            self._misses.note(engine, wanted, session.chunks, None if prefetch is None else prefetch.search)
+        if session.chunks < len(wanted) or self._requests.are_all_noted:
+            self._requests.note(engine, session, wanted, None if prefetch is None else prefetch.search)
         tokens = engine.chunk_tokens
         self.last_minute.add(len(wanted) * tokens, session.chunks * tokens, trio.current_time())
 
@@ -221,7 +222,7 @@ class Prefetch:
         self.session = session
         self.namespaces = engine.namespaces
         self.closed = False
-        self.search = Search()
+        self.search = Search(trio.current_time())
         self._index = answers.index
         self._runners = answers.tiers.runners
         self._scope = trio.CancelScope()

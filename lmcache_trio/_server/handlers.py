@@ -24,6 +24,8 @@ from lmcache_trio._wire.messages import (
     Committed,
     CopiesEnded,
     Done,
+    Explain,
+    Explained,
     Finished,
     Inventory,
     InventoryReply,
@@ -55,6 +57,10 @@ def _statistics(parts: Parts, peer: Peer, message: Statistics) -> Message:
 
 def _inventory(parts: Parts, peer: Peer, message: Inventory) -> Message:
     return InventoryReply(message.id, json.dumps(inventory(parts)).encode())
+
+
+def _explain(parts: Parts, peer: Peer, message: Explain) -> Message:
+    return Explained(message.id, json.dumps({"requests": parts.requests.find(message.name)}).encode())
 
 
 # --- a worker's -------------------------------------------------------------------------------------------------------
@@ -164,6 +170,7 @@ HANDLERS: dict[type[Message], Callable[[Parts, Peer, Any], Message | None]] = {
     Ping: _ping,
     Statistics: _statistics,
     Inventory: _inventory,
+    Explain: _explain,
     Register: _register,
     Retrieve: _retrieve,
     Done: _done,

@@ -247,6 +247,7 @@ class Pages:
             "/api/inventory": lambda accept: _json(inventory(self._parts)),
             "/api/history": lambda accept: _json(self.live.history()),
             EVENTS: lambda accept: Response(200, b"", "text/event-stream"),
+            "/api/requests": lambda accept: _json({"requests": self._parts.requests.find("")}),
         }
 
     def answer(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> Response:

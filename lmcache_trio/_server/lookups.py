@@ -45,7 +45,7 @@ def _lookup(parts: Parts, peer: Peer, message: Lookup) -> Message:
     if session is None:
         if len(engine.sessions.live) >= limits.sessions:
             raise parts.counts.over_limit(peer, "sessions", f"{limits.sessions} open sessions and asks for one more")
-        session = Session(message.session)
+        session = Session(message.session, message.name)
     more = message.start + len(message.digests) // DIGEST_BYTES - session.known
     if engine.digests + more > limits.digests and more > 0:
         raise parts.counts.over_limit(peer, "digests", f"sessions of {engine.digests} chunks and sends {more} more")

@@ -16,6 +16,7 @@ from lmcache_trio._server.drain import Drain
 from lmcache_trio._server.engines import Engines
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._server.peers import Peers
+from lmcache_trio._server.requests import Requests
 from lmcache_trio._server.tasks import Tasks
 from lmcache_trio._server.tiers.tiers import Tiers
 from lmcache_trio._server.transfer.worker import TransferWorker
@@ -63,6 +64,7 @@ class Parts:
     clock: Clock
     tiers: Tiers
     answers: Answers
+    requests: Requests
     transfer: TransferWorker | None
     engines: Engines
     peers: Peers

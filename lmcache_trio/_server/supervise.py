@@ -4,6 +4,7 @@
     |- memory        grows the arena, pushes ArenaGrown
     |- exits         one task per process that may still be copying after its connection was lost
     |- clock         sleeps until something in the index falls due; sweeps after a reset
+    |- records       writes the records of lookups, if a file is set
     |- tiers         one task per tier: its questions, its loads (a task each), its writes
     |- transfer      the device transfer worker, and one task per copy, which waits for its end
     `- connections   the rendezvous, HTTP, and one nursery per client: reader, writer, prefetches; dies first
@@ -42,7 +43,9 @@ from lmcache_trio._server.misses import Misses
 from lmcache_trio._server.parts import Parts, Turns
 from lmcache_trio._server.peers import Peers
 from lmcache_trio._server.plugins import make_device, make_memory
+from lmcache_trio._server.records import open_records
 from lmcache_trio._server.report import report
+from lmcache_trio._server.requests import Requests
 from lmcache_trio._server.socket_directory import prepare_directory
 from lmcache_trio._server.systemd import feed_watchdog, tell_systemd
 from lmcache_trio._server.tasks import Starter, Tasks
@@ -122,8 +125,9 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
     index = _make_index(config)
     clock = Clock(index.expire, index.sweep)
     all_tiers = Tiers(tiers, index, memory, clock, config)
-    misses = Misses(index, all_tiers, drain, counts)
-    answers = Answers(index, clock, all_tiers, misses, drain, counts, config.prefetch_budget)
+    records = open_records(config.records, counts)
+    requests = Requests(Misses(index, all_tiers, drain, counts), records)
+    answers = Answers(index, clock, all_tiers, requests, drain, counts, config.prefetch_budget)
     numbers = itertools.count(1)  # the names of peers, readers and writers in the index
     prepare_directory(config.address, config.access)
     path = socket_path(config.address)
@@ -137,6 +141,8 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
             sockets |= {web.path} if web.path else set()
         async with memory.open(), trio.open_nursery() as upkeep:
             start_upkeep = tasks.starter(upkeep)
+            if records is not None:
+                start_upkeep(records.run, name="records")
             async with tasks.branch() as start_tier:
                 all_tiers.open(start_tier, tasks.branch)
                 async with _transfer(device, memory, index, all_tiers, numbers, drain, counts, tasks) as transfer:
@@ -157,6 +163,7 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
                         clock=clock,
                         tiers=all_tiers,
                         answers=answers,
+                        requests=requests,
                         transfer=transfer,
                         engines=engines,
                         peers=peers,
@@ -179,6 +186,9 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
                         connections.cancel_scope.cancel()
                 with _grace_until(end, lambda: f"{format_size(all_tiers.bytes_queued)} were not written to tiers"):
                     await all_tiers.wait_idle()
+            if records is not None:
+                with _grace_until(end, lambda: "records were not written"):
+                    await records.wait_idle()
             upkeep.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         if all_tiers.refusal is not None:

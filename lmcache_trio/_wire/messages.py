@@ -42,6 +42,8 @@ __all__ = [
     "Ended",
     "ErrorKind",
     "ErrorReply",
+    "Explain",
+    "Explained",
     "Finished",
     "Hello",
     "Identify",
@@ -263,7 +265,7 @@ class Lookup(Message):
     The session's known chain is cut to *start* chunks, then extended by *digests*; the first *upto* of it are looked
     up (0 opens the session only). A digest is sent once: asking again sends start = what the server has, no digests.
     A lookup replaces the session's former one and releases its lease. *budget_ms*: how long tiers may take,
-    at most the server's own setting (-1: that).
+    at most the server's own setting (-1: that). *name* is the engine's own for a new session, for people alone.
     """
 
     opcode: ClassVar[int] = 19
@@ -273,6 +275,7 @@ class Lookup(Message):
     digests: bytes = attrs.field(validator=_DIGESTS)
     upto: int = attrs.field(validator=ge(0))
     budget_ms: int = attrs.field(default=-1, validator=ge(-1))
+    name: Annotated[str, msgspec.Meta(max_length=512)] = ""
 
 
 @attrs.frozen
@@ -421,6 +424,15 @@ class LogLevel(Message):
     opcode: ClassVar[int] = 35
     id: RequestId
     level: str = attrs.field(validator=max_len(16))
+
+
+@attrs.frozen
+class Explain(Message):
+    """Why did the lookups of the request *name* miss, and when? Empty: the latest of any. Answered by Explained."""
+
+    opcode: ClassVar[int] = 36
+    id: RequestId
+    name: str = attrs.field(default="", validator=_NAME)
 
 
 # --- requests of a worker whose KV the server moves itself ------------------------------------------------------------
@@ -726,3 +738,12 @@ class Cleared(Message):
     chunks: int = attrs.field(validator=ge(0))
     bytes: int = attrs.field(validator=ge(0))
     used: int = attrs.field(validator=ge(0))
+
+
+@attrs.frozen
+class Explained(Message):
+    """*json* is one object with the list `requests`: the lookups that missed, the latest first."""
+
+    opcode: ClassVar[int] = 80
+    id: Number
+    json: bytes = attrs.field(validator=max_len(1 << 20))

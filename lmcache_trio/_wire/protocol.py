@@ -53,6 +53,7 @@ REPLIES: Mapping[type[Message], type[Message]] = {
     m.Inventory: m.InventoryReply,
     m.Clear: m.Cleared,
     m.LogLevel: m.Ack,
+    m.Explain: m.Explained,
 }
 """Each request, and the one kind of reply that answers it. An ErrorReply answers any request."""
 
@@ -61,7 +62,7 @@ PUSHES = frozenset({m.NamespaceKnown, m.Answer, m.ArenaGrown, m.Changed, m.Error
 
 _ANYONE = frozenset({m.Ping, m.Statistics, m.CopiesEnded})
 FROM_CLIENT: Mapping[Role, frozenset[type[Message]]] = {
-    Role.OBSERVER: _ANYONE | {m.LetGo, m.Inventory, m.Clear, m.LogLevel},
+    Role.OBSERVER: _ANYONE | {m.LetGo, m.Inventory, m.Clear, m.LogLevel, m.Explain},
     Role.SCHEDULER: _ANYONE | {m.Lookup, m.LookupStatus, m.Reset, m.Identify, m.Taken, m.Release, m.Ended, m.Watch},
     Role.WORKER: _ANYONE
     | {m.Register, m.Retrieve, m.Done, m.Reserve, m.Commit, m.Abort}

@@ -1,4 +1,4 @@
-"""The command line: `lmcache-trio serve | status | ls | ping | clear | loglevel | doctor | size | demo | bench`.
+"""The command line. Its commands are `serve`, those that ask or look, and those that measure; each has a file.
 
 It reads flags, calls what does the work, and turns what that raises into one line on standard error and an exit status:
 0; 1, it did not work out; 2, the flags or the settings are wrong; 128 + n, ended by signal n. Each command imports
@@ -16,6 +16,7 @@ from lmcache_trio.cli.clear import clear
 from lmcache_trio.cli.demo import demo
 from lmcache_trio.cli.doctor import doctor
 from lmcache_trio.cli.ending import NAME, NO_OUTPUT, discard_output, fail
+from lmcache_trio.cli.explain import explain
 from lmcache_trio.cli.loglevel import loglevel
 from lmcache_trio.cli.ls import ls
 from lmcache_trio.cli.ping import ping
@@ -37,6 +38,7 @@ app = App(name=NAME, help="A KV-cache server for LLM engines.", version=_version
 app.command(serve)
 app.command(status)
 app.command(ls)
+app.command(explain)
 app.command(ping)
 app.command(clear)
 app.command(loglevel)

@@ -13,6 +13,7 @@ from lmcache_trio.config.server import (
     Config,
     Http,
     Limits,
+    Records,
     describe,
     load_config,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Config",
     "Http",
     "Limits",
+    "Records",
     "Table",
     "check_ids",
     "check_interval",

@@ -28,7 +28,7 @@ from lmcache_trio.config.tables import between, check_chunk_tokens, check_ids, s
 from lmcache_trio.config.values import parse_path
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["PRIVATE", "Access", "Config", "Http", "Limits", "describe", "load_config"]
+__all__ = ["PRIVATE", "Access", "Config", "Http", "Limits", "Records", "describe", "load_config"]
 
 _DAY = 86_400.0
 
@@ -189,6 +189,23 @@ class Http:
 
 
 @attrs.frozen
+class Records:
+    """A file with a JSON line per lookup: what was asked, hit and missed, and why. Off unless `path` is set.
+
+    It has names of engines and requests, and neither tokens nor digests.
+    """
+
+    path: str = setting("", "The file, made with mode 0600; empty: none.", unit="path")
+    size: int = setting(
+        64 << 20,
+        "Bytes of the file after which it is moved to `path`.1, and a new one begun.",
+        check=between(1 << 20, 1 << 40),
+        unit="bytes",
+    )
+    former: int = setting(4, "Former files that are kept, as `path`.1 and so on.", check=between(0, 1000))
+
+
+@attrs.frozen
 class Config:
     """All settings of a server. Each field's `metadata["help"]` is its one line of documentation."""
 
@@ -276,6 +293,9 @@ class Config:
     )
     http: Http = setting(
         attrs.Factory(Http), "Health, metrics and status by HTTP, for operators: a table of its own, `[http]`."
+    )
+    records: Records = setting(
+        attrs.Factory(Records), "A line per lookup in a file, for operators: a table of its own, `[records]`."
     )
 
     def __attrs_post_init__(self) -> None:

@@ -19,7 +19,7 @@ def test_every_setting_has_a_default_and_one_line_of_help() -> None:
     assert {name for name, _, _ in describe()} == {
         *("address", "chunk_tokens", "lease_timeout", "lease_share", "write_share", "grace"),
         *("access", "memory", "tiers", "device", "reservation_timeout"),
-        *("tier_timeout", "prefetch_budget", "prefetch_bytes", "writeback_bytes", "limits", "http"),
+        *("tier_timeout", "prefetch_budget", "prefetch_bytes", "writeback_bytes", "limits", "http", "records"),
     }
 
 

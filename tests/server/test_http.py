@@ -75,6 +75,7 @@ async def test_it_is_off_unless_an_address_is_set(rig: Rig) -> None:
         ("/api/status", 200, '"held"'),
         ("/api/history", 200, '"seconds": 10.0'),
         ("/api/inventory", 200, '"engines": []'),
+        ("/api/requests", 200, '{"requests": []}'),
         ("/nothing", 404, "there is no /nothing; there are /, /healthz"),
         ("/metrics/", 404, "there is no"),
         ("/%2e%2e/etc/passwd", 404, "there is no"),

@@ -46,7 +46,7 @@ PACKED = {
 def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:
     """Values that the field *name* of type *kind* must take, drawn without asking the code under test."""
     if get_origin(kind) is Annotated:
-        return st.integers(least, MAX_NUMBER)
+        return st.text(max_size=512) if get_args(kind)[0] is str else st.integers(least, MAX_NUMBER)
     if name in ("block_tokens", "chunk_tokens"):
         return st.integers(1, 1 << 16)
     bounded = {"shards": 4096, "replicas": 4096, "group": 15, "tier": 16}

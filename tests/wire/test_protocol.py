@@ -33,7 +33,8 @@ T = TypeVar("T")
 # The protocol once more, by hand: each sentence that a client may say, and its reply (None: a notice).
 ANYONE: dict[Kind, Kind | None] = {m.Ping: m.Pong, m.Statistics: m.StatisticsReply, m.CopiesEnded: m.Ack}
 SAID_BY: dict[Role, dict[Kind, Kind | None]] = {
-    Role.OBSERVER: ANYONE | {m.LetGo: m.Ack, m.Inventory: m.InventoryReply, m.Clear: m.Cleared, m.LogLevel: m.Ack},
+    Role.OBSERVER: ANYONE
+    | {m.LetGo: m.Ack, m.Inventory: m.InventoryReply, m.Clear: m.Cleared, m.LogLevel: m.Ack, m.Explain: m.Explained},
     Role.SCHEDULER: ANYONE
     | {
         m.Lookup: m.Answer,

@@ -59,6 +59,8 @@ class Session:
     """One engine request. *number* is the engine's name for it; *lease* is b"" when it has none."""
 
     number: int
+    request: str = ""
+    """The engine's name for it, as it was told; for people alone."""
     chain: bytes = b""
     """Packed: as lists of digests, ten thousand sessions cost a garbage collection 9 ms, and three times the memory."""
     known: int = 0

@@ -31,6 +31,8 @@ from lmcache_trio.threads import Handoff, Lock
 
 __all__ = ["LookupTable", "Request"]
 
+_NAME = 512
+"""Characters of a request's id that a server is told, for people."""
 _BUDGET_SHARE = 0.8
 """The share of the lookup's timeout that tiers may take: a slow disk is to give a smaller hit, and not a timeout."""
 _LEASE_MARGIN = 0.1
@@ -42,9 +44,11 @@ _OPENING = 0.1
 class Request:
     """One engine request: the number of its session, its prompt and its lookup."""
 
-    __slots__ = ("heard", "heard_again", "lookup", "outdated", "prompt", "session", "status_asked", "waiter")
+    __slots__ = ("heard", "heard_again", "lookup", "name", "outdated", "prompt", "session", "status_asked", "waiter")
 
-    def __init__(self, session: int) -> None:
+    def __init__(self, name: str, session: int) -> None:
+        self.name = name[:_NAME].encode(errors="replace").decode()
+        """What a server is told of its id."""
         self.session = session
         self.prompt = Prompt()
         self.lookup = LookupMachine()
@@ -98,7 +102,7 @@ class LookupTable:
         request = self.requests.get(request_id)
         if request is None:
             self._next_session = (self._next_session + 1) % (1 << 62)
-            request = Request(self._next_session)
+            request = Request(request_id, self._next_session)
             with self._lock:
                 self.requests[request_id] = request
                 self._sessions[request.session] = request
@@ -112,6 +116,7 @@ class LookupTable:
         if client is None or request.outdated or request.lookup.known_at(client) is not None:
             return
         opened: Handoff[bool] = Handoff()
+        message = Lookup(client.new_id(), request.session, 0, b"", 0, name=request.name)
 
         def on_reply(reply: Reply) -> None:
             if not isinstance(reply, Answer):
@@ -121,7 +126,7 @@ class LookupTable:
 
         with self._lock:
             try:
-                client.request_nowait(Lookup(client.new_id(), request.session, 0, b"", 0), on_reply)
+                client.request_nowait(message, on_reply)
             except Unavailable:
                 return  # the store will be dropped and counted
             request.lookup.told(client, 0)
@@ -147,7 +152,8 @@ class LookupTable:
         asked, now = client.new_id(), self.clock()
         start = lookup.known_at(client) or 0
         budget_ms = int(self.lookup_timeout * _BUDGET_SHARE * 1000)
-        message = Lookup(asked, request.session, start, join_digests(digests[start:upto]), upto, budget_ms)
+        name = "" if start else request.name
+        message = Lookup(asked, request.session, start, join_digests(digests[start:upto]), upto, budget_ms, name)
         with self._lock:  # for which the reader of the reply waits
             request.heard, request.heard_again = client.heard, now + self.poll_interval
             try:
