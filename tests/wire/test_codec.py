@@ -59,14 +59,14 @@ def values(name: str, kind: Any, least: int) -> st.SearchStrategy[Any]:
         return st.lists(st.integers(1, MAX_NUMBER), max_size=16).map(tuple)
     if name == "layout":
         return st.sampled_from([b"", b"l" * 32])
-    if name in PACKED:
+    if name in PACKED and kind is bytes:
         return st.integers(0, 5).flatmap(lambda n: st.binary(min_size=n * PACKED[name], max_size=n * PACKED[name]))
     if isinstance(kind, type) and issubclass(kind, IntEnum):
         return st.sampled_from(kind)
     simple: dict[Any, st.SearchStrategy[Any]] = {
         bool: st.booleans(),
         int: st.integers(1, 2**63 - 1),
-        str: st.text(max_size=100),
+        str: st.text(max_size={"level": 16, "namespace": 64}.get(name, 100)),
         bytes: st.binary(max_size=32),
         dict[str, int]: st.dictionaries(st.text(max_size=20), st.integers(0, 2**40), max_size=8),
     }
