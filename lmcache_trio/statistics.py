@@ -174,6 +174,16 @@ class ServerHeld:
     transfers: TransfersHeld | None
     index: IndexHeld
     memory: MemoryHeld
+    expected_hit_ratio_memory: Annotated[
+        Mapping[str, float],
+        "share of tokens",
+        "What would hit in memory of 0.5, 1, 2, 4 and 8 times its size. Empty before the first lookup.",
+    ]
+    expected_hit_ratio_tiers: Annotated[
+        Mapping[str, float],
+        "share of tokens",
+        "What would hit with tiers of these multiples of the largest tier's size. Empty without tiers.",
+    ]
 
 
 @attrs.frozen

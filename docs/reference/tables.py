@@ -192,7 +192,8 @@ def _server_metrics() -> Iterator[str]:
     for figure in told:
         by_name.setdefault(figure.name, figure)
     for name, figure in by_name.items():
-        labels = (["tier"] if figure in of_tiers else []) + ([figure.label] if figure.label else [])
+        labels = [*(["tier"] if figure in of_tiers else []), *(["of"] if figure.of else [])]
+        labels += [figure.label] if figure.label else []
         by = f" (by {', '.join(f'`{label}`' for label in labels)})" if labels else ""
         yield _item(f"`{name}{'_total' if figure.counted else ''}`{by}", figure.meaning)
 

@@ -6,6 +6,7 @@ from collections import Counter
 import attrs
 
 from lmcache_trio._core.misses import Reason
+from lmcache_trio._core.sizing import SizeCurve
 from lmcache_trio._server.peer import Peer
 from lmcache_trio.config import Limits
 from lmcache_trio.errors import Misuse
@@ -18,8 +19,10 @@ log = logging.getLogger("lmcache_trio.server")
 
 @attrs.define(eq=False)
 class Counts:
-    """Monotonic since the start. The index counts its own events."""
+    """Monotonic since the start, but for *curve*. The index counts its own events."""
 
+    curve: SizeCurve
+    """What lookups and stores show of the hit ratio by size."""
     events: Counter[str] = attrs.field(factory=lambda: Counter({f.name: 0 for f in attrs.fields(Events)}))
     requested_tokens: int = 0
     hit_tokens: Counter[str] = attrs.field(factory=lambda: Counter(memory=0, tier=0))

@@ -319,6 +319,8 @@ class Engines:
         )
         if made.id:
             self._clock.not_later_than(now + self._config.reservation_timeout)
+            if not message.group:  # its other parts are counted with it
+                self._counts.curve.stored(digests, self.chunk_bytes(engine))
         if "share" in made.dropped and "write_share" not in peer.limits_met:
             peer.limits_met.add("write_share")
             words = (

@@ -55,6 +55,8 @@ class Figure:
     label: str = ""
     value: str = ""
     """Of *label*; empty where the figure itself is a table by that label."""
+    of: str = ""
+    """The value of a label `of` before *label*, if the metric has one."""
 
 
 def figures(cls: type[Any], *, part: str = "", counted: bool | frozenset[str] = False) -> list[Figure]:
@@ -66,6 +68,10 @@ def figures(cls: type[Any], *, part: str = "", counted: bool | frozenset[str] = 
         if state in STATES and thing in _BY_STATE:
             name, words = _BY_STATE[thing]
             found.append(Figure(key, PREFIX + name, words, False, "state", state))
+            continue
+        if thing == "expected_hit_ratio":
+            words = "The share of tokens that would hit with so many times the memory, or the largest tier."
+            found.append(Figure(key, PREFIX + thing, words, False, "factor", of=state))
             continue
         name = _NAMES.get(key, f"{key.removeprefix('bytes_')}_bytes" if key.startswith("bytes_") else key)
         if unit == "bytes" and not name.endswith("_bytes"):
@@ -140,13 +146,14 @@ def _families(
         if family is None:
             kind = CounterMetricFamily if figure.counted else GaugeMetricFamily
             outer = list(told[0][0]) if told else []
-            labels = [*outer, *([figure.label] if figure.label else [])]
+            labels = [*outer, *(["of"] if figure.of else []), *([figure.label] if figure.label else [])]
             family = made[figure.name] = kind(figure.name, figure.meaning, labels=labels)
         for labels_of_it, values in told:
             if figure.key not in values:
                 continue
             value = values[figure.key]
             by = value if figure.label and not figure.value else {figure.value: value}
+            outer = [*labels_of_it.values(), *([figure.of] if figure.of else [])]
             for label, number in by.items():
-                family.add_metric([*labels_of_it.values(), *([label] if figure.label else [])], number)
+                family.add_metric([*outer, *([label] if figure.label else [])], number)
     yield from made.values()

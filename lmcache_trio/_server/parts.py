@@ -74,6 +74,7 @@ class Parts:
         """The figures of all parts. The cost does not depend on how much is held."""
         index, memory = self.index.statistics(), self.memory.statistics()
         requested, hit = self.answers.last_minute.sums(trio.current_time())
+        curve, largest = self.counts.curve, self.tiers.capacity
         refused = {"namespaces": index.namespaces_dropped, "unfinished_bytes": self.turns.unfinished.given_up}
         return ServerStatistics(
             held=ServerHeld(
@@ -90,6 +91,8 @@ class Parts:
                 transfers=self.transfer.statistics() if self.transfer is not None else None,
                 index=index.held,
                 memory=MemoryHeld(int(memory["bytes_taken"]), int(memory["bytes_size"])),
+                expected_hit_ratio_memory=curve.table(self.memory.size),
+                expected_hit_ratio_tiers=curve.table(max(largest, self.memory.size)) if largest else {},
             ),
             counted=ServerCounted(
                 index=index.counted,

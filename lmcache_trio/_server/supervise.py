@@ -32,6 +32,7 @@ import trio
 from lmcache_trio import __version__
 from lmcache_trio._core.index.arena import Arena
 from lmcache_trio._core.index.index import Index
+from lmcache_trio._core.sizing import FACTORS, SizeCurve
 from lmcache_trio._server import http, rendezvous
 from lmcache_trio._server.answers import Answers
 from lmcache_trio._server.clock import Clock
@@ -121,10 +122,11 @@ async def open_server(  # noqa: PLR0915 the order of need, and the whole tree, i
     memory = make_memory(config.memory) if memory is None else memory
     tiers = make_tiers(config) if tiers is None else tiers
     device = make_device(config.device) if device is None else device
-    tasks, counts, drain, turns = Tasks(), Counts(), Drain(), Turns(Unfinished(config.limits.unfinished_bytes))
+    tasks, drain, turns = Tasks(), Drain(), Turns(Unfinished(config.limits.unfinished_bytes))
     index = _make_index(config)
     clock = Clock(index.expire, index.sweep)
     all_tiers = Tiers(tiers, index, memory, clock, config)
+    counts = Counts(SizeCurve(lambda: int(FACTORS[-1] * max(memory.size, all_tiers.capacity))))
     records = open_records(config.records, counts)
     requests = Requests(Misses(index, all_tiers, drain, counts), records)
     answers = Answers(index, clock, all_tiers, requests, drain, counts, config.prefetch_budget)

@@ -143,6 +143,7 @@ def _overview(glance: Glance) -> str:
         ("Memory", _memory(held, glance.listed)),
         ("Hits", f"{_hits(held['recent_requested_tokens'], held['recent_hit_tokens'])} in the last minute"),
         ("", f"{_all_hits(glance.figures['counted'])} since the start"),
+        *_expected(held),
         *_labelled("Engines", _engines(held, glance.listed)),
         *_labelled("Tiers", [_tier(tier) for tier in glance.figures["tiers"]]),
         *_labelled("Faults", [_fault(fault) for fault in glance.figures["faults"]]),
@@ -179,6 +180,15 @@ def _all_hits(counted: Table) -> str:
         sources = ", ".join(f"{source} {percent(tokens, requested)}" for source, tokens in by_source.items())
         said += f" ({sources})"
     return said
+
+
+def _expected(held: Table) -> Iterator[tuple[str, str]]:
+    """What other sizes would hit, once a lookup has come."""
+    for of, what in (("memory", "memory"), ("tiers", "largest tier")):
+        told = held.get(f"expected_hit_ratio_{of}", {})
+        if told:
+            by_factor = ", ".join(f"{factor} x {percent(ratio, 1)}" for factor, ratio in told.items())
+            yield "", f"expected by size of the {what}: {by_factor}"
 
 
 def _engines(held: Table, listed: Table) -> list[str]:

@@ -93,6 +93,7 @@ async def test_status_answers_in_the_order_in_which_a_person_asks(address: str) 
     assert re.findall(r"^(\w+)  ", told, re.MULTILINE) == ["Memory", "Hits", "Engines", "Tiers", "Faults"]
     assert re.search(r"of 16 MiB \(\d+ %\), 256 KiB in use; holds \d,\d+ tokens, has room for 32,768\n", told)
     assert re.search(r"29 % of 1,792 tokens in the last minute\n +29 % of 1,792 tokens since the start\n", told)
+    assert re.search(r"expected by size of the memory: 0.5 x \d+ %, 1 x \d+ %, 2 x \d+ %, 4 x \d+ %, 8 x \d+ %\n", told)
     assert f"asked: {MODEL}, chunks of {TOKENS} tokens, 512 bytes a token, 2 open requests\n" in told
     assert re.search(r"0:disk: open, \S+ \w+ of \S+ MiB", told)
     assert "Faults   none\n" in told

@@ -102,5 +102,10 @@ class Tiers:
         """Bytes that are still to be written to tiers."""
         return sum(writer.queue.bytes_queued + writer.queue.bytes_writing for writer in self.writers)
 
+    @property
+    def capacity(self) -> int:
+        """Bytes of chunks that the largest tier can hold. Each tier is written all chunks."""
+        return max((int(runner.tier.statistics()["bytes_capacity"]) for runner in self.runners), default=0)
+
     def statistics(self) -> tuple[TierStatistics, ...]:
         return tuple(runner.statistics() for runner in self.runners)
