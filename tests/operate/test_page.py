@@ -68,7 +68,8 @@ def test_a_fresh_server_is_drawn_whole(watched: Watched, show: Show, shots: Path
     page = show(watched.url)
     expect(page.locator("#state")).to_have_text("✓ ready")
     expect(page.locator("#where")).to_have_text(watched.server.address)
-    for name, text in {"hour": "No prompt", "missed": "Nothing was missed", "engines": "No engine"}.items():
+    texts = {"hour": "No prompt", "missed": "Nothing was missed", "engines": "No engine", "curve": "It is known once"}
+    for name, text in {**texts, "requests": "No lookup has missed"}.items():
         expect(page.locator(f"#{name}")).to_contain_text(text)
     expect(page.locator("#tiers")).to_contain_text("0:disk")
     expect(page.locator("#tiers")).to_contain_text("✓ open")
@@ -90,6 +91,8 @@ def test_it_updates_by_itself_and_tells_what_happened(watched: Watched, show: Sh
         expect(page.locator("#hour")).to_contain_text("memory 192 (75.0 %)")
         expect(page.locator("#missed")).to_contain_text("never stored")
         expect(page.locator("#memory tr", has_text="ready")).to_contain_text("3")
+        expect(page.locator("#curve")).to_contain_text("as it is")
+        expect(page.locator("#requests tr", has_text="another prompt")).to_contain_text("64 from 0 on: never stored")
         expect(page.locator("#engines")).to_contain_text("✓ in use")
         expect(page.locator("#engines")).to_contain_text("1 to 1 of 1")
         assert page.locator("#hour svg rect.memory").count() >= 1
