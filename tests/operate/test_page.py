@@ -91,7 +91,10 @@ def test_it_updates_by_itself_and_tells_what_happened(watched: Watched, show: Sh
         expect(page.locator("#hour")).to_contain_text("memory 192 (75.0 %)")
         expect(page.locator("#missed")).to_contain_text("never stored")
         expect(page.locator("#memory tr", has_text="ready")).to_contain_text("3")
-        expect(page.locator("#curve")).to_contain_text("as it is")
+        sizes = page.locator("#curve tbody tr td:first-child")
+        expect(sizes).to_have_text([re.compile(f"^{size}") for size in ("0.5 ", "as it is", "2 ", "4 ", "8 ")])
+        for section in page.locator("section").all():  # nothing reaches out of its box
+            assert section.evaluate("box => box.scrollWidth <= box.clientWidth + 1")
         expect(page.locator("#requests tr", has_text="another prompt")).to_contain_text("64 from 0 on: never stored")
         expect(page.locator("#engines")).to_contain_text("✓ in use")
         expect(page.locator("#engines")).to_contain_text("1 to 1 of 1")
