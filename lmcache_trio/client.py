@@ -154,7 +154,7 @@ class Client(Conversation):
         return (await self.request(Ping(self.new_id()), Pong)).boot
 
     async def statistics(self) -> dict[str, Any]:
-        """The server's figures: a table with the keys `server`, `faults`, `held`, `counted` and `tiers`, as
+        """The server's figures: a table with the keys `server`, `faults`, `held`, `counted`, `rates` and `tiers`, as
         `status --json` prints it.
 
         A server of another release may have more keys or fewer.

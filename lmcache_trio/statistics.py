@@ -25,6 +25,7 @@ __all__ = [
     "ServerCounted",
     "ServerFacts",
     "ServerHeld",
+    "ServerRates",
     "ServerStatistics",
     "TierStatistics",
     "TransfersHeld",
@@ -169,11 +170,17 @@ class ServerHeld:
     lost_writers: Annotated[int, "workers", "Workers that were lost in a store, and whose copies may still run."]
     prefetches: Annotated[int, "lookups", "Lookups that wait for tiers."]
     queued_messages: Annotated[int, "messages", "Messages that wait for clients that do not read."]
-    recent_requested_tokens: Annotated[int, "tokens", "Tokens of all chunks that lookups asked for in the last minute."]
-    recent_hit_tokens: Annotated[int, "tokens", "Those of them that lookups were offered."]
     transfers: TransfersHeld | None
     index: IndexHeld
     memory: MemoryHeld
+
+
+@attrs.frozen
+class ServerRates:
+    """How lookups fare: in the last minute, and what other sizes would do to them. Nothing of it is held."""
+
+    recent_requested_tokens: Annotated[int, "tokens", "Tokens of all chunks that lookups asked for in the last minute."]
+    recent_hit_tokens: Annotated[int, "tokens", "Those of them that lookups were offered."]
     expected_hit_ratio_memory: Annotated[
         Mapping[str, float],
         "share of tokens",
@@ -280,6 +287,7 @@ FIGURES: Mapping[str, type[Any]] = {
     "faults": NotReady,
     "held": ServerHeld,
     "counted": ServerCounted,
+    "rates": ServerRates,
     "tiers": TierStatistics,
 }
 """The parts of what `status --json` prints. `faults` and `tiers` are lists."""
@@ -291,11 +299,13 @@ class ServerStatistics:
 
     held: ServerHeld
     counted: ServerCounted
+    rates: ServerRates
     tiers: tuple[TierStatistics, ...]
 
     def table(self) -> dict[str, Any]:
         """By part, as `status --json` prints them."""
-        return {"held": table(self.held), "counted": table(self.counted), "tiers": [table(tier) for tier in self.tiers]}
+        whole = {"held": table(self.held), "counted": table(self.counted), "rates": table(self.rates)}
+        return {**whole, "tiers": [table(tier) for tier in self.tiers]}
 
 
 def table(figures: Any) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def _metrics() -> Iterator[list[str]]:
 
 def _server_metrics() -> Iterator[str]:
     of_tiers = server_metrics.OF_TIERS
-    told = (*server_metrics.HELD, *server_metrics.COUNTED, *of_tiers)
+    told = (*server_metrics.HELD, *server_metrics.COUNTED, *server_metrics.RATES, *of_tiers)
     by_name: dict[str, server_metrics.Figure] = {}
     for figure in told:
         by_name.setdefault(figure.name, figure)

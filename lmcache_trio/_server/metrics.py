@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from lmcache_trio._server.parts import Parts
-from lmcache_trio.statistics import ServerCounted, ServerHeld, TierStatistics, figures_of, table
+from lmcache_trio.statistics import ServerCounted, ServerHeld, ServerRates, TierStatistics, figures_of, table
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -84,6 +84,7 @@ def figures(cls: type[Any], *, part: str = "", counted: bool | frozenset[str] = 
 
 HELD = figures(ServerHeld)
 COUNTED = figures(ServerCounted, counted=True)
+RATES = figures(ServerRates)
 OF_TIERS = [
     figure
     for figure in figures(TierStatistics, part="tier_", counted=COUNTED_BY_TIERS)
@@ -122,6 +123,7 @@ class ServerMetrics:
         statistics = self._parts.statistics()
         yield from _families(HELD, [({}, table(statistics.held))])
         yield from _families(COUNTED, [({}, table(statistics.counted))])
+        yield from _families(RATES, [({}, table(statistics.rates))])
         tiers = [({"tier": tier.name}, table(tier)) for tier in statistics.tiers]
         yield from _families(OF_TIERS, tiers)
         up = GaugeMetricFamily(f"{PREFIX}tier_open", "1 if the tier is in use.", labels=["tier"])

@@ -24,7 +24,7 @@ from lmcache_trio._server.watches import Watches
 from lmcache_trio._transport import Unfinished
 from lmcache_trio.abc import Memory
 from lmcache_trio.config import Config
-from lmcache_trio.statistics import Events, MemoryHeld, ServerCounted, ServerHeld, ServerStatistics
+from lmcache_trio.statistics import Events, MemoryHeld, ServerCounted, ServerHeld, ServerRates, ServerStatistics
 
 __all__ = ["Parts", "Turns"]
 
@@ -86,13 +86,9 @@ class Parts:
                 lost_writers=len(self.peers.lost_writers),
                 prefetches=len(self.answers.prefetches),
                 queued_messages=sum(len(peer.outbox) for peer in self.peers),
-                recent_requested_tokens=requested,
-                recent_hit_tokens=hit,
                 transfers=self.transfer.statistics() if self.transfer is not None else None,
                 index=index.held,
                 memory=MemoryHeld(int(memory["bytes_taken"]), int(memory["bytes_size"])),
-                expected_hit_ratio_memory=curve.table(self.memory.size),
-                expected_hit_ratio_tiers=curve.table(max(largest, self.memory.size)) if largest else {},
             ),
             counted=ServerCounted(
                 index=index.counted,
@@ -102,6 +98,12 @@ class Parts:
                 hit_tokens=dict(self.counts.hit_tokens),
                 missed_tokens=dict(self.counts.missed_tokens),
                 drops=Counter(index.dropped) + self.counts.dropped,
+            ),
+            rates=ServerRates(
+                recent_requested_tokens=requested,
+                recent_hit_tokens=hit,
+                expected_hit_ratio_memory=curve.table(self.memory.size),
+                expected_hit_ratio_tiers=curve.table(max(largest, self.memory.size)) if largest else {},
             ),
             tiers=self.tiers.statistics(),
         )

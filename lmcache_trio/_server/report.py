@@ -18,7 +18,7 @@ MOST_TOLD = 256 << 10
 
 
 def report(parts: Parts) -> dict[str, Any]:
-    """`server`, `faults`, `held`, `counted` and `tiers`, as `lmcache-trio status --json` prints them."""
+    """`server`, `faults`, `held`, `counted`, `rates` and `tiers`, as `lmcache-trio status --json` prints them."""
     facts = ServerFacts(parts.version, parts.config.address, trio.current_time() - parts.began)
     faults, _ = _fitting(attrs.asdict(fault) for fault in find_faults(parts))
     return {"server": table(facts), "faults": faults, **parts.statistics().table()}

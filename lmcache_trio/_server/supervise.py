@@ -96,7 +96,7 @@ class Server:
         return self._parts.config.grace
 
     def statistics(self) -> dict[str, Any]:
-        """`server`, `faults`, `held`, `counted` and `tiers`, as `lmcache-trio status --json` prints them."""
+        """`server`, `faults`, `held`, `counted`, `rates` and `tiers`, as `lmcache-trio status --json` prints them."""
         return report(self._parts)
 
     def remove_files(self) -> None:

@@ -65,7 +65,7 @@ def status(  # noqa: PLR0913  (flags)
     all
         Print every figure with its unit and its meaning.
     json
-        Print one JSON object with the keys "server", "faults", "held", "counted" and "tiers".
+        Print one JSON object with the keys "server", "faults", "held", "counted", "rates" and "tiers".
     watch
         Print it again every so many seconds (2 if no number is given), until Ctrl-C.
     check
@@ -137,13 +137,13 @@ def _told(glance: Glance, every: bool, json: bool) -> str:
 
 
 def _overview(glance: Glance) -> str:
-    server, held = glance.figures["server"], glance.figures["held"]
+    server, held, rates = (glance.figures[part] for part in ("server", "held", "rates"))
     first = f"lmcache-trio {server['version']} at {server['address']}, up {duration(server['uptime'])}"
     table = [
         ("Memory", _memory(held, glance.listed)),
-        ("Hits", f"{_hits(held['recent_requested_tokens'], held['recent_hit_tokens'])} in the last minute"),
+        ("Hits", f"{_hits(rates['recent_requested_tokens'], rates['recent_hit_tokens'])} in the last minute"),
         ("", f"{_all_hits(glance.figures['counted'])} since the start"),
-        *_expected(held),
+        *_expected(rates),
         *_labelled("Engines", _engines(held, glance.listed)),
         *_labelled("Tiers", [_tier(tier) for tier in glance.figures["tiers"]]),
         *_labelled("Faults", [_fault(fault) for fault in glance.figures["faults"]]),
@@ -182,10 +182,10 @@ def _all_hits(counted: Table) -> str:
     return said
 
 
-def _expected(held: Table) -> Iterator[tuple[str, str]]:
+def _expected(rates: Table) -> Iterator[tuple[str, str]]:
     """What other sizes would hit, once a lookup has come."""
     for of, what in (("memory", "memory"), ("tiers", "largest tier")):
-        told = held.get(f"expected_hit_ratio_{of}", {})
+        told = rates.get(f"expected_hit_ratio_{of}", {})
         if told:
             by_factor = ", ".join(f"{factor} x {percent(ratio, 1)}" for factor, ratio in told.items())
             yield "", f"expected by size of the {what}: {by_factor}"

@@ -93,7 +93,7 @@ def test_status_as_json_has_what_is_held_what_was_counted_and_each_tier(server: 
     done = status(server.address, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     statistics = json.loads(done.stdout)
-    assert set(statistics) == {"server", "faults", "held", "counted", "tiers"}
+    assert set(statistics) == {"server", "faults", "held", "counted", "rates", "tiers"}
     assert statistics["held"]["connections"] == 1  # the question's own
     assert statistics["held"]["bytes_size"] == 16 << 20
 

@@ -25,7 +25,7 @@ from lmcache_trio._server import page as page_module
 from lmcache_trio._server.page import LivePage, page_and_policy
 from lmcache_trio._server.report import report
 from lmcache_trio.config import Http, load_config
-from lmcache_trio.statistics import ServerCounted, ServerHeld, TierStatistics, figures_of
+from lmcache_trio.statistics import ServerCounted, ServerHeld, ServerRates, TierStatistics, figures_of
 
 HERE = "http://127.0.0.1:0"
 KEY, NEXT_KEY = "k" * 32, "n" * 16
@@ -149,17 +149,17 @@ async def test_metrics_tell_what_the_statistics_tell(rigs: Opener) -> None:
 
 
 async def test_every_figure_is_a_metric_with_a_meaning(rigs: Opener) -> None:
-    from lmcache_trio._server.metrics import COUNTED, HELD, OF_TIERS
+    from lmcache_trio._server.metrics import COUNTED, HELD, OF_TIERS, RATES
 
     words = {"name", "state", "fenced", "reason", "backend"}
-    for cls, told in ((ServerHeld, HELD), (ServerCounted, COUNTED), (TierStatistics, OF_TIERS)):
+    for cls, told in ((ServerHeld, HELD), (ServerCounted, COUNTED), (ServerRates, RATES), (TierStatistics, OF_TIERS)):
         assert {figure.key for figure in told} == figures_of(cls).keys() - words
     async with rigs(http=Http(HERE), tiers=[LoopTier()]) as rig:
         families = list(parse((await get(rig, "/metrics")).text))
     names = [family.name for family in families]
     assert len(set(names)) == len(names)
     assert all(family.documentation for family in families)
-    for figure in (*HELD, *COUNTED, *OF_TIERS):
+    for figure in (*HELD, *COUNTED, *RATES, *OF_TIERS):
         if "transfers" not in figure.name:
             assert figure.name in names
 
