@@ -23,7 +23,7 @@ import trio
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.report import report
 
-__all__ = ["EVERY", "HOUR", "LivePage", "Point", "page_and_policy"]
+__all__ = ["EVERY", "HOUR", "HistoryPoint", "LivePage", "page_and_policy"]
 
 log = logging.getLogger("lmcache_trio.http")
 
@@ -35,7 +35,7 @@ TELL = 1.0
 
 
 @attrs.frozen
-class Point:
+class HistoryPoint:
     """What was counted by the time *at*, in seconds since 1970. The tokens are by source, and by reason."""
 
     at: float
@@ -65,7 +65,7 @@ class LivePage:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._points: deque[Point] = deque([self._point()], maxlen=int(HOUR / EVERY) + 1)
+        self._points: deque[HistoryPoint] = deque([self._point()], maxlen=int(HOUR / EVERY) + 1)
         self._readers = 0
         self._wanted = trio.Event()
         self._told = trio.Event()
@@ -116,7 +116,7 @@ class LivePage:
             told, self._told = self._told, trio.Event()
             told.set()
 
-    def _point(self) -> Point:
+    def _point(self) -> HistoryPoint:
         counts = self._parts.counts
         found = (
             counts.events["lookups"],
@@ -124,7 +124,7 @@ class LivePage:
             dict(counts.hit_tokens),
             dict(counts.missed_tokens),
         )
-        return Point(time.time(), *found)
+        return HistoryPoint(time.time(), *found)
 
     def event(self) -> bytes:
         """One server-sent event with the figures of now. Its cost grows with the number of clients and tiers alone."""

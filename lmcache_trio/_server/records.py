@@ -15,11 +15,11 @@ from typing import Any
 import trio
 
 from lmcache_trio._server.counts import Counts
-from lmcache_trio.config import Records as Settings
+from lmcache_trio.config import Records
 from lmcache_trio.errors import ConfigError
 from lmcache_trio.threads import offload_owned
 
-__all__ = ["MOST_QUEUED", "RecordFile", "Records", "open_records"]
+__all__ = ["MOST_QUEUED", "RecordFile", "RecordQueue", "open_records"]
 
 log = logging.getLogger("lmcache_trio.server")
 
@@ -74,7 +74,7 @@ class RecordFile:
                 os.replace(name, older)
 
 
-class Records:
+class RecordQueue:
     """The queue of records, and the task that writes them."""
 
     def __init__(self, file: RecordFile, counts: Counts) -> None:
@@ -124,7 +124,7 @@ class Records:
             self._idle.set()
 
 
-def open_records(settings: Settings, counts: Counts) -> Records | None:
+def open_records(settings: Records, counts: Counts) -> RecordQueue | None:
     """The records as *settings* say; None if they name no file. `ConfigError`: it cannot be written."""
     if not settings.path:
         return None
@@ -133,4 +133,4 @@ def open_records(settings: Settings, counts: Counts) -> Records | None:
         file.check()
     except OSError as exc:
         raise ConfigError("records.path", f"cannot write {settings.path}: {exc.strerror}; give another") from exc
-    return Records(file, counts)
+    return RecordQueue(file, counts)

@@ -14,7 +14,7 @@ import trio
 from lmcache_trio._core.index.session import Session
 from lmcache_trio._server.engine import Engine
 from lmcache_trio._server.misses import Misses, Search
-from lmcache_trio._server.records import Records
+from lmcache_trio._server.records import RecordQueue
 
 __all__ = ["MOST", "TOLD", "Requests"]
 
@@ -27,7 +27,7 @@ TOLD = 100
 class Requests:
     """Makes the records. *records* is None where no file was asked for."""
 
-    def __init__(self, misses: Misses, records: Records | None) -> None:
+    def __init__(self, misses: Misses, records: RecordQueue | None) -> None:
         self.are_all_noted = records is not None
         """Whether lookups that hit whole are noted too."""
         self._misses = misses
