@@ -69,9 +69,6 @@ class IndexHeld:
     bytes_taken: Annotated[int, "bytes", "Bytes of the arena that the system has given so far."]
     bytes_free: Annotated[int, "bytes", "Bytes of `bytes_taken` that no chunk takes."]
     largest_hole: Annotated[int, "bytes", "Bytes of the longest free range."]
-    evicted_idle: Annotated[
-        float, "seconds", "How long the chunk that was evicted last had not been used, at the least: memory's reach."
-    ]
 
 
 @attrs.frozen
@@ -124,6 +121,7 @@ class IndexStatistics:
 
     held: IndexHeld
     counted: IndexCounted
+    evicted_idle: float
     chunks_hit: int
     chunks_missed: int
     namespaces_dropped: int
@@ -177,10 +175,13 @@ class ServerHeld:
 
 @attrs.frozen
 class ServerRates:
-    """How lookups fare: in the last minute, and what other sizes would do to them. Nothing of it is held."""
+    """How far the cache reaches: lookups of the last minute, and what other sizes would do. Nothing of it is held."""
 
     recent_requested_tokens: Annotated[int, "tokens", "Tokens of all chunks that lookups asked for in the last minute."]
     recent_hit_tokens: Annotated[int, "tokens", "Those of them that lookups were offered."]
+    evicted_idle: Annotated[
+        float, "seconds", "How long the chunk that was evicted last had not been used, at the least: memory's reach."
+    ]
     expected_hit_ratio_memory: Annotated[
         Mapping[str, float],
         "share of tokens",

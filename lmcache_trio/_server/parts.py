@@ -102,6 +102,7 @@ class Parts:
             rates=ServerRates(
                 recent_requested_tokens=requested,
                 recent_hit_tokens=hit,
+                evicted_idle=index.evicted_idle,
                 expected_hit_ratio_memory=curve.table(self.memory.size),
                 expected_hit_ratio_tiers=curve.table(max(largest, self.memory.size)) if largest else {},
             ),

@@ -704,7 +704,6 @@ class Index:
             bytes_taken=self.arena.taken,
             bytes_free=self.arena.free_bytes,
             largest_hole=self.arena.largest_hole,
-            evicted_idle=round(self._chunks.evicted_idle, 3),
         )
         return IndexStatistics(
             held,
@@ -718,6 +717,7 @@ class Index:
                 aborted_chunks=self._chunks.aborted,
                 evictions=self._chunks.evictions,
             ),
+            evicted_idle=round(self._chunks.evicted_idle, 3),
             chunks_hit=counted["chunks_hit"],
             chunks_missed=counted["chunks_missed"],
             namespaces_dropped=counted["namespaces_dropped"],

@@ -49,7 +49,7 @@ def test_an_evicted_chunk_is_remembered_with_the_time_for_which_it_was_idle(worl
     w.now = 25.0
     w.store("xy")
     assert w.index.departures.find(w.name, w.key("ab").digest) == Departure(Cause.EVICTED, 25.0, 15.0)
-    assert w.held["evicted_idle"] == 15.0
+    assert w.index.statistics().evicted_idle == 15.0
     assert w.index.departures.find(w.name, w.key("a").digest) is None
 
 
