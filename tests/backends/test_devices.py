@@ -256,23 +256,24 @@ async def test_pages_of_the_arena_that_come_after_an_engine_are_entered_before_i
     device = HostDevice(HostConfig())
     async with memory.open(), device.open(memory):
         await device.arena_grew()
-        assert entered() < 1 << 20, "nobody needs them yet"
+        assert entered(memory) < 1 << 20, "nobody needs them yet"
         first = await memory.grow()
         attached = await device.attach(export(region.memory()))
-        assert entered() >= first
+        assert entered(memory) >= first
         while await memory.grow() < memory.size:
             pass
         await device.arena_grew()
-        assert entered() >= memory.size
+        assert entered(memory) >= memory.size
         device.detach(attached)
 
 
-def entered() -> int:
-    """Bytes of an arena that this process has in its page table."""
+def entered(memory: CpuMemory) -> int:
+    """Bytes of *memory*'s arena that this process has in its page table."""
+    arena = os.fstat(memory.descriptor).st_ino  # another test's may not have been collected yet
     with open("/proc/self/smaps") as maps:
         lines = iter(maps)
         for line in lines:
-            if "/memfd:lmcache-trio arena" in line:
+            if "/memfd:lmcache-trio arena" in line and int(line.split()[4]) == arena:
                 return 1024 * int(next(entry for entry in lines if entry.startswith("Rss:")).split()[1])
     return 0
 
