@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lmcache_trio.cli.ask import ask, check_timeout
-from lmcache_trio.cli.flags import ConfigFile, Sets, Switch, load_settings
+from lmcache_trio.cli.flags import Address, ServersFile, ServersSets, Switch, Timeout, load_settings
 from lmcache_trio.cli.ls import SHORT
 from lmcache_trio.cli.text import count
 from lmcache_trio.config import format_size
@@ -19,25 +19,19 @@ __all__ = ["clear"]
 
 def clear(  # noqa: PLR0913  (flags)
     *,
-    config: ConfigFile = None,
-    sets: Sets = (),
-    address: str | None = None,
+    config: ServersFile = None,
+    sets: ServersSets = (),
+    address: Address = None,
     namespace: str = "",
     model: str = "",
     all: Switch = False,
     yes: Switch = False,
-    timeout: float = 60.0,
+    timeout: Timeout = 60.0,
 ) -> None:
     """Drop what a running server caches of some layouts, in memory and in its tiers. Chunks in use stay.
 
     Parameters
     ----------
-    config
-        The server's own TOML file, which has its address; by default the one that LMCACHE_TRIO_CONFIG names.
-    sets
-        Settings as key=value, as for serve.
-    address
-        The server's address; short for --set address=….
     namespace
         Layouts whose namespace begins with this, as ls prints it.
     model
@@ -46,8 +40,6 @@ def clear(  # noqa: PLR0913  (flags)
         All layouts that the server knows.
     yes
         Do not ask first.
-    timeout
-        Seconds to wait for the server at most.
     """
     import trio
 

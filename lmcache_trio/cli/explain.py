@@ -4,7 +4,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from lmcache_trio.cli.ask import ask, check_timeout
-from lmcache_trio.cli.flags import ConfigFile, Sets, Switch, load_settings
+from lmcache_trio.cli.flags import Address, ServersFile, ServersSets, Switch, Timeout, load_settings
 from lmcache_trio.cli.text import count, duration, rows
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ def explain(
     request: str = "",
     /,
     *,
-    config: ConfigFile = None,
-    sets: Sets = (),
-    address: str | None = None,
+    config: ServersFile = None,
+    sets: ServersSets = (),
+    address: Address = None,
     json: Switch = False,
-    timeout: float = 5.0,
+    timeout: Timeout = 5.0,
 ) -> None:
     """Print why lookups missed: of one request, or the latest of all.
 
@@ -44,16 +44,8 @@ def explain(
     ----------
     request
         The engine's own id of the request; without one, the latest 100 lookups that missed.
-    config
-        The server's own TOML file, which has its address; by default the one that LMCACHE_TRIO_CONFIG names.
-    sets
-        Settings as key=value, as for serve.
-    address
-        The server's address; short for --set address=….
     json
         Print one JSON object with the key "requests".
-    timeout
-        Seconds to wait for the server at most.
     """
     import trio
 

@@ -12,11 +12,22 @@ from lmcache_trio.errors import ConfigError
 if TYPE_CHECKING:
     from lmcache_trio.config import Config
 
-__all__ = ["ConfigFile", "Sets", "Switch", "load_settings"]
+__all__ = ["Address", "ConfigFile", "ServersFile", "ServersSets", "Sets", "Switch", "Timeout", "load_settings"]
 
-Sets = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative=())]
 Switch = Annotated[bool, Parameter(negative=())]
 ConfigFile = Annotated[Path | None, Parameter(name="--config")]
+Sets = Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, negative=())]
+Address = Annotated[str | None, Parameter(help="The server's address; short for --set address=….")]
+
+# Of a command that asks a running server:
+ServersFile = Annotated[
+    ConfigFile,
+    Parameter(
+        help="The server's own TOML file, which has its address; by default the one that LMCACHE_TRIO_CONFIG names."
+    ),
+]
+ServersSets = Annotated[Sets, Parameter(help="Settings as key=value, as for serve.")]
+Timeout = Annotated[float, Parameter(help="Seconds to wait for the server at most.")]
 
 
 def load_settings(config: Path | None, sets: Sequence[str], address: str | None) -> "Config":

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Literal
 
 from lmcache_trio.cli.ask import ask, check_timeout
-from lmcache_trio.cli.flags import ConfigFile, Sets, load_settings
+from lmcache_trio.cli.flags import Address, ServersFile, ServersSets, Timeout, load_settings
 
 if TYPE_CHECKING:
     from lmcache_trio.client import Client
@@ -15,10 +15,10 @@ def loglevel(
     level: Literal["debug", "info", "warning", "error"],
     /,
     *,
-    config: ConfigFile = None,
-    sets: Sets = (),
-    address: str | None = None,
-    timeout: float = 5.0,
+    config: ServersFile = None,
+    sets: ServersSets = (),
+    address: Address = None,
+    timeout: Timeout = 5.0,
 ) -> None:
     """Set from which level on a running server logs, until it ends.
 
@@ -26,14 +26,6 @@ def loglevel(
     ----------
     level
         The least severe level that is logged.
-    config
-        The server's own TOML file, which has its address; by default the one that LMCACHE_TRIO_CONFIG names.
-    sets
-        Settings as key=value, as for serve.
-    address
-        The server's address; short for --set address=….
-    timeout
-        Seconds to wait for the server at most.
     """
     import trio
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lmcache_trio.cli.ask import ask, check_timeout
-from lmcache_trio.cli.flags import ConfigFile, Sets, Switch, load_settings
+from lmcache_trio.cli.flags import Address, ServersFile, ServersSets, Switch, Timeout, load_settings
 from lmcache_trio.cli.text import columns
 from lmcache_trio.config import format_size
 
@@ -18,26 +18,18 @@ SHORT = 12
 
 def ls(
     *,
-    config: ConfigFile = None,
-    sets: Sets = (),
-    address: str | None = None,
+    config: ServersFile = None,
+    sets: ServersSets = (),
+    address: Address = None,
     json: Switch = False,
-    timeout: float = 5.0,
+    timeout: Timeout = 5.0,
 ) -> None:
     """List what memory holds, by layout of a model, and the engines that are connected.
 
     Parameters
     ----------
-    config
-        The server's own TOML file, which has its address; by default the one that LMCACHE_TRIO_CONFIG names.
-    sets
-        Settings as key=value, as for serve.
-    address
-        The server's address; short for --set address=….
     json
         Print one JSON object with the keys "engines", "layouts" and "left_out".
-    timeout
-        Seconds to wait for the server at most.
     """
     import trio
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lmcache_trio.cli.ask import ask, check_timeout
-from lmcache_trio.cli.flags import ConfigFile, Sets, load_settings
+from lmcache_trio.cli.flags import Address, ServersFile, ServersSets, load_settings
 from lmcache_trio.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,9 +14,9 @@ __all__ = ["ping"]
 
 def ping(
     *,
-    config: ConfigFile = None,
-    sets: Sets = (),
-    address: str | None = None,
+    config: ServersFile = None,
+    sets: ServersSets = (),
+    address: Address = None,
     count: int = 5,
     timeout: float = 5.0,
 ) -> None:
@@ -24,12 +24,6 @@ def ping(
 
     Parameters
     ----------
-    config
-        The server's own TOML file, which has its address; by default the one that LMCACHE_TRIO_CONFIG names.
-    sets
-        Settings as key=value, as for serve.
-    address
-        The server's address; short for --set address=….
     count
         Questions, one after the other.
     timeout

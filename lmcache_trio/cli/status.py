@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from lmcache_trio.abc import Tier
 from lmcache_trio.cli.ask import ask, check_timeout
 from lmcache_trio.cli.ending import end_with, fail
-from lmcache_trio.cli.flags import ConfigFile, Sets, Switch, load_settings
+from lmcache_trio.cli.flags import Address, ServersFile, ServersSets, Switch, Timeout, load_settings
 from lmcache_trio.cli.text import count, duration, percent, rows
 from lmcache_trio.config import format_size
 from lmcache_trio.errors import ConfigError, Unavailable
@@ -43,25 +43,19 @@ class Glance:
 
 def status(  # noqa: PLR0913  (flags)
     *,
-    config: ConfigFile = None,
-    sets: Sets = (),
-    address: str | None = None,
+    config: ServersFile = None,
+    sets: ServersSets = (),
+    address: Address = None,
     all: Switch = False,
     json: Switch = False,
     watch: Watch = None,
     check: Switch = False,
-    timeout: float = 5.0,
+    timeout: Timeout = 5.0,
 ) -> None:
     """Print how a running server is: what it holds, how many tokens hit, its engines and tiers, and what is wrong.
 
     Parameters
     ----------
-    config
-        The server's own TOML file, which has its address; by default the one that LMCACHE_TRIO_CONFIG names.
-    sets
-        Settings as key=value, as for serve.
-    address
-        The server's address; short for --set address=….
     all
         Print every figure with its unit and its meaning.
     json
@@ -70,8 +64,6 @@ def status(  # noqa: PLR0913  (flags)
         Print it again every so many seconds (2 if no number is given), until Ctrl-C.
     check
         Print one line, for probes. Exit status 0: ready; 1: alive, and not ready; 2: no answer.
-    timeout
-        Seconds to wait for the server at most.
     """
     import trio
 
