@@ -189,8 +189,7 @@ class Answers:
                         first = group.first(lease.chunks, engine.chunk_tokens)
                         writer.used(namespace, wanted[first : lease.chunks])
         if engine.namespaces:
-            chunk_bytes = sum([self.index.chunk_bytes(of_group) for of_group in engine.namespaces])
-            self._counts.curve.looked_up(wanted, chunk_bytes, engine.chunk_tokens)
+            self._counts.curve.looked_up(wanted, engine.chunk_bytes, engine.chunk_tokens)
         self._events["lookups"] += bool(wanted)
         self._events["hits"] += session.chunks
         self._events["misses"] += len(wanted) - session.chunks

@@ -40,6 +40,8 @@ class Engine:
     """The name of all that it caches; b"" while a layout is missing."""
     namespaces: tuple[bytes, ...] = ()
     """The namespace of each group's parts; empty while a layout is missing."""
+    chunk_bytes: int = 0
+    """What one of its chunks takes in the arena, over all groups and shards; 0 while a layout is missing."""
     last_layout: bytes = b""
     """The latest `layout` that was known: all grants are of it."""
     is_told_of: bool = False

@@ -133,6 +133,7 @@ class Engines:
                 self._index.attach(of_group, lengths, group, engine.chunk_tokens, Whole(namespace, engine.model))
             self._see_layout(engine)
         engine.namespace, engine.namespaces = namespace, namespaces
+        engine.chunk_bytes = sum(self._index.chunk_bytes(of_group) for of_group in namespaces)
         for of_group in former:
             self._index.detach(of_group)
             self._clock.not_later_than(trio.current_time())  # it may have something to sweep
@@ -144,17 +145,13 @@ class Engines:
     def namespace_known(self, engine: Engine, reply_to: int = 0) -> NamespaceKnown:
         """The engine's namespace, as its peers are told; *reply_to* is 0 in a push."""
         arena = self._index.arena.capacity
-        return NamespaceKnown(reply_to, engine.namespace, self.chunk_bytes(engine), arena, engine.layout)
-
-    def chunk_bytes(self, engine: Engine) -> int:
-        """What a chunk of *engine* takes in the arena, over all groups and shards; 0 while a layout is missing."""
-        return sum(self._index.chunk_bytes(of_group) for of_group in engine.namespaces)
+        return NamespaceKnown(reply_to, engine.namespace, engine.chunk_bytes, arena, engine.layout)
 
     def held(self) -> Iterator[EngineHeld]:
         """Each engine, and what it needs of the memory."""
         size = self._index.arena.capacity
         for engine in self:
-            chunk = self.chunk_bytes(engine)
+            chunk = engine.chunk_bytes
             no_cache = "a chunk is larger than the memory" if chunk > size else ""
             yield EngineHeld(
                 name=engine.name,
@@ -198,7 +195,7 @@ class Engines:
             log.info("engine %r has no cache until %s", engine.name, engine.lacks)
             return
         tokens, size = engine.chunk_tokens, self._index.arena.capacity
-        chunk = self.chunk_bytes(engine)
+        chunk = engine.chunk_bytes
         if chunk > size:
             self._counts.events["layouts_too_large"] += 1
             words = (
@@ -320,7 +317,7 @@ class Engines:
         if made.id:
             self._clock.not_later_than(now + self._config.reservation_timeout)
             if not message.group:  # its other parts are counted with it
-                self._counts.curve.stored(digests, self.chunk_bytes(engine))
+                self._counts.curve.stored(digests, engine.chunk_bytes)
         if "share" in made.dropped and "write_share" not in peer.limits_met:
             peer.limits_met.add("write_share")
             words = (

@@ -13,7 +13,7 @@ import trio
 from lmcache_trio._core.departures import Cause
 from lmcache_trio._core.index.index import Index
 from lmcache_trio._core.keys import ChunkKey
-from lmcache_trio._core.misses import InMemory, InTiers, Reason, Seen, known_run, reason_of, reasons_of
+from lmcache_trio._core.misses import InMemory, InTiers, Reason, Seen, known_run, reasons_of
 from lmcache_trio._core.tiers.plan import Place, Plan
 from lmcache_trio._server.counts import Counts
 from lmcache_trio._server.drain import Drain
@@ -70,7 +70,8 @@ class Misses:
         """
         seen = self._look(engine, wanted, hit, search)
         told: list[dict[str, Any]] = []
-        for missed in reasons_of(seen, len(wanted), lambda: self._end_of_known(engine, wanted, hit, seen, search)):
+        runs = reasons_of(seen, len(wanted), lambda: self._end_of_known(engine, wanted, hit, seen, search))
+        for missed in runs:
             tokens = missed.chunks * engine.chunk_tokens
             self._counts.missed_tokens[missed.reason] += tokens
             run = {
@@ -79,7 +80,7 @@ class Misses:
                 "tokens": tokens,
             }
             told.append(run)
-        told[0].update(self._details(engine, seen))
+        told[0].update(self._details(engine, seen, runs[0].reason))
         return told
 
     def bytes_of(self, engine: Engine, hit: int) -> int:
@@ -98,7 +99,7 @@ class Misses:
             memory=index.place_of(part),
             tiers=self._in_tiers(part, hit, search),
             left=index.departures.find(part.namespace, part.digest),
-            fits=sum(index.chunk_bytes(namespace) for namespace in namespaces) <= index.arena.capacity,
+            fits=engine.chunk_bytes <= index.arena.capacity,
             stopping=self._drain.stopping,
             refill=index.filled < engine.refilled_at,
         )
@@ -121,15 +122,14 @@ class Misses:
             return search.reach
         return known_run(is_known, hit, len(wanted))
 
-    def _details(self, engine: Engine, seen: Seen) -> dict[str, Any]:
-        """What else there is to tell of the chunk of *seen*."""
-        reason, left = reason_of(seen), seen.left
+    def _details(self, engine: Engine, seen: Seen, reason: Reason) -> dict[str, Any]:
+        """What else there is to tell of the chunk of *seen*, which was missed for *reason*."""
+        left = seen.left
         if reason is Reason.NOT_REGISTERED:
             missing = sorted(set(range(engine.shards * engine.replicas)) - set(engine.layouts))
             return {"detail": f"workers {missing[:8]} of {engine.shards * engine.replicas} have not registered"}
         if reason is Reason.TOO_LARGE:
-            size = sum(self._index.chunk_bytes(namespace) for namespace in engine.namespaces)
-            return {"detail": f"a chunk takes {size} bytes, and memory has {self._index.arena.capacity}"}
+            return {"detail": f"a chunk takes {engine.chunk_bytes} bytes, and memory has {self._index.arena.capacity}"}
         details: dict[str, Any] = {}
         if left is not None and left.cause is Cause.EVICTED and seen.memory is InMemory.ABSENT:
             details["evicted_seconds_ago"] = round(trio.current_time() - left.when, 3)

@@ -22,7 +22,7 @@ def find_faults(parts: Parts) -> list[NotReady]:
             why = f": {tier.reason}" if tier.reason else ""
             faults.append(NotReady(f"tier_{tier.state}", f"{tier.name}{why}"))
     for engine in parts.engines:
-        chunk = parts.engines.chunk_bytes(engine)
+        chunk = engine.chunk_bytes
         if chunk > size:
             detail = f"a chunk of engine {engine.name!r} takes {format_size(chunk)}, and the memory {format_size(size)}"
             faults.append(NotReady("chunk_too_large", f"{detail}: raise memory.size, or set a smaller chunk_tokens"))
