@@ -9,7 +9,10 @@ from contextlib import suppress
 
 import attrs
 
-__all__ = ["GatheringHandler"]
+__all__ = ["LEVELS", "GatheringHandler"]
+
+LEVELS = ("debug", "info", "warning", "error")
+"""Of the log. Nothing of ours is worse than an error."""
 
 WINDOW = 60.0
 """Seconds in which lines of one kind are gathered: an hour of a client that is refused each second is 60 + 5 lines."""

@@ -165,9 +165,8 @@ class Client(Conversation):
         """The latest lookups of *request* that missed, the latest first, as `explain --json` prints them; empty: of any
         request. For an observer.
         """
-        reply = await self.request(message_of(Explain, self.new_id(), request), Explained)
-        found = json.loads(reply.json)
-        if not isinstance(found, dict) or not isinstance(found.get("requests"), list):
+        found = _object((await self.request(message_of(Explain, self.new_id(), request), Explained)).json)
+        if not isinstance(found.get("requests"), list):
             raise ProtocolError("the server's answer has no list of requests")
         return list(found["requests"])
 

@@ -33,7 +33,7 @@ from lmcache_trio.config import Http
 from lmcache_trio.config.addresses import UnixAddress, WebAddress, parse_web_address
 from lmcache_trio.errors import ConfigError
 
-__all__ = ["PATIENCE", "listen", "serve_http"]
+__all__ = ["PATIENCE", "check_packages", "listen", "serve_http"]
 
 log = logging.getLogger("lmcache_trio.http")
 
@@ -66,13 +66,18 @@ class Listening:
             withdraw(self.path)
 
 
+def check_packages() -> None:
+    """ConfigError: a package that HTTP needs is missing."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise ConfigError("http.address", f"needs {' and '.join(missing)}: pip install 'lmcache-trio[http]'")
+
+
 def listen(http: Http, mode: int) -> Listening | None:
     """Listen as *http* says; None if it names no address. *mode* is of a socket file. `ConfigError` names the key."""
     if not http.address:
         return None
     where = parse_web_address(http.address)
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ConfigError("http.address", f"needs {' and '.join(missing)}: pip install 'lmcache-trio[http]'")
+    check_packages()
     keys = _read_keys(http.key_file) if http.key_file else ()
     tls = _tls(http) if isinstance(where, WebAddress) and where.encrypted else None
     path = where.path if isinstance(where, UnixAddress) else ""

@@ -10,16 +10,15 @@ from typing import Any
 
 import trio
 
+from lmcache_trio._log_handler import LEVELS
 from lmcache_trio._server.parts import Parts
 from lmcache_trio._server.peer import Peer
 from lmcache_trio._wire.messages import Ack, Clear, Cleared, ErrorKind, ErrorReply, LogLevel, Message
 from lmcache_trio.errors import Misuse
 
-__all__ = ["HANDLERS", "LEVELS"]
+__all__ = ["HANDLERS"]
 
 log = logging.getLogger("lmcache_trio.server")
-
-LEVELS = ("debug", "info", "warning", "error")
 
 
 def _check_owner(peer: Peer) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from lmcache_trio.cli.ending import end_with
-from lmcache_trio.cli.flags import ConfigFile, Sets, load_settings
+from lmcache_trio.cli.flags import Address, ConfigFile, ServersSets, load_settings
 from lmcache_trio.cli.text import rows
 from lmcache_trio.config import format_size, parse_path, parse_size
 from lmcache_trio.config.addresses import socket_path
@@ -57,17 +57,13 @@ class Finding:
     said: str
 
 
-def doctor(*, config: ConfigFile = None, sets: Sets = (), address: str | None = None) -> None:
+def doctor(*, config: ConfigFile = None, sets: ServersSets = (), address: Address = None) -> None:
     """Say what would stop a server or an engine on this machine. Exit status 1: at least one fault.
 
     Parameters
     ----------
     config
         The TOML file of the server that shall run here; by default the one that LMCACHE_TRIO_CONFIG names.
-    sets
-        Settings as key=value, as for serve.
-    address
-        The server's address; short for --set address=….
     """
     settings = load_settings(config, sets, address)
     checks: list[Callable[[], Iterator[Finding]]] = [
@@ -231,10 +227,12 @@ def _write_speed(folder: Path) -> float:
 def _http(settings: "Config") -> Iterator[Finding]:
     if not settings.http.address:
         return
-    missing = [name for name in ("hypercorn", "prometheus_client") if find_spec(name) is None]
-    if missing:
-        said = f"http.address needs {' and '.join(missing)}: pip install 'lmcache-trio[http]'"
-        yield Finding("http", Verdict.FAULT, said)
+    from lmcache_trio._server.http import check_packages
+
+    try:
+        check_packages()
+    except ConfigError as exc:
+        yield Finding("http", Verdict.FAULT, str(exc))
     else:
         yield Finding("http", Verdict.OK, f"can answer at {settings.http.address}")
 

@@ -4,7 +4,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from lmcache_trio._log_handler import GatheringHandler
+from lmcache_trio._log_handler import LEVELS, GatheringHandler
 from lmcache_trio.cli.ending import NAME, discard_output
 from lmcache_trio.cli.flags import ConfigFile, Sets, load_settings
 from lmcache_trio.errors import ConfigError, Unavailable
@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
-_LEVELS = ("debug", "info", "warning", "error")
 _OTHER_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error"}
-"""Names that others have for them; nothing of ours is worse than an error."""
+"""Names that others have for levels."""
 
 
 def serve(*, config: ConfigFile = None, sets: Sets = (), address: str | None = None) -> None:
@@ -43,8 +42,8 @@ def _log_to_stderr() -> None:
     given = os.environ.get("LMCACHE_TRIO_LOG") or "info"
     level = given.strip().lower()
     level = _OTHER_LEVELS.get(level, level)
-    if level not in _LEVELS:
-        raise ConfigError("LMCACHE_TRIO_LOG", f"{given!r} is no level; give one of {', '.join(_LEVELS)}")
+    if level not in LEVELS:
+        raise ConfigError("LMCACHE_TRIO_LOG", f"{given!r} is no level; give one of {', '.join(LEVELS)}")
     logging.basicConfig(level=level.upper(), handlers=[GatheringHandler()])
 
 
